@@ -1,0 +1,158 @@
+r"""The identities that a flow map satisfies, each written once.
+
+Losses, metrics, error estimates and tests call these functions. Each returns a residual
+like `x` that vanishes, for all times and states, when the map is exact.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from ._custom_types import Args, State, Time, TwoTimeMap, VectorField
+from ._flow_map import AbstractFlowMap
+from ._misc import subtract, times_like
+
+
+def end_derivative(
+    flow_map: TwoTimeMap, s: Time, t: Time, x: State, args: Args = None
+) -> tuple[State, State]:
+    r"""The pair $X_{s,t}(x)$ and $\partial_t X_{s,t}(x)$, from one forward-mode pass."""
+    s, t = times_like(x, s, t)
+    end = lambda t: flow_map(s, t, x, args)
+    return jax.jvp(end, (t,), (jnp.ones_like(t),))
+
+
+def transport_derivative(
+    flow_map: TwoTimeMap, s: Time, t: Time, x: State, w: State, args: Args = None
+) -> tuple[State, State]:
+    r"""The pair $X_{s,t}(x)$ and $\partial_s X_{s,t}(x) + \nabla X_{s,t}(x)\,w$.
+
+    One forward-mode pass along the joint direction $(1, w)$ in $(s, x)$.
+    """
+    s, t = times_like(x, s, t)
+    start = lambda s, x: flow_map(s, t, x, args)
+    return jax.jvp(start, (s, x), (jnp.ones_like(s), w))
+
+
+def lagrangian_residual(
+    flow_map: TwoTimeMap,
+    teacher: VectorField,
+    s: Time,
+    t: Time,
+    x: State,
+    args: Args = None,
+) -> State:
+    r"""How far the map's end-time derivative is from the teacher.
+
+    Computes $\partial_t X_{s,t}(x) - b_t(X_{s,t}(x))$. Together with
+    $X_{s,s}(x) = x$, this vanishes everywhere exactly when $X$ is the flow map of $b$.
+
+    !!! info "Numerics"
+
+        One forward-mode pass and one teacher call; no spatial Jacobian is formed.
+        Safe at `s == t`, where it compares $v_{t,t}$ with $b_t$.
+
+    **Arguments:**
+
+    - `flow_map`, `teacher`: the map $X$ and the velocity $b$ it should follow.
+    - `s`, `t`: start and end times, in either order.
+    - `x`: one state at time `s`; use `jax.vmap` for a batch.
+    - `args`: passed on to both, for example a class label.
+
+    **Returns:** a state like `x`.
+
+    ??? cite "Reference"
+
+        Lagrangian map distillation, equation (3.1):
+        [arXiv:2406.07507](https://arxiv.org/abs/2406.07507).
+    """
+    s, t = times_like(x, s, t)
+    X_st, dX_dt = end_derivative(flow_map, s, t, x, args)
+    return subtract(dX_dt, teacher(t, X_st, args))
+
+
+def eulerian_residual(
+    flow_map: TwoTimeMap,
+    teacher: VectorField,
+    s: Time,
+    t: Time,
+    x: State,
+    args: Args = None,
+) -> State:
+    r"""How fast the end point moves as the start slides along the teacher's trajectory.
+
+    Computes $\partial_s X_{s,t}(x) + \nabla X_{s,t}(x)\,b_s(x)$, the total derivative
+    of $X_{s,t}(x_s)$ in $s$, which vanishes for the flow map: whichever point of a
+    trajectory one starts from, one arrives at the same place.
+
+    !!! info "Numerics"
+
+        One teacher call and one forward-mode pass, in the joint direction $(1, b_s)$.
+
+    **Arguments:** as for [`flowdiffrax.lagrangian_residual`][].
+
+    **Returns:** a state like `x`.
+
+    ??? cite "Reference"
+
+        Eulerian map distillation: [arXiv:2406.07507](https://arxiv.org/abs/2406.07507).
+    """
+    s, t = times_like(x, s, t)
+    _, residual = transport_derivative(flow_map, s, t, x, teacher(s, x, args), args=args)
+    return residual
+
+
+def semigroup_residual(
+    flow_map: TwoTimeMap, s: Time, u: Time, t: Time, x: State, args: Args = None
+) -> State:
+    r"""The gap between two jumps and one, $X_{u,t}(X_{s,u}(x)) - X_{s,t}(x)$.
+
+    It needs no teacher, and so it cannot see a map that follows the wrong ODE
+    consistently; pair it with [`flowdiffrax.tangent_residual`][].
+
+    **Arguments:**
+
+    - `flow_map`: the map $X$.
+    - `s`, `u`, `t`: start, stop-over and end, in any order.
+    - `x`: one state at time `s`; use `jax.vmap` for a batch.
+    - `args`: passed on to the map.
+
+    **Returns:** a state like `x`.
+
+    ??? cite "Reference"
+
+        Progressive self-distillation:
+        [arXiv:2505.18825](https://arxiv.org/abs/2505.18825).
+    """
+    s, u, t = times_like(x, s, u, t)
+    X_su = flow_map(s, u, x, args)
+    return subtract(flow_map(u, t, X_su, args), flow_map(s, t, x, args))
+
+
+def tangent_residual(
+    flow_map: AbstractFlowMap,
+    teacher: VectorField,
+    t: Time,
+    x: State,
+    args: Args = None,
+) -> State:
+    r"""How far the map's own velocity is from the teacher, $v_{t,t}(x) - b_t(x)$.
+
+    **Arguments:** as for [`flowdiffrax.lagrangian_residual`][], with one time.
+
+    **Returns:** a state like `x`.
+    """
+    (t,) = times_like(x, t)
+    return subtract(flow_map.velocity(t, x, args), teacher(t, x, args))
+
+
+def inverse_residual(
+    flow_map: TwoTimeMap, s: Time, t: Time, x: State, args: Args = None
+) -> State:
+    r"""How far a round trip ends from its start, $X_{t,s}(X_{s,t}(x)) - x$.
+
+    **Arguments:** as for [`flowdiffrax.semigroup_residual`][], without stop-over.
+
+    **Returns:** a state like `x`.
+    """
+    s, t = times_like(x, s, t)
+    return subtract(flow_map(t, s, flow_map(s, t, x, args), args), x)

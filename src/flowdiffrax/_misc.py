@@ -1,0 +1,133 @@
+"""Small helpers with two callers or more."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import Array, Inexact, PyTree
+
+from ._custom_types import Scalar, State, Time
+
+
+def as_times(*times: Time) -> tuple[Inexact[Array, ""], ...]:
+    """The times as scalar arrays of one floating dtype, ready for `jax.jvp`.
+
+    Python numbers adopt the dtype of the arrays beside them, as they do in JAX.
+    """
+    with jax.numpy_dtype_promotion("standard"):
+        dtype = jnp.result_type(*times)
+        if not jnp.issubdtype(dtype, jnp.floating):
+            dtype = jnp.result_type(dtype, float)
+    return tuple(jnp.asarray(time, dtype) for time in times)
+
+
+def times_like(x: State, *times: Time) -> tuple[Inexact[Array, ""], ...]:
+    """The times in the precision of the state, and in float32 at least.
+
+    So a float32 network is not promoted by Python-float times when x64 is enabled, and
+    a bfloat16 state does not round its clock to two digits.
+    """
+    return tuple(time.astype(time_dtype(x)) for time in as_times(*times))
+
+
+def time_dtype(x: State) -> jnp.dtype:
+    """The dtype of the times that go with a state."""
+    return at_least_float32(real_dtype(x))
+
+
+def at_least_float32(dtype: jnp.dtype) -> jnp.dtype:
+    """The dtype itself, or float32 instead of one with fewer digits."""
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.promote_types(dtype, jnp.float32)
+
+
+def real_dtype(x: State) -> jnp.dtype:
+    """The dtype of the real part of the most precise leaf."""
+    dtypes = [jnp.result_type(leaf) for leaf in jtu.tree_leaves(x)]
+    inexact = [d for d in dtypes if jnp.issubdtype(d, jnp.inexact)]
+    if len(inexact) == 0:
+        raise TypeError(
+            f"A state must have a floating-point or complex leaf; got dtypes {dtypes}. "
+            "Convert integers with `.astype(float)`."
+        )
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.finfo(jnp.result_type(*inexact)).dtype
+
+
+def scale(factor: Scalar, x: State) -> State:
+    """`factor * x`, every leaf keeping its own dtype."""
+    return jtu.tree_map(lambda leaf: _cast_factor(factor, leaf) * leaf, x)
+
+
+def add_scaled(x: State, factor: Scalar, v: State) -> State:
+    """`x + factor * v`, every leaf keeping its own dtype."""
+    return jtu.tree_map(lambda a, b: a + _cast_factor(factor, b) * b, x, v)
+
+
+def subtract(x: State, y: State) -> State:
+    """`x - y`, leaf by leaf."""
+    return jtu.tree_map(lambda a, b: a - b, x, y)
+
+
+def _cast_factor(factor: Scalar, leaf: Array) -> Scalar:
+    # Times often carry more digits than the state (float64 steps of a float32 state)
+    # or fewer (float32 times of a float64 state): the state's precision decides.
+    return factor.astype(jnp.finfo(jnp.result_type(leaf)).dtype)
+
+
+def squared_norm(x: State) -> Scalar:
+    """The sum of squares of all entries of all leaves."""
+    leaves = [jnp.sum(jnp.real(leaf * jnp.conj(leaf))) for leaf in jtu.tree_leaves(x)]
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.asarray(sum(leaves))
+
+
+def all_finite(x: State) -> Array:
+    """Whether every entry of every leaf is finite, as a scalar boolean array."""
+    finite = jnp.asarray(True)
+    for leaf in jtu.tree_leaves(x):
+        finite = finite & jnp.all(jnp.isfinite(leaf))
+    return finite
+
+
+def is_concrete(x: PyTree) -> bool:
+    """Whether no leaf is a tracer, so that its values may decide an `if`."""
+    return not any(isinstance(leaf, jax.core.Tracer) for leaf in jtu.tree_leaves(x))
+
+
+def check_like(out: State, x: State, name: str) -> State:
+    """Returns `out`, having checked at trace time that it could stand in for `x`.
+
+    **Raises:** `ValueError` for another PyTree structure or other shapes, `TypeError`
+    for other dtypes.
+    """
+    got, expected = jtu.tree_structure(out), jtu.tree_structure(x)
+    if got != expected:
+        raise ValueError(
+            f"{name} must return a PyTree of the structure of the state, {expected}; "
+            f"got {got}."
+        )
+    for got_leaf, leaf in zip(jtu.tree_leaves(out), jtu.tree_leaves(x), strict=True):
+        if jnp.shape(got_leaf) != jnp.shape(leaf):
+            raise ValueError(
+                f"{name} must return the shape of the state, {jnp.shape(leaf)}; got "
+                f"{jnp.shape(got_leaf)}. A state is one example: to work on a batch, "
+                "use `jax.vmap`."
+            )
+        if jnp.result_type(got_leaf) != jnp.result_type(leaf):
+            raise TypeError(
+                f"{name} must return the dtype of the state, {jnp.result_type(leaf)}; "
+                f"got {jnp.result_type(got_leaf)}. Cast with `.astype(x.dtype)` where "
+                "the value is returned. (Diffrax promotes the state to the dtype of "
+                "the times: Python-float times are float64 when x64 is enabled.)"
+            )
+    return out
+
+
+def check_callable(fn: Callable, name: str, signature: str) -> None:
+    """**Raises:** `TypeError` if `fn` cannot be called."""
+    if not callable(fn):
+        raise TypeError(
+            f"`{name}` must be a callable `{signature}`; got {type(fn).__name__}."
+        )

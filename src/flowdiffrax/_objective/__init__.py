@@ -1,0 +1,12 @@
+from .base import AbstractObjective as AbstractObjective
+from .base import Mixture as Mixture
+from .base import batch_loss as batch_loss
+from .flow_matching import FlowMatching as FlowMatching
+from .lagrangian import LagrangianMapDistillation as LagrangianMapDistillation
+from .lagrangian import VelocityDistillation as VelocityDistillation
+from .progressive import ProgressiveFlowMapMatching as ProgressiveFlowMapMatching
+from .trajectory import TrajectoryMatching as TrajectoryMatching
+from .weight import AbstractWeight as AbstractWeight
+from .weight import DataEndWeight as DataEndWeight
+from .weight import InverseSquareGap as InverseSquareGap
+from .weight import NoWeight as NoWeight

@@ -1,0 +1,50 @@
+import diffrax
+from jaxtyping import Array, Key
+
+from .._custom_types import Args, Scalar, Time
+from .._flow_map import AbstractFlowMap
+from .._misc import squared_norm, subtract
+from .._times import AbstractTimes, UniformTriangle
+from .base import AbstractObjective
+from .weight import AbstractWeight, InverseSquareGap
+
+
+class TrajectoryMatching(AbstractObjective):
+    r"""Regression on exact trajectories, $|X_{s,t}(x_s) - x_t|^2 / (t - s)^2$.
+
+    The path is a solution of the ODE itself, $x_s$ and $x_t$ two points of it: no
+    teacher, no derivative, no stop-gradient, a target that never moves. Zero exactly at
+    the flow map. It is the natural first stage wherever trajectories can be had.
+
+    **Arguments:**
+
+    - `times`: the law of times. For trajectories saved on a grid,
+      [`flowdiffrax.GridTimes`][], so that nothing is interpolated.
+    - `weight`: what is made of the squared error of the states; the default makes it
+      the squared error of average velocities.
+
+    The teacher is not used. Paths come from [`flowdiffrax.solve_trajectories`][].
+
+    ??? cite "Reference"
+
+        As mid-training, [arXiv:2509.24526](https://arxiv.org/abs/2509.24526).
+    """
+
+    times: AbstractTimes = UniformTriangle()
+    weight: AbstractWeight = InverseSquareGap()
+
+    def __call__(
+        self,
+        flow_map: AbstractFlowMap,
+        teacher: object,
+        path: diffrax.AbstractPath,
+        s: Time,
+        t: Time,
+        args: Args = None,
+        *,
+        key: Key[Array, ""] | None = None,
+    ) -> Scalar:
+        del teacher, key
+        x_s, x_t = path.evaluate(s), path.evaluate(t)
+        error = subtract(flow_map(s, t, x_s, args), x_t)
+        return self.weight(s, t, squared_norm(error))

@@ -1,0 +1,295 @@
+import abc
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+from jax.scipy.special import ndtri
+from jaxtyping import Array, ArrayLike, Float, Key
+
+Times = Float[Array, " batch"]
+
+
+class AbstractTimes(eqx.Module):
+    """A law of pairs of times, one pair for each example of a batch.
+
+    A law is a function of two uniform numbers a pair, which
+    [`flowdiffrax.Stratified`][] may choose more evenly than chance.
+    """
+
+    def __call__(
+        self, key: Key[Array, ""], batch_size: int, dtype=None
+    ) -> tuple[Times, Times]:
+        """Draws the pairs.
+
+        **Arguments:**
+
+        - `key`: a random key.
+        - `batch_size`: how many pairs, at least 1.
+        - `dtype`: the dtype of the times; `None` for JAX's default.
+
+        **Returns:** the start times `s` and the end times `t`, each of shape
+        `(batch_size,)`.
+        """
+        check_batch_size(batch_size)
+        first_key, second_key = jr.split(key)
+        dtype = jnp.result_type(float) if dtype is None else dtype
+        first = jr.uniform(first_key, (batch_size,), dtype)
+        second = jr.uniform(second_key, (batch_size,), dtype)
+        return self.from_uniform(first, second)
+
+    @abc.abstractmethod
+    def from_uniform(self, first: Times, second: Times) -> tuple[Times, Times]:
+        """The pairs that two batches of uniform numbers in [0, 1) stand for."""
+
+
+class UniformTriangle(AbstractTimes):
+    r"""Uniform on $\{0 \le s \le t \le 1\}$, or on the band of it with $t - s \le \tau$.
+
+    **Arguments:**
+
+    - `max_gap`: the longest jump $\tau$ in (0, 1]. It may be an array, so that a
+      schedule may anneal it without a new compilation.
+    """
+
+    max_gap: ArrayLike = 1.0
+
+    def __check_init__(self):
+        _check_max_gap(self.max_gap)
+
+    def from_uniform(self, first: Times, second: Times) -> tuple[Times, Times]:
+        gap = _uniform_gap(first, self.max_gap)
+        s = second * (1 - gap)
+        return s, s + gap
+
+
+class UniformSquare(AbstractTimes):
+    r"""Uniform on $[0, 1]^2$, both directions of time, or on $|t - s| \le \tau$.
+
+    **Arguments:**
+
+    - `max_gap`: as for [`flowdiffrax.UniformTriangle`][].
+    """
+
+    max_gap: ArrayLike = 1.0
+
+    def __check_init__(self):
+        _check_max_gap(self.max_gap)
+
+    def from_uniform(self, first: Times, second: Times) -> tuple[Times, Times]:
+        # The first half of the unit interval draws the triangle below, the second half
+        # the one above.
+        forward = first < 0.5
+        gap = _uniform_gap(jnp.where(forward, 2 * first, 2 * first - 1), self.max_gap)
+        low = second * (1 - gap)
+        high = low + gap
+        return jnp.where(forward, low, high), jnp.where(forward, high, low)
+
+
+class Diagonal(AbstractTimes):
+    r"""Equal times $s = t$, uniform in [0, 1] or as another law has its end times.
+
+    **Arguments:**
+
+    - `times`: the law whose end time is used; `None` for uniform.
+    """
+
+    times: AbstractTimes | None = None
+
+    def from_uniform(self, first: Times, second: Times) -> tuple[Times, Times]:
+        t = second if self.times is None else self.times.from_uniform(first, second)[1]
+        return t, t
+
+
+class DiagonalMixture(AbstractTimes):
+    r"""A fixed share of each batch on the diagonal $s = t$, the rest by another law.
+
+    The share is a count, not a chance: the first `round(fraction * batch_size)` pairs
+    lie on the diagonal, so that a loss may treat the two parts differently without
+    computing both for every example.
+
+    **Arguments:**
+
+    - `times`: the law off the diagonal.
+    - `fraction`: the share on the diagonal, in [0, 1].
+
+    **Raises:** `ValueError` for a fraction outside [0, 1].
+    """
+
+    times: AbstractTimes
+    fraction: float = eqx.field(static=True, default=0.75)
+
+    def __check_init__(self):
+        if not 0 <= self.fraction <= 1:
+            raise ValueError(f"`fraction` must be in [0, 1]; got {self.fraction}.")
+
+    def from_uniform(self, first: Times, second: Times) -> tuple[Times, Times]:
+        s, t = self.times.from_uniform(first, second)
+        num_diagonal = round(self.fraction * t.shape[0])
+        # Uniform on the diagonal, whatever the law off it.
+        on_diagonal = jnp.arange(t.shape[0]) < num_diagonal
+        return jnp.where(on_diagonal, second, s), jnp.where(on_diagonal, second, t)
+
+
+class LogitNormal(AbstractTimes):
+    r"""Sorted pairs of independent logit-normal times.
+
+    **Arguments:**
+
+    - `mean`, `std`: of the logit on our clock. Papers that have the data at time 0
+      quote the mean with the opposite sign.
+
+    **Raises:** `ValueError` for a `std` that is not positive.
+
+    ??? cite "Reference"
+
+        MeanFlow, [arXiv:2505.13447](https://arxiv.org/abs/2505.13447), section 4.3.
+    """
+
+    mean: float = 0.4
+    std: float = 1.0
+
+    def __check_init__(self):
+        if self.std <= 0:
+            raise ValueError(f"`std` must be positive; got {self.std}.")
+
+    def from_uniform(self, first: Times, second: Times) -> tuple[Times, Times]:
+        # Uniform draws include 0, whose normal quantile is infinite.
+        floor = jnp.finfo(first.dtype).tiny
+        logit = lambda u: self.mean + self.std * ndtri(jnp.maximum(u, floor))
+        first, second = jax.nn.sigmoid(logit(first)), jax.nn.sigmoid(logit(second))
+        return jnp.minimum(first, second), jnp.maximum(first, second)
+
+
+class Dyadic(AbstractTimes):
+    r"""Dyadic jumps: length $2^{-j}$ from a multiple of it, $j$ uniform in $0 .. J$.
+
+    **Arguments:**
+
+    - `max_level`: the finest level $J$, at least 0; $2^J$ jumps cover [0, 1].
+
+    **Raises:** `ValueError` for a negative level.
+
+    ??? cite "Reference"
+
+        Shortcut models, [arXiv:2410.12557](https://arxiv.org/abs/2410.12557), section 3.
+    """
+
+    max_level: int = eqx.field(static=True, default=7)
+
+    def __check_init__(self):
+        if self.max_level < 0:
+            raise ValueError(f"`max_level` must be at least 0; got {self.max_level}.")
+
+    def from_uniform(self, first: Times, second: Times) -> tuple[Times, Times]:
+        level = jnp.floor(first * (self.max_level + 1))
+        num_jumps = jnp.exp2(level)
+        index = jnp.floor(second * num_jumps)
+        return index / num_jumps, (index + 1) / num_jumps
+
+
+class GridTimes(AbstractTimes):
+    r"""Pairs from a given grid, $s = t_i$ and $t = t_j$ with $i < j$, all equally likely.
+
+    For data that are known at certain times only, such as saved trajectories.
+
+    **Arguments:**
+
+    - `ts`: the grid, at least two rising times.
+    - `both_directions`: whether to draw $i > j$ as well.
+
+    **Raises:** `ValueError` for fewer than two times.
+    """
+
+    ts: Float[Array, " grid"]
+    both_directions: bool = eqx.field(static=True, default=False)
+
+    def __check_init__(self):
+        if jnp.ndim(self.ts) != 1 or jnp.shape(self.ts)[0] < 2:
+            raise ValueError(
+                "`ts` must be one-dimensional with at least two times; got shape "
+                f"{jnp.shape(self.ts)}."
+            )
+
+    def from_uniform(self, first: Times, second: Times) -> tuple[Times, Times]:
+        size = self.ts.shape[0]
+        # Two different indices: the second skips over the first.
+        i = jnp.minimum((first * size).astype(int), size - 1)
+        j = jnp.minimum((second * (size - 1)).astype(int), size - 2)
+        j = jnp.where(j >= i, j + 1, j)
+        if not self.both_directions:
+            i, j = jnp.minimum(i, j), jnp.maximum(i, j)
+        ts = self.ts.astype(first.dtype)
+        return ts[i], ts[j]
+
+
+class OnInterval(AbstractTimes):
+    r"""Another law, moved from [0, 1] to an interval of a physical ODE.
+
+    **Arguments:**
+
+    - `times`: a law on [0, 1].
+    - `t0`, `t1`: where 0 and 1 are moved to.
+    """
+
+    times: AbstractTimes
+    t0: ArrayLike
+    t1: ArrayLike
+
+    def from_uniform(self, first: Times, second: Times) -> tuple[Times, Times]:
+        s, t = self.times.from_uniform(first, second)
+        low, high = (jnp.asarray(end, s.dtype) for end in (self.t0, self.t1))
+        return low + (high - low) * s, low + (high - low) * t
+
+
+class Stratified(AbstractTimes):
+    """Another law, drawn with less variance: a Latin hypercube over the batch.
+
+    Each of the two uniform numbers falls exactly once in each of `batch_size` equal
+    cells, in independent random orders. The law of each single pair stays the same.
+
+    **Arguments:**
+
+    - `times`: the law to draw from.
+    """
+
+    times: AbstractTimes
+
+    def __call__(
+        self, key: Key[Array, ""], batch_size: int, dtype=None
+    ) -> tuple[Times, Times]:
+        check_batch_size(batch_size)
+        dtype = jnp.result_type(float) if dtype is None else dtype
+        return self.from_uniform(
+            *(_latin(axis_key, batch_size, dtype) for axis_key in jr.split(key))
+        )
+
+    def from_uniform(self, first: Times, second: Times) -> tuple[Times, Times]:
+        return self.times.from_uniform(first, second)
+
+
+def _latin(key: Key[Array, ""], batch_size: int, dtype) -> Times:
+    order_key, offset_key = jr.split(key)
+    cell = jr.permutation(order_key, batch_size).astype(dtype)
+    offset = jr.uniform(offset_key, (batch_size,), dtype)
+    # Rounding may lift the last cell's draw to 1.
+    below_one = 1 - jnp.finfo(dtype).epsneg
+    return jnp.minimum((cell + offset) / batch_size, below_one)
+
+
+def _uniform_gap(u: Times, max_gap: ArrayLike) -> Times:
+    # The density of the gap g of a uniform pair is proportional to 1 - g on [0, tau].
+    tau = jnp.asarray(max_gap, u.dtype)
+    gap = 1 - jnp.sqrt(1 - u * tau * (2 - tau))
+    return jnp.clip(gap, 0, tau)
+
+
+def _check_max_gap(max_gap: ArrayLike) -> None:
+    if isinstance(max_gap, float | int) and not 0 < max_gap <= 1:
+        raise ValueError(f"`max_gap` must be in (0, 1]; got {max_gap}.")
+
+
+def check_batch_size(batch_size: int) -> None:
+    """**Raises:** `ValueError` if `batch_size` is below 1."""
+    if batch_size < 1:
+        raise ValueError(f"`batch_size` must be at least 1; got {batch_size}.")

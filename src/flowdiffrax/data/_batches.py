@@ -1,0 +1,149 @@
+from collections.abc import Callable
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import jax.tree_util as jtu
+from jaxtyping import Array, Key
+
+from .._coupling import AbstractCoupling, IndependentCoupling
+from .._custom_types import Args, State
+from .._interpolant import AbstractInterpolant
+from .._times import check_batch_size
+from .._trajectory import TrajectoryPath
+
+Batch = tuple[diffrax.AbstractPath, Args]
+
+
+class GaussianBase(eqx.Module):
+    """The base of most flows: independent normals around zero.
+
+    **Arguments:**
+
+    - `std`: the standard deviation, positive.
+
+    **Raises:** `ValueError` if it is not positive.
+    """
+
+    std: float = 1.0
+
+    def __check_init__(self):
+        if self.std <= 0:
+            raise ValueError(f"`std` must be positive; got {self.std}.")
+
+    def __call__(self, key: Key[Array, ""], x1: State) -> State:
+        """A draw like the batch `x1`."""
+        return _normal_like(key, x1, self.std)
+
+
+class InterpolantBatches(eqx.Module):
+    """Batches of interpolant paths, a function of a key alone.
+
+    **Arguments:**
+
+    - `interpolant`: how base and data are joined; its latent, if any, is drawn here.
+    - `data`: the data points, arrays with a leading axis from which rows are drawn with
+      replacement, or a function `(key, batch_size) -> points`.
+    - `batch_size`: paths a batch, at least 1.
+    - `base`: a function `(key, x1) -> x0` that draws base points like a batch of data.
+    - `coupling`: how the two are paired.
+    - `args`: conditions, one row for each data point, or `None`. Only with array data.
+
+    **Raises:** `ValueError` for a batch size below 1, data without points, or conditions
+    that do not go with the data.
+    """
+
+    interpolant: AbstractInterpolant
+    data: State | Callable[[Key[Array, ""], int], State]
+    batch_size: int = eqx.field(static=True)
+    base: Callable[[Key[Array, ""], State], State] = GaussianBase()
+    coupling: AbstractCoupling = IndependentCoupling()
+    args: Args = None
+
+    def __check_init__(self):
+        check_batch_size(self.batch_size)
+        if callable(self.data):
+            if self.args is not None:
+                raise ValueError("`args` needs data given as arrays, row for row.")
+        else:
+            _num_rows((self.data, self.args))
+
+    def __call__(self, key: Key[Array, ""]) -> Batch:
+        """Draws a batch: its paths and conditions, every leaf with the batch axis."""
+        data_key, base_key, pair_key, latent_key = jr.split(key, 4)
+        if callable(self.data):
+            x1, args = self.data(data_key, self.batch_size), None
+        else:
+            x1, args = _draw_rows(data_key, (self.data, self.args), self.batch_size)
+        x0 = self.coupling(pair_key, self.base(base_key, x1), x1)
+        has_latent = self.interpolant.has_latent
+        z = _normal_like(latent_key, x1, 1.0) if has_latent else None
+        paths = jax.vmap(self.interpolant)(x0, x1, z)
+        # The interpolant's own numbers are shared by all paths of the batch.
+        broadcast = lambda leaf: (
+            jnp.broadcast_to(leaf, (self.batch_size, *jnp.shape(leaf)))
+            if eqx.is_array(leaf)
+            else leaf
+        )
+        shared = jtu.tree_map(broadcast, self.interpolant)
+        return eqx.tree_at(lambda p: p.interpolant, paths, shared), args
+
+
+class TrajectoryBatches(eqx.Module):
+    """Batches of solved trajectories, drawn with replacement from a pool.
+
+    **Arguments:**
+
+    - `ts`: the times at which the pool was saved, rising, of shape `(times,)`.
+    - `ys`: the pool, every leaf of shape `(pool, times, ...)`, as
+      [`flowdiffrax.solve_trajectories`][] returns it.
+    - `batch_size`: trajectories a batch, at least 1.
+    - `args`: conditions, one row for each trajectory, or `None`.
+
+    **Raises:** `ValueError` for a batch size below 1 or shapes that do not match.
+    """
+
+    ts: Array
+    ys: State
+    batch_size: int = eqx.field(static=True)
+    args: Args = None
+
+    def __check_init__(self):
+        check_batch_size(self.batch_size)
+        _num_rows((self.ys, self.args))
+        for leaf in jtu.tree_leaves(self.ys):
+            if leaf.shape[1:2] != jnp.shape(self.ts):
+                raise ValueError(
+                    "`ys` must have shape (pool, times, ...) with the times of `ts`, "
+                    f"{jnp.shape(self.ts)}; got {leaf.shape}."
+                )
+
+    def __call__(self, key: Key[Array, ""]) -> Batch:
+        """Draws a batch: its paths and conditions, every leaf with the batch axis."""
+        ys, args = _draw_rows(key, (self.ys, self.args), self.batch_size)
+        ts = jnp.broadcast_to(self.ts, (self.batch_size, *self.ts.shape))
+        return TrajectoryPath(ts, ys), args
+
+
+def _normal_like(key, x, std):
+    leaves, structure = jtu.tree_flatten(x)
+    keys = jr.split(key, len(leaves))
+    draw = lambda key, leaf: std * jr.normal(key, leaf.shape, leaf.dtype)
+    return jtu.tree_unflatten(structure, map(draw, keys, leaves))
+
+
+def _num_rows(tree) -> int:
+    sizes = {jnp.shape(leaf)[:1] for leaf in jtu.tree_leaves(tree)}
+    if len(sizes) != 1 or sizes <= {(), (0,)}:
+        raise ValueError(
+            "Data and conditions must be arrays with one common leading axis that is "
+            f"not empty; got leading axes {sorted(sizes)}."
+        )
+    return sizes.pop()[0]
+
+
+def _draw_rows(key, tree, batch_size):
+    rows = jr.randint(key, (batch_size,), 0, _num_rows(tree))
+    return jtu.tree_map(lambda leaf: jnp.asarray(leaf)[rows], tree)

@@ -1,0 +1,192 @@
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from .._custom_types import Args, Numbers, State, Time
+from .._flow_map import AbstractFlowMap
+from .._interpolant import AbstractInterpolant, LinearInterpolant
+from .._misc import times_like
+
+
+class GaussianFlowMap(AbstractFlowMap):
+    r"""The exact flow map of an interpolant between two Gaussians.
+
+    With mean $m_t = \alpha_t m_0 + \beta_t m_1$ and covariance
+    $\Sigma_t = \alpha_t^2 C_0 + \beta_t^2 C_1 + \gamma_t^2 I$,
+    $X_{s,t}(x) = m_t + \Sigma_t^{1/2} \Sigma_s^{-1/2} (x - m_s)$. It holds for
+    independent end points and covariances that commute.
+
+    **Arguments:**
+
+    - `interpolant`: any interpolant.
+    - `base_std`, `target_std`: standard deviations, scalars or arrays that broadcast to
+      the state.
+    - `base_mean`, `target_mean`: means, likewise.
+    - `base_cov`, `target_cov`: full covariance matrices instead, `(d, d)` for a state
+      of shape `(d,)`; where one is given, the other may be a standard deviation.
+
+    **Raises:** `ValueError` for covariances that are not symmetric positive
+    semi-definite, or that do not commute.
+    """
+
+    interpolant: AbstractInterpolant
+    means: tuple[Array, Array]
+    variances: tuple[Array, Array]
+    basis: Array | None
+    time_range = (0.0, 1.0)
+
+    def __init__(
+        self,
+        interpolant: AbstractInterpolant = LinearInterpolant(),
+        *,
+        base_std: Numbers = 1.0,
+        target_std: Numbers = 1.0,
+        base_mean: Numbers = 0.0,
+        target_mean: Numbers = 0.0,
+        base_cov: Numbers | None = None,
+        target_cov: Numbers | None = None,
+    ):
+        self.interpolant = interpolant
+        self.means = (jnp.asarray(base_mean, float), jnp.asarray(target_mean, float))
+        if base_cov is None and target_cov is None:
+            stds = (jnp.asarray(base_std, float), jnp.asarray(target_std, float))
+            self.variances = (stds[0] ** 2, stds[1] ** 2)
+            self.basis = None
+        else:
+            variances, basis = _diagonalise(
+                _covariance("base", base_std, base_cov, target_cov),
+                _covariance("target", target_std, target_cov, base_cov),
+            )
+            self.variances = tuple(map(jnp.asarray, variances))
+            self.basis = jnp.asarray(basis)
+
+    def __call__(self, s: Time, t: Time, x: State, args: Args = None) -> State:
+        del args
+        s, t = times_like(x, s, t)
+        cast = lambda value: value.astype(x.dtype)
+        mean_s, variance_s = self._moments(s)
+        mean_t, variance_t = self._moments(t)
+        centred = x - cast(mean_s)
+        growth = cast(jnp.sqrt(variance_t / variance_s))
+        if self.basis is None:
+            return cast(mean_t) + growth * centred
+        basis = cast(self.basis)
+        return cast(mean_t) + basis @ (growth * (basis.T @ centred))
+
+    def _moments(self, t):
+        alpha, beta, gamma = self.interpolant.coefficients(t)
+        cast = lambda value: value.astype(t.dtype)
+        m0, m1 = map(cast, self.means)
+        c0, c1 = map(cast, self.variances)
+        return alpha * m0 + beta * m1, alpha**2 * c0 + beta**2 * c1 + gamma**2
+
+
+def _covariance(name, std, cov, other_cov) -> np.ndarray:
+    if cov is None:
+        return np.diag(np.broadcast_to(np.asarray(std, float) ** 2, len(other_cov)))
+    cov = np.asarray(cov, float)
+    if cov.ndim != 2 or cov.shape[0] != cov.shape[1] or not np.allclose(cov, cov.T):
+        raise ValueError(
+            f"`{name}_cov` must be a symmetric matrix; got shape {cov.shape}."
+        )
+    return cov
+
+
+def _diagonalise(c0: np.ndarray, c1: np.ndarray):
+    """Both spectra in one eigenbasis."""
+    scale = np.abs(c0).max() * np.abs(c1).max()
+    if c0.shape != c1.shape or np.abs(c0 @ c1 - c1 @ c0).max() > 1e-6 * scale:
+        raise ValueError(
+            "`base_cov` and `target_cov` must have one shape and commute, C0 C1 = C1 C0: "
+            "only then is the flow map known in closed form. Otherwise integrate "
+            "`GaussianMixtureVelocity` with `ODEFlowMap`."
+        )
+    # A generic combination separates eigenspaces that either one alone may merge.
+    _, basis = np.linalg.eigh(c0 / np.abs(c0).max() + np.pi * c1 / np.abs(c1).max())
+    spectra = tuple(np.einsum("ij,ik,kj->j", basis, c, basis) for c in (c0, c1))
+    if min(spectrum.min() for spectrum in spectra) < -1e-8:
+        raise ValueError("Covariances must be positive semi-definite.")
+    return tuple(np.maximum(spectrum, 0) for spectrum in spectra), basis
+
+
+class GaussianMixtureVelocity(eqx.Module):
+    r"""The exact velocity from a Gaussian base to a mixture of Gaussians.
+
+    $b_t(x) = \sum_k r_k(x)\,[\dot\beta m_k + (\alpha\dot\alpha\sigma_0^2 + \beta\dot\beta
+    C_k + \gamma\dot\gamma)\,S_k^{-1}(x - \beta m_k)]$ with $S_k = \alpha^2\sigma_0^2 +
+    \beta^2 C_k + \gamma^2$ and $r_k(x) \propto \pi_k \mathcal N(x; \beta m_k, S_k)$.
+
+    **Arguments:**
+
+    - `weights`: the weights $\pi_k$, positive, of shape `(components,)`; they are
+      divided by their sum.
+    - `means`: of shape `(components, d)`.
+    - `covariances`: of shape `(components, d, d)`, or `(components,)` for variances of
+      isotropic components.
+    - `interpolant`: any interpolant.
+    - `base_std`: the standard deviation $\sigma_0$ of the base, positive.
+
+    **Raises:** `ValueError` for shapes that do not match or weights that are not
+    positive.
+    """
+
+    log_weights: Array
+    means: Array
+    covariances: Array
+    interpolant: AbstractInterpolant
+    base_std: Array
+
+    def __init__(
+        self,
+        weights: Numbers,
+        means: Numbers,
+        covariances: Numbers,
+        interpolant: AbstractInterpolant = LinearInterpolant(),
+        base_std: Numbers = 1.0,
+    ):
+        weights = np.asarray(weights, float)
+        means, covariances = np.asarray(means, float), np.asarray(covariances, float)
+        if means.ndim != 2:
+            raise ValueError(f"`means` must be (components, d); got {means.shape}.")
+        components, size = means.shape
+        if covariances.ndim == 1:
+            covariances = covariances[:, None, None] * np.eye(size)
+        if weights.shape != (components,) or weights.min() <= 0:
+            raise ValueError(
+                f"`weights` must be {components} positive numbers; got {weights}."
+            )
+        if covariances.shape != (components, size, size):
+            raise ValueError(
+                f"`covariances` must be {(components, size, size)} or {(components,)}; "
+                f"got {covariances.shape}."
+            )
+        self.log_weights = jnp.asarray(np.log(weights / weights.sum()))
+        self.means = jnp.asarray(means)
+        self.covariances = jnp.asarray(covariances)
+        self.interpolant = interpolant
+        self.base_std = jnp.asarray(base_std, float)
+
+    def __call__(self, t: Time, x: State, args: Args = None) -> State:
+        del args
+        (t,) = times_like(x, t)
+        cast = lambda value: value.astype(x.dtype)
+        alpha, beta, gamma = map(cast, self.interpolant.coefficients(t))
+        d_alpha, d_beta, d_gamma = map(cast, self.interpolant.rates(t))
+        means, covariances = cast(self.means), cast(self.covariances)
+        variance, eye = cast(self.base_std) ** 2, jnp.eye(x.shape[0], dtype=x.dtype)
+
+        spread = (alpha**2 * variance + gamma**2) * eye + beta**2 * covariances
+        growth = (alpha * d_alpha * variance + gamma * d_gamma) * eye
+        growth = growth + beta * d_beta * covariances
+        centred = x - beta * means
+        cholesky = jnp.linalg.cholesky(spread)
+        # Mahalanobis distance and S^{-1}(x - m) from one factorisation.
+        half = jnp.linalg.solve(cholesky, centred[..., None])
+        whitened = jnp.linalg.solve(jnp.swapaxes(cholesky, -1, -2), half)[..., 0]
+        log_det = jnp.sum(jnp.log(jnp.diagonal(cholesky, axis1=-2, axis2=-1)), axis=-1)
+        log_density = -0.5 * jnp.sum(half[..., 0] ** 2, axis=-1) - log_det
+        responsibility = jax.nn.softmax(cast(self.log_weights) + log_density)
+        drift = d_beta * means + jnp.einsum("kij,kj->ki", growth, whitened)
+        return responsibility @ drift

@@ -1,0 +1,44 @@
+import jax.numpy as jnp
+from jax.scipy.linalg import expm
+from jaxtyping import Array
+
+from .._custom_types import Args, Numbers, State, Time
+from .._flow_map import AbstractFlowMap
+from .._misc import times_like
+
+
+class LinearFlowMap(AbstractFlowMap):
+    r"""The exact flow map of $\dot x = A x + c$, by the matrix exponential.
+
+    **Arguments:**
+
+    - `matrix`: the matrix $A$, `(d, d)`, of any symmetry.
+    - `offset`: the vector $c$, `(d,)`; `None` for none.
+
+    **Raises:** `ValueError` for shapes that do not match.
+    """
+
+    generator: Array
+
+    def __init__(self, matrix: Numbers, offset: Numbers | None = None):
+        matrix = jnp.asarray(matrix, float)
+        if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
+            raise ValueError(f"`matrix` must be square; got shape {matrix.shape}.")
+        size = matrix.shape[0]
+        offset = jnp.zeros(size) if offset is None else jnp.asarray(offset, float)
+        if offset.shape != (size,):
+            raise ValueError(f"`offset` must be {(size,)}; got {offset.shape}.")
+        # One more coordinate that stays 1 turns the affine ODE into a linear one.
+        self.generator = jnp.zeros((size + 1, size + 1))
+        self.generator = self.generator.at[:-1, :-1].set(matrix).at[:-1, -1].set(offset)
+
+    def __call__(self, s: Time, t: Time, x: State, args: Args = None) -> State:
+        del args
+        s, t = times_like(x, s, t)
+        propagator = expm((t - s) * self.generator.astype(t.dtype)).astype(x.dtype)
+        return propagator[:-1, :-1] @ x + propagator[:-1, -1]
+
+    def velocity(self, t: Time, x: State, args: Args = None) -> State:
+        del t, args
+        generator = self.generator.astype(x.dtype)
+        return generator[:-1, :-1] @ x + generator[:-1, -1]

@@ -1,0 +1,3 @@
+"""Networks of two times and a state, `net(s, t, x, args)`."""
+
+from ._mlp import MLP as MLP

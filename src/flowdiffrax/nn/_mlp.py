@@ -1,0 +1,114 @@
+import math
+from collections.abc import Callable
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+from jaxtyping import Array, Float, Key
+
+from .._custom_types import Args, Time
+
+
+class MLP(eqx.Module):
+    r"""A fully connected network of two times and a state, `net(s, t, x, args)`.
+
+    Inputs are the state over its scale, sines and cosines of it, and cosines of both
+    times, all of low frequency: derivatives in time are part of many objectives, and
+    each frequency multiplies them. Hidden layers after the first are residual. `args`,
+    if any, is a vector that is appended to the inputs.
+
+    **Arguments:**
+
+    - `size`: length of the state vector.
+    - `width`, `depth`: width of the hidden layers, and their number, at least 1.
+    - `scale`: typical size of the state's entries; outputs are multiplied by it.
+    - `frequencies`: frequencies $k$ of $\sin(\pi k x)$ and $\cos(\pi k x)$ of each entry.
+    - `time_frequencies`: frequencies $k$ of $\cos(\pi k s)$ and $\cos(\pi k t)$.
+    - `args_size`: length of the vector `args`; 0 for no condition.
+    - `activation`: a smooth function. With ReLU, objectives that differentiate the
+      network in time lose half their gradient.
+    - `key`: for the initial weights.
+
+    The last layer starts at zero, so that a [`flowdiffrax.FlowMap`][] of it starts as the
+    identity.
+
+    **Raises:** `ValueError` for a size, width or depth below 1; when called, for a state
+    or a condition of another shape.
+    """
+
+    first: eqx.nn.Linear
+    hidden: list[eqx.nn.Linear]
+    last: eqx.nn.Linear
+    size: int = eqx.field(static=True)
+    args_size: int = eqx.field(static=True)
+    scale: float = eqx.field(static=True)
+    frequencies: tuple[float, ...] = eqx.field(static=True)
+    time_frequencies: tuple[float, ...] = eqx.field(static=True)
+    activation: Callable = eqx.field(static=True)
+
+    def __init__(
+        self,
+        size: int,
+        width: int = 256,
+        depth: int = 4,
+        *,
+        scale: float = 1.0,
+        frequencies: tuple[float, ...] = (1.0, 2.0, 4.0),
+        time_frequencies: tuple[float, ...] = (1.0, 2.0),
+        args_size: int = 0,
+        activation: Callable[[Array], Array] = jax.nn.gelu,
+        key: Key[Array, ""],
+    ):
+        if min(size, width, depth) < 1:
+            raise ValueError(
+                "`size`, `width` and `depth` must be at least 1; got "
+                f"{size}, {width}, {depth}."
+            )
+        first_key, hidden_key, last_key = jr.split(key, 3)
+        num_inputs = size * (1 + 2 * len(frequencies))
+        num_inputs += 2 * (1 + len(time_frequencies)) + args_size
+        self.first = eqx.nn.Linear(num_inputs, width, key=first_key)
+        self.hidden = [
+            eqx.nn.Linear(width, width, key=jr.fold_in(hidden_key, index))
+            for index in range(depth - 1)
+        ]
+        last = eqx.nn.Linear(width, size, key=last_key)
+        self.last = jax.tree_util.tree_map(jnp.zeros_like, last)
+        self.size = size
+        self.args_size = args_size
+        self.scale = scale
+        self.frequencies = tuple(frequencies)
+        self.time_frequencies = tuple(time_frequencies)
+        self.activation = activation
+
+    def __call__(
+        self, s: Time, t: Time, x: Float[Array, " size"], args: Args = None
+    ) -> Float[Array, " size"]:
+        if x.shape != (self.size,):
+            raise ValueError(
+                f"This network takes one state of shape ({self.size},); got {x.shape}. "
+                "For a batch, use `jax.vmap`."
+            )
+        h = self._features(s, t, x, args)
+        h = self.activation(self.first(h))
+        for layer in self.hidden:
+            h = h + self.activation(layer(h))
+        return self.scale * self.last(h)
+
+    def _features(self, s, t, x, args):
+        times = jnp.stack([jnp.asarray(s, x.dtype), jnp.asarray(t, x.dtype)])
+        features = [x / self.scale, times]
+        for frequency in self.frequencies:
+            angle = math.pi * frequency * x
+            features += [jnp.sin(angle), jnp.cos(angle)]
+        for frequency in self.time_frequencies:
+            features.append(jnp.cos(math.pi * frequency * times))
+        if self.args_size > 0:
+            if jnp.shape(args) != (self.args_size,):
+                raise ValueError(
+                    f"This network takes `args` of shape ({self.args_size},); got "
+                    f"{args if args is None else jnp.shape(args)}."
+                )
+            features.append(jnp.asarray(args, x.dtype))
+        return jnp.concatenate(features)

@@ -1,0 +1,124 @@
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import equinox as eqx
+import jax
+import optax
+from jaxtyping import Array, Key
+
+from .._flow_map import AbstractFlowMap
+from .._objective import AbstractObjective, Mixture
+from ._step import StepInfo, TrainState, make_step
+
+
+class TrainingDiverged(RuntimeError):
+    """Loss or gradient stopped being finite.
+
+    **Attributes:**
+
+    - `state`: the state with the last good weights.
+    """
+
+    def __init__(self, message: str, state: TrainState):
+        super().__init__(message)
+        self.state = state
+
+
+def fit(
+    flow_map: AbstractFlowMap | TrainState,
+    objective: AbstractObjective | Mixture,
+    batches: Callable,
+    optim: optax.GradientTransformation,
+    *,
+    num_steps: int,
+    teacher: Any = None,
+    key: Key[Array, ""] | None = None,
+    ema_decay: float = 0.999,
+    report_every: int = 100,
+    on_report: Callable[[TrainState, dict[str, float]], None] | None = None,
+    progress: bool = True,
+) -> TrainState:
+    """Trains a flow map: a short loop around [`flowdiffrax.train.make_step`][].
+
+    **Arguments:**
+
+    - `flow_map`: the map to train, or the state of an earlier run of the same objective
+      and optimiser, to continue exactly where it stopped.
+    - `objective`: what to minimise, or a [`flowdiffrax.Mixture`][].
+    - `batches`: a function of a key that returns paths and conditions, for example
+      [`flowdiffrax.data.InterpolantBatches`][].
+    - `optim`: an Optax optimiser.
+    - `num_steps`: the number of steps the run has when it ends, at least 1. A state
+      that has made some of them makes only the rest.
+    - `teacher`: what the objective learns from, if anything.
+    - `key`: the root key; needed unless a state is continued, which has its own.
+    - `ema_decay`: decay of the moving average a step.
+    - `report_every`: how many steps lie between reports.
+    - `on_report`: called with the state and a dictionary of numbers: `step`, `loss`,
+      one entry for each objective, `grad_norm`, and `seconds` since the start. Save
+      checkpoints here, before the next step reuses the state's memory.
+    - `progress`: whether to show a bar. It needs tqdm, from the `train` extra, and is
+      left out without it.
+
+    **Returns:** the final state; `state.ema_map` is the map to use.
+
+    **Raises:** `ValueError` for a number of steps below 1 or a missing key, and
+    [`flowdiffrax.train.TrainingDiverged`][] if the loss or its gradient stops being
+    finite, with the last good state.
+    """
+    if num_steps < 1 or report_every < 1:
+        raise ValueError(
+            "`num_steps` and `report_every` must be at least 1; got "
+            f"{num_steps} and {report_every}."
+        )
+    if isinstance(flow_map, TrainState):
+        # A copy, for the same reason as in `TrainState.create`.
+        state = jax.tree_util.tree_map(
+            lambda leaf: leaf.copy() if eqx.is_array(leaf) else leaf, flow_map
+        )
+    elif key is None:
+        raise ValueError(
+            "`key` is needed to start a run, for example `jax.random.key(0)`."
+        )
+    else:
+        state = TrainState.create(flow_map, optim, key=key)
+    step = make_step(objective, optim, ema_decay=ema_decay)
+    start = time.perf_counter()
+    bar = _steps(int(state.step), num_steps, progress)
+    for index in bar:
+        state, info = step(state, batches, teacher)
+        # Reading a number waits for the device, so only reports do.
+        if (index + 1) % report_every == 0 or index + 1 == num_steps:
+            report = _report(index + 1, info, time.perf_counter() - start)
+            if not bool(info.is_finite):
+                raise TrainingDiverged(
+                    f"The loss or its gradient is not finite at step {index + 1}: loss "
+                    f"{report['loss']}, gradient norm {report['grad_norm']}. The weights "
+                    "of the last good step are in `.state`. Lower the learning rate, "
+                    "clip gradients with `optax.clip_by_global_norm`, or weigh down "
+                    "times at which the teacher is singular.",
+                    state,
+                )
+            if hasattr(bar, "set_postfix"):
+                bar.set_postfix(loss=f"{report['loss']:.4g}")
+            if on_report is not None:
+                on_report(state, report)
+    return state
+
+
+def _steps(first: int, last: int, progress: bool) -> Iterator[int] | Any:
+    steps = range(first, last)
+    if not progress:
+        return steps
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return steps
+    return tqdm(steps, initial=first, total=last, unit="step")
+
+
+def _report(step: int, info: StepInfo, seconds: float) -> dict[str, float]:
+    numbers = {"step": step, "loss": float(info.loss)}
+    numbers |= {name: float(value) for name, value in info.terms.items()}
+    return numbers | {"grad_norm": float(info.grad_norm), "seconds": seconds}

@@ -1,0 +1,185 @@
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import jax.tree_util as jtu
+import optax
+from jaxtyping import Array, Int, Key
+
+from .._custom_types import Args, Scalar
+from .._flow_map import AbstractFlowMap
+from .._misc import all_finite
+from .._objective import AbstractObjective, Mixture, batch_loss
+
+
+class TrainState(eqx.Module):
+    """All that a training run carries from step to step.
+
+    A run that is continued from its state is the same run: the randomness of a step is
+    a function of the root key and of the step's number.
+
+    **Attributes:**
+
+    - `flow_map`: the map that is trained.
+    - `ema_map`: the same map with the exponential moving average of the weights, the one
+      to evaluate and to sample from.
+    - `opt_state`: the optimiser's state.
+    - `step`: how many steps have been made.
+    - `key_data`: the root key's numbers.
+    """
+
+    flow_map: AbstractFlowMap
+    ema_map: AbstractFlowMap
+    opt_state: optax.OptState
+    step: Int[Array, ""]
+    key_data: Array
+
+    @classmethod
+    def create(
+        cls,
+        flow_map: AbstractFlowMap,
+        optim: optax.GradientTransformation,
+        *,
+        key: Key[Array, ""],
+    ) -> "TrainState":
+        """The state before the first step.
+
+        **Arguments:**
+
+        - `flow_map`: the map to train. It is copied, so that the caller's stays intact
+          when steps reuse the memory of the state.
+        - `optim`: an Optax optimiser.
+        - `key`: the root key of the run.
+        """
+        copy = lambda tree: jtu.tree_map(
+            lambda leaf: jnp.array(leaf) if eqx.is_array(leaf) else leaf, tree
+        )
+        with jax.numpy_dtype_promotion("standard"):
+            opt_state = optim.init(eqx.filter(flow_map, eqx.is_inexact_array))
+        return cls(
+            flow_map=copy(flow_map),
+            # A true copy of the weights, not zeros, so that there is nothing to debias.
+            ema_map=copy(flow_map),
+            opt_state=copy(opt_state),
+            step=jnp.zeros((), int),
+            key_data=jr.key_data(key),
+        )
+
+
+class StepInfo(eqx.Module):
+    """What a step reports.
+
+    **Attributes:**
+
+    - `loss`: the loss before the step.
+    - `terms`: the mean loss of each objective, by name.
+    - `grad_norm`: the norm of the whole gradient before the optimiser saw it.
+    - `is_finite`: whether loss and gradient were finite. If not, the step was skipped:
+      weights, average and optimiser are those of the step before.
+    """
+
+    loss: Scalar
+    terms: dict[str, Scalar]
+    grad_norm: Scalar
+    is_finite: Array
+
+
+def make_step(
+    objective: AbstractObjective | Mixture,
+    optim: optax.GradientTransformation,
+    *,
+    ema_decay: float = 0.999,
+) -> Callable[..., tuple[TrainState, StepInfo]]:
+    """One jitted training step: draw, loss, gradient, optimiser, moving average.
+
+    **Arguments:**
+
+    - `objective`: an objective, or a [`flowdiffrax.Mixture`][] of several.
+    - `optim`: an Optax optimiser.
+    - `ema_decay`: decay of the moving average a step, in [0, 1).
+
+    **Returns:** a function `step(state, batches, teacher=None) -> (state, info)`.
+    `batches` is called with a key, inside the compiled step, and returns paths and
+    conditions with a leading batch axis: [`flowdiffrax.data.InterpolantBatches`][],
+    [`flowdiffrax.data.TrajectoryBatches`][], or your own. The memory of `state` is
+    reused: go on with the one returned.
+
+    **Raises:** `ValueError` for a decay outside [0, 1).
+    """
+    if not 0 <= ema_decay < 1:
+        raise ValueError(f"`ema_decay` must be in [0, 1); got {ema_decay}.")
+
+    @eqx.filter_jit(donate="all-except-first")
+    def step(
+        inputs: tuple[Any, Any, AbstractObjective | Mixture], state: TrainState
+    ) -> tuple[TrainState, StepInfo]:
+        batches, teacher, objective = inputs
+        root_key = jr.wrap_key_data(state.key_data)
+        batch_key, loss_key = jr.split(jr.fold_in(root_key, state.step))
+        paths, args = batches(batch_key)
+        return update(
+            state,
+            objective,
+            optim,
+            teacher,
+            paths,
+            args,
+            key=loss_key,
+            ema_decay=ema_decay,
+        )
+
+    def public_step(
+        state: TrainState, batches: Callable, teacher: Any = None
+    ) -> tuple[TrainState, StepInfo]:
+        return step((batches, teacher, objective), state)
+
+    return public_step
+
+
+def update(
+    state: TrainState,
+    objective: AbstractObjective | Mixture,
+    optim: optax.GradientTransformation,
+    teacher: Any,
+    paths: Any,
+    args: Args,
+    *,
+    key: Key[Array, ""],
+    ema_decay: float,
+) -> tuple[TrainState, StepInfo]:
+    """The mathematics of one step on a given batch, for loops of your own.
+
+    Not jitted. Arguments as for [`flowdiffrax.train.make_step`][].
+    """
+
+    def loss_fn(flow_map):
+        return batch_loss(objective, flow_map, teacher, paths, args, key=key)
+
+    (loss, terms), grads = eqx.filter_value_and_grad(loss_fn, has_aux=True)(
+        state.flow_map
+    )
+    weights, rest = eqx.partition(state.flow_map, eqx.is_inexact_array)
+    # Optax relies on promotion between Python numbers' and weights' dtypes.
+    with jax.numpy_dtype_promotion("standard"):
+        grad_norm = optax.global_norm(grads)
+        updates, opt_state = optim.update(grads, state.opt_state, weights)
+        new_weights = optax.apply_updates(weights, updates)
+        ema_weights = eqx.filter(state.ema_map, eqx.is_inexact_array)
+        ema_weights = optax.incremental_update(
+            new_weights, ema_weights, step_size=1 - ema_decay
+        )
+    is_finite = jnp.isfinite(loss) & all_finite(grads)
+    keep = lambda new, old: jnp.where(is_finite, new, old) if eqx.is_array(new) else new
+    proposed = TrainState(
+        flow_map=eqx.combine(new_weights, rest),
+        ema_map=eqx.combine(ema_weights, rest),
+        opt_state=opt_state,
+        step=state.step,
+        key_data=state.key_data,
+    )
+    new_state = jtu.tree_map(keep, proposed, state)
+    new_state = eqx.tree_at(lambda s: s.step, new_state, state.step + 1)
+    return new_state, StepInfo(loss, terms, grad_norm, is_finite)

@@ -1,0 +1,66 @@
+"""Oracles and comparisons that several test files share."""
+
+import diffrax
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+
+import flowdiffrax as fd
+
+
+def assert_close(x, y, atol=1e-10, rtol=1e-10):
+    """Equal in structure and, leaf by leaf, within tolerances."""
+    assert jtu.tree_structure(x) == jtu.tree_structure(y)
+    for a, b in zip(jtu.tree_leaves(x), jtu.tree_leaves(y), strict=True):
+        np.testing.assert_allclose(a, b, atol=atol, rtol=rtol)
+
+
+def max_abs(x) -> float:
+    """The largest entry of a PyTree, by magnitude."""
+    return max(float(jnp.max(jnp.abs(leaf))) for leaf in jtu.tree_leaves(x))
+
+
+def nonlinear_field(t, x, args):
+    """A two-dimensional field without any symmetry in time or space."""
+    del args
+    swirl = jnp.stack([-x[1] + 0.3 * x[0] ** 2, x[0] * (0.5 + t)])
+    return swirl + 0.4 * jnp.sin(2 * t + x) - 0.2 * x
+
+
+def gaussian_map(interpolant=None) -> fd.exact.GaussianFlowMap:
+    """The closed-form map between two Gaussians in two dimensions."""
+    return fd.exact.GaussianFlowMap(
+        fd.LinearInterpolant() if interpolant is None else interpolant,
+        base_std=1.3,
+        target_std=jnp.asarray([0.6, 0.4]),
+        base_mean=jnp.asarray([0.1, -0.2]),
+        target_mean=jnp.asarray([0.7, 0.5]),
+    )
+
+
+def linear_map() -> fd.exact.LinearFlowMap:
+    """The closed-form map of an affine ODE with a non-symmetric matrix."""
+    return fd.exact.LinearFlowMap([[0.2, -1.1], [0.7, -0.4]], [0.3, -0.1])
+
+
+def tight_solve(vector_field, t0, t1, y0, args=None, **kwargs):
+    """Diffrax at tight tolerance, whatever the direction of time."""
+    return diffrax.diffeqsolve(
+        diffrax.ODETerm(vector_field),
+        diffrax.Dopri8(),
+        t0,
+        t1,
+        1e-3 * (t1 - t0),
+        y0,
+        args=args,
+        stepsize_controller=diffrax.PIDController(rtol=1e-12, atol=1e-12),
+        **kwargs,
+    )
+
+
+def finite_difference(fn, x, direction, step=1e-5):
+    """The central difference of `fn` at `x` along `direction`, PyTrees both."""
+    move = lambda sign: jtu.tree_map(lambda a, d: a + sign * step * d, x, direction)
+    ahead, behind = jax.block_until_ready((fn(move(1)), fn(move(-1))))
+    return jtu.tree_map(lambda a, b: (a - b) / (2 * step), ahead, behind)
