@@ -1,9 +1,15 @@
 """Oracles and comparisons that several test files share."""
 
+import contextlib
+import functools
+
 import diffrax
+import equinox as eqx
 import jax
 import jax.numpy as jnp
+import jax.random as jr
 import jax.tree_util as jtu
+import jaxtyping
 import numpy as np
 
 import flowdiffrax as fd
@@ -46,6 +52,7 @@ def linear_map() -> fd.exact.LinearFlowMap:
 
 def tight_solve(vector_field, t0, t1, y0, args=None, **kwargs):
     """Diffrax at tight tolerance, whatever the direction of time."""
+    t0, t1 = jnp.asarray(t0, float), jnp.asarray(t1, float)
     return diffrax.diffeqsolve(
         diffrax.ODETerm(vector_field),
         diffrax.Dopri8(),
@@ -64,3 +71,54 @@ def finite_difference(fn, x, direction, step=1e-5):
     move = lambda sign: jtu.tree_map(lambda a, d: a + sign * step * d, x, direction)
     ahead, behind = jax.block_until_ready((fn(move(1)), fn(move(-1))))
     return jtu.tree_map(lambda a, b: (a - b) / (2 * step), ahead, behind)
+
+
+class _Net(eqx.Module):
+    mlp: eqx.nn.MLP
+
+    def __call__(self, s, t, x, args):
+        args = jnp.zeros_like(x) if args is None else args
+        times = jnp.stack([s, t]).astype(x.dtype)
+        return self.mlp(jnp.concatenate([x, args, times]))
+
+
+@functools.cache
+def mlp_map(seed: int = 0) -> fd.FlowMap:
+    """A random map, consistent with nothing, of 2-vectors and `args` like them."""
+    mlp = eqx.nn.MLP(6, 2, 16, 2, activation=jnp.tanh, key=jr.key(seed))
+    return fd.FlowMap(_Net(mlp))
+
+
+def unroll(flow_map, ts, x, args=None):
+    """Jumps along a grid of times by a Python loop."""
+    for k in range(len(ts) - 1):
+        x = flow_map(ts[k], ts[k + 1], x, args)
+    return x
+
+
+def jump_solve(
+    flow_map, t0, t1, y0, args=None, *, field=None, steps=4, solver=None, **kwargs
+):
+    """`diffeqsolve` in equal jumps, with the map's velocity as the default term."""
+    # Arrays, so that a second call with other times compiles nothing.
+    t0, t1 = jnp.asarray(t0), jnp.asarray(t1)
+    return diffrax.diffeqsolve(
+        diffrax.ODETerm(flow_map.velocity if field is None else field),
+        fd.FlowMapSolver(flow_map) if solver is None else solver,
+        t0,
+        t1,
+        (t1 - t0) / steps,
+        y0,
+        args=args,
+        **{"max_steps": 64, **kwargs},
+    )
+
+
+@contextlib.contextmanager
+def without_type_checks():
+    """Lets bad input past beartype, to the error that users would see."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        yield
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)

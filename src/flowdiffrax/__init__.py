@@ -6,6 +6,7 @@ from . import data as data
 from . import exact as exact
 from . import metrics as metrics
 from . import nn as nn
+from . import plot as plot
 from . import train as train
 from ._coupling import AbstractCoupling as AbstractCoupling
 from ._coupling import IndependentCoupling as IndependentCoupling
@@ -38,7 +39,7 @@ from ._objective import AbstractObjective as AbstractObjective
 from ._objective import AbstractWeight as AbstractWeight
 from ._objective import DataEndWeight as DataEndWeight
 from ._objective import FlowMatching as FlowMatching
-from ._objective import InverseSquareGap as InverseSquareGap
+from ._objective import InverseGap as InverseGap
 from ._objective import LagrangianMapDistillation as LagrangianMapDistillation
 from ._objective import Mixture as Mixture
 from ._objective import NoWeight as NoWeight
@@ -62,9 +63,12 @@ from ._times import AbstractTimes as AbstractTimes
 from ._times import Diagonal as Diagonal
 from ._times import DiagonalMixture as DiagonalMixture
 from ._times import Dyadic as Dyadic
+from ._times import EndAt as EndAt
 from ._times import GridTimes as GridTimes
 from ._times import LogitNormal as LogitNormal
+from ._times import MixedTimes as MixedTimes
 from ._times import OnInterval as OnInterval
+from ._times import StartAt as StartAt
 from ._times import Stratified as Stratified
 from ._times import UniformSquare as UniformSquare
 from ._times import UniformTriangle as UniformTriangle

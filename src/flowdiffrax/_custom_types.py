@@ -1,14 +1,25 @@
 """Aliases used in annotations throughout."""
 
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from jaxtyping import Array, ArrayLike, Float, PyTree, Real
 
-# A Python number, a NumPy scalar or a JAX scalar, traced or not.
-Time: TypeAlias = Real[ArrayLike, ""]
+if TYPE_CHECKING:
+    # Static checkers take an abstract variable for a field, and would ask for it in
+    # `__init__`; a class variable is the nearest thing that they know.
+    from typing import ClassVar as AbstractVar  # noqa: F401
+
+    # Nor do they know scalars.
+    Time: TypeAlias = Any
+else:
+    from equinox import AbstractVar as AbstractVar
+
+    # A Python number, a NumPy scalar or a JAX scalar, traced or not.
+    Time: TypeAlias = Real[ArrayLike, ""]
+
 # One state: an array of any shape, or a PyTree of arrays.
-State: TypeAlias = PyTree[ArrayLike]
+State: TypeAlias = PyTree
 # Whatever the user wants to reach the vector field or the network.
 Args: TypeAlias = Any
 # `(t, x, args) -> dx/dt`: what `diffrax.ODETerm` wraps, and what a teacher is.

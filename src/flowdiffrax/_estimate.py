@@ -1,5 +1,4 @@
 import abc
-from typing import ClassVar
 
 import equinox as eqx
 
@@ -16,7 +15,10 @@ class AbstractErrorEstimate(eqx.Module):
     - `order`: the power of the jump's length at which the estimate vanishes.
     """
 
-    order: eqx.AbstractClassVar[int]
+    @property
+    @abc.abstractmethod
+    def order(self) -> int:
+        """The power of the jump's length."""
 
     @abc.abstractmethod
     def __call__(
@@ -38,7 +40,9 @@ class SemigroupDefect(AbstractErrorEstimate):
     map is with itself, and is blind to one that follows a wrong ODE consistently.
     """
 
-    order: ClassVar[int] = 2
+    @property
+    def order(self) -> int:
+        return 2
 
     def __call__(
         self,
@@ -60,7 +64,9 @@ class LagrangianDefect(AbstractErrorEstimate):
     One forward-mode pass through the map and one call of the teacher.
     """
 
-    order: ClassVar[int] = 1
+    @property
+    def order(self) -> int:
+        return 1
 
     def __call__(
         self,

@@ -1,3 +1,4 @@
+import abc
 import math
 from collections.abc import Callable
 
@@ -7,11 +8,10 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
-from equinox import AbstractVar
 from jaxtyping import Array, Float
 
 from ._custom_types import Scalar, State, Time
-from ._misc import as_times, times_like
+from ._misc import add_scaled, as_times, scale, subtract, times_like
 
 Coefficient = Callable[[Array], Array]
 
@@ -26,8 +26,6 @@ class AbstractInterpolant(eqx.Module):
 
     **Attributes:**
 
-    - `alpha`, `beta`, `gamma`: the weights of base, data and latent, as functions of a
-      scalar time. A subclass has them as methods or as fields.
     - `has_latent`: whether $\gamma$ is not identically zero, so that `z` is needed.
 
     ??? cite "Reference"
@@ -35,10 +33,22 @@ class AbstractInterpolant(eqx.Module):
         [arXiv:2303.08797](https://arxiv.org/abs/2303.08797), definition 2.1.
     """
 
-    alpha: AbstractVar[Coefficient]
-    beta: AbstractVar[Coefficient]
-    gamma: AbstractVar[Coefficient]
-    has_latent: AbstractVar[bool]
+    @abc.abstractmethod
+    def alpha(self, t: Array) -> Array:
+        r"""The weight $\alpha_t$ of the base point."""
+
+    @abc.abstractmethod
+    def beta(self, t: Array) -> Array:
+        r"""The weight $\beta_t$ of the data point."""
+
+    @abc.abstractmethod
+    def gamma(self, t: Array) -> Array:
+        r"""The weight $\gamma_t$ of the latent; zero if there is none."""
+
+    @property
+    @abc.abstractmethod
+    def has_latent(self) -> bool:
+        r"""Whether there is a latent."""
 
     def __call__(self, x0: State, x1: State, z: State | None = None) -> "InterpolantPath":
         """The path from `x0` to `x1`.
@@ -100,7 +110,7 @@ class InterpolantPath(diffrax.AbstractPath):
         r"""$I_{t_0}$, or the increment $I_{t_1} - I_{t_0}$ if `t1` is given."""
         del left
         if t1 is not None:
-            return jtu.tree_map(lambda a, b: a - b, self.evaluate(t1), self.evaluate(t0))
+            return subtract(self.evaluate(t1), self.evaluate(t0))
         (t,) = times_like(self.x0, t0)
         return self._combine(self.interpolant.coefficients(t))
 
@@ -112,14 +122,8 @@ class InterpolantPath(diffrax.AbstractPath):
 
     def _combine(self, weights: tuple[Scalar, Scalar, Scalar]) -> State:
         alpha, beta, gamma = weights
-
-        def combine(x0, x1, *z):
-            cast = lambda weight: weight.astype(jnp.finfo(x0.dtype).dtype)
-            total = cast(alpha) * x0 + cast(beta) * x1
-            return total + cast(gamma) * z[0] if z else total
-
-        latent = () if self.z is None else (self.z,)
-        return jtu.tree_map(combine, self.x0, self.x1, *latent)
+        total = add_scaled(scale(alpha, self.x0), beta, self.x1)
+        return total if self.z is None else add_scaled(total, gamma, self.z)
 
 
 def _shapes(x: State):
@@ -315,23 +319,34 @@ class Interpolant(AbstractInterpolant):
     **Raises:** `ValueError` for wrong boundary values.
     """
 
-    alpha: Coefficient
-    beta: Coefficient
-    gamma: Coefficient
-    has_latent: bool = eqx.field(static=True)
+    _alpha: Coefficient
+    _beta: Coefficient
+    _gamma: Coefficient | None
 
     def __init__(
         self, alpha: Coefficient, beta: Coefficient, gamma: Coefficient | None = None
     ):
-        self.alpha = alpha
-        self.beta = beta
-        self.gamma = jnp.zeros_like if gamma is None else gamma
-        self.has_latent = gamma is not None
+        self._alpha = alpha
+        self._beta = beta
+        self._gamma = gamma
 
     def __check_init__(self):
         _check_boundary("alpha", self.alpha, 1.0, 0.0)
         _check_boundary("beta", self.beta, 0.0, 1.0)
         _check_boundary("gamma", self.gamma, 0.0, 0.0)
+
+    def alpha(self, t):
+        return self._alpha(t)
+
+    def beta(self, t):
+        return self._beta(t)
+
+    def gamma(self, t):
+        return jnp.zeros_like(t) if self._gamma is None else self._gamma(t)
+
+    @property
+    def has_latent(self):
+        return self._gamma is not None
 
 
 class BrownianLatent(eqx.Module):
@@ -342,9 +357,15 @@ class BrownianLatent(eqx.Module):
     **Arguments:**
 
     - `a`: the squared scale, positive.
+
+    **Raises:** `ValueError` if it is known and not positive.
     """
 
     a: float = 1.0
+
+    def __check_init__(self):
+        if isinstance(self.a, float | int) and self.a <= 0:
+            raise ValueError(f"`a` must be positive; got {self.a}.")
 
     def __call__(self, t: Float[Array, ""]) -> Float[Array, ""]:
         return jnp.sqrt(self.a * t * (1 - t))

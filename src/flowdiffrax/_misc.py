@@ -5,7 +5,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, Inexact, PyTree
+from jax.core import Tracer
+from jaxtyping import Array, ArrayLike, Inexact, PyTree
 
 from ._custom_types import Scalar, State, Time
 
@@ -70,10 +71,11 @@ def subtract(x: State, y: State) -> State:
     return jtu.tree_map(lambda a, b: a - b, x, y)
 
 
-def _cast_factor(factor: Scalar, leaf: Array) -> Scalar:
+def _cast_factor(factor: Scalar, leaf: ArrayLike) -> Inexact[Array, ""]:
     # Times often carry more digits than the state (float64 steps of a float32 state)
     # or fewer (float32 times of a float64 state): the state's precision decides.
-    return factor.astype(jnp.finfo(jnp.result_type(leaf)).dtype)
+    dtype = jnp.result_type(leaf)
+    return factor.astype(jnp.finfo(dtype).dtype).astype(dtype)
 
 
 def squared_norm(x: State) -> Scalar:
@@ -93,7 +95,7 @@ def all_finite(x: State) -> Array:
 
 def is_concrete(x: PyTree) -> bool:
     """Whether no leaf is a tracer, so that its values may decide an `if`."""
-    return not any(isinstance(leaf, jax.core.Tracer) for leaf in jtu.tree_leaves(x))
+    return not any(isinstance(leaf, Tracer) for leaf in jtu.tree_leaves(x))
 
 
 def check_like(out: State, x: State, name: str) -> State:
@@ -123,6 +125,32 @@ def check_like(out: State, x: State, name: str) -> State:
                 "the times: Python-float times are float64 when x64 is enabled.)"
             )
     return out
+
+
+def split_by_shares(size: int, shares: tuple[float, ...]) -> list[slice]:
+    """Cuts `size` rows into consecutive slices in the proportion of the shares.
+
+    **Raises:** `ValueError` if a share gets no row.
+    """
+    ends = [round(size * sum(shares[: i + 1]) / sum(shares)) for i in range(len(shares))]
+    slices = [slice(low, high) for low, high in zip([0, *ends[:-1]], ends, strict=True)]
+    if any(part.start == part.stop for part in slices):
+        raise ValueError(
+            f"A batch of {size} is too small for the shares {shares}: one of them gets "
+            "nothing. Use a larger batch or fewer shares."
+        )
+    return slices
+
+
+def check_shares(shares: tuple[float, ...], number: int, of: str) -> None:
+    """**Raises:** `ValueError` unless there is one positive share for each part."""
+    if len(shares) != number or number == 0:
+        raise ValueError(
+            f"There must be one share for each of the {of}, and at least one; got "
+            f"{number} {of} and {len(shares)} shares."
+        )
+    if min(shares) <= 0:
+        raise ValueError(f"`shares` must be positive; got {shares}.")
 
 
 def check_callable(fn: Callable, name: str, signature: str) -> None:

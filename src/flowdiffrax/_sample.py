@@ -14,8 +14,10 @@ from ._misc import all_finite, check_callable, check_like, is_concrete, time_dty
 def sample(
     flow_map: TwoTimeMap,
     x0: State,
-    ts: int | Real[ArrayLike, " times"],
+    ts: int | np.integer | Real[ArrayLike, " times"],
     args: Args = None,
+    *,
+    unroll: int | bool = 1,
 ) -> State:
     r"""Jumps along a grid of times: one scan, one evaluation a jump, nothing else.
 
@@ -31,6 +33,9 @@ def sample(
     - `ts`: the times of the grid, rising or falling, or a number of equal jumps over the
       map's `time_range`, which is [0, 1] if it declares none.
     - `args`: passed on to the map.
+    - `unroll`: how many jumps are compiled into one turn of the loop; `True` for all. A
+      single jump needs no loop. XLA runs convolutions in a loop on one CPU core, and
+      slowly: unroll them there, for a longer compilation.
 
     **Returns:** the state at the last time, like `x0`.
 
@@ -42,10 +47,14 @@ def sample(
     """
     check_callable(flow_map, "flow_map", "flow_map(s, t, x, args)")
     x0 = jtu.tree_map(jnp.asarray, x0)
-    if is_concrete(x0) and not all_finite(x0):
-        raise ValueError(
-            "`x0` has entries that are not finite; a flow map takes finite states."
-        )
+    if is_concrete(x0):
+        # A constant within `jit` is concrete, but what is computed from it is not.
+        with jax.ensure_compile_time_eval():
+            finite = bool(all_finite(x0))
+        if not finite:
+            raise ValueError(
+                "`x0` has entries that are not finite; a flow map takes finite states."
+            )
     grid = _grid(flow_map, ts)
     if is_concrete(grid):
         # The grid is checked as NumPy, which is concrete even inside `jit`.
@@ -60,7 +69,10 @@ def sample(
         s, t = ends
         return check_like(flow_map(s, t, x, args), x, "`flow_map`"), None
 
-    x1, _ = lax.scan(jump, x0, (grid[:-1], grid[1:]))
+    starts, ends = grid[:-1], grid[1:]
+    if starts.shape[0] == 1:
+        unroll = True  # or XLA would loop once
+    x1, _ = lax.scan(jump, x0, (starts, ends), unroll=unroll)
     return x1
 
 

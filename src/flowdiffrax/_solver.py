@@ -9,7 +9,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from ._custom_types import Args, State, Time, TwoTimeMap
+from ._custom_types import AbstractVar, Args, State, Time, TwoTimeMap
 from ._estimate import AbstractErrorEstimate, SemigroupDefect
 from ._flow_map.base import out_of_range_message, times_out_of_range
 from ._misc import all_finite, check_callable, check_like, subtract
@@ -31,9 +31,9 @@ class _AbstractFlowMapSolver(diffrax.AbstractSolver):
     3. `term_structure` makes Diffrax refuse SDEs and other terms before any of this.
     """
 
-    flow_map: eqx.AbstractVar[TwoTimeMap]
-    check_finite: eqx.AbstractVar[bool]
-    dense_degree: eqx.AbstractVar[int]
+    flow_map: AbstractVar[TwoTimeMap]
+    check_finite: AbstractVar[bool]
+    dense_degree: AbstractVar[int]
 
     def __check_init__(self):
         check_callable(self.flow_map, "flow_map", "flow_map(s, t, x, args)")
@@ -82,7 +82,7 @@ class _AbstractFlowMapSolver(diffrax.AbstractSolver):
         return diffrax.RESULTS.where(
             all_finite(y1),
             diffrax.RESULTS.successful,
-            diffrax.RESULTS.nonlinear_divergence,
+            diffrax.RESULTS.nonlinear_divergence,  # pyright: ignore
         )
 
 
@@ -90,33 +90,24 @@ class _AbstractFlowMapSolver(diffrax.AbstractSolver):
 class _Jump:
     """One step as dense output sees it.
 
-    While Diffrax has a step in hand, to save at `ts`, this holds the map itself and is
-    exact for one evaluation. Once it is stored, for `SaveAt(dense=True)` or an event,
-    only its arrays remain: flattening drops the map, since storing the map's parameters
-    for every step is out of the question, and a closure would leak tracers. What
-    remains are the start and the Chebyshev series of $X_{s,t}(y_0) - y_0$ in $t$, whose
-    error falls geometrically with the degree. The evaluations at its nodes are dead
-    code, which XLA removes, unless somebody asks for them.
+    While Diffrax has a step in hand, to save at `ts`, this is the map itself: exact, for
+    one evaluation. Storing it, for `SaveAt(dense=True)` or an event, flattens it, and
+    then only arrays may remain: the map's parameters, once a step, are out of the
+    question, and a closure would leak tracers. What is stored is the start and the
+    Chebyshev series in $t$ of $X_{s,t}(y_0) - y_0$, whose error falls geometrically with
+    the degree. Nothing is evaluated at its nodes unless somebody stores the step.
     """
 
-    def __init__(self, y0: State, series: State, flow: Callable | None = None):
+    # `Any` and not `State`: JAX also unflattens placeholders that are no arrays.
+    def __init__(self, y0: Any, series: Any, flow: Callable | None = None):
         self.y0 = y0
         self.series = series
         self.flow = flow
 
     @classmethod
     def start(cls, flow: Callable, t0: Time, t1: Time, y0: State, degree: int):
-        nodes, transform = _chebyshev(degree)
-        # The first node is the start itself, where nothing has moved yet.
-        times = t0 + jnp.asarray(nodes[1:], jnp.result_type(t0)) * (t1 - t0)
-
-        def coefficients(ends, y0):
-            matrix = jnp.asarray(transform[:, 1:], jnp.finfo(y0.dtype).dtype)
-            moved = ends - jnp.expand_dims(y0, 0)
-            return jnp.tensordot(matrix.astype(moved.dtype), moved, axes=1)
-
-        ends = jax.vmap(flow)(times)
-        return cls(y0, jtu.tree_map(coefficients, ends, y0), flow)
+        """The jump in hand. `series` is a function until it is needed."""
+        return cls(y0, lambda: _chebyshev_series(flow, t0, t1, y0, degree), flow)
 
     def evaluate(self, t: Time, t0: Time, t1: Time) -> State:
         if self.flow is not None:
@@ -136,7 +127,8 @@ class _Jump:
         return jtu.tree_map(value, self.y0, self.series)
 
     def tree_flatten(self):
-        return (self.y0, self.series), None
+        series = self.series if self.flow is None else self.series()
+        return (self.y0, series), None
 
     @classmethod
     def tree_unflatten(cls, aux, children):
@@ -154,6 +146,21 @@ class _JumpInterpolation(diffrax.AbstractLocalInterpolation):
         if t1 is not None:
             return subtract(self.evaluate(t1), self.evaluate(t0))
         return self.jump.evaluate(t0, self.t0, self.t1)
+
+
+def _chebyshev_series(
+    flow: Callable, t0: Time, t1: Time, y0: State, degree: int
+) -> State:
+    nodes, transform = _chebyshev(degree)
+    # The first node is the start itself, where nothing has moved yet.
+    times = t0 + jnp.asarray(nodes[1:], jnp.result_type(t0)) * (t1 - t0)
+
+    def coefficients(ends, y0):
+        matrix = jnp.asarray(transform[:, 1:], jnp.finfo(y0.dtype).dtype)
+        moved = ends - jnp.expand_dims(y0, 0)
+        return jnp.tensordot(matrix.astype(moved.dtype), moved, axes=1)
+
+    return jtu.tree_map(coefficients, jax.vmap(flow)(times), y0)
 
 
 def _chebyshev(degree: int) -> tuple[np.ndarray, np.ndarray]:
@@ -249,7 +256,8 @@ class AdaptiveFlowMapSolver(_AbstractFlowMapSolver, diffrax.AbstractAdaptiveSolv
 
     The step is the single jump of [`flowdiffrax.FlowMapSolver`][]; the estimate costs
     extra evaluations, two of the map for the default. Start with one jump: pass
-    `dt0=t1 - t0`, since Diffrax's own guess, `dt0=None`, starts at 0.01.
+    `dt0=2 * (t1 - t0)`, which Diffrax cuts at `t1`, where `t1 - t0` may by rounding end
+    just before it. Diffrax's own guess, `dt0=None`, starts at 0.01.
 
     !!! warning "A tolerance below the map's own error"
 
@@ -292,8 +300,9 @@ class AdaptiveFlowMapSolver(_AbstractFlowMapSolver, diffrax.AbstractAdaptiveSolv
         teacher = lambda t, y, args: terms.vf(direction * t, y, args)
         y1 = check_like(self.flow_map(s, t, y0, args), y0, "`flow_map`")
         error = self.estimate(self.flow_map, teacher, s, t, y0, args)
-        # No step size can mend a start that is not finite. Without this, Diffrax would
-        # reject steps until it runs out of them.
+        # No step size can mend an infinite start: accept it, so that the result ends
+        # the solve. A NaN start is beyond help, since `PIDController` rejects it
+        # whatever the error, until `max_steps`.
         hopeless = ~all_finite(y0)
         error = jtu.tree_map(lambda e: jnp.where(hopeless, 0, jnp.abs(e)), error)
         dense_info = self._dense_info(t0, t1, y0, direction, args)

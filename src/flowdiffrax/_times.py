@@ -4,8 +4,11 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import numpy as np
 from jax.scipy.special import ndtri
 from jaxtyping import Array, ArrayLike, Float, Key
+
+from ._misc import check_shares, is_concrete, split_by_shares
 
 Times = Float[Array, " batch"]
 
@@ -183,7 +186,8 @@ class Dyadic(AbstractTimes):
 
     def from_uniform(self, first: Times, second: Times) -> tuple[Times, Times]:
         level = jnp.floor(first * (self.max_level + 1))
-        num_jumps = jnp.exp2(level)
+        # A power by `exp2` is rounded, and its multiples would miss one another and 1.
+        num_jumps = jnp.ldexp(jnp.ones_like(level), level.astype(int))
         index = jnp.floor(second * num_jumps)
         return index / num_jumps, (index + 1) / num_jumps
 
@@ -198,7 +202,8 @@ class GridTimes(AbstractTimes):
     - `ts`: the grid, at least two rising times.
     - `both_directions`: whether to draw $i > j$ as well.
 
-    **Raises:** `ValueError` for fewer than two times.
+    **Raises:** `ValueError` for fewer than two times, or if known, for times that do not
+    rise.
     """
 
     ts: Float[Array, " grid"]
@@ -210,6 +215,8 @@ class GridTimes(AbstractTimes):
                 "`ts` must be one-dimensional with at least two times; got shape "
                 f"{jnp.shape(self.ts)}."
             )
+        if is_concrete(self.ts) and not np.all(np.diff(np.asarray(self.ts)) > 0):
+            raise ValueError(f"`ts` must rise; got {self.ts}.")
 
     def from_uniform(self, first: Times, second: Times) -> tuple[Times, Times]:
         size = self.ts.shape[0]
@@ -240,6 +247,75 @@ class OnInterval(AbstractTimes):
         s, t = self.times.from_uniform(first, second)
         low, high = (jnp.asarray(end, s.dtype) for end in (self.t0, self.t1))
         return low + (high - low) * s, low + (high - low) * t
+
+
+class MixedTimes(AbstractTimes):
+    r"""Several laws, each for its own share of the batch.
+
+    The shares are counts, as in [`flowdiffrax.DiagonalMixture`][], and their rows come
+    one after another.
+
+    **Arguments:**
+
+    - `laws`: the laws.
+    - `shares`: their shares of the batch, positive; they are divided by their sum.
+
+    **Raises:** `ValueError` for shares that are not positive or not one a law, and in use
+    for a batch that is too small for them.
+    """
+
+    laws: tuple[AbstractTimes, ...]
+    shares: tuple[float, ...] = eqx.field(static=True)
+
+    def __check_init__(self):
+        check_shares(self.shares, len(self.laws), "laws")
+
+    def from_uniform(self, first: Times, second: Times) -> tuple[Times, Times]:
+        slices = split_by_shares(first.shape[0], self.shares)
+        pairs = [
+            law.from_uniform(first[rows], second[rows])
+            for law, rows in zip(self.laws, slices, strict=True)
+        ]
+        s, t = zip(*pairs, strict=True)
+        return jnp.concatenate(s), jnp.concatenate(t)
+
+
+class StartAt(AbstractTimes):
+    r"""Another law with its start times replaced by one: jumps from a single time.
+
+    Bounds on a sampler's error need the Lagrangian residual at $s = 0$ only.
+
+    **Arguments:**
+
+    - `times`: the law of the end times.
+    - `s`: the start of every jump.
+    """
+
+    times: AbstractTimes
+    s: ArrayLike = 0.0
+
+    def from_uniform(self, first: Times, second: Times) -> tuple[Times, Times]:
+        _, t = self.times.from_uniform(first, second)
+        return jnp.full_like(t, self.s), t
+
+
+class EndAt(AbstractTimes):
+    r"""Another law with its end times replaced by one: jumps to a single time.
+
+    With $t = 1$, the pairs of a consistency model.
+
+    **Arguments:**
+
+    - `times`: the law of the start times.
+    - `t`: the end of every jump.
+    """
+
+    times: AbstractTimes
+    t: ArrayLike = 1.0
+
+    def from_uniform(self, first: Times, second: Times) -> tuple[Times, Times]:
+        s, _ = self.times.from_uniform(first, second)
+        return s, jnp.full_like(s, self.t)
 
 
 class Stratified(AbstractTimes):

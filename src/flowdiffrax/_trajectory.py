@@ -19,15 +19,15 @@ class TrajectoryPath(diffrax.AbstractPath):
     - `ys`: the states at those times, every leaf with leading axis `times`.
     """
 
-    ts: Float[Array, " times"]
+    ts: Float[Array, "*batch times"]
     ys: State
 
     @property
-    def t0(self):
+    def t0(self):  # pyright: ignore
         return self.ts[0]
 
     @property
-    def t1(self):
+    def t1(self):  # pyright: ignore
         return self.ts[-1]
 
     def evaluate(self, t0: Time, t1: Time | None = None, left: bool = True) -> State:
@@ -47,7 +47,6 @@ class TrajectoryPath(diffrax.AbstractPath):
         return jtu.tree_map(between, self.ys)
 
 
-@eqx.filter_jit
 def solve_trajectories(
     vector_field: VectorField,
     x0: State,
@@ -87,6 +86,16 @@ def solve_trajectories(
         steps = np.diff(np.asarray(ts))
         if not (np.all(steps > 0) or np.all(steps < 0)):
             raise ValueError(f"`ts` must strictly rise or strictly fall; got {ts}.")
+    return _solve_trajectories(
+        vector_field, x0, ts, args, solver, rtol, atol, max_steps, chunk_size
+    )
+
+
+# The checks stay outside `jit`, in which no time is known.
+@eqx.filter_jit
+def _solve_trajectories(
+    vector_field, x0, ts, args, solver, rtol, atol, max_steps, chunk_size
+):
     ts = jnp.asarray(ts, time_dtype(x0))
     default_tol = 1e-8 if jnp.finfo(real_dtype(x0)).bits > 32 else 1e-5
     controller = diffrax.PIDController(

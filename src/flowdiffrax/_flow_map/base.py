@@ -75,7 +75,7 @@ class AbstractFlowMap(eqx.Module):
         v_tt = self.velocity(t, x, args)
 
         def slope(end: Array, start: Array, v: Array) -> Array:
-            width = safe.astype(jnp.finfo(end.dtype).dtype)
+            width = safe.astype(jnp.finfo(end.dtype).dtype).astype(end.dtype)
             return jnp.where(h == 0, v, (end - start) / width)
 
         return jtu.tree_map(slope, X_st, x, v_tt)

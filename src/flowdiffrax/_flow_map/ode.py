@@ -61,7 +61,8 @@ class ODEFlowMap(AbstractFlowMap):
         s, t = times_like(x, s, t)
         # Integrated in float32 at least: bfloat16 times would cost Diffrax steps.
         like = lambda a, b: a.astype(jnp.result_type(b))
-        start = jtu.tree_map(lambda x: x.astype(at_least_float32(x.dtype)), x)
+        widen = lambda x: jnp.asarray(x, at_least_float32(jnp.result_type(x)))
+        start = jtu.tree_map(widen, x)
         default_tol = 1e-8 if jnp.finfo(s.dtype).bits > 32 else 1e-6
 
         def rate(tau, u, inputs):

@@ -122,7 +122,15 @@ class RescheduledFlowMap(AbstractFlowMap):
 
     def _clock(self, t):
         """The source's time at which the directions agree, and the ratio of lengths."""
+        zero, one = jnp.zeros_like(t), jnp.ones_like(t)
         angle = _angle(self.target, t)
+        # A diffusion's schedule stops short of its base, or of the data. Where the
+        # target goes further, the source's end must do: beyond it no map is trained.
+        # The slack keeps a rounded end point, and its derivatives, as they are.
+        slack = 8 * jnp.finfo(t.dtype).eps
+        lowest, highest = _angle(self.source, zero), _angle(self.source, one)
+        angle = jnp.where(angle < lowest - slack, lowest, angle)
+        angle = jnp.where(angle > highest + slack, highest, angle)
 
         def halve(_, bounds):
             low, high = bounds
@@ -131,7 +139,6 @@ class RescheduledFlowMap(AbstractFlowMap):
             return jnp.where(below, middle, low), jnp.where(below, high, middle)
 
         # Sixty halvings exhaust float64.
-        zero, one = jnp.zeros_like(t), jnp.ones_like(t)
         low, high = lax.fori_loop(0, 60, halve, lax.stop_gradient((zero, one)))
         clock = lax.stop_gradient((low + high) / 2)
         # Bisection has no derivative. Newton's correction is zero in value here, and

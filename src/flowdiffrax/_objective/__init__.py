@@ -8,5 +8,5 @@ from .progressive import ProgressiveFlowMapMatching as ProgressiveFlowMapMatchin
 from .trajectory import TrajectoryMatching as TrajectoryMatching
 from .weight import AbstractWeight as AbstractWeight
 from .weight import DataEndWeight as DataEndWeight
-from .weight import InverseSquareGap as InverseSquareGap
+from .weight import InverseGap as InverseGap
 from .weight import NoWeight as NoWeight

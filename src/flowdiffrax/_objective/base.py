@@ -1,4 +1,6 @@
 import abc
+from collections.abc import Sequence
+from typing import Any
 
 import diffrax
 import equinox as eqx
@@ -8,8 +10,9 @@ import jax.random as jr
 import jax.tree_util as jtu
 from jaxtyping import Array, Key
 
-from .._custom_types import Args, Scalar, Time
+from .._custom_types import AbstractVar, Args, Scalar, Time
 from .._flow_map import AbstractFlowMap
+from .._misc import check_shares, split_by_shares
 from .._times import AbstractTimes
 from .weight import AbstractWeight
 
@@ -27,14 +30,14 @@ class AbstractObjective(eqx.Module):
     - `weight`: what is made of the squared error.
     """
 
-    times: eqx.AbstractVar[AbstractTimes]
-    weight: eqx.AbstractVar[AbstractWeight]
+    times: AbstractVar[AbstractTimes]
+    weight: AbstractVar[AbstractWeight]
 
     @abc.abstractmethod
     def __call__(
         self,
         flow_map: AbstractFlowMap,
-        teacher: object,
+        teacher: Any,
         path: diffrax.AbstractPath,
         s: Time,
         t: Time,
@@ -61,38 +64,48 @@ class Mixture(eqx.Module):
     """Several objectives, each on its own share of every batch.
 
     The shares are counts, fixed when the step is compiled: no example pays for an
-    objective that it does not serve. The loss is the sum of each objective's mean loss
-    times its share, which is the mean over the batch.
+    objective that it does not serve. The loss is the weighted sum of the objectives'
+    mean losses.
 
     **Arguments:**
 
     - `objectives`: the objectives.
     - `shares`: their shares of the batch, positive; they are divided by their sum.
+    - `weights`: the factors of their mean losses; `None` for the shares, which makes the
+      loss the mean over the batch.
 
-    **Raises:** `ValueError` for shares that are not positive or not one an objective.
+    **Raises:** `ValueError` for shares that are not positive, or for a number of shares
+    or weights that is not that of the objectives.
     """
 
     objectives: tuple[AbstractObjective, ...]
     shares: tuple[float, ...] = eqx.field(static=True)
+    weights: tuple[float, ...] = eqx.field(static=True)
 
-    def __init__(self, objectives, shares):
+    def __init__(
+        self,
+        objectives: Sequence[AbstractObjective],
+        shares: Sequence[float],
+        weights: Sequence[float] | None = None,
+    ):
         self.objectives = tuple(objectives)
-        self.shares = tuple(float(share) for share in shares)
+        total = float(sum(shares))
+        self.shares = tuple(float(share) / total for share in shares)
+        self.weights = self.shares if weights is None else tuple(map(float, weights))
 
     def __check_init__(self):
-        if len(self.objectives) != len(self.shares) or len(self.shares) == 0:
+        check_shares(self.shares, len(self.objectives), "objectives")
+        if len(self.weights) != len(self.objectives):
             raise ValueError(
-                "A mixture needs one share for each objective, and at least one; got "
-                f"{len(self.objectives)} objectives and {len(self.shares)} shares."
+                "There must be one weight for each of the objectives; got "
+                f"{len(self.objectives)} objectives and {len(self.weights)} weights."
             )
-        if min(self.shares) <= 0:
-            raise ValueError(f"`shares` must be positive; got {self.shares}.")
 
 
 def batch_loss(
     objective: AbstractObjective | Mixture,
     flow_map: AbstractFlowMap,
-    teacher: object,
+    teacher: Any,
     paths: diffrax.AbstractPath,
     args: Args = None,
     *,
@@ -113,36 +126,27 @@ def batch_loss(
     **Raises:** `ValueError` if the batch is too small for the shares of a mixture.
     """
     batch_size = jtu.tree_leaves(eqx.filter(paths, eqx.is_array))[0].shape[0]
-    if isinstance(objective, Mixture):
-        parts = objective.objectives
-        shares = objective.shares
-    else:
-        parts, shares = (objective,), (1.0,)
-    bounds = [
-        round(batch_size * sum(shares[:i]) / sum(shares)) for i in range(len(shares))
-    ]
-    bounds.append(batch_size)
-    total, terms = jnp.zeros(()), {}
-    for index, part in enumerate(parts):
-        low, high = bounds[index], bounds[index + 1]
-        if high == low:
-            raise ValueError(
-                f"A batch of {batch_size} leaves nothing for share {index} of {shares}."
-            )
+    mixture = (
+        objective if isinstance(objective, Mixture) else Mixture((objective,), (1.0,))
+    )
+    slices = split_by_shares(batch_size, mixture.shares)
+    total: Any = 0.0
+    terms: dict[str, Scalar] = {}
+    for index, (part, rows) in enumerate(zip(mixture.objectives, slices, strict=True)):
         losses = _losses(
             part,
             flow_map,
             teacher,
-            _rows(paths, low, high),
-            _rows(args, low, high),
-            high - low,
+            _rows(paths, rows),
+            _rows(args, rows),
+            rows.stop - rows.start,
             jr.fold_in(key, index),
         )
         mean = jnp.mean(losses)
         name = type(part).__name__
         # Two objectives of one class stay two terms.
         terms[name if name not in terms else f"{name}_{index}"] = mean
-        total = total + mean * ((high - low) / batch_size)
+        total = total + mixture.weights[index] * mean
     return total, terms
 
 
@@ -158,8 +162,8 @@ def _losses(objective, flow_map, teacher, paths, args, batch_size, key):
     )
 
 
-def _rows(tree, low, high):
-    cut = lambda leaf: leaf[low:high] if eqx.is_array(leaf) else leaf
+def _rows(tree, rows):
+    cut = lambda leaf: leaf[rows] if eqx.is_array(leaf) else leaf
     return jtu.tree_map(cut, tree)
 
 

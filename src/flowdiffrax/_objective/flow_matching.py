@@ -1,3 +1,5 @@
+from typing import Any
+
 import diffrax
 from jaxtyping import Array, Key
 
@@ -32,7 +34,7 @@ class FlowMatching(AbstractObjective):
     def __call__(
         self,
         flow_map: AbstractFlowMap,
-        teacher: object,
+        teacher: Any,
         path: diffrax.AbstractPath,
         s: Time,
         t: Time,

@@ -1,8 +1,10 @@
+from typing import Any
+
 import diffrax
 import equinox as eqx
 from jaxtyping import Array, Key
 
-from .._custom_types import Args, Scalar, Time, VectorField
+from .._custom_types import Args, Scalar, Time
 from .._flow_map import AbstractFlowMap
 from .._identities import lagrangian_residual, tangent_residual
 from .._misc import squared_norm
@@ -42,7 +44,7 @@ class LagrangianMapDistillation(AbstractObjective):
     def __call__(
         self,
         flow_map: AbstractFlowMap,
-        teacher: VectorField,
+        teacher: Any,
         path: diffrax.AbstractPath,
         s: Time,
         t: Time,
@@ -74,7 +76,7 @@ class VelocityDistillation(AbstractObjective):
     def __call__(
         self,
         flow_map: AbstractFlowMap,
-        teacher: VectorField,
+        teacher: Any,
         path: diffrax.AbstractPath,
         s: Time,
         t: Time,

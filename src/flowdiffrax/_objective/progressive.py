@@ -1,8 +1,10 @@
+from typing import Any
+
 import diffrax
 import equinox as eqx
 from jaxtyping import Array, Key
 
-from .._custom_types import Args, Scalar, Time, TwoTimeMap
+from .._custom_types import Args, Scalar, Time
 from .._flow_map import AbstractFlowMap, ComposedFlowMap
 from .._misc import squared_norm, subtract
 from .._times import AbstractTimes, UniformTriangle
@@ -25,7 +27,7 @@ class ProgressiveFlowMapMatching(AbstractObjective):
       $K + 1$ times instead.)
     - `times`: the law of times.
     - `weight`: what is made of the squared error. With
-      [`flowdiffrax.InverseSquareGap`][] the loss compares velocities.
+      [`flowdiffrax.InverseGap`][] the loss compares velocities.
 
     The teacher is a map `(s, t, x, args) -> x_t`, for example the student of the stage
     before or a [`flowdiffrax.ODEFlowMap`][]; with `None`, the trained map itself.
@@ -48,7 +50,7 @@ class ProgressiveFlowMapMatching(AbstractObjective):
     def __call__(
         self,
         flow_map: AbstractFlowMap,
-        teacher: TwoTimeMap | None,
+        teacher: Any,
         path: diffrax.AbstractPath,
         s: Time,
         t: Time,

@@ -1,3 +1,5 @@
+from typing import Any
+
 import diffrax
 from jaxtyping import Array, Key
 
@@ -6,7 +8,7 @@ from .._flow_map import AbstractFlowMap
 from .._misc import squared_norm, subtract
 from .._times import AbstractTimes, UniformTriangle
 from .base import AbstractObjective
-from .weight import AbstractWeight, InverseSquareGap
+from .weight import AbstractWeight, InverseGap
 
 
 class TrajectoryMatching(AbstractObjective):
@@ -31,12 +33,12 @@ class TrajectoryMatching(AbstractObjective):
     """
 
     times: AbstractTimes = UniformTriangle()
-    weight: AbstractWeight = InverseSquareGap()
+    weight: AbstractWeight = InverseGap()
 
     def __call__(
         self,
         flow_map: AbstractFlowMap,
-        teacher: object,
+        teacher: Any,
         path: diffrax.AbstractPath,
         s: Time,
         t: Time,

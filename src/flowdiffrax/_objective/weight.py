@@ -26,19 +26,22 @@ class NoWeight(AbstractWeight):
         return squared_error
 
 
-class InverseSquareGap(AbstractWeight):
-    r"""The squared error over $(t - s)^2$: an error of states, counted as one of slopes.
+class InverseGap(AbstractWeight):
+    r"""The squared error over $|t - s|^p$.
 
-    With it, a regression of $X_{s,t}(x)$ is one of the average velocity $v_{s,t}(x)$,
-    whose size, and so the learning rate that suits it, does not shrink with the jump.
+    With $p = 2$ a regression of $X_{s,t}(x)$ is one of the average velocity
+    $v_{s,t}(x)$, whose size, and so the learning rate that suits it, does not shrink
+    with the jump. A smaller $p$ cares more for long jumps.
 
     **Arguments:**
 
+    - `power`: the power $p$.
     - `min_gap`: the gap below which the weight stops growing, positive.
 
     **Raises:** `ValueError` if `min_gap` is not positive.
     """
 
+    power: float = 2.0
     min_gap: float = 1e-3
 
     def __check_init__(self):
@@ -47,7 +50,7 @@ class InverseSquareGap(AbstractWeight):
 
     def __call__(self, s: Time, t: Time, squared_error: Scalar) -> Scalar:
         gap = jnp.maximum(jnp.abs(t - s), self.min_gap)
-        return squared_error / gap.astype(squared_error.dtype) ** 2
+        return squared_error / gap.astype(squared_error.dtype) ** self.power
 
 
 class DataEndWeight(AbstractWeight):

@@ -6,11 +6,13 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
+import numpy as np
 from jaxtyping import Array, Key
 
 from .._coupling import AbstractCoupling, IndependentCoupling
 from .._custom_types import Args, State
 from .._interpolant import AbstractInterpolant
+from .._misc import is_concrete
 from .._times import check_batch_size
 from .._trajectory import TrajectoryPath
 
@@ -102,7 +104,8 @@ class TrajectoryBatches(eqx.Module):
     - `batch_size`: trajectories a batch, at least 1.
     - `args`: conditions, one row for each trajectory, or `None`.
 
-    **Raises:** `ValueError` for a batch size below 1 or shapes that do not match.
+    **Raises:** `ValueError` for a batch size below 1, shapes that do not match, or times
+    that are known and do not rise.
     """
 
     ts: Array
@@ -119,6 +122,11 @@ class TrajectoryBatches(eqx.Module):
                     "`ys` must have shape (pool, times, ...) with the times of `ts`, "
                     f"{jnp.shape(self.ts)}; got {leaf.shape}."
                 )
+        if is_concrete(self.ts) and not np.all(np.diff(np.asarray(self.ts)) > 0):
+            raise ValueError(
+                f"`ts` must rise; got {self.ts}. For trajectories solved backwards in "
+                "time, flip `ts`, and `ys` along its second axis."
+            )
 
     def __call__(self, key: Key[Array, ""]) -> Batch:
         """Draws a batch: its paths and conditions, every leaf with the batch axis."""

@@ -1,4 +1,5 @@
 import math
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -59,8 +60,8 @@ class UniformBoxesVelocity(eqx.Module):
                 f"{lower.shape} and {upper.shape}."
             )
         volume = np.prod(upper - lower, axis=-1)
-        weights = volume if weights is None else np.asarray(weights, float)
-        if weights.shape != volume.shape or weights.min() <= 0:
+        mass = volume if weights is None else np.asarray(weights, float)
+        if mass.shape != volume.shape or mass.min() <= 0:
             raise ValueError(
                 f"`weights` must be {volume.shape[0]} positive numbers; got {weights}."
             )
@@ -72,8 +73,9 @@ class UniformBoxesVelocity(eqx.Module):
         pairs = np.stack([lower, upper], axis=-1)
         unique, index = np.unique(pairs.reshape(-1, 2), axis=0, return_inverse=True)
         self.intervals = jnp.asarray(unique.T)
-        self.index = tuple(map(tuple, index.reshape(lower.shape).tolist()))
-        self.log_weights = jnp.asarray(np.log(weights / weights.sum()))
+        rows: Any = index.reshape(lower.shape).tolist()
+        self.index = tuple(map(tuple, rows))
+        self.log_weights = jnp.asarray(np.log(mass / mass.sum()))
         self.interpolant = interpolant
         self.base_std = jnp.asarray(base_std, float)
 
@@ -89,7 +91,7 @@ class UniformBoxesVelocity(eqx.Module):
         (t,) = times_like(x, t)
         cast = lambda value: value.astype(x.dtype)
         alpha, beta, _ = map(cast, self.interpolant.coefficients(t))
-        low, high = cast(self.intervals)
+        low, high = cast(self.intervals)[:, None]
         # At the data end the base has no width left; a floor keeps its square finite.
         scale = jnp.maximum(alpha * cast(self.base_std), 1e-15)
         x_column = x[:, None]
@@ -125,11 +127,10 @@ def checkerboard_velocity(
     return UniformBoxesVelocity(lower, upper, interpolant=interpolant, base_std=base_std)
 
 
-# Gauss-Legendre on [0, 1]: sixteen nodes are exact to rounding for an integrand that
-# falls by exp(8) over an interval of one standard deviation.
-_NODES, _WEIGHTS = (lambda rule: ((rule[0] + 1) / 2, rule[1] / 2))(
-    np.polynomial.legendre.leggauss(16)
-)
+# Gauss-Legendre on [0, 1]. Six nodes are exact to rounding where the density falls by
+# less than exp(1) over less than half a standard deviation.
+_NODES, _WEIGHTS = np.polynomial.legendre.leggauss(6)
+_NODES, _WEIGHTS = (_NODES + 1) / 2, _WEIGHTS / 2
 
 
 def _truncated_normal(a: Array, b: Array, width: Array) -> tuple[Array, Array, Array]:
@@ -145,19 +146,19 @@ def _truncated_normal(a: Array, b: Array, width: Array) -> tuple[Array, Array, A
     a, b = jnp.where(flip, -b, a), jnp.where(flip, -a, b)
     # The logarithm of the ratio of densities at the ends.
     fall = width * (a + b) / 2
-    short = (width < 1) & (fall < 8)
+    short = (width < 0.5) & (fall < 1)
     tail = a >= 0
 
     def choose(mask, value, safe):
         return jnp.where(mask, value, safe)
 
     # Short intervals: relative to the density at `a`.
-    narrow, start = choose(short, width, 0.5), choose(short, a, 0.5)
-    steps = narrow[..., None] * jnp.asarray(_NODES, a.dtype)
+    narrow, start = choose(short, width, 0.1), choose(short, a, 0.1)
+    nodes, weights = jnp.asarray(_NODES, a.dtype), jnp.asarray(_WEIGHTS, a.dtype)
+    steps = narrow[..., None] * jnp.broadcast_to(nodes, (*narrow.shape, nodes.size))
     density = jnp.exp(-steps * (start[..., None] + steps / 2))
-    weights = jnp.asarray(_WEIGHTS, a.dtype)
     mass = density @ weights
-    moment = density @ (weights * jnp.asarray(_NODES, a.dtype))
+    moment = density @ (weights * nodes)
     short_log, short_position = jnp.log(mass) - start**2 / 2, moment / mass
     short_mean = start + narrow * short_position
 
@@ -170,7 +171,7 @@ def _truncated_normal(a: Array, b: Array, width: Array) -> tuple[Array, Array, A
     tail_log = jnp.log(ratio) - left**2 / 2 - jnp.log(wide)
     tail_mean = (1 - rest) / ratio
 
-    # Around the middle, at least one standard deviation wide.
+    # Around the middle, at least half a standard deviation wide.
     in_middle = ~short & ~tail
     left, right = choose(in_middle, a, -1.0), choose(in_middle, b, 1.0)
     root = math.sqrt(0.5)
@@ -190,14 +191,13 @@ def _truncated_normal(a: Array, b: Array, width: Array) -> tuple[Array, Array, A
 
 def _mills_ratio(x: Array) -> Array:
     """The upper tail of the standard normal over its density, for `x >= 0`."""
-    small = x < 5
-    near = jnp.where(small, x, 1.0)
+    near = jnp.where(x < 6, x, 1.0)
     near_ratio = (
         math.sqrt(math.pi / 2) * erfc(near * math.sqrt(0.5)) * jnp.exp(near**2 / 2)
     )
-    # Laplace's continued fraction; sixteen levels are exact to rounding from 5 on.
-    far = jnp.where(small, 5.0, x)
+    # Laplace's continued fraction: from 6 on, so many levels are exact to rounding.
+    far = jnp.where(x < 6, 6.0, x)
     fraction = far
-    for level in range(16, 0, -1):
+    for level in range(8 if jnp.finfo(x.dtype).bits <= 32 else 16, 0, -1):
         fraction = far + level / fraction
-    return jnp.where(small, near_ratio, 1 / fraction)
+    return jnp.where(x < 6, near_ratio, 1 / fraction)

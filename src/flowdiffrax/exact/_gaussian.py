@@ -59,15 +59,15 @@ class GaussianFlowMap(AbstractFlowMap):
                 _covariance("base", base_std, base_cov, target_cov),
                 _covariance("target", target_std, target_cov, base_cov),
             )
-            self.variances = tuple(map(jnp.asarray, variances))
+            self.variances = (jnp.asarray(variances[0]), jnp.asarray(variances[1]))
             self.basis = jnp.asarray(basis)
 
     def __call__(self, s: Time, t: Time, x: State, args: Args = None) -> State:
         del args
         s, t = times_like(x, s, t)
         cast = lambda value: value.astype(x.dtype)
-        mean_s, variance_s = self._moments(s)
-        mean_t, variance_t = self._moments(t)
+        mean_s, variance_s = self._moments(s, x.shape)
+        mean_t, variance_t = self._moments(t, x.shape)
         centred = x - cast(mean_s)
         growth = cast(jnp.sqrt(variance_t / variance_s))
         if self.basis is None:
@@ -75,9 +75,9 @@ class GaussianFlowMap(AbstractFlowMap):
         basis = cast(self.basis)
         return cast(mean_t) + basis @ (growth * (basis.T @ centred))
 
-    def _moments(self, t):
+    def _moments(self, t, shape):
         alpha, beta, gamma = self.interpolant.coefficients(t)
-        cast = lambda value: value.astype(t.dtype)
+        cast = lambda value: jnp.broadcast_to(value.astype(t.dtype), shape)
         m0, m1 = map(cast, self.means)
         c0, c1 = map(cast, self.variances)
         return alpha * m0 + beta * m1, alpha**2 * c0 + beta**2 * c1 + gamma**2
@@ -175,12 +175,13 @@ class GaussianMixtureVelocity(eqx.Module):
         alpha, beta, gamma = map(cast, self.interpolant.coefficients(t))
         d_alpha, d_beta, d_gamma = map(cast, self.interpolant.rates(t))
         means, covariances = cast(self.means), cast(self.covariances)
-        variance, eye = cast(self.base_std) ** 2, jnp.eye(x.shape[0], dtype=x.dtype)
+        variance = cast(self.base_std) ** 2
+        eye = jnp.eye(x.shape[0], dtype=x.dtype)[None]
 
         spread = (alpha**2 * variance + gamma**2) * eye + beta**2 * covariances
         growth = (alpha * d_alpha * variance + gamma * d_gamma) * eye
         growth = growth + beta * d_beta * covariances
-        centred = x - beta * means
+        centred = x[None] - beta * means
         cholesky = jnp.linalg.cholesky(spread)
         # Mahalanobis distance and S^{-1}(x - m) from one factorisation.
         half = jnp.linalg.solve(cholesky, centred[..., None])

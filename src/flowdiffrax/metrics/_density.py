@@ -46,8 +46,8 @@ def histogram_kl(
     - `bins`: bins a side, at least 1.
     - `low`, `high`: the box is `[low, high]` in both coordinates.
 
-    **Raises:** `ValueError` for samples of another shape or that are not finite, or if
-    none falls inside the box.
+    **Raises:** `ValueError` for samples of another shape or that are not finite, for no
+    bins or an empty box, or if no sample falls inside it.
 
     ??? cite "Reference"
 
@@ -58,6 +58,10 @@ def histogram_kl(
         raise ValueError(
             "`samples` must be finite and of shape (samples, 2); got shape "
             f"{samples.shape} with {np.sum(~np.isfinite(samples))} entries not finite."
+        )
+    if bins < 1 or low >= high:
+        raise ValueError(
+            f"Expected at least one bin and low < high; got {bins}, {low}, {high}."
         )
     edges = np.linspace(low, high, bins + 1)
     counts, _, _ = np.histogram2d(samples[:, 0], samples[:, 1], bins=(edges, edges))

@@ -1,5 +1,5 @@
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import equinox as eqx
 import jax
@@ -23,7 +23,8 @@ class MLP(eqx.Module):
     - `size`: length of the state vector.
     - `width`, `depth`: width of the hidden layers, and their number, at least 1.
     - `scale`: typical size of the state's entries; outputs are multiplied by it.
-    - `frequencies`: frequencies $k$ of $\sin(\pi k x)$ and $\cos(\pi k x)$ of each entry.
+    - `frequencies`: frequencies $k$ of $\sin(\pi k x)$ and $\cos(\pi k x)$ of each entry
+      $x$, in units of `scale`.
     - `time_frequencies`: frequencies $k$ of $\cos(\pi k s)$ and $\cos(\pi k t)$.
     - `args_size`: length of the vector `args`; 0 for no condition.
     - `activation`: a smooth function. With ReLU, objectives that differentiate the
@@ -54,8 +55,8 @@ class MLP(eqx.Module):
         depth: int = 4,
         *,
         scale: float = 1.0,
-        frequencies: tuple[float, ...] = (1.0, 2.0, 4.0),
-        time_frequencies: tuple[float, ...] = (1.0, 2.0),
+        frequencies: Sequence[float] = (0.5, 1.0, 2.0),
+        time_frequencies: Sequence[float] = (1.0, 2.0),
         args_size: int = 0,
         activation: Callable[[Array], Array] = jax.nn.gelu,
         key: Key[Array, ""],
@@ -98,7 +99,8 @@ class MLP(eqx.Module):
 
     def _features(self, s, t, x, args):
         times = jnp.stack([jnp.asarray(s, x.dtype), jnp.asarray(t, x.dtype)])
-        features = [x / self.scale, times]
+        x = x / self.scale
+        features = [x, times]
         for frequency in self.frequencies:
             angle = math.pi * frequency * x
             features += [jnp.sin(angle), jnp.cos(angle)]

@@ -1,5 +1,5 @@
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -107,7 +107,7 @@ def fit(
     return state
 
 
-def _steps(first: int, last: int, progress: bool) -> Iterator[int] | Any:
+def _steps(first: int, last: int, progress: bool) -> Any:
     steps = range(first, last)
     if not progress:
         return steps

@@ -1,4 +1,4 @@
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import equinox as eqx
@@ -11,7 +11,7 @@ from jaxtyping import Array, Int, Key
 
 from .._custom_types import Args, Scalar
 from .._flow_map import AbstractFlowMap
-from .._misc import all_finite
+from .._misc import all_finite, squared_norm
 from .._objective import AbstractObjective, Mixture, batch_loss
 
 
@@ -28,7 +28,7 @@ class TrainState(eqx.Module):
       to evaluate and to sample from.
     - `opt_state`: the optimiser's state.
     - `step`: how many steps have been made.
-    - `key_data`: the root key's numbers.
+    - `key_data`, `key_impl`: the root key's numbers, and what kind of key they are of.
     """
 
     flow_map: AbstractFlowMap
@@ -36,6 +36,7 @@ class TrainState(eqx.Module):
     opt_state: optax.OptState
     step: Int[Array, ""]
     key_data: Array
+    key_impl: Hashable = eqx.field(static=True)
 
     @classmethod
     def create(
@@ -65,7 +66,9 @@ class TrainState(eqx.Module):
             ema_map=copy(flow_map),
             opt_state=copy(opt_state),
             step=jnp.zeros((), int),
-            key_data=jr.key_data(key),
+            # A copy too, or the first step would take the caller's key with it.
+            key_data=copy(jr.key_data(key)),
+            key_impl=jr.key_impl(key),
         )
 
 
@@ -99,7 +102,8 @@ def make_step(
 
     - `objective`: an objective, or a [`flowdiffrax.Mixture`][] of several.
     - `optim`: an Optax optimiser.
-    - `ema_decay`: decay of the moving average a step, in [0, 1).
+    - `ema_decay`: decay of the moving average a step, in [0, 1). Step $n$ uses at most
+      $(1 + n)/(10 + n)$, so that a young average does not hang on to the initial weights.
 
     **Returns:** a function `step(state, batches, teacher=None) -> (state, info)`.
     `batches` is called with a key, inside the compiled step, and returns paths and
@@ -117,7 +121,7 @@ def make_step(
         inputs: tuple[Any, Any, AbstractObjective | Mixture], state: TrainState
     ) -> tuple[TrainState, StepInfo]:
         batches, teacher, objective = inputs
-        root_key = jr.wrap_key_data(state.key_data)
+        root_key = jr.wrap_key_data(state.key_data, impl=state.key_impl)
         batch_key, loss_key = jr.split(jr.fold_in(root_key, state.step))
         paths, args = batches(batch_key)
         return update(
@@ -164,21 +168,28 @@ def update(
     weights, rest = eqx.partition(state.flow_map, eqx.is_inexact_array)
     # Optax relies on promotion between Python numbers' and weights' dtypes.
     with jax.numpy_dtype_promotion("standard"):
-        grad_norm = optax.global_norm(grads)
+        grad_norm = jnp.sqrt(squared_norm(grads))
         updates, opt_state = optim.update(grads, state.opt_state, weights)
         new_weights = optax.apply_updates(weights, updates)
         ema_weights = eqx.filter(state.ema_map, eqx.is_inexact_array)
-        ema_weights = optax.incremental_update(
-            new_weights, ema_weights, step_size=1 - ema_decay
+        # A young average forgets faster: a fixed decay would keep a share of the initial
+        # weights that a run of a few thousand steps never loses.
+        warm_decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
+        ema_weights = jtu.tree_map(
+            lambda new, old: old + (1 - warm_decay).astype(old.dtype) * (new - old),
+            new_weights,
+            ema_weights,
         )
     is_finite = jnp.isfinite(loss) & all_finite(grads)
     keep = lambda new, old: jnp.where(is_finite, new, old) if eqx.is_array(new) else new
+    combine: Any = eqx.combine
     proposed = TrainState(
-        flow_map=eqx.combine(new_weights, rest),
-        ema_map=eqx.combine(ema_weights, rest),
+        flow_map=combine(new_weights, rest),
+        ema_map=combine(ema_weights, rest),
         opt_state=opt_state,
         step=state.step,
         key_data=state.key_data,
+        key_impl=state.key_impl,
     )
     new_state = jtu.tree_map(keep, proposed, state)
     new_state = eqx.tree_at(lambda s: s.step, new_state, state.step + 1)

@@ -1,0 +1,180 @@
+"""Checkpoints: round trips, and files that are missing, damaged or of something else."""
+
+import json
+import os
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import jax.tree_util as jtu
+import numpy as np
+import optax
+import pytest
+
+import flowdiffrax as fd
+
+
+def network(width=8, seed=0):
+    return fd.nn.MLP(2, width, 2, key=jr.key(seed))
+
+
+@pytest.fixture
+def saved(tmp_path):
+    path = tmp_path / "run" / "map.ckpt"
+    fd.train.save(path, {"width": 8}, network())
+    return path
+
+
+def make(config):
+    return network(config["width"], seed=1)
+
+
+def assert_same(a, b):
+    assert jtu.tree_structure(a) == jtu.tree_structure(b)
+    for left, right in zip(jtu.tree_leaves(a), jtu.tree_leaves(b), strict=True):
+        assert jnp.result_type(left) == jnp.result_type(right)
+        np.testing.assert_array_equal(np.asarray(left), np.asarray(right))
+
+
+def test_round_trip(saved):
+    config, loaded = fd.train.load(saved, make)
+    assert config == {"width": 8}
+    assert_same(loaded, network())
+
+
+def test_round_trip_of_all_kinds_of_leaves(tmp_path):
+    tree = {
+        "bfloat16": jnp.asarray([1.5, -2.0], jnp.bfloat16),
+        "complex": jnp.asarray([1 + 2j]),
+        "integers": jnp.arange(3, dtype=jnp.int32),
+        "flags": jnp.asarray([True, False]),
+        "empty": jnp.zeros((0, 3)),
+        "numpy": np.arange(2.0),
+        "python": (1.25, 3, True),
+    }
+    numbers = {key: tree[key] for key in tree if key not in ("flags", "python")}
+    blank = jtu.tree_map(lambda leaf: 0 * leaf, numbers)
+    blank |= {"flags": jnp.zeros(2, bool), "python": (0.0, 0, False)}
+    fd.train.save(tmp_path / "tree", None, tree)
+    _, loaded = fd.train.load(tmp_path / "tree", lambda config: blank)
+    assert_same(loaded, tree)
+    assert [type(leaf) for leaf in loaded["python"]] == [float, int, bool]
+
+
+def test_round_trip_of_a_state(tmp_path):
+    optim = optax.adam(1e-3)
+    create = lambda seed: fd.train.TrainState.create(
+        fd.FlowMap(network(seed=seed)), optim, key=jr.key(seed)
+    )
+    fd.train.save(tmp_path / "state", {}, create(0))
+    _, loaded = fd.train.load(tmp_path / "state", lambda config: create(1))
+    assert_same(loaded, create(0))
+
+
+def test_load_without_memory(saved):
+    shape_only = lambda config: eqx.filter_eval_shape(
+        fd.nn.MLP, 2, config["width"], 2, key=jr.key(1)
+    )
+    assert_same(fd.train.load(saved, shape_only)[1], network())
+
+
+def test_first_line_is_json(saved):
+    header = json.loads(saved.read_bytes().split(b"\n")[0])
+    assert header["config"] == {"width": 8}
+    assert "float64[8, 2]" not in header["leaves"] and "float64[2, 8]" in header["leaves"]
+
+
+def test_saving_again_replaces(saved):
+    fd.train.save(saved, {"width": 4}, network(4))
+    assert_same(fd.train.load(saved, make)[1], network(4))
+
+
+def test_no_other_files(saved):
+    assert [p.name for p in saved.parent.iterdir()] == ["map.ckpt"]
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match="There is no checkpoint"):
+        fd.train.load(tmp_path / "nothing", make)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"weights", b"[1, 2]\n", b"{}\n", b"\x80\n\x00"]
+)
+def test_not_a_checkpoint(tmp_path, content):
+    (tmp_path / "file").write_bytes(content)
+    with pytest.raises(ValueError, match="is not a checkpoint"):
+        fd.train.load(tmp_path / "file", make)
+
+
+@pytest.mark.parametrize("keep", [-1, -100])
+def test_truncated(saved, keep):
+    saved.write_bytes(saved.read_bytes()[:keep])
+    with pytest.raises(ValueError, match="is damaged"):
+        fd.train.load(saved, make)
+
+
+def test_truncated_within_the_header(saved):
+    saved.write_bytes(saved.read_bytes()[:40])
+    with pytest.raises(ValueError, match="is not a checkpoint"):
+        fd.train.load(saved, make)
+
+
+def test_one_bit_flipped(saved):
+    content = bytearray(saved.read_bytes())
+    content[-5] ^= 1
+    saved.write_bytes(bytes(content))
+    with pytest.raises(ValueError, match="is damaged"):
+        fd.train.load(saved, make)
+
+
+def test_other_format(saved):
+    saved.write_bytes(saved.read_bytes().replace(b'"format": 1', b'"format": 9', 1))
+    with pytest.raises(ValueError, match="of another format"):
+        fd.train.load(saved, make)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda: network(9),
+        lambda: fd.nn.MLP(2, 8, 3, key=jr.key(0)),
+        lambda: jtu.tree_map(
+            lambda x: x.astype(jnp.float32) if eqx.is_array(x) else x, network()
+        ),
+    ],
+    ids=["shapes", "number", "dtypes"],
+)
+def test_wrong_structure(saved, other):
+    with pytest.raises(ValueError, match="Build the tree with the configuration"):
+        fd.train.load(saved, lambda config: other())
+
+
+def test_configuration_that_is_not_json(saved):
+    with pytest.raises(TypeError, match="JSON"):
+        fd.train.save(saved, {"activation": jax.nn.gelu}, network(4))
+    assert_same(fd.train.load(saved, make)[1], network())
+
+
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+def test_failing_save_leaves_the_old_file(saved, monkeypatch, step):
+    def fail(*args):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, step, fail)
+    with pytest.raises(OSError, match="disk full"):
+        fd.train.save(saved, {"width": 4}, network(4))
+    monkeypatch.undo()
+    assert [p.name for p in saved.parent.iterdir()] == ["map.ckpt"]
+    assert_same(fd.train.load(saved, make)[1], network())
+
+
+def test_interrupted_save_leaves_the_old_file(saved, monkeypatch):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        fd.train.save(saved, {"width": 4}, network(4))
+    assert [p.name for p in saved.parent.iterdir()] == ["map.ckpt"]

@@ -1,0 +1,239 @@
+"""Boards, base draws and batches."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+from helpers import assert_close, linear_map, nonlinear_field, tight_solve
+from scipy import stats
+
+import flowdiffrax as fd
+
+# --- the board ----------------------------------------------------------------------
+
+
+def test_boxes_of_a_small_board():
+    lower, upper = fd.data.checkerboard_boxes(2)
+    assert_close(lower, np.asarray([[-1.0, -1.0], [0.0, 0.0]]))
+    assert_close(upper, np.asarray([[0.0, 0.0], [1.0, 1.0]]))
+
+
+@pytest.mark.parametrize("squares", [2, 4, 6])
+def test_density_integrates_to_one(squares):
+    side = (np.arange(120) + 0.5) / 60 - 1
+    grid = np.stack(np.meshgrid(side, side), axis=-1)
+    total = fd.data.checkerboard_density(grid, squares).mean() * 4
+    np.testing.assert_allclose(total, 1)
+
+
+def test_density_of_single_points():
+    points = np.asarray([[-0.9, -0.9], [-0.9, -0.4], [0.1, 0.1], [0.1, -0.1], [2.0, 0.1]])
+    assert_close(fd.data.checkerboard_density(points), np.asarray([0.5, 0, 0.5, 0, 0]))
+
+
+def test_board_is_uniform_on_its_squares():
+    # 40,000 points in 8 squares of 4x4 cells: chi-squared at one in ten thousand.
+    points = np.asarray(fd.data.checkerboard(jr.key(0), 40_000))
+    assert (fd.data.checkerboard_density(points) == 0.5).all()
+    counts, *_ = np.histogram2d(*points.T, bins=16, range=[(-1, 1), (-1, 1)])
+    filled = counts[counts > 0]
+    assert filled.size == 128 and stats.chisquare(filled).pvalue > 1e-4
+
+
+# --- batches ------------------------------------------------------------------------
+
+DATA = jnp.arange(20.0).reshape(10, 2)
+LABELS = jnp.arange(10)
+
+
+def interpolant_batches(**kwargs):
+    settings = {"data": DATA, "batch_size": 6, **kwargs}
+    interpolant = settings.pop("interpolant", fd.LinearInterpolant())
+    return fd.data.InterpolantBatches(interpolant, **settings)
+
+
+def test_rows_are_data_with_their_labels():
+    paths, labels = interpolant_batches(args=LABELS)(jr.key(0))
+    assert paths.x0.shape == paths.x1.shape == (6, 2)
+    assert_close(paths.x1, DATA[labels])
+
+
+def test_rows_are_drawn_evenly():
+    _, labels = interpolant_batches(args=LABELS, batch_size=5000)(jr.key(0))
+    assert stats.chisquare(np.bincount(labels, minlength=10)).pvalue > 1e-4
+
+
+def test_base_is_normal():
+    base = fd.data.GaussianBase(2.5)(jr.key(0), jnp.zeros((5000, 2)))
+    assert stats.kstest(np.ravel(base) / 2.5, "norm").pvalue > 1e-4
+
+
+def test_base_leaves_are_independent_and_keep_dtypes():
+    like = {"a": jnp.zeros((5000,), jnp.float32), "b": jnp.zeros((5000,))}
+    base = fd.data.GaussianBase()(jr.key(0), like)
+    assert base["a"].dtype == jnp.float32 and base["b"].dtype == jnp.float64
+    correlation = np.corrcoef(base["a"], base["b"])[0, 1]
+    assert abs(correlation) < 4 / np.sqrt(5000)
+
+
+def test_base_is_independent_of_the_data():
+    data = jr.normal(jr.key(5), (5000, 1))
+    paths, _ = interpolant_batches(data=data, batch_size=5000)(jr.key(0))
+    correlation = np.corrcoef(paths.x0[:, 0], paths.x1[:, 0])[0, 1]
+    assert abs(correlation) < 4 / np.sqrt(5000)
+
+
+def test_data_from_a_function():
+    paths, args = interpolant_batches(data=fd.data.checkerboard)(jr.key(0))
+    assert args is None
+    assert (fd.data.checkerboard_density(np.asarray(paths.x1)) > 0).all()
+
+
+def test_latent_is_a_fresh_normal():
+    interpolant = fd.LinearInterpolant(latent=fd.SineSquaredLatent())
+    source = interpolant_batches(interpolant=interpolant, batch_size=4000)
+    paths, _ = source(jr.key(0))
+    assert stats.kstest(np.ravel(paths.z), "norm").pvalue > 1e-4
+    assert np.abs(np.corrcoef(paths.z[:, 0], paths.x0[:, 0])[0, 1]) < 4 / np.sqrt(4000)
+
+
+class Bump(eqx.Module):
+    """A latent weight with an array of its own, which no path has an axis of."""
+
+    height: jax.Array
+
+    def __call__(self, t):
+        return self.height * t * (1 - t)
+
+
+def test_paths_can_be_mapped_over():
+    interpolant = fd.LinearInterpolant(latent=Bump(jnp.asarray(2.0)))
+    paths, _ = interpolant_batches(interpolant=interpolant)(jr.key(0))
+    middle = eqx.filter_vmap(lambda path: path.evaluate(0.5))(paths)
+    assert_close(middle, (paths.x0 + paths.x1 + paths.z) / 2)
+
+
+def test_pytree_data():
+    data = {"a": jnp.ones((10, 2)), "b": jnp.zeros((10,))}
+    paths, _ = interpolant_batches(data=data)(jr.key(0))
+    assert paths.x0["a"].shape == (6, 2) and paths.x0["b"].shape == (6,)
+
+
+class Reversed(fd.AbstractCoupling):
+    def __call__(self, key, x0, x1):
+        return x0[::-1]
+
+
+def test_coupling_moves_the_base_only():
+    plain, _ = interpolant_batches()(jr.key(0))
+    coupled, _ = interpolant_batches(coupling=Reversed())(jr.key(0))
+    assert_close(coupled.x1, plain.x1)
+    assert_close(coupled.x0, plain.x0[::-1])
+
+
+def test_independent_coupling_keeps_the_batch():
+    assert_close(fd.IndependentCoupling()(jr.key(0), DATA, DATA + 1), DATA)
+
+
+@pytest.mark.parametrize(
+    "settings, match",
+    [
+        ({"batch_size": 0}, "`batch_size` must be at least 1"),
+        ({"data": jnp.zeros((0, 2))}, "not empty"),
+        ({"data": jnp.zeros(())}, "not empty"),
+        ({"data": {"a": jnp.ones((3, 1)), "b": jnp.ones((4, 1))}}, "common leading axis"),
+        ({"args": jnp.ones(9)}, "common leading axis"),
+        ({"data": fd.data.checkerboard, "args": LABELS}, "needs data given as arrays"),
+    ],
+)
+def test_bad_batches(settings, match):
+    with pytest.raises(ValueError, match=match):
+        interpolant_batches(**settings)
+
+
+def test_bad_base():
+    with pytest.raises(ValueError, match="`std` must be positive"):
+        fd.data.GaussianBase(0.0)
+
+
+# --- trajectories -------------------------------------------------------------------
+
+TS = jnp.asarray([0.0, 0.3, 1.0])
+
+
+def pool():
+    return jnp.arange(24.0).reshape(4, 3, 2)
+
+
+def test_trajectory_rows():
+    paths, labels = fd.data.TrajectoryBatches(TS, pool(), 6, jnp.arange(4))(jr.key(0))
+    assert paths.ts.shape == (6, 3)
+    assert_close(paths.ys, pool()[labels])
+
+
+@pytest.mark.parametrize(
+    "ts, args, match",
+    [
+        (jnp.asarray([0.0, 1.0]), None, r"\(pool, times, ...\)"),
+        (TS[::-1], None, "must rise"),
+        (TS, jnp.ones(3), "common leading axis"),
+    ],
+)
+def test_bad_trajectory_batches(ts, args, match):
+    with pytest.raises(ValueError, match=match):
+        fd.data.TrajectoryBatches(ts, pool(), 2, args)
+
+
+def test_trajectory_path_at_and_between_times():
+    path = fd.TrajectoryPath(TS, {"x": pool()[0]})
+    assert_close(path.evaluate(0.3), {"x": jnp.asarray([2.0, 3.0])})
+    assert_close(path.evaluate(1.0), {"x": jnp.asarray([4.0, 5.0])})
+    assert_close(path.evaluate(0.65), {"x": jnp.asarray([3.0, 4.0])})
+    assert_close(path.evaluate(0.3, 1.0), {"x": jnp.asarray([2.0, 2.0])})
+    assert (path.t0, path.t1) == (0, 1)
+
+
+def test_trajectory_path_rate():
+    path = fd.TrajectoryPath(TS, pool()[0])
+    assert_close(path.derivative(jnp.asarray(0.5)), jnp.asarray([2.0, 2.0]) / 0.7)
+
+
+@pytest.mark.parametrize("ts", [[0.1, 0.4, 0.9], [0.9, 0.4, 0.1]])
+def test_solved_trajectories(ts):
+    x0 = jnp.asarray([[0.8, -0.5], [0.1, 0.4], [-1.0, 0.0]])
+    ys = fd.solve_trajectories(nonlinear_field, x0, jnp.asarray(ts), chunk_size=2)
+    assert ys.shape == (3, 3, 2)
+    assert_close(ys[:, 0], x0)
+    for k in (1, 2):
+        expected = tight_solve(nonlinear_field, ts[0], ts[k], x0[1]).ys[0]
+        assert_close(ys[1, k], expected, 1e-6)
+
+
+def test_solved_trajectories_of_a_pytree_with_args():
+    field = lambda t, x, args: {"y": -args * x["y"]}
+    x0 = {"y": jnp.ones((2, 1), jnp.float32)}
+    ys = fd.solve_trajectories(field, x0, np.asarray([0.0, 1.0]), jnp.float32(2.0))
+    assert ys["y"].dtype == jnp.float32
+    np.testing.assert_allclose(ys["y"][:, 1], np.exp(-2) * np.ones((2, 1)), rtol=1e-4)
+
+
+def test_solved_trajectories_keep_no_gradient():
+    solve = lambda x: jnp.sum(
+        fd.solve_trajectories(linear_map().velocity, x, jnp.asarray([0.0, 1.0]))
+    )
+    assert_close(jax.grad(solve)(jnp.ones((1, 2))), jnp.zeros((1, 2)))
+
+
+@pytest.mark.parametrize(
+    "ts, match",
+    [
+        (jnp.asarray([0.0]), "at least two times"),
+        (jnp.asarray([0.0, 1.0, 0.5]), "strictly rise or strictly fall"),
+        (np.asarray([0.0, 0.0]), "strictly rise or strictly fall"),
+    ],
+)
+def test_bad_trajectory_times(ts, match):
+    with pytest.raises(ValueError, match=match):
+        fd.solve_trajectories(nonlinear_field, jnp.ones((1, 2)), ts)

@@ -1,0 +1,90 @@
+"""Metrics, on samples whose score is known."""
+
+import jax.random as jr
+import numpy as np
+import pytest
+
+import flowdiffrax as fd
+
+DENSITY = fd.data.checkerboard_density
+
+
+def uniform(x):
+    """The density of the square [-1, 1]^2."""
+    return np.full(x.shape[:-1], 0.25)
+
+
+@pytest.mark.parametrize("bins, score, tol", [(50, 0.0656, 0.003), (48, 0.0088, 0.0006)])
+def test_perfect_sampler(bins, score, tol):
+    samples = np.asarray(fd.data.checkerboard(jr.key(0), 64_000))
+    result = fd.metrics.histogram_kl(samples, DENSITY, bins=bins)
+    assert abs(result.kl - score) < tol
+    assert (result.empty_bins, result.outside) == (0, 0)
+
+
+def test_known_divergence():
+    # Two bins of four get all samples, in the ratio 3 to 1; half a sample in the others.
+    corner = np.asarray([[-0.5, -0.5]] * 3 + [[0.5, 0.5]])
+    result = fd.metrics.histogram_kl(corner, uniform, bins=2)
+    expected = -np.mean(np.log(4 * np.asarray([3, 1, 0.5, 0.5]) / 4))
+    np.testing.assert_allclose(result.kl, expected)
+    assert result.empty_bins == 2
+
+
+def test_axes_are_not_swapped():
+    # A density that depends on the first coordinate only, and samples that follow it.
+    density = lambda x: np.where(x[..., 0] < 0, 0.4, 0.1)
+    rng = np.random.default_rng(0)
+    samples = rng.uniform(-1, 1, (20_000, 2))
+    left = rng.random(20_000) < 0.8
+    samples[:, 0] = np.where(left, -1, 1) * np.abs(samples[:, 0])
+    assert fd.metrics.histogram_kl(samples, density, bins=4).kl < 0.002
+    assert fd.metrics.histogram_kl(samples[:, ::-1], density, bins=4).kl > 0.2
+
+
+def test_mass_outside_is_reported_and_left_out():
+    samples = np.random.default_rng(0).uniform(-1, 1, (10_000, 2))
+    moved = np.concatenate([samples, np.full((2500, 2), 7.0)])
+    inside = fd.metrics.histogram_kl(samples, uniform, bins=4)
+    result = fd.metrics.histogram_kl(moved, uniform, bins=4)
+    assert result.outside == pytest.approx(0.2)
+    assert result.kl == pytest.approx(inside.kl)
+
+
+def test_empty_bins_only_count_where_there_is_density():
+    lower, upper = fd.data.checkerboard_boxes()
+    samples = ((lower + upper) / 2)[:-1].repeat(100, axis=0)
+    result = fd.metrics.histogram_kl(samples, DENSITY, bins=4)
+    assert result.empty_bins == 1 and np.isfinite(result.kl)
+
+
+def test_another_box():
+    samples = np.random.default_rng(0).uniform(2, 4, (20_000, 2))
+    result = fd.metrics.histogram_kl(samples, uniform, bins=4, low=2.0, high=4.0)
+    assert result.outside == 0 and result.kl < 0.002
+
+
+@pytest.mark.parametrize(
+    "samples, settings, match",
+    [
+        (np.ones(4), {}, "finite and of shape"),
+        (np.ones((4, 3)), {}, "finite and of shape"),
+        (np.asarray([[0.0, np.nan]]), {}, "1 entries not finite"),
+        (np.full((3, 2), 9.0), {}, "No sample lies in"),
+        (np.zeros((3, 2)), {"bins": 0}, "at least one bin"),
+        (np.zeros((3, 2)), {"low": 1.0}, "low < high"),
+    ],
+)
+def test_bad_samples(samples, settings, match):
+    with pytest.raises(ValueError, match=match):
+        fd.metrics.histogram_kl(samples, uniform, **{"bins": 4, **settings})
+
+
+def test_rms_distance():
+    x, y = np.zeros((2, 1, 2)), np.asarray([[[3.0, 4.0]], [[0.0, 0.0]]])
+    assert fd.metrics.rms_distance(x, y) == pytest.approx(np.sqrt(12.5))
+
+
+def test_rms_distance_of_other_shapes():
+    with pytest.raises(ValueError, match="equal shapes"):
+        fd.metrics.rms_distance(np.ones((2, 2)), np.ones((3, 2)))

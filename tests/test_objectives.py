@@ -1,0 +1,422 @@
+"""Objectives: zero at the truth, unbiased, with gradients where the papers put them."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import jax.tree_util as jtu
+import numpy as np
+import pytest
+from helpers import (
+    assert_close,
+    finite_difference,
+    gaussian_map,
+    linear_map,
+    max_abs,
+    mlp_map,
+    nonlinear_field,
+)
+
+import flowdiffrax as fd
+
+S, T = jnp.asarray(0.2), jnp.asarray(0.9)
+X0, X1 = jnp.asarray([0.8, -0.5]), jnp.asarray([-0.3, 1.1])
+PATH = fd.LinearInterpolant()(X0, X1)
+
+
+def trajectory_path(field=None):
+    """An exact trajectory of the linear map's ODE, saved by Diffrax at S and T too."""
+    ts = jnp.asarray([0.0, 0.2, 0.55, 0.9, 1.0])
+    field = linear_map().velocity if field is None else field
+    ys = fd.solve_trajectories(field, X0[None], ts, rtol=1e-12, atol=1e-12)
+    return fd.TrajectoryPath(ts, ys[0])
+
+
+def scaled(flow_map, factor):
+    """A map wrong in one number: its average velocities are too long."""
+
+    def net(s, t, x, args):
+        return factor * flow_map.average_velocity(s, t, x, args)
+
+    return fd.FlowMap(net)
+
+
+# name -> (objective, exact map, teacher, path); the maps have 1e-12 tolerances at worst
+EXACT = {
+    "lagrangian": lambda: (
+        fd.LagrangianMapDistillation(),
+        gaussian_map(),
+        gaussian_map().velocity,
+        PATH,
+    ),
+    "lagrangian-through-teacher": lambda: (
+        fd.LagrangianMapDistillation(stop_gradient=False),
+        linear_map(),
+        linear_map().velocity,
+        PATH,
+    ),
+    "velocity": lambda: (
+        fd.VelocityDistillation(),
+        gaussian_map(),
+        gaussian_map().velocity,
+        PATH,
+    ),
+    "progressive": lambda: (
+        fd.ProgressiveFlowMapMatching(3),
+        gaussian_map(),
+        gaussian_map(),
+        PATH,
+    ),
+    "trajectory": lambda: (
+        fd.TrajectoryMatching(),
+        linear_map(),
+        None,
+        trajectory_path(),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize("s, t", [(S, T), (T, S)])
+def test_zero_at_the_truth(name, s, t):
+    objective, flow_map, teacher, path = EXACT[name]()
+    assert abs(objective(flow_map, teacher, path, s, t)) < 1e-10
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_not_zero_at_a_wrong_map(name):
+    objective, flow_map, teacher, path = EXACT[name]()
+    assert objective(scaled(flow_map, 1.1), teacher, path, S, T) > 1e-5
+
+
+def test_trajectories_need_their_saved_times():
+    # Between saved times the path is a chord, and the map's point is off it.
+    objective, flow_map, _, path = EXACT["trajectory"]()
+    assert objective(flow_map, None, path, jnp.asarray(0.7), T) > 1e-6
+
+
+# --- values -------------------------------------------------------------------------
+
+
+def test_lagrangian_by_finite_differences():
+    flow_map, teacher = mlp_map(), nonlinear_field
+    start = PATH.evaluate(S)
+    end = lambda t: flow_map(S, t, start)
+    rate = finite_difference(end, T, jnp.ones(()))
+    expected = jnp.sum((rate - teacher(T, end(T), None)) ** 2)
+    made = fd.LagrangianMapDistillation()(flow_map, teacher, PATH, S, T)
+    assert_close(made, expected, 1e-7, 1e-7)
+
+
+def test_lagrangian_at_equal_times_is_velocity_distillation():
+    args = (mlp_map(), nonlinear_field, PATH, T, T)
+    assert_close(fd.LagrangianMapDistillation()(*args), fd.VelocityDistillation()(*args))
+
+
+def test_flow_matching_value():
+    flow_map = mlp_map()
+    expected = np.sum((flow_map.velocity(T, PATH.evaluate(T)) - (X1 - X0)) ** 2)
+    assert_close(fd.FlowMatching()(flow_map, None, PATH, S, T), expected)
+
+
+def test_progressive_against_a_loop():
+    flow_map, teacher = mlp_map(0), mlp_map(1)
+    x = PATH.evaluate(S)
+    ts, y = np.linspace(S, T, 4), x
+    for k in range(3):
+        y = teacher(ts[k], ts[k + 1], y)
+    made = fd.ProgressiveFlowMapMatching(3)(flow_map, teacher, PATH, S, T)
+    assert_close(made, np.sum((flow_map(S, T, x) - y) ** 2), 1e-13)
+
+
+def test_progressive_without_teacher_is_its_own():
+    flow_map = mlp_map()
+    objective = fd.ProgressiveFlowMapMatching()
+    own = objective(flow_map, flow_map, PATH, S, T)
+    assert_close(objective(flow_map, None, PATH, S, T), own)
+
+
+def test_trajectory_matching_compares_slopes():
+    flow_map, path = mlp_map(), trajectory_path()
+    slope = (path.evaluate(T) - path.evaluate(S)) / (T - S)
+    v_st = flow_map.average_velocity(S, T, path.evaluate(S))
+    made = fd.TrajectoryMatching()(flow_map, None, path, S, T)
+    assert_close(made, jnp.sum((v_st - slope) ** 2), 1e-12)
+
+
+def test_progressive_needs_two_jumps():
+    with pytest.raises(ValueError, match="`num_jumps` must be at least 2; got 1"):
+        fd.ProgressiveFlowMapMatching(1)
+
+
+# --- gradients ----------------------------------------------------------------------
+
+
+def gradient(objective, flow_map, teacher, path=PATH):
+    loss = lambda flow_map: objective(flow_map, teacher, path, S, T)
+    return eqx.filter_grad(loss)(flow_map)
+
+
+def directional(loss, flow_map):
+    """The derivative along a fixed random direction of the weights."""
+    weights, rest = eqx.partition(flow_map, eqx.is_inexact_array)
+    leaves, structure = jtu.tree_flatten(weights)
+    keys = jr.split(jr.key(7), len(leaves))
+    moves = [jr.normal(k, leaf.shape) for k, leaf in zip(keys, leaves, strict=True)]
+    direction = jtu.tree_unflatten(structure, moves)
+    value = lambda weights: loss(eqx.combine(weights, rest))
+    return finite_difference(value, weights, direction, 1e-6), direction
+
+
+def along(grads, direction):
+    pairs = zip(jtu.tree_leaves(grads), jtu.tree_leaves(direction), strict=True)
+    return sum(jnp.sum(g * d) for g, d in pairs)
+
+
+def test_lagrangian_teacher_is_frozen():
+    student, teacher = mlp_map(), nonlinear_field
+    fixed = teacher(T, student(S, T, PATH.evaluate(S)), None)
+    frozen_teacher = lambda t, x, args: fixed
+    loss = lambda m: fd.LagrangianMapDistillation()(m, frozen_teacher, PATH, S, T)
+    expected, direction = directional(loss, student)
+    made = along(gradient(fd.LagrangianMapDistillation(), student, teacher), direction)
+    assert_close(made, expected, 1e-6, 1e-6)
+
+
+def test_lagrangian_gradient_through_the_teacher():
+    student, teacher = mlp_map(), nonlinear_field
+    objective = fd.LagrangianMapDistillation(stop_gradient=False)
+    loss = lambda m: objective(m, teacher, PATH, S, T)
+    expected, direction = directional(loss, student)
+    full = along(gradient(objective, student, teacher), direction)
+    frozen = along(gradient(fd.LagrangianMapDistillation(), student, teacher), direction)
+    assert_close(full, expected, 1e-6, 1e-6)
+    assert abs(full - frozen) > 1e-2
+
+
+def test_progressive_target_is_frozen():
+    student = mlp_map()
+    objective = fd.ProgressiveFlowMapMatching()
+    loss = lambda m: objective(m, student, PATH, S, T)
+    expected, direction = directional(loss, student)
+    made = along(gradient(objective, student, None), direction)
+    assert_close(made, expected, 1e-6, 1e-6)
+
+
+@pytest.mark.parametrize(
+    "objective", [fd.ProgressiveFlowMapMatching(), fd.LagrangianMapDistillation()]
+)
+def test_teacher_gets_no_gradient(objective):
+    distilling = isinstance(objective, fd.LagrangianMapDistillation)
+    pick = lambda m: m.velocity if distilling else m
+    loss = lambda teacher: objective(mlp_map(0), pick(teacher), PATH, S, T)
+    assert max_abs(eqx.filter_grad(loss)(mlp_map(1))) == 0
+
+
+def test_own_diagonal_as_teacher_is_frozen():
+    # The teacher is the student's velocity: still only the map's side is trained.
+    student = mlp_map()
+    loss = lambda m: fd.LagrangianMapDistillation()(m, m.velocity, PATH, S, T)
+    made = eqx.filter_grad(loss)(student)
+    expected = gradient(fd.LagrangianMapDistillation(), student, mlp_map().velocity)
+    assert_close(eqx.filter(made, eqx.is_array), eqx.filter(expected, eqx.is_array))
+
+
+class ScaledVelocity(fd.AbstractFlowMap):
+    """A map whose velocity has one weight, exact at 1."""
+
+    factor: jax.Array
+
+    def __call__(self, s, t, x, args=None):
+        raise NotImplementedError
+
+    def velocity(self, t, x, args=None):
+        return self.factor * gaussian_map().velocity(t, x)
+
+
+def test_flow_matching_is_unbiased_at_the_truth():
+    # The mean of 4000 gradients vanishes within 4 standard errors; the loss is
+    # E tr Cov(dI | I), here from the joint law of (I, dI) by NumPy quadrature in time.
+    n = 4000
+    base, z0, z1 = jr.split(jr.key(0), 3)
+    x0 = jnp.asarray([[0.1, -0.2]]) + 1.3 * jr.normal(z0, (n, 2))
+    x1 = jnp.asarray([[0.7, 0.5]]) + jnp.asarray([[0.6, 0.4]]) * jr.normal(z1, (n, 2))
+    t = jr.uniform(base, (n,))
+
+    def loss(factor, x0, x1, t):
+        path = fd.LinearInterpolant()(x0, x1)
+        return fd.FlowMatching()(ScaledVelocity(factor), None, path, t, t)
+
+    values, slopes = jax.vmap(jax.value_and_grad(loss), (None, 0, 0, 0))(
+        jnp.asarray(1.0), x0, x1, t
+    )
+    assert abs(slopes.mean()) < 4 * slopes.std() / np.sqrt(n)
+    grid = (np.arange(2000) + 0.5) / 2000
+    floor = 0
+    for v0, v1 in ((1.69, 0.36), (1.69, 0.16)):
+        # Cov(dI | I) = |det| of the two rows over Var(I): a 2x2 Schur complement.
+        floor += np.mean(v0 * v1 / ((1 - grid) ** 2 * v0 + grid**2 * v1))
+    assert abs(values.mean() - floor) < 4 * values.std() / np.sqrt(n)
+
+
+# --- weights ------------------------------------------------------------------------
+
+
+def test_inverse_gap():
+    assert_close(fd.InverseGap()(S, T, jnp.asarray(0.98)), 0.98 / 0.49)
+    assert_close(fd.InverseGap()(T, S, jnp.asarray(0.98)), 0.98 / 0.49)
+    assert_close(fd.InverseGap(power=1.0)(S, T, jnp.asarray(0.7)), jnp.asarray(1.0))
+
+
+def test_inverse_gap_stops_growing():
+    weight = fd.InverseGap(min_gap=0.1)
+    assert_close(weight(S, S, jnp.asarray(1.0)), jnp.asarray(100.0))
+
+
+def test_data_end_weight():
+    weight = fd.DataEndWeight(0.2)
+    values = [float(weight(S, jnp.asarray(t), jnp.asarray(4.0))) for t in (0.5, 0.9, 1.0)]
+    np.testing.assert_allclose(values, [4, 1, 0], atol=1e-12)
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_objectives_apply_their_weight(name):
+    objective, flow_map, teacher, path = EXACT[name]()
+    arguments = (scaled(flow_map, 1.2), teacher, path, S, T)
+    plain = eqx.tree_at(lambda o: o.weight, objective, fd.NoWeight())
+    doubled = eqx.tree_at(lambda o: o.weight, objective, Doubled())
+    assert_close(doubled(*arguments), 2 * plain(*arguments))
+
+
+class Doubled(fd.AbstractWeight):
+    def __call__(self, s, t, squared_error):
+        return 2 * squared_error
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: fd.InverseGap(min_gap=0.0),
+        lambda: fd.DataEndWeight(0.0),
+        lambda: fd.DataEndWeight(1.5),
+    ],
+)
+def test_bad_weights(make):
+    with pytest.raises(ValueError):
+        make()
+
+
+# --- batches ------------------------------------------------------------------------
+
+
+def batch(n=8, dtype=float):
+    x0, x1 = jr.normal(jr.key(1), (2, n, 2), dtype)
+    return jax.vmap(fd.LinearInterpolant())(x0, x1)
+
+
+class Recorded(fd.AbstractObjective):
+    """A loss that tells which rows it saw: x0 of each, scaled."""
+
+    factor: float = 1.0
+    times: fd.AbstractTimes = fd.UniformTriangle()
+    weight: fd.AbstractWeight = fd.NoWeight()
+
+    def __call__(self, flow_map, teacher, path, s, t, args=None, *, key=None):
+        return self.factor * path.x0[0]
+
+
+def test_batch_loss_is_a_mean_over_examples():
+    paths, objective = batch(5), fd.LagrangianMapDistillation()
+    drawn = []
+
+    class Spy(fd.AbstractTimes):
+        def from_uniform(self, first, second):
+            drawn.append(fd.UniformTriangle().from_uniform(first, second))
+            return drawn[-1]
+
+    spied = eqx.tree_at(lambda o: o.times, objective, Spy())
+    args = jr.normal(jr.key(4), (5, 2))
+    loss, terms = fd.batch_loss(
+        spied, mlp_map(), nonlinear_field, paths, args, key=jr.key(2)
+    )
+    ((s, t),) = drawn
+    one = eqx.filter_jit(objective)
+    each = [
+        one(
+            mlp_map(),
+            nonlinear_field,
+            fd.LinearInterpolant()(paths.x0[i], paths.x1[i]),
+            s[i],
+            t[i],
+            args[i],
+        )
+        for i in range(5)
+    ]
+    assert_close(loss, np.mean(each), 1e-12)
+    assert_close(terms, {"LagrangianMapDistillation": loss})
+
+
+def test_mixture_rows_and_terms():
+    paths = batch(8)
+    mixture = fd.Mixture((Recorded(1.0), Recorded(10.0)), (3.0, 1.0))
+    loss, terms = fd.batch_loss(mixture, mlp_map(), None, paths, key=jr.key(0))
+    first, second = paths.x0[:6, 0].mean(), 10 * paths.x0[6:, 0].mean()
+    assert_close(terms, {"Recorded": first, "Recorded_1": second})
+    assert_close(loss, 0.75 * first + 0.25 * second)
+
+
+def test_mixture_weights():
+    paths = batch(8)
+    mixture = fd.Mixture((Recorded(1.0), Recorded(10.0)), (1.0, 1.0), (2.0, 0.5))
+    loss, terms = fd.batch_loss(mixture, mlp_map(), None, paths, key=jr.key(0))
+    assert_close(loss, 2 * terms["Recorded"] + 0.5 * terms["Recorded_1"])
+
+
+def test_mixture_draws_other_times_for_each():
+    objective = fd.VelocityDistillation()
+    mixture = fd.Mixture((objective, objective), (1.0, 1.0))
+    one = jax.vmap(fd.LinearInterpolant())(jnp.ones((8, 2)), jnp.zeros((8, 2)))
+    _, terms = fd.batch_loss(mixture, mlp_map(), nonlinear_field, one, key=jr.key(0))
+    first, second = terms.values()
+    assert abs(first - second) > 1e-6
+
+
+@pytest.mark.parametrize(
+    "objectives, shares, weights",
+    [(2, (1.0,), None), (0, (), None), (2, (1.0, 0.0), None), (2, (1.0, 1.0), (1.0,))],
+)
+def test_bad_mixtures(objectives, shares, weights):
+    with pytest.raises(ValueError):
+        fd.Mixture((fd.FlowMatching(),) * objectives, shares, weights)
+
+
+def test_batch_too_small_for_its_shares():
+    mixture = fd.Mixture((fd.FlowMatching(), fd.FlowMatching()), (1.0, 99.0))
+    with pytest.raises(ValueError, match="too small"):
+        fd.batch_loss(mixture, mlp_map(), None, batch(4), key=jr.key(0))
+
+
+def tree_net(s, t, x, args):
+    return jtu.tree_map(lambda leaf: leaf * jnp.asarray(0.3, leaf.dtype), x)
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        fd.FlowMatching(),
+        fd.LagrangianMapDistillation(),
+        fd.VelocityDistillation(),
+        fd.ProgressiveFlowMapMatching(),
+        fd.TrajectoryMatching(),
+    ],
+)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_objectives_with_pytrees(objective, dtype):
+    x0 = {"a": jnp.ones((4, 2), dtype), "b": jnp.ones((4, 1, 3), dtype)}
+    paths = jax.vmap(fd.LinearInterpolant())(x0, jtu.tree_map(lambda x: -x, x0))
+    flow_map = fd.FlowMap(tree_net)
+    progressive = isinstance(objective, fd.ProgressiveFlowMapMatching)
+    teacher = flow_map if progressive else lambda t, x, args: jtu.tree_map(jnp.cos, x)
+    loss, _ = fd.batch_loss(objective, flow_map, teacher, paths, key=jr.key(0))
+    assert loss.dtype == dtype
+    assert np.isfinite(loss) and loss > 0

@@ -1,0 +1,301 @@
+"""Laws of times: against their definitions, in shape, dtype and randomness."""
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+from helpers import without_type_checks
+from scipy import stats
+
+import flowdiffrax as fd
+
+N = 20_000
+LAWS = {
+    "triangle": lambda: fd.UniformTriangle(),
+    "band": lambda: fd.UniformTriangle(max_gap=0.3),
+    "square": lambda: fd.UniformSquare(),
+    "square-band": lambda: fd.UniformSquare(max_gap=0.3),
+    "diagonal": lambda: fd.Diagonal(),
+    "diagonal-logit": lambda: fd.Diagonal(fd.LogitNormal()),
+    "mixture": lambda: fd.DiagonalMixture(fd.UniformTriangle(), 0.25),
+    "logit-normal": lambda: fd.LogitNormal(-0.4, 1.2),
+    "dyadic": lambda: fd.Dyadic(3),
+    "grid": lambda: fd.GridTimes(jnp.asarray([0.0, 0.1, 0.4, 1.0])),
+    "start": lambda: fd.StartAt(fd.UniformTriangle(), 0.0),
+    "end": lambda: fd.EndAt(fd.UniformTriangle(), 1.0),
+    "mixed": lambda: fd.MixedTimes((fd.Diagonal(), fd.UniformSquare()), (1.0, 3.0)),
+    "interval": lambda: fd.OnInterval(fd.UniformTriangle(), 0.0, 1.0),
+    "stratified": lambda: fd.Stratified(fd.UniformTriangle()),
+}
+
+
+def draw(times, n=N, seed=0):
+    return (np.asarray(value) for value in times(jr.key(seed), n))
+
+
+def definition(seed=1, n=N):
+    """Two independent uniform numbers, from NumPy."""
+    return np.random.default_rng(seed).random((2, n))
+
+
+def same_law(a, b):
+    """No difference by Kolmogorov and Smirnov at one in ten thousand."""
+    return stats.ks_2samp(a, b).pvalue > 1e-4
+
+
+@pytest.mark.parametrize("name", LAWS)
+def test_shape_range_and_dtype(name):
+    for dtype in (jnp.float32, jnp.float64):
+        s, t = LAWS[name]()(jr.key(0), 257, dtype)
+        assert s.shape == t.shape == (257,)
+        assert s.dtype == t.dtype == dtype
+        assert float(min(s.min(), t.min())) >= 0 and float(max(s.max(), t.max())) <= 1
+
+
+@pytest.mark.parametrize("name", LAWS)
+def test_default_dtype(name):
+    s, t = LAWS[name]()(jr.key(0), 8)
+    assert s.dtype == t.dtype == jnp.float64
+
+
+@pytest.mark.parametrize("name", LAWS)
+def test_a_function_of_the_key(name):
+    times = LAWS[name]()
+    (s, t), (s_again, t_again) = draw(times, 64), draw(times, 64)
+    s_other, t_other = draw(times, 64, seed=5)
+    assert (s == s_again).all() and (t == t_again).all()
+    assert (s != s_other).any() or (t != t_other).any()
+
+
+@pytest.mark.parametrize("name", LAWS)
+def test_jit_equals_eager(name):
+    times = LAWS[name]()
+    made = jax.jit(lambda key: times(key, 33))(jr.key(3))
+    np.testing.assert_allclose(made, times(jr.key(3), 33), rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("name", LAWS)
+@pytest.mark.parametrize("batch_size", [0, -1])
+def test_batch_size(name, batch_size):
+    with pytest.raises(ValueError, match="`batch_size` must be at least 1"):
+        LAWS[name]()(jr.key(0), batch_size)
+
+
+@pytest.mark.parametrize("name", ["triangle", "square", "logit-normal", "grid", "dyadic"])
+def test_batch_of_one(name):
+    s, t = LAWS[name]()(jr.key(0), 1)
+    assert s.shape == t.shape == (1,)
+
+
+# --- the laws -----------------------------------------------------------------------
+
+
+def test_triangle_is_two_sorted_uniforms():
+    s, t = draw(fd.UniformTriangle())
+    low, high = np.sort(definition(), axis=0)
+    assert (s <= t).all()
+    assert same_law(s, low) and same_law(t, high) and same_law(t - s, high - low)
+    # Beyond marginals: a product moment, within 4 standard errors.
+    product = s * t
+    error = product.std() / np.sqrt(N)
+    assert abs(product.mean() - 1 / 4) < 4 * error
+
+
+@pytest.mark.parametrize("max_gap", [0.05, 0.4, 1.0])
+def test_band_is_the_triangle_cut_off(max_gap):
+    s, t = draw(fd.UniformTriangle(max_gap))
+    low, high = np.sort(definition(n=40 * N), axis=0)
+    kept = high - low <= max_gap
+    assert (t - s <= max_gap + 1e-12).all()
+    assert same_law(s, low[kept]) and same_law(t - s, (high - low)[kept])
+
+
+def test_square_is_two_uniforms():
+    s, t = draw(fd.UniformSquare())
+    first, second = definition()
+    assert same_law(s, first) and same_law(t, second) and same_law(s - t, first - second)
+    # Independent: a correlation of N pairs has a standard error of 1/sqrt(N).
+    assert abs(np.corrcoef(s, t)[0, 1]) < 4 / np.sqrt(N)
+
+
+def test_square_band_is_the_square_cut_off():
+    s, t = draw(fd.UniformSquare(0.3))
+    first, second = definition(n=4 * N)
+    kept = np.abs(first - second) <= 0.3
+    assert same_law(s - t, (first - second)[kept]) and same_law(t, second[kept])
+    assert abs((s < t).mean() - 0.5) < 4 * 0.5 / np.sqrt(N)
+
+
+def test_band_fills_its_cells_evenly():
+    # Uniform on an area: counts of a grid of cells wholly inside the band |t - s| < 0.3.
+    s, t = draw(fd.UniformSquare(0.3))
+    counts, *_ = np.histogram2d(s, t, bins=20, range=[(0, 1), (0, 1)])
+    i, j = np.indices(counts.shape)
+    inside = counts[np.abs(i - j) < 5]
+    assert stats.chisquare(inside).pvalue > 1e-4
+    assert counts[np.abs(i - j) > 6].sum() == 0
+
+
+def test_gap_may_be_traced():
+    traces = []
+
+    @jax.jit
+    def longest(max_gap, key):
+        traces.append(max_gap)
+        s, t = fd.UniformTriangle(max_gap)(key, 1000)
+        return jnp.max(t - s)
+
+    gaps = [float(longest(gap, jr.key(i))) for i, gap in enumerate((0.1, 0.5, 1.0))]
+    assert len(traces) == 1
+    assert gaps[0] <= 0.1 < gaps[1] <= 0.5 < gaps[2] <= 1
+
+
+def test_diagonal_is_uniform():
+    s, t = draw(fd.Diagonal())
+    assert (s == t).all() and stats.kstest(t, "uniform").pvalue > 1e-4
+
+
+def test_diagonal_of_another_law():
+    s, t = draw(fd.Diagonal(fd.UniformTriangle()))
+    assert (s == t).all() and same_law(t, definition().max(axis=0))
+
+
+@pytest.mark.parametrize("fraction, n, count", [(0.75, 100, 75), (0, 7, 0), (1, 7, 7)])
+def test_mixture_counts(fraction, n, count):
+    with without_type_checks():
+        s, t = draw(fd.DiagonalMixture(fd.UniformTriangle(), fraction), n)
+    assert (s[:count] == t[:count]).all() and (s[count:] != t[count:]).all()
+
+
+def test_mixture_is_uniform_on_the_diagonal():
+    _, t = draw(fd.DiagonalMixture(fd.UniformTriangle(), 0.5))
+    assert stats.kstest(t[: N // 2], "uniform").pvalue > 1e-4
+    assert same_law(t[N // 2 :], definition().max(axis=0))
+
+
+def test_logit_normal_is_two_sorted_draws():
+    s, t = draw(fd.LogitNormal(-0.4, 1.2))
+    normals = -0.4 + 1.2 * np.random.default_rng(0).standard_normal((2, N))
+    low, high = np.sort(1 / (1 + np.exp(-normals)), axis=0)
+    assert same_law(s, low) and same_law(t, high) and same_law(t - s, high - low)
+
+
+def test_logit_normal_of_the_least_uniform_number():
+    times = fd.LogitNormal().from_uniform(jnp.zeros(1), jnp.zeros(1))
+    assert np.isfinite(times).all()
+
+
+def test_dyadic_jumps():
+    s, t = draw(fd.Dyadic(3))
+    level, counts = np.unique(-np.log2(t - s), return_counts=True)
+    assert (level == np.arange(4)).all()
+    assert stats.chisquare(counts).pvalue > 1e-4
+    finest = s[t - s == 1 / 8]
+    starts, counts = np.unique(finest, return_counts=True)
+    assert (starts == np.arange(8) / 8).all() and stats.chisquare(counts).pvalue > 1e-4
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_grid_pairs_are_equally_likely(both):
+    ts = np.asarray([0.0, 0.1, 0.4, 1.0])
+    s, t = draw(fd.GridTimes(jnp.asarray(ts), both_directions=both))
+    pairs, counts = np.unique(np.stack([s, t]), axis=1, return_counts=True)
+    assert counts.size == (12 if both else 6)
+    assert (pairs[0] != pairs[1]).all() and np.isin(pairs, ts).all()
+    assert both or (pairs[0] < pairs[1]).all()
+    assert stats.chisquare(counts).pvalue > 1e-4
+
+
+def test_start_and_end():
+    s, t = draw(fd.StartAt(fd.UniformTriangle(), 0.25))
+    assert (s == 0.25).all() and same_law(t, definition().max(axis=0))
+    s, t = draw(fd.EndAt(fd.UniformTriangle(), 0.75))
+    assert (t == 0.75).all() and same_law(s, definition().min(axis=0))
+
+
+def test_interval():
+    s, t = draw(fd.OnInterval(fd.UniformTriangle(), -2.0, 3.0))
+    unit_s, unit_t = draw(fd.UniformTriangle())
+    np.testing.assert_allclose([s, t], [5 * unit_s - 2, 5 * unit_t - 2], atol=1e-12)
+
+
+def test_mixed_laws_have_their_rows():
+    laws = (fd.Diagonal(), fd.UniformTriangle(), fd.EndAt(fd.Diagonal(), 1.0))
+    s, t = draw(fd.MixedTimes(laws, (1.0, 2.0, 1.0)), 40)
+    assert (s[:10] == t[:10]).all() and (t[30:] == 1).all()
+    assert (s[10:30] < t[10:30]).all() and (t[:30] < 1).all()
+
+
+def test_mixed_laws_need_rows():
+    with pytest.raises(ValueError, match="too small for the shares"):
+        fd.MixedTimes((fd.Diagonal(), fd.UniformSquare()), (1.0, 99.0))(jr.key(0), 4)
+
+
+# --- stratified ---------------------------------------------------------------------
+
+
+class Raw(fd.AbstractTimes):
+    """The uniform numbers themselves."""
+
+    def from_uniform(self, first, second):
+        return first, second
+
+
+@pytest.mark.parametrize("n", [1, 7, 64])
+def test_each_cell_once(n):
+    for numbers in draw(fd.Stratified(Raw()), n):
+        assert sorted(np.floor(numbers * n)) == list(range(n))
+
+
+def test_cells_of_the_two_numbers_are_independent():
+    first, second = draw(fd.Stratified(Raw()))
+    assert abs(np.corrcoef(first, second)[0, 1]) < 4 / np.sqrt(N)
+
+
+@pytest.mark.parametrize("n", [5, 1000])
+def test_numbers_stay_below_one_in_float32(n):
+    # The last cell, whose upper edge float32 rounds to one.
+    draws = [fd.Stratified(Raw())(jr.key(seed), n, jnp.float32) for seed in range(20)]
+    assert np.max(draws) < 1
+
+
+def test_stratified_keeps_the_law():
+    # One pair of each of 4000 batches of three: its law is that of the plain draw.
+    keys = jr.split(jr.key(0), 4000)
+    s, t = jax.vmap(lambda key: fd.Stratified(fd.UniformTriangle())(key, 3))(keys)
+    low, high = np.sort(definition(), axis=0)
+    assert same_law(s[:, 0], low) and same_law(t[:, 0], high)
+
+
+def test_stratified_has_less_variance():
+    plain_keys, keys = jr.split(jr.key(0), (2, 500))
+    spread = lambda times, keys: float(
+        jnp.std(jax.vmap(lambda key: jnp.mean(times(key, 32)[0]))(keys))
+    )
+    stratified, plain = fd.Stratified(fd.UniformTriangle()), fd.UniformTriangle()
+    assert spread(stratified, keys) < 0.5 * spread(plain, plain_keys)
+
+
+# --- refusals -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "make, match",
+    [
+        (lambda: fd.UniformTriangle(0.0), "max_gap"),
+        (lambda: fd.UniformTriangle(1.5), "max_gap"),
+        (lambda: fd.UniformSquare(-0.5), "max_gap"),
+        (lambda: fd.DiagonalMixture(fd.Diagonal(), 1.5), "fraction"),
+        (lambda: fd.LogitNormal(0.0, 0.0), "std"),
+        (lambda: fd.Dyadic(-1), "max_level"),
+        (lambda: fd.GridTimes(jnp.asarray([0.5])), "at least two"),
+        (lambda: fd.GridTimes(jnp.ones((2, 2))), "one-dimensional"),
+        (lambda: fd.GridTimes(jnp.asarray([0.0, 1.0, 0.5])), "rise"),
+        (lambda: fd.MixedTimes((fd.Diagonal(),), (1.0, 1.0)), "one share for each"),
+        (lambda: fd.MixedTimes((fd.Diagonal(),), (0.0,)), "positive"),
+    ],
+)
+def test_bad_settings(make, match):
+    with without_type_checks(), pytest.raises(ValueError, match=match):
+        make()

@@ -1,0 +1,351 @@
+"""The training step and `fit`: falling loss, exact resumption, averages, divergence."""
+
+import builtins
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import jax.tree_util as jtu
+import numpy as np
+import optax
+import pytest
+from helpers import assert_close, linear_map, max_abs
+
+import flowdiffrax as fd
+
+TEACHER = linear_map()
+OPTIM = optax.adam(3e-3)
+
+
+def small_map(seed=0, dtype=float, **kwargs):
+    net = fd.nn.MLP(2, 16, 1, key=jr.key(seed), **kwargs)
+    cast = lambda leaf: leaf.astype(dtype) if eqx.is_array(leaf) else leaf
+    return fd.FlowMap(jtu.tree_map(cast, net))
+
+
+def batches(n=32, dtype=float):
+    data = np.random.default_rng(0).standard_normal((200, 2)) + [1.0, -1.0]
+    return fd.data.InterpolantBatches(fd.LinearInterpolant(), jnp.asarray(data, dtype), n)
+
+
+def trajectories(n=32):
+    ts = jnp.linspace(0.0, 1.0, 5)
+    x0 = jnp.asarray(np.random.default_rng(0).standard_normal((100, 2)))
+    ys = jnp.stack([jax.vmap(lambda x, t=t: TEACHER(0.0, t, x))(x0) for t in ts], axis=1)
+    return fd.data.TrajectoryBatches(ts, ys, n)
+
+
+def run(objective=fd.VelocityDistillation(), flow_map=None, source=None, **kwargs):
+    settings = {
+        "num_steps": 4,
+        "teacher": TEACHER.velocity,
+        "key": jr.key(1),
+        "progress": False,
+        **kwargs,
+    }
+    optim = settings.pop("optim", OPTIM)
+    return fd.train.fit(
+        small_map() if flow_map is None else flow_map,
+        objective,
+        batches() if source is None else source,
+        optim,
+        **settings,
+    )
+
+
+def arrays(tree):
+    return jtu.tree_leaves(eqx.filter(tree, eqx.is_array))
+
+
+def assert_equal(a, b):
+    """Equal to the last bit."""
+    assert jtu.tree_structure(a) == jtu.tree_structure(b)
+    for left, right in zip(arrays(a), arrays(b), strict=True):
+        np.testing.assert_array_equal(left, right)
+
+
+LEARNING = {
+    "flow-matching": (fd.FlowMatching(), None, batches),
+    "lagrangian": (fd.LagrangianMapDistillation(), TEACHER.velocity, batches),
+    "velocity": (fd.VelocityDistillation(), TEACHER.velocity, batches),
+    "progressive": (fd.ProgressiveFlowMapMatching(), TEACHER, batches),
+    "trajectory": (
+        fd.TrajectoryMatching(times=fd.GridTimes(jnp.linspace(0.0, 1.0, 5))),
+        None,
+        trajectories,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LEARNING)
+def test_loss_falls(name):
+    objective, teacher, source = LEARNING[name]
+    losses = []
+    run(
+        objective,
+        source=source(64),
+        teacher=teacher,
+        num_steps=60,
+        report_every=1,
+        on_report=lambda state, report: losses.append(report["loss"]),
+        optim=optax.adam(1e-2),
+    )
+    first, last = np.mean(losses[:5]), np.mean(losses[-5:])
+    # Flow matching keeps its floor, the variance of the data's velocities.
+    assert last < (0.9 if name == "flow-matching" else 0.5) * first
+
+
+def test_one_compilation():
+    traces = []
+
+    def source(key):
+        traces.append(key)
+        return batches()(key)
+
+    run(source=source, num_steps=6, report_every=2)
+    assert len(traces) == 1
+
+
+def test_step_compiles_once():
+    counted = eqx.debug.assert_max_traces(lambda t, x, args: -x, max_traces=1)
+    step = fd.train.make_step(fd.VelocityDistillation(), OPTIM)
+    state = fd.train.TrainState.create(small_map(), OPTIM, key=jr.key(0))
+    source = batches()
+    for _ in range(3):
+        state, _ = step(state, source, counted)
+    assert int(state.step) == 3
+
+
+def test_resumed_run_is_the_unbroken_run(tmp_path):
+    mixture = fd.Mixture((fd.VelocityDistillation(), fd.FlowMatching()), (1.0, 1.0))
+    unbroken = run(mixture, num_steps=5)
+    fd.train.save(tmp_path / "state", {}, run(mixture, num_steps=2))
+    make = lambda config: fd.train.TrainState.create(small_map(9), OPTIM, key=jr.key(9))
+    _, stopped = fd.train.load(tmp_path / "state", make)
+    assert int(stopped.step) == 2
+    assert_equal(run(mixture, flow_map=stopped, num_steps=5, key=None), unbroken)
+
+
+def test_run_is_a_function_of_the_key():
+    first, other = run(), run(key=jr.key(2))
+    assert_equal(run(), first)
+    weight = lambda state: state.flow_map.net.last.weight
+    assert max_abs(weight(other) - weight(first)) > 0
+
+
+def test_every_step_draws_anew():
+    # Without learning, only the draws tell one step's loss from another's.
+    losses = []
+    run(
+        optim=optax.sgd(0.0),
+        report_every=1,
+        on_report=lambda state, report: losses.append(report["loss"]),
+    )
+    assert len(set(losses)) == 4
+
+
+def test_finished_run_makes_no_step():
+    state = run(num_steps=3)
+    assert_equal(run(flow_map=state, num_steps=3, key=None), state)
+
+
+@pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
+def test_any_kind_of_key(impl):
+    assert int(run(num_steps=2, key=jr.key(0, impl=impl)).step) == 2
+
+
+def test_callers_arrays_stay_alive():
+    flow_map, key = small_map(), jr.key(3)
+    state = run(flow_map=flow_map, key=key, num_steps=2)
+    run(flow_map=state, key=None, num_steps=4)
+    assert np.isfinite(max_abs(eqx.filter(flow_map, eqx.is_array)))
+    assert np.isfinite(max_abs(eqx.filter(state.ema_map, eqx.is_array)))
+    # The caller may start another run from the same key.
+    with jax.debug_key_reuse(False):
+        assert np.isfinite(jr.normal(key))
+
+
+def test_float32_stays_float32():
+    state = run(flow_map=small_map(dtype=jnp.float32), source=batches(8, jnp.float32))
+    maps = (state.flow_map, state.ema_map)
+    assert {leaf.dtype for leaf in arrays(maps)} == {jnp.dtype(jnp.float32)}
+
+
+# --- moving average -----------------------------------------------------------------
+
+
+def test_average_of_constant_weights():
+    state = run(optim=optax.sgd(0.0), num_steps=3, ema_decay=0.9)
+    assert_close(state.ema_map.net.first.weight, small_map().net.first.weight, 1e-15)
+
+
+@pytest.mark.parametrize(
+    "ema_decay, decays", [(0.75, (1 / 10, 2 / 11, 1 / 4)), (0.15, (0.1, 0.15, 0.15))]
+)
+def test_average_by_hand(ema_decay, decays):
+    # The average of the weights after each step; a young one forgets faster.
+    weights = []
+    state = run(
+        num_steps=3,
+        report_every=1,
+        ema_decay=ema_decay,
+        on_report=lambda state, report: weights.append(
+            jnp.array(state.flow_map.net.last.bias)
+        ),
+    )
+    average = small_map().net.last.bias
+    for decay, new in zip(decays, weights, strict=True):
+        average = decay * average + (1 - decay) * new
+    assert_close(state.ema_map.net.last.bias, average)
+
+
+def test_no_decay_is_the_last_weights():
+    state = run(ema_decay=0.0)
+    assert_close(state.ema_map.net.last.weight, state.flow_map.net.last.weight)
+
+
+@pytest.mark.parametrize("decay", [-0.1, 1.0])
+def test_bad_decay(decay):
+    with pytest.raises(ValueError, match="`ema_decay` must be in"):
+        fd.train.make_step(fd.FlowMatching(), OPTIM, ema_decay=decay)
+
+
+# --- step ---------------------------------------------------------------------------
+
+
+def test_sgd_step_by_hand():
+    optim = optax.sgd(0.1)
+    state = fd.train.TrainState.create(small_map(), optim, key=jr.key(0))
+    paths, args = batches(8)(jr.key(5))
+    objective = fd.VelocityDistillation()
+    step = eqx.filter_jit(fd.train.update)
+    new, info = step(
+        state,
+        objective,
+        optim,
+        TEACHER.velocity,
+        paths,
+        args,
+        key=jr.key(6),
+        ema_decay=0.9,
+    )
+    loss = eqx.filter_jit(
+        lambda flow_map: fd.batch_loss(
+            objective, flow_map, TEACHER.velocity, paths, args, key=jr.key(6)
+        )[0]
+    )
+    grads = eqx.filter_grad(loss)(small_map())
+    expected = small_map().net.last.bias - 0.1 * grads.net.last.bias
+    assert_close(new.flow_map.net.last.bias, expected)
+    norm = np.sqrt(sum(np.sum(np.square(g)) for g in arrays(grads)))
+    assert_close(info.grad_norm, norm)
+    assert_close(info.loss, loss(small_map()))
+
+
+def nan_late(t, x, args):
+    # Not finite as soon as any weight has moved, by way of a step-dependent trigger.
+    return x * jnp.nan
+
+
+def test_bad_step_is_skipped():
+    state = run(num_steps=2)
+    before = jtu.tree_map(lambda leaf: np.array(leaf), eqx.filter(state, eqx.is_array))
+    step = fd.train.make_step(fd.VelocityDistillation(), OPTIM)
+    new, info = step(state, batches(), nan_late)
+    assert not bool(info.is_finite)
+    assert int(new.step) == 3
+    assert_equal(eqx.filter(new.flow_map, eqx.is_array), before.flow_map)
+    assert_equal(eqx.filter(new.ema_map, eqx.is_array), before.ema_map)
+    assert_equal(eqx.filter(new.opt_state, eqx.is_array), before.opt_state)
+
+
+class SquareRoot(eqx.Module):
+    """A net whose value is finite at zero, and whose derivative is not."""
+
+    weight: jax.Array
+
+    def __call__(self, s, t, x, args):
+        return jnp.sqrt(jnp.abs(self.weight)) * x
+
+
+def test_gradient_that_is_not_finite():
+    flow_map = fd.FlowMap(SquareRoot(jnp.asarray(0.0)))
+    with pytest.raises(fd.train.TrainingDiverged, match="gradient"):
+        run(flow_map=flow_map, num_steps=1)
+
+
+def test_divergence_carries_the_state():
+    with pytest.raises(fd.train.TrainingDiverged, match="not finite at step 2") as caught:
+        run(teacher=nan_late, num_steps=4, report_every=2)
+    assert_close(
+        caught.value.state.flow_map.net.first.weight, small_map().net.first.weight
+    )
+
+
+# --- fit ----------------------------------------------------------------------------
+
+
+def test_report():
+    reports = []
+    mixture = fd.Mixture((fd.VelocityDistillation(), fd.FlowMatching()), (1.0, 1.0))
+    run(
+        mixture,
+        num_steps=5,
+        report_every=2,
+        on_report=lambda state, report: reports.append((int(state.step), report)),
+    )
+    assert [step for step, _ in reports] == [2, 4, 5]
+    for step, report in reports:
+        names = {"step", "loss", "grad_norm", "seconds"}
+        assert set(report) == names | {"VelocityDistillation", "FlowMatching"}
+        assert report["step"] == step
+        half = (report["VelocityDistillation"] + report["FlowMatching"]) / 2
+        np.testing.assert_allclose(report["loss"], half)
+        assert all(isinstance(value, int | float) for value in report.values())
+
+
+def test_conditions_are_learned():
+    # The data lie where their label says: a map without labels could not tell.
+    labels = jnp.asarray([[-1.0], [1.0]]).repeat(50, axis=0)
+    source = fd.data.InterpolantBatches(
+        fd.LinearInterpolant(), labels * jnp.ones((1, 2)), 64, args=labels
+    )
+    flow_map = small_map(args_size=1)
+    state = run(
+        fd.FlowMatching(), flow_map, source, num_steps=80, teacher=None, ema_decay=0.0,
+        optim=optax.adam(1e-2),
+    )  # fmt: skip
+    velocity = lambda label: state.ema_map.velocity(
+        0.3, jnp.zeros(2), jnp.asarray([label])
+    )
+    assert (velocity(1.0) > 0.5).all() and (velocity(-1.0) < -0.5).all()
+
+
+def test_fit_without_tqdm(monkeypatch):
+    real = builtins.__import__
+
+    def missing(name, *args, **kwargs):
+        if name.startswith("tqdm"):
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", missing)
+    assert int(run(num_steps=2, progress=True).step) == 2
+
+
+def test_progress_bar(capsys):
+    pytest.importorskip("tqdm")
+    run(num_steps=2, progress=True, report_every=1)
+    assert "2/2" in capsys.readouterr().err
+
+
+def test_fit_needs_a_key():
+    with pytest.raises(ValueError, match="`key` is needed"):
+        run(key=None)
+
+
+@pytest.mark.parametrize("setting", ["num_steps", "report_every"])
+def test_fit_needs_steps(setting):
+    with pytest.raises(ValueError, match="must be at least 1"):
+        run(**{setting: 0})
