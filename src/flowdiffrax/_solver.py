@@ -202,7 +202,8 @@ class FlowMapSolver(_AbstractFlowMapSolver):
         `ImplicitAdjoint` differentiates the steady state of the *term's* vector field.
         `BacksolveAdjoint(solver=...)` with a classical solver integrates the term's
         adjoint ODE backwards; it knows nothing of the map's parameters, and refuses
-        gradients in them.
+        gradients in them. Without that solver it is refused, with a message that terms
+        are not compatible: the map solves the ODE, not its adjoint.
 
     !!! warning "Times in half precision"
 

@@ -113,7 +113,8 @@ class DiagonalMixture(AbstractTimes):
 
     **Arguments:**
 
-    - `times`: the law off the diagonal.
+    - `times`: the law off the diagonal, on [0, 1]. For another interval, put the mixture
+      into [`flowdiffrax.OnInterval`][], not the other way round.
     - `fraction`: the share on the diagonal, in [0, 1].
 
     **Raises:** `ValueError` for a fraction outside [0, 1].

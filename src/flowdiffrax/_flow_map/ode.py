@@ -55,6 +55,7 @@ class ODEFlowMap(AbstractFlowMap):
         return add_scaled(x, t - s, self.average_velocity(s, t, x, args))
 
     def velocity(self, t: Time, x: State, args: Args = None) -> State:
+        (t,) = times_like(x, t)
         return self.vector_field(t, x, args)
 
     def average_velocity(self, s: Time, t: Time, x: State, args: Args = None) -> State:

@@ -73,7 +73,11 @@ class InterpolantBatches(eqx.Module):
             _num_rows((self.data, self.args))
 
     def __call__(self, key: Key[Array, ""]) -> Batch:
-        """Draws a batch: its paths and conditions, every leaf with the batch axis."""
+        """Draws a batch: its paths and conditions, every array with the batch axis.
+
+        Map over it with `equinox.filter_vmap`, since the interpolant's own Python numbers
+        stay what they are.
+        """
         data_key, base_key, pair_key, latent_key = jr.split(key, 4)
         if callable(self.data):
             x1, args = self.data(data_key, self.batch_size), None

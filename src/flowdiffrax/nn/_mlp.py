@@ -8,6 +8,7 @@ import jax.random as jr
 from jaxtyping import Array, Float, Key
 
 from .._custom_types import Args, Time
+from .._misc import times_like
 
 
 class MLP(eqx.Module):
@@ -98,19 +99,21 @@ class MLP(eqx.Module):
         return self.scale * self.last(h)
 
     def _features(self, s, t, x, args):
-        times = jnp.stack([jnp.asarray(s, x.dtype), jnp.asarray(t, x.dtype)])
+        # Times, and waves of them, keep float32 whatever the precision of the state.
+        times = jnp.stack(times_like(x, s, t))
         x = x / self.scale
-        features = [x, times]
+        features = [x, times.astype(x.dtype)]
         for frequency in self.frequencies:
             angle = math.pi * frequency * x
             features += [jnp.sin(angle), jnp.cos(angle)]
         for frequency in self.time_frequencies:
-            features.append(jnp.cos(math.pi * frequency * times))
+            features.append(jnp.cos(math.pi * frequency * times).astype(x.dtype))
         if self.args_size > 0:
-            if jnp.shape(args) != (self.args_size,):
+            shape = None if args is None else jnp.shape(args)
+            if shape != (self.args_size,):
                 raise ValueError(
                     f"This network takes `args` of shape ({self.args_size},); got "
-                    f"{args if args is None else jnp.shape(args)}."
+                    f"{shape}."
                 )
             features.append(jnp.asarray(args, x.dtype))
         return jnp.concatenate(features)
