@@ -295,7 +295,7 @@ def main(
 
 def full(**options):
     """Every teacher with every method, for longer."""
-    options |= {"steps": 15_000, "teacher_steps": 10_000}
+    options |= {"steps": 6000, "teacher_steps": 5000}
     for teacher in ("exact", "learned"):
         for method in ("lagrangian", "progressive"):
             main(**options | {"teacher": teacher, "method": method})
