@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
 import optax
-from jaxtyping import Array, Int, Key
+from jaxtyping import Array, Int, Key, PyTree
 
 from .._custom_types import Args, Scalar
 from .._flow_map import AbstractFlowMap
@@ -33,7 +33,7 @@ class TrainState(eqx.Module):
 
     flow_map: AbstractFlowMap
     ema_map: AbstractFlowMap
-    opt_state: optax.OptState
+    opt_state: PyTree
     step: Int[Array, ""]
     key_data: Array
     key_impl: Hashable = eqx.field(static=True)
