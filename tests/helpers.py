@@ -15,6 +15,10 @@ import numpy as np
 import flowdiffrax as fd
 
 
+# What a failed check inside `jit` raises, in newer and in older versions of JAX.
+RUN_TIME_ERROR = (RuntimeError, ValueError)
+
+
 def assert_close(x, y, atol=1e-10, rtol=1e-10):
     """Equal in structure and, leaf by leaf, within tolerances."""
     assert jtu.tree_structure(x) == jtu.tree_structure(y)

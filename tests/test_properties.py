@@ -95,7 +95,13 @@ def violations(name, dtype, s, u, t, x, tol):
     return {key: value for key, value in found.items() if not value <= tol * size}
 
 
-@pytest.mark.parametrize("name", CASES)
+# Thirty integrations of derivatives take half a minute.
+SLOW = {"ode": pytest.mark.slow}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=SLOW.get(name, ())) for name in CASES]
+)
 @given(data=st.data())
 def test_identities_float64(name, data):
     (s, t), u, x = data.draw(pairs), data.draw(times), data.draw(states(CASES[name][1]))

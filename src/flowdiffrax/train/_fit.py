@@ -115,7 +115,7 @@ def _steps(first: int, last: int, progress: bool) -> Any:
         from tqdm import tqdm
     except ImportError:
         return steps
-    return tqdm(steps, initial=first, total=last, unit="step")
+    return tqdm(steps, initial=first, total=last, unit="step", mininterval=1.0)
 
 
 def _report(step: int, info: StepInfo, seconds: float) -> dict[str, float]:
