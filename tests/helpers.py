@@ -14,7 +14,6 @@ import numpy as np
 
 import flowdiffrax as fd
 
-
 # What a failed check inside `jit` raises, in newer and in older versions of JAX.
 RUN_TIME_ERROR = (RuntimeError, ValueError)
 
