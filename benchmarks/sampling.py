@@ -89,8 +89,8 @@ def unrolled(flow_map, x, ts):
     return x
 
 
-def with_sample(flow_map, x, ts):
-    return jax.vmap(lambda x: fd.sample(flow_map, x, ts))(x)
+def with_sample(flow_map, x, ts, unroll=1):
+    return jax.vmap(lambda x: fd.sample(flow_map, x, ts, unroll=unroll))(x)
 
 
 def with_diffeqsolve(flow_map, x, ts):
@@ -114,6 +114,7 @@ WAYS = {
     "lax.scan by hand": hand_written,
     "network alone, unrolled": unrolled,
     "sample": with_sample,
+    "sample, unroll=True": functools.partial(with_sample, unroll=True),
     "diffeqsolve, StepTo": with_diffeqsolve,
 }
 
@@ -146,15 +147,19 @@ def measure(flow_map, x, jumps, rounds):
         jax.clear_caches()
         run = lambda weights, x, ts: way(eqx.combine(weights, rest), x, ts)
         start = time.perf_counter()
-        executable = jax.jit(run).lower(weights, x, ts).compile()
-        return executable, time.perf_counter() - start
+        lowered = jax.jit(run).lower(weights, x, ts)
+        traced = time.perf_counter() - start
+        executable = lowered.compile()
+        return executable, time.perf_counter() - start, traced
 
     builds = {name: [] for name in WAYS}
+    traces = {name: [] for name in WAYS}
     executables = {}
     for _ in range(options.builds):
         for name, way in WAYS.items():
-            executables[name], seconds = compiled(way)
+            executables[name], seconds, traced = compiled(way)
             builds[name].append(seconds)
+            traces[name].append(traced)
     reference = executables["lax.scan by hand"](weights, x, ts)
     for executable in executables.values():
         np.testing.assert_allclose(
@@ -230,15 +235,18 @@ def main():
     )
     print(f"{jax.default_backend()}, jax {jax.__version__}, errors: {options.errors}")
     results = []
-    print("\n| network | jumps | way | ms | run ratio | compile s | compile ratio |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
+    print(
+        "\n| network | jumps | way | ms | run ratio | compile s | of it tracing s | "
+        "compile ratio |"
+    )
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for name, flow_map, x in models():
         for jumps in (1, 4, 16):
             for row in measure(flow_map, x, jumps, options.rounds):
-                way, seconds, run, build_seconds, build = row
+                way, seconds, run, build_seconds, traced, build = row
                 print(
                     f"| {name} | {jumps} | {way} | {1e3 * seconds:.2f} | {spread(run)} | "
-                    f"{build_seconds:.2f} | {spread(build)} |",
+                    f"{build_seconds:.2f} | {traced:.2f} | {spread(build)} |",
                     flush=True,
                 )
                 results.append([name, jumps, *row])
