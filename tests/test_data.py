@@ -237,3 +237,19 @@ def test_solved_trajectories_keep_no_gradient():
 def test_bad_trajectory_times(ts, match):
     with pytest.raises(ValueError, match=match):
         fd.solve_trajectories(nonlinear_field, jnp.ones((1, 2)), ts)
+
+
+def test_numpy_data_are_no_constants():
+    data, labels = np.zeros((5, 2)), np.ones((5, 3))
+    batches = fd.data.InterpolantBatches(fd.LinearInterpolant(), data, 4, args=labels)
+    arrays = jax.tree_util.tree_leaves(eqx.filter(batches, eqx.is_array))
+    assert sorted(leaf.shape for leaf in arrays) == [(5, 2), (5, 3)]
+
+
+@pytest.mark.parametrize("ts", [np.asarray([0.0, 0.5, 1.0]), [0.0, 0.5, 1.0]])
+def test_times_may_be_numpy_or_a_list(ts):
+    batches = fd.data.TrajectoryBatches(ts, np.zeros((7, 3, 2)), 4)
+    paths, _ = jax.jit(lambda key: batches(key))(jax.random.key(0))
+    assert paths.ts.shape == (4, 3)
+    s, t = fd.GridTimes(ts)(jax.random.key(0), 8)
+    assert set(np.asarray(s)) <= {0.0, 0.5} and set(np.asarray(t)) <= {0.5, 1.0}

@@ -420,3 +420,12 @@ def test_objectives_with_pytrees(objective, dtype):
     loss, _ = fd.batch_loss(objective, flow_map, teacher, paths, key=jr.key(0))
     assert loss.dtype == dtype
     assert np.isfinite(loss) and loss > 0
+
+
+@pytest.mark.parametrize(
+    "objective", [fd.LagrangianMapDistillation(), fd.VelocityDistillation()]
+)
+def test_missing_teacher_is_named(objective):
+    path = fd.LinearInterpolant()(jnp.zeros(2), jnp.ones(2))
+    with pytest.raises(TypeError, match="`teacher` must be a callable"):
+        objective(gaussian_map(), None, path, 0.2, 0.7)

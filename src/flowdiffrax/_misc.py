@@ -1,7 +1,5 @@
 """Small helpers with two callers or more."""
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
@@ -153,7 +151,7 @@ def check_shares(shares: tuple[float, ...], number: int, of: str) -> None:
         raise ValueError(f"`shares` must be positive; got {shares}.")
 
 
-def check_callable(fn: Callable, name: str, signature: str) -> None:
+def check_callable(fn: object, name: str, signature: str) -> None:
     """**Raises:** `TypeError` if `fn` cannot be called."""
     if not callable(fn):
         raise TypeError(

@@ -207,7 +207,7 @@ class GridTimes(AbstractTimes):
     rise.
     """
 
-    ts: Float[Array, " grid"]
+    ts: Float[Array, " grid"] = eqx.field(converter=jnp.asarray)
     both_directions: bool = eqx.field(static=True, default=False)
 
     def __check_init__(self):

@@ -7,7 +7,7 @@ from jaxtyping import Array, Key
 from .._custom_types import Args, Scalar, Time
 from .._flow_map import AbstractFlowMap
 from .._identities import lagrangian_residual, tangent_residual
-from .._misc import squared_norm
+from .._misc import check_callable, squared_norm
 from .._times import AbstractTimes, Diagonal, UniformTriangle
 from .base import AbstractObjective, freeze
 from .weight import AbstractWeight, NoWeight
@@ -53,6 +53,7 @@ class LagrangianMapDistillation(AbstractObjective):
         key: Key[Array, ""] | None = None,
     ) -> Scalar:
         del key
+        check_callable(teacher, "teacher", "teacher(t, x, args)")
         frozen = lambda t, x, args: freeze(teacher(t, freeze(x), args))
         followed = frozen if self.stop_gradient else teacher
         I_s = path.evaluate(s)
@@ -85,5 +86,6 @@ class VelocityDistillation(AbstractObjective):
         key: Key[Array, ""] | None = None,
     ) -> Scalar:
         del key
+        check_callable(teacher, "teacher", "teacher(t, x, args)")
         residual = tangent_residual(flow_map, teacher, t, path.evaluate(t), args)
         return self.weight(s, t, squared_norm(residual))

@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from typing import Any
 
 import diffrax
 import equinox as eqx
@@ -17,6 +18,11 @@ from .._times import check_batch_size
 from .._trajectory import TrajectoryPath
 
 Batch = tuple[diffrax.AbstractPath, Args]
+
+
+def _as_jax(tree: Any) -> Any:
+    # Equinox takes NumPy arrays for constants, which `jit` would compile in.
+    return tree if callable(tree) else jtu.tree_map(jnp.asarray, tree)
 
 
 class GaussianBase(eqx.Module):
@@ -58,11 +64,11 @@ class InterpolantBatches(eqx.Module):
     """
 
     interpolant: AbstractInterpolant
-    data: State | Callable[[Key[Array, ""], int], State]
+    data: State | Callable[[Key[Array, ""], int], State] = eqx.field(converter=_as_jax)
     batch_size: int = eqx.field(static=True)
     base: Callable[[Key[Array, ""], State], State] = GaussianBase()
     coupling: AbstractCoupling = IndependentCoupling()
-    args: Args = None
+    args: Args = eqx.field(converter=_as_jax, default=None)
 
     def __check_init__(self):
         check_batch_size(self.batch_size)
@@ -112,10 +118,10 @@ class TrajectoryBatches(eqx.Module):
     that are known and do not rise.
     """
 
-    ts: Array
-    ys: State
+    ts: Array = eqx.field(converter=jnp.asarray)
+    ys: State = eqx.field(converter=_as_jax)
     batch_size: int = eqx.field(static=True)
-    args: Args = None
+    args: Args = eqx.field(converter=_as_jax, default=None)
 
     def __check_init__(self):
         check_batch_size(self.batch_size)
