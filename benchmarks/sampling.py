@@ -175,13 +175,8 @@ def measure(flow_map, x, jumps, rounds):
     for name in WAYS:
         run = ratios(runs[name], runs["lax.scan by hand"])
         build = ratios(builds[name], builds["lax.scan by hand"])
-        yield (
-            name,
-            float(np.median(runs[name])),
-            run,
-            float(np.median(builds[name])),
-            build,
-        )
+        medians = [float(np.median(x[name])) for x in (runs, builds, traces)]
+        yield name, medians[0], run, *medians[1:], build
 
 
 def against_tsit5(rounds):

@@ -69,10 +69,10 @@ def sample(
         s, t = ends
         return check_like(flow_map(s, t, x, args), x, "`flow_map`"), None
 
-    starts, ends = grid[:-1], grid[1:]
-    if starts.shape[0] == 1:
-        unroll = True  # or XLA would loop once
-    x1, _ = lax.scan(jump, x0, (starts, ends), unroll=unroll)
+    if grid.shape[0] == 2:
+        x1, _ = jump(x0, (grid[0], grid[1]))  # a scan would loop, if only once
+    else:
+        x1, _ = lax.scan(jump, x0, (grid[:-1], grid[1:]), unroll=unroll)
     return x1
 
 
