@@ -461,3 +461,22 @@ def test_reschedule_refuses_a_latent():
     latent = fd.LinearInterpolant(latent=fd.SineSquaredLatent())
     with pytest.raises(ValueError, match="without latent"):
         fd.RescheduledFlowMap(gaussian_map(), fd.LinearInterpolant(), latent)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        fd.FlowMapSolver,
+        lambda inverse: fd.ComposedFlowMap(inverse, 2),
+        lambda inverse: fd.sample(inverse, jnp.zeros(2), 2),
+    ],
+)
+def test_inverses_do_not_compose(use):
+    with pytest.raises(TypeError, match="run the map itself from `t1` to `t0`"):
+        use(fd.InverseFlowMap(gaussian_map()))
+
+
+def test_teacher_of_another_shape_is_refused():
+    column = lambda t, x, args: x[:, None]
+    with pytest.raises(ValueError, match="`teacher` must return the shape"):
+        fd.lagrangian_residual(gaussian_map(), column, 0.2, 0.7, jnp.zeros(2))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from ._custom_types import Args, State, Time, TwoTimeMap, VectorField
 from ._flow_map import AbstractFlowMap
-from ._misc import subtract, times_like
+from ._misc import check_like, subtract, times_like
 
 
 def end_derivative(
@@ -67,7 +67,8 @@ def lagrangian_residual(
     """
     s, t = times_like(x, s, t)
     X_st, dX_dt = end_derivative(flow_map, s, t, x, args)
-    return subtract(dX_dt, teacher(t, X_st, args))
+    b_t = check_like(teacher(t, X_st, args), X_st, "`teacher`")
+    return subtract(dX_dt, b_t)
 
 
 def eulerian_residual(
@@ -97,7 +98,8 @@ def eulerian_residual(
         Eulerian map distillation: [arXiv:2406.07507](https://arxiv.org/abs/2406.07507).
     """
     s, t = times_like(x, s, t)
-    _, residual = transport_derivative(flow_map, s, t, x, teacher(s, x, args), args=args)
+    b_s = check_like(teacher(s, x, args), x, "`teacher`")
+    _, residual = transport_derivative(flow_map, s, t, x, b_s, args)
     return residual
 
 
@@ -142,7 +144,8 @@ def tangent_residual(
     **Returns:** a state like `x`.
     """
     (t,) = times_like(x, t)
-    return subtract(flow_map.velocity(t, x, args), teacher(t, x, args))
+    b_t = check_like(teacher(t, x, args), x, "`teacher`")
+    return subtract(flow_map.velocity(t, x, args), b_t)
 
 
 def inverse_residual(

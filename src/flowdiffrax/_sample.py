@@ -8,7 +8,8 @@ from jaxtyping import ArrayLike, Real
 
 from ._custom_types import Args, State, TwoTimeMap
 from ._flow_map.base import out_of_range_message, times_out_of_range
-from ._misc import all_finite, check_callable, check_like, is_concrete, time_dtype
+from ._flow_map.wrappers import check_composable
+from ._misc import all_finite, check_like, is_concrete, time_dtype
 
 
 def sample(
@@ -45,7 +46,7 @@ def sample(
     whose output is not like `x0`. Inside `jit`, where values are unknown, times outside
     the range are an error at run time.
     """
-    check_callable(flow_map, "flow_map", "flow_map(s, t, x, args)")
+    check_composable(flow_map)
     x0 = jtu.tree_map(jnp.asarray, x0)
     if is_concrete(x0):
         # A constant within `jit` is concrete, but what is computed from it is not.

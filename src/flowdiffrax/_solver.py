@@ -12,7 +12,8 @@ from jaxtyping import Array, PyTree
 from ._custom_types import AbstractVar, Args, State, Time, TwoTimeMap
 from ._estimate import AbstractErrorEstimate, SemigroupDefect
 from ._flow_map.base import out_of_range_message, times_out_of_range
-from ._misc import all_finite, check_callable, check_like, subtract
+from ._flow_map.wrappers import check_composable
+from ._misc import all_finite, check_like, subtract
 
 _Terms = PyTree[diffrax.AbstractTerm]
 _Step = tuple[State, State | None, dict[str, Any], None, diffrax.RESULTS]
@@ -36,7 +37,7 @@ class _AbstractFlowMapSolver(diffrax.AbstractSolver):
     dense_degree: AbstractVar[int]
 
     def __check_init__(self):
-        check_callable(self.flow_map, "flow_map", "flow_map(s, t, x, args)")
+        check_composable(self.flow_map)
         if self.dense_degree < 1:
             raise ValueError(
                 f"`dense_degree` must be at least 1; got {self.dense_degree}."
@@ -199,11 +200,13 @@ class FlowMapSolver(_AbstractFlowMapSolver):
 
         `RecursiveCheckpointAdjoint`, `DirectAdjoint` and `ForwardMode` differentiate
         through the map: in `y0`, `args`, times and the map's parameters.
-        `ImplicitAdjoint` differentiates the steady state of the *term's* vector field.
+        `ImplicitAdjoint` differentiates the steady state of the *term's* vector field:
+        gradients in the map's parameters are zero.
         `BacksolveAdjoint(solver=...)` with a classical solver integrates the term's
         adjoint ODE backwards; it knows nothing of the map's parameters, and refuses
-        gradients in them. Without that solver it is refused, with a message that terms
-        are not compatible: the map solves the ODE, not its adjoint.
+        gradients in them with "Unexpected tangent". Without that solver it is refused,
+        with a message that terms are not compatible: the map solves the ODE, not its
+        adjoint.
 
     !!! warning "Times in half precision"
 
@@ -267,6 +270,8 @@ class AdaptiveFlowMapSolver(_AbstractFlowMapSolver, diffrax.AbstractAdaptiveSolv
         `diffrax.PIDController(..., dtmin=abs(t1 - t0) / most_steps)`.
 
     **Arguments:** as for [`flowdiffrax.FlowMapSolver`][], and
+
+    A state that is NaN from the start is rejected by `PIDController` until `max_steps`.
 
     - `estimate`: a [`flowdiffrax.SemigroupDefect`][], which needs no teacher, or a
       [`flowdiffrax.LagrangianDefect`][], which trusts the term's vector field.

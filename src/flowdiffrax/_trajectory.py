@@ -13,6 +13,8 @@ from ._misc import is_concrete, real_dtype, subtract, time_dtype, times_like
 class TrajectoryPath(diffrax.AbstractPath):
     """A solution of an ODE, known at certain times: exact there, linear between.
 
+    Outside its times it is NaN.
+
     **Arguments:**
 
     - `ts`: rising times, of shape `(times,)`, at least two.
@@ -39,6 +41,8 @@ class TrajectoryPath(diffrax.AbstractPath):
         ts = self.ts.astype(t.dtype)
         index = jnp.clip(jnp.searchsorted(ts, t, side="right") - 1, 0, ts.size - 2)
         fraction = (t - ts[index]) / (ts[index + 1] - ts[index])
+        # Extrapolation would train a map on states that no trajectory has.
+        fraction = jnp.where((t < ts[0]) | (t > ts[-1]), jnp.nan, fraction)
 
         def between(ys):
             weight = fraction.astype(jnp.finfo(ys.dtype).dtype)

@@ -6,7 +6,7 @@ from jax import lax
 from .._custom_types import Args, State, Time, TwoTimeMap
 from .._interpolant import AbstractInterpolant
 from .._misc import check_callable, scale, times_like
-from .base import AbstractFlowMap
+from .base import AbstractFlowMap, check_times
 
 
 class ComposedFlowMap(AbstractFlowMap):
@@ -27,7 +27,7 @@ class ComposedFlowMap(AbstractFlowMap):
     num_jumps: int = eqx.field(static=True)
 
     def __check_init__(self):
-        check_callable(self.flow_map, "flow_map", "flow_map(s, t, x, args)")
+        check_composable(self.flow_map)
         if self.num_jumps < 1:
             raise ValueError(f"`num_jumps` must be at least 1; got {self.num_jumps}.")
 
@@ -36,6 +36,7 @@ class ComposedFlowMap(AbstractFlowMap):
         return getattr(self.flow_map, "time_range", None)
 
     def __call__(self, s: Time, t: Time, x: State, args: Args = None) -> State:
+        check_times(self, s, t)
         s, t = times_like(x, s, t)
         fractions = jnp.arange(self.num_jumps + 1, dtype=s.dtype) / self.num_jumps
         # A convex combination ends at `t` to the last bit, where s + K (t - s)/K may not.
@@ -45,13 +46,16 @@ class ComposedFlowMap(AbstractFlowMap):
         return out
 
 
-class InverseFlowMap(AbstractFlowMap):
+class InverseFlowMap(eqx.Module):
     r"""The inverse of each map, $(s, t) \mapsto X_{s,t}^{-1}$.
 
-    For a flow map that is $X_{t,s}$, a single evaluation with the times swapped. So it
-    is a flow map of the time-reversed order: `InverseFlowMap(X)(s, t, .)` undoes
-    `X(s, t, .)` as far as `X` is consistent, see
+    For a flow map that is $X_{t,s}$, a single evaluation with the times swapped:
+    `InverseFlowMap(X)(s, t, .)` undoes `X(s, t, .)` as far as `X` is consistent, see
     [`flowdiffrax.inverse_residual`][].
+
+    Inverses are for one jump. They do not compose in the order of their times, so that
+    the solver, `sample` and `ComposedFlowMap` refuse them: to go back in several jumps,
+    run the map itself from `t1` to `t0`.
 
     **Arguments:**
 
@@ -69,6 +73,16 @@ class InverseFlowMap(AbstractFlowMap):
 
     def __call__(self, s: Time, t: Time, x: State, args: Args = None) -> State:
         return self.flow_map(t, s, x, args)
+
+
+def check_composable(flow_map: object) -> None:
+    """**Raises:** `TypeError` for what is no map, or an inverse: they do not compose."""
+    check_callable(flow_map, "flow_map", "flow_map(s, t, x, args)")
+    if isinstance(flow_map, InverseFlowMap):
+        raise TypeError(
+            "An `InverseFlowMap` is for one jump: inverses do not compose in the order "
+            "of their times. To go back, run the map itself from `t1` to `t0`."
+        )
 
 
 class RescheduledFlowMap(AbstractFlowMap):
@@ -115,6 +129,7 @@ class RescheduledFlowMap(AbstractFlowMap):
         return (0.0, 1.0)
 
     def __call__(self, s: Time, t: Time, x: State, args: Args = None) -> State:
+        check_times(self, s, t)
         s, t = times_like(x, s, t)
         source_s, c_s = self._clock(s)
         source_t, c_t = self._clock(t)

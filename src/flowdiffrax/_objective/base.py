@@ -89,12 +89,13 @@ class Mixture(eqx.Module):
         weights: Sequence[float] | None = None,
     ):
         self.objectives = tuple(objectives)
-        total = float(sum(shares))
-        self.shares = tuple(float(share) / total for share in shares)
-        self.weights = self.shares if weights is None else tuple(map(float, weights))
+        self.shares = tuple(map(float, shares))
+        check_shares(self.shares, len(self.objectives), "objectives")
+        if weights is None:
+            weights = [share / sum(self.shares) for share in self.shares]
+        self.weights = tuple(map(float, weights))
 
     def __check_init__(self):
-        check_shares(self.shares, len(self.objectives), "objectives")
         if len(self.weights) != len(self.objectives):
             raise ValueError(
                 "There must be one weight for each of the objectives; got "

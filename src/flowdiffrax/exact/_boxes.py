@@ -24,8 +24,8 @@ class UniformBoxesVelocity(eqx.Module):
     !!! info "Numerics"
 
         Exact to rounding for all $t$ in [0, 1] and all $x$ within a few box widths.
-        Near $t = 1$ the field is $x$-independent of the base inside the support, and
-        outside it points to the nearest box and grows like $1/(1 - t)$.
+        Outside the support the field points to the nearest box, and grows like
+        $1/(1 - t)$ as $t$ goes to 1.
 
     **Arguments:**
 

@@ -6,6 +6,7 @@ from jaxtyping import Array
 
 from .._custom_types import Args, Numbers, State, Time
 from .._flow_map import AbstractFlowMap
+from .._flow_map.base import check_times
 from .._interpolant import AbstractInterpolant, LinearInterpolant
 from .._misc import times_like
 
@@ -64,6 +65,7 @@ class GaussianFlowMap(AbstractFlowMap):
 
     def __call__(self, s: Time, t: Time, x: State, args: Args = None) -> State:
         del args
+        check_times(self, s, t)
         s, t = times_like(x, s, t)
         cast = lambda value: value.astype(x.dtype)
         mean_s, variance_s = self._moments(s, x.shape)

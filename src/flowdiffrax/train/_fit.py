@@ -57,7 +57,8 @@ def fit(
     - `report_every`: how many steps lie between reports.
     - `on_report`: called with the state and a dictionary of numbers: `step`, `loss`,
       one entry for each objective, `grad_norm`, and `seconds` since the start. Save
-      checkpoints here, before the next step reuses the state's memory.
+      checkpoints here, or keep the state: it is a copy, and a run that is interrupted
+      goes on from it.
     - `progress`: whether to show a bar. It needs tqdm, from the `train` extra, and is
       left out without it.
 
@@ -74,9 +75,7 @@ def fit(
         )
     if isinstance(flow_map, TrainState):
         # A copy, for the same reason as in `TrainState.create`.
-        state = jax.tree_util.tree_map(
-            lambda leaf: leaf.copy() if eqx.is_array(leaf) else leaf, flow_map
-        )
+        state = _copy(flow_map)
     elif key is None:
         raise ValueError(
             "`key` is needed to start a run, for example `jax.random.key(0)`."
@@ -103,8 +102,14 @@ def fit(
             if hasattr(bar, "set_postfix"):
                 bar.set_postfix(loss=f"{report['loss']:.4g}")
             if on_report is not None:
-                on_report(state, report)
+                on_report(_copy(state), report)
     return state
+
+
+def _copy(state: TrainState) -> TrainState:
+    # The next step reuses the state's memory.
+    copy = lambda leaf: leaf.copy() if eqx.is_array(leaf) else leaf
+    return jax.tree_util.tree_map(copy, state)
 
 
 def _steps(first: int, last: int, progress: bool) -> Any:

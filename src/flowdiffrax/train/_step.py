@@ -80,8 +80,8 @@ class StepInfo(eqx.Module):
     - `loss`: the loss before the step.
     - `terms`: the mean loss of each objective, by name.
     - `grad_norm`: the norm of the whole gradient before the optimiser saw it.
-    - `is_finite`: whether loss and gradient were finite. If not, the step was skipped:
-      weights, average and optimiser are those of the step before.
+    - `is_finite`: whether loss, gradient and new weights were finite. If not, the step
+      was skipped: weights, average and optimiser are those of the step before.
     """
 
     loss: Scalar
@@ -180,7 +180,7 @@ def update(
             new_weights,
             ema_weights,
         )
-    is_finite = jnp.isfinite(loss) & all_finite(grads)
+    is_finite = jnp.isfinite(loss) & all_finite(grads) & all_finite(new_weights)
     keep = lambda new, old: jnp.where(is_finite, new, old) if eqx.is_array(new) else new
     combine: Any = eqx.combine
     proposed = TrainState(
