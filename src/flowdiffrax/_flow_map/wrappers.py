@@ -46,7 +46,7 @@ class ComposedFlowMap(AbstractFlowMap):
         return out
 
 
-class InverseFlowMap(eqx.Module):
+class InverseFlowMap(AbstractFlowMap):
     r"""The inverse of each map, $(s, t) \mapsto X_{s,t}^{-1}$.
 
     For a flow map that is $X_{t,s}$, a single evaluation with the times swapped:
