@@ -275,7 +275,6 @@ def main(
     flow_map = None
     if checkpoint is not None:
         config, flow_map = fd.train.load(checkpoint, make_map)
-        out = pathlib.Path(checkpoint).parent
     started = time.perf_counter()
     teacher_key, fit_key = jr.split(jr.key(config["seed"]))
     velocity = fd.exact.checkerboard_velocity(INTERPOLANT, BASE_STD)
@@ -283,7 +282,7 @@ def main(
         velocity = learn_teacher(
             config, config["teacher_steps"], teacher_key, out / "learned-teacher.fdx"
         )
-    name = f"{config['teacher']}-{config['method']}"
+    name = f"{config['teacher']}-{config['method']}" + "-again" * bool(checkpoint)
     if flow_map is None:
         methods = {"lagrangian": distil_lagrangian, "progressive": distil_progressive}
         flow_map = methods[method](config, velocity, steps, fit_key)
@@ -299,7 +298,7 @@ def main(
 
 def full(**options):
     """Every teacher with every method, for longer."""
-    options |= {"steps": 6000, "teacher_steps": 5000}
+    options = {"steps": 6000, "teacher_steps": 5000} | options
     for teacher in ("exact", "learned"):
         for method in ("lagrangian", "progressive"):
             main(**options | {"teacher": teacher, "method": method})
@@ -309,19 +308,19 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--teacher", choices=("exact", "learned"), default="exact")
+    parser.add_argument("--teacher", choices=("exact", "learned"))
+    parser.add_argument("--method", choices=("lagrangian", "progressive"))
     parser.add_argument(
-        "--method", choices=("lagrangian", "progressive"), default="lagrangian"
+        "--steps", type=int, help="of distillation: 3500, or 6000 with --full"
     )
-    parser.add_argument("--steps", type=int, default=3500, help="of distillation")
-    parser.add_argument("--teacher-steps", type=int, default=3000, dest="teacher_steps")
-    parser.add_argument("--num-samples", type=int, default=64_000, dest="num_samples")
-    parser.add_argument("--pool", type=int, default=131_072, help="trajectories")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", default="out/checkerboard")
+    parser.add_argument("--teacher-steps", type=int, help="3000, or 5000 with --full")
+    parser.add_argument("--num-samples", type=int, help="64000")
+    parser.add_argument("--pool", type=int, help="trajectories: 131072")
+    parser.add_argument("--seed", type=int, help="0")
+    parser.add_argument("--out", help="folder: out/checkerboard")
     parser.add_argument("--checkpoint", help="sample from this file, do not train")
     parser.add_argument(
-        "--full", action="store_true", help="all teachers and methods, 6000 steps each"
+        "--full", action="store_true", help="all teachers and methods, longer"
     )
-    options = vars(parser.parse_args())
+    options = {k: v for k, v in vars(parser.parse_args()).items() if v is not None}
     full(**options) if options.pop("full") else main(**options)

@@ -253,3 +253,16 @@ def test_times_may_be_numpy_or_a_list(ts):
     assert paths.ts.shape == (4, 3)
     s, t = fd.GridTimes(ts)(jax.random.key(0), 8)
     assert set(np.asarray(s)) <= {0.0, 0.5} and set(np.asarray(t)) <= {0.5, 1.0}
+
+
+@pytest.mark.parametrize(
+    "x0, options, message",
+    [
+        (jnp.ones((0, 2)), {}, "not empty"),
+        (jnp.asarray(1.0), {}, "leading axis"),
+        (jnp.ones((3, 2)), {"chunk_size": 0}, "`chunk_size` must be at least 1; got 0"),
+    ],
+)
+def test_trajectories_of_what_is_no_batch(x0, options, message):
+    with pytest.raises(ValueError, match=message):
+        fd.solve_trajectories(nonlinear_field, x0, jnp.asarray([0.0, 1.0]), **options)

@@ -186,3 +186,8 @@ def test_wrong_clock_is_named():
 def test_bad_settings(make):
     with without_type_checks(), pytest.raises(ValueError):
         make()
+
+
+def test_trigonometric_latent_stays_below_one():
+    with pytest.raises(ValueError, match="must stay below 1.*got 1.2"):
+        fd.TrigonometricInterpolant(latent=fd.SineSquaredLatent(1.2))

@@ -10,7 +10,7 @@ import jax.tree_util as jtu
 import numpy as np
 import optax
 import pytest
-from helpers import assert_close, linear_map, max_abs
+from helpers import assert_close, linear_map, max_abs, without_type_checks
 
 import flowdiffrax as fd
 
@@ -254,7 +254,7 @@ def test_bad_step_is_skipped():
     step = fd.train.make_step(fd.VelocityDistillation(), OPTIM)
     new, info = step(state, batches(), nan_late)
     assert not bool(info.is_finite)
-    assert int(new.step) == 3
+    assert (int(new.step), int(new.skipped)) == (3, 1)
     assert_equal(eqx.filter(new.flow_map, eqx.is_array), before.flow_map)
     assert_equal(eqx.filter(new.ema_map, eqx.is_array), before.ema_map)
     assert_equal(eqx.filter(new.opt_state, eqx.is_array), before.opt_state)
@@ -297,7 +297,7 @@ def test_report():
     )
     assert [step for step, _ in reports] == [2, 4, 5]
     for step, report in reports:
-        names = {"step", "loss", "grad_norm", "seconds"}
+        names = {"step", "loss", "grad_norm", "skipped", "seconds"}
         assert set(report) == names | {"VelocityDistillation", "FlowMatching"}
         assert report["step"] == step
         half = (report["VelocityDistillation"] + report["FlowMatching"]) / 2
@@ -349,3 +349,16 @@ def test_fit_needs_a_key():
 def test_fit_needs_steps(setting):
     with pytest.raises(ValueError, match="must be at least 1"):
         run(**{setting: 0})
+
+
+def test_fit_wants_a_flow_map():
+    net = lambda s, t, x, args: x
+    with without_type_checks(), pytest.raises(TypeError, match=r"FlowMap\(net\)"):
+        fd.train.fit(
+            net,
+            fd.FlowMatching(),
+            batches(),
+            optax.sgd(0.1),
+            num_steps=1,
+            key=jr.key(0),
+        )

@@ -181,7 +181,8 @@ class TrigonometricInterpolant(AbstractInterpolant):
       With it, both weights carry a factor $\sqrt{1 - \gamma_t^2}$, so that variance
       stays preserved.
 
-    **Raises:** `ValueError` for a latent that does not vanish at both ends.
+    **Raises:** `ValueError` for a latent that does not vanish at both ends, or that
+    reaches 1 between them.
 
     ??? cite "Reference"
 
@@ -193,6 +194,14 @@ class TrigonometricInterpolant(AbstractInterpolant):
     def __check_init__(self):
         if self.latent is not None:
             _check_boundary("latent", self.latent, 0.0, 0.0)
+            with jax.ensure_compile_time_eval():
+                gamma = np.asarray(jax.vmap(self.latent)(jnp.linspace(0, 1, 65)))
+            # Where it is 1, the square root has no derivative.
+            if np.max(np.abs(gamma)) >= 1:
+                raise ValueError(
+                    "`latent` must stay below 1, so that the rest of the variance is "
+                    f"left for base and data; got {np.max(np.abs(gamma)):g}."
+                )
 
     def alpha(self, t):
         return self._rest(t) * jnp.cos(math.pi / 2 * t)

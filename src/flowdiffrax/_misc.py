@@ -118,9 +118,10 @@ def check_like(out: State, x: State, name: str) -> State:
         if jnp.result_type(got_leaf) != jnp.result_type(leaf):
             raise TypeError(
                 f"{name} must return the dtype of the state, {jnp.result_type(leaf)}; "
-                f"got {jnp.result_type(got_leaf)}. Cast with `.astype(x.dtype)` where "
-                "the value is returned. (Diffrax promotes the state to the dtype of "
-                "the times: Python-float times are float64 when x64 is enabled.)"
+                f"got {jnp.result_type(got_leaf)}. Give state and weights one dtype, or "
+                "cast with `.astype(x.dtype)` where the value is returned. (Diffrax "
+                "promotes the state to the dtype of the times: Python-float times are "
+                "float64 when x64 is enabled.)"
             )
     return out
 
@@ -149,6 +150,20 @@ def check_shares(shares: tuple[float, ...], number: int, of: str) -> None:
         )
     if min(shares) <= 0:
         raise ValueError(f"`shares` must be positive; got {shares}.")
+
+
+def num_rows(tree: PyTree, name: str) -> int:
+    """The length of the leading axis that all arrays of a batch have in common.
+
+    **Raises:** `ValueError` if there is none, or if it is empty.
+    """
+    sizes = {jnp.shape(leaf)[:1] for leaf in jtu.tree_leaves(tree)}
+    if len(sizes) != 1 or sizes <= {(), (0,)}:
+        raise ValueError(
+            f"{name} must be arrays with one common leading axis that is not empty; got "
+            f"leading axes {sorted(sizes)}."
+        )
+    return sizes.pop()[0]
 
 
 def check_callable(fn: object, name: str, signature: str) -> None:

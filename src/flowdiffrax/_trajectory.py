@@ -7,7 +7,7 @@ from jax import lax
 from jaxtyping import Array, Float, Real
 
 from ._custom_types import Args, State, Time, VectorField
-from ._misc import is_concrete, real_dtype, subtract, time_dtype, times_like
+from ._misc import is_concrete, num_rows, real_dtype, subtract, time_dtype, times_like
 
 
 class TrajectoryPath(diffrax.AbstractPath):
@@ -80,8 +80,12 @@ def solve_trajectories(
 
     **Returns:** the states, every leaf of shape `(batch, times, ...)`.
 
-    **Raises:** `ValueError` for times that are too few or, if known, not monotone.
+    **Raises:** `ValueError` for times that are too few or, if known, not monotone, for
+    a `chunk_size` below 1, and for an `x0` that is no batch.
     """
+    num_rows(x0, "`x0` is a batch of states: its leaves")
+    if chunk_size < 1:
+        raise ValueError(f"`chunk_size` must be at least 1; got {chunk_size}.")
     if jnp.ndim(ts) != 1 or jnp.shape(ts)[0] < 2:
         raise ValueError(
             f"`ts` must be one-dimensional with at least two times; got {jnp.shape(ts)}."

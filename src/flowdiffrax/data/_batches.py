@@ -13,7 +13,7 @@ from jaxtyping import Array, Key
 from .._coupling import AbstractCoupling, IndependentCoupling
 from .._custom_types import Args, State
 from .._interpolant import AbstractInterpolant
-from .._misc import is_concrete
+from .._misc import is_concrete, num_rows
 from .._times import check_batch_size
 from .._trajectory import TrajectoryPath
 
@@ -153,13 +153,7 @@ def _normal_like(key, x, std):
 
 
 def _num_rows(tree) -> int:
-    sizes = {jnp.shape(leaf)[:1] for leaf in jtu.tree_leaves(tree)}
-    if len(sizes) != 1 or sizes <= {(), (0,)}:
-        raise ValueError(
-            "Data and conditions must be arrays with one common leading axis that is "
-            f"not empty; got leading axes {sorted(sizes)}."
-        )
-    return sizes.pop()[0]
+    return num_rows(tree, "Data and conditions")
 
 
 def _draw_rows(key, tree, batch_size):

@@ -56,15 +56,16 @@ def fit(
     - `ema_decay`: decay of the moving average a step.
     - `report_every`: how many steps lie between reports.
     - `on_report`: called with the state and a dictionary of numbers: `step`, `loss`,
-      one entry for each objective, `grad_norm`, and `seconds` since the start. Save
-      checkpoints here, or keep the state: it is a copy, and a run that is interrupted
-      goes on from it.
+      one entry for each objective, `grad_norm`, `skipped` (how many steps so far were
+      not finite) and `seconds` since the start. Save checkpoints here, or keep the
+      state: it is a copy, and a run that is interrupted goes on from it.
     - `progress`: whether to show a bar. It needs tqdm, from the `train` extra, and is
       left out without it.
 
     **Returns:** the final state; `state.ema_map` is the map to use.
 
-    **Raises:** `ValueError` for a number of steps below 1 or a missing key, and
+    **Raises:** `ValueError` for a number of steps below 1 or a missing key, `TypeError`
+    for what is no flow map, and
     [`flowdiffrax.train.TrainingDiverged`][] if the loss or its gradient stops being
     finite, with the last good state.
     """
@@ -72,6 +73,11 @@ def fit(
         raise ValueError(
             "`num_steps` and `report_every` must be at least 1; got "
             f"{num_steps} and {report_every}."
+        )
+    if not isinstance(flow_map, AbstractFlowMap | TrainState):
+        raise TypeError(
+            "`fit` trains a flow map or continues a `TrainState`; got "
+            f"{type(flow_map).__name__}. Wrap a network as `FlowMap(net)`."
         )
     if isinstance(flow_map, TrainState):
         # A copy, for the same reason as in `TrainState.create`.
@@ -89,7 +95,7 @@ def fit(
         state, info = step(state, batches, teacher)
         # Reading a number waits for the device, so only reports do.
         if (index + 1) % report_every == 0 or index + 1 == num_steps:
-            report = _report(index + 1, info, time.perf_counter() - start)
+            report = _report(state, info, time.perf_counter() - start)
             if not bool(info.is_finite):
                 raise TrainingDiverged(
                     f"The loss or its gradient is not finite at step {index + 1}: loss "
@@ -123,7 +129,8 @@ def _steps(first: int, last: int, progress: bool) -> Any:
     return tqdm(steps, initial=first, total=last, unit="step", mininterval=1.0)
 
 
-def _report(step: int, info: StepInfo, seconds: float) -> dict[str, float]:
-    numbers = {"step": step, "loss": float(info.loss)}
+def _report(state: TrainState, info: StepInfo, seconds: float) -> dict[str, float]:
+    numbers = {"step": int(state.step), "loss": float(info.loss)}
     numbers |= {name: float(value) for name, value in info.terms.items()}
-    return numbers | {"grad_norm": float(info.grad_norm), "seconds": seconds}
+    numbers |= {"grad_norm": float(info.grad_norm), "skipped": int(state.skipped)}
+    return numbers | {"seconds": seconds}

@@ -28,6 +28,7 @@ class TrainState(eqx.Module):
       to evaluate and to sample from.
     - `opt_state`: the optimiser's state.
     - `step`: how many steps have been made.
+    - `skipped`: how many of them were skipped, because something was not finite.
     - `key_data`, `key_impl`: the root key's numbers, and what kind of key they are of.
     """
 
@@ -35,6 +36,7 @@ class TrainState(eqx.Module):
     ema_map: AbstractFlowMap
     opt_state: PyTree
     step: Int[Array, ""]
+    skipped: Int[Array, ""]
     key_data: Array
     key_impl: Hashable = eqx.field(static=True)
 
@@ -66,6 +68,7 @@ class TrainState(eqx.Module):
             ema_map=copy(flow_map),
             opt_state=copy(opt_state),
             step=jnp.zeros((), int),
+            skipped=jnp.zeros((), int),
             # A copy too, or the first step would take the caller's key with it.
             key_data=copy(jr.key_data(key)),
             key_impl=jr.key_impl(key),
@@ -188,9 +191,11 @@ def update(
         ema_map=combine(ema_weights, rest),
         opt_state=opt_state,
         step=state.step,
+        skipped=state.skipped,
         key_data=state.key_data,
         key_impl=state.key_impl,
     )
     new_state = jtu.tree_map(keep, proposed, state)
-    new_state = eqx.tree_at(lambda s: s.step, new_state, state.step + 1)
+    counts = state.step + 1, state.skipped + (~is_finite).astype(int)
+    new_state = eqx.tree_at(lambda s: (s.step, s.skipped), new_state, counts)
     return new_state, StepInfo(loss, terms, grad_norm, is_finite)
