@@ -122,7 +122,7 @@ def test_pytree_data():
 
 
 class Reversed(fd.AbstractCoupling):
-    def __call__(self, key, x0, x1):
+    def __call__(self, key, x0, x1, args=None):
         return x0[::-1]
 
 
@@ -131,10 +131,6 @@ def test_coupling_moves_the_base_only():
     coupled, _ = interpolant_batches(coupling=Reversed())(jr.key(0))
     assert_close(coupled.x1, plain.x1)
     assert_close(coupled.x0, plain.x0[::-1])
-
-
-def test_independent_coupling_keeps_the_batch():
-    assert_close(fd.IndependentCoupling()(jr.key(0), DATA, DATA + 1), DATA)
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ EXACT = {
         PATH,
     ),
     "lagrangian-through-teacher": lambda: (
-        fd.LagrangianMapDistillation(stop_gradient=False),
+        fd.LagrangianMapDistillation(stop_gradient=fd.StopGradient.NONE),
         linear_map(),
         linear_map().velocity,
         PATH,
@@ -185,7 +185,7 @@ def test_lagrangian_teacher_is_frozen():
 
 def test_lagrangian_gradient_through_the_teacher():
     student, teacher = mlp_map(), nonlinear_field
-    objective = fd.LagrangianMapDistillation(stop_gradient=False)
+    objective = fd.LagrangianMapDistillation(stop_gradient=fd.StopGradient.NONE)
     loss = lambda m: objective(m, teacher, PATH, S, T)
     expected, direction = directional(loss, student)
     full = along(gradient(objective, student, teacher), direction)

@@ -1,7 +1,7 @@
 """Aliases used in annotations throughout."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from jaxtyping import Array, ArrayLike, Float, PyTree, Real
 
@@ -31,3 +31,16 @@ TwoTimeMap: TypeAlias = Callable[[Time, Time, State, Args], State]
 Numbers: TypeAlias = ArrayLike | list | tuple
 
 Scalar: TypeAlias = Float[Array, ""]
+
+
+class GuidanceArgs(NamedTuple):
+    """What a network that takes the guidance scale as an input receives as `args`.
+
+    **Arguments:**
+
+    - `condition`: the condition: a label, an embedding, any PyTree.
+    - `scale`: the guidance scale, a number for each example; 1 is no guidance.
+    """
+
+    condition: Args
+    scale: Time

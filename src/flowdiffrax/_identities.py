@@ -4,33 +4,53 @@ Losses, metrics, error estimates and tests call these functions. Each returns a 
 like `x` that vanishes, for all times and states, when the map is exact.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
 from ._custom_types import Args, State, Time, TwoTimeMap, VectorField
+from ._derivative import Derivative
 from ._flow_map import AbstractFlowMap
-from ._misc import check_like, subtract, times_like
+from ._misc import add_scaled, check_like, scale, subtract, times_like
 
 
 def end_derivative(
-    flow_map: TwoTimeMap, s: Time, t: Time, x: State, args: Args = None
+    flow_map: TwoTimeMap,
+    s: Time,
+    t: Time,
+    x: State,
+    args: Args = None,
+    *,
+    jvp: Derivative = jax.jvp,
 ) -> tuple[State, State]:
-    r"""The pair $X_{s,t}(x)$ and $\partial_t X_{s,t}(x)$, from one forward-mode pass."""
+    r"""The pair $X_{s,t}(x)$ and $\partial_t X_{s,t}(x)$, from one forward-mode pass.
+
+    Given `average_velocity` for the map, the pair $v_{s,t}$ and $\partial_t v_{s,t}$.
+    """
     s, t = times_like(x, s, t)
     end = lambda t: flow_map(s, t, x, args)
-    return jax.jvp(end, (t,), (jnp.ones_like(t),))
+    return jvp(end, (t,), (jnp.ones_like(t),))
 
 
 def transport_derivative(
-    flow_map: TwoTimeMap, s: Time, t: Time, x: State, w: State, args: Args = None
+    flow_map: TwoTimeMap,
+    s: Time,
+    t: Time,
+    x: State,
+    w: State,
+    args: Args = None,
+    *,
+    jvp: Derivative = jax.jvp,
 ) -> tuple[State, State]:
     r"""The pair $X_{s,t}(x)$ and $\partial_s X_{s,t}(x) + \nabla X_{s,t}(x)\,w$.
 
-    One forward-mode pass along the joint direction $(1, w)$ in $(s, x)$.
+    One forward-mode pass along the joint direction $(1, w)$ in $(s, x)$. Given
+    `average_velocity` for the map, the same of $v_{s,t}$.
     """
     s, t = times_like(x, s, t)
     start = lambda s, x: flow_map(s, t, x, args)
-    return jax.jvp(start, (s, x), (jnp.ones_like(s), w))
+    return jvp(start, (s, x), (jnp.ones_like(s), w))
 
 
 def lagrangian_residual(
@@ -40,6 +60,8 @@ def lagrangian_residual(
     t: Time,
     x: State,
     args: Args = None,
+    *,
+    jvp: Derivative = jax.jvp,
 ) -> State:
     r"""How far the map's end-time derivative is from the teacher.
 
@@ -57,6 +79,8 @@ def lagrangian_residual(
     - `s`, `t`: start and end times, in either order.
     - `x`: one state at time `s`; use `jax.vmap` for a batch.
     - `args`: passed on to both, for example a class label.
+    - `jvp`: how the derivative is taken: `jax.jvp` or a
+      [`flowdiffrax.FiniteDifference`][].
 
     **Returns:** a state like `x`.
 
@@ -66,7 +90,7 @@ def lagrangian_residual(
         [arXiv:2406.07507](https://arxiv.org/abs/2406.07507).
     """
     s, t = times_like(x, s, t)
-    X_st, dX_dt = end_derivative(flow_map, s, t, x, args)
+    X_st, dX_dt = end_derivative(flow_map, s, t, x, args, jvp=jvp)
     b_t = check_like(teacher(t, X_st, args), X_st, "`teacher`")
     return subtract(dX_dt, b_t)
 
@@ -78,6 +102,8 @@ def eulerian_residual(
     t: Time,
     x: State,
     args: Args = None,
+    *,
+    jvp: Derivative = jax.jvp,
 ) -> State:
     r"""How fast the end point moves as the start slides along the teacher's trajectory.
 
@@ -99,7 +125,7 @@ def eulerian_residual(
     """
     s, t = times_like(x, s, t)
     b_s = check_like(teacher(s, x, args), x, "`teacher`")
-    _, residual = transport_derivative(flow_map, s, t, x, b_s, args)
+    _, residual = transport_derivative(flow_map, s, t, x, b_s, args, jvp=jvp)
     return residual
 
 
@@ -159,3 +185,43 @@ def inverse_residual(
     """
     s, t = times_like(x, s, t)
     return subtract(flow_map(t, s, flow_map(s, t, x, args), args), x)
+
+
+def two_piece_target(
+    s: Time,
+    t: Time,
+    x: State,
+    share: Time,
+    first: Callable[[Time, Time, State], State],
+    second: Callable[[Time, Time, State], State],
+) -> State:
+    r"""The average velocity of a jump from those of its two pieces.
+
+    The semigroup identity for average velocities: with $a$ the first piece's share of
+    the jump and $u = s + a (t - s)$,
+
+    $$v_{s,t}(x) = a\,v_{s,u}(x) + (1 - a)\,v_{u,t}(X_{s,u}(x)).$$
+
+    Every objective without derivatives regresses on its right side. With an
+    instantaneous velocity for a short first piece it is a difference quotient of the
+    Eulerian equation, for a short last piece of the Lagrangian one.
+
+    **Arguments:**
+
+    - `s`, `t`: start and end of the jump.
+    - `x`: one state at time `s`.
+    - `share`: $a$ in [0, 1].
+    - `first`, `second`: average velocities of the pieces, `(start, end, x) -> v`.
+
+    **Returns:** a state like `x`.
+
+    ??? cite "Reference"
+
+        Progressive self-distillation, in velocities:
+        [arXiv:2505.18825](https://arxiv.org/abs/2505.18825), section 3.
+    """
+    s, t, share = times_like(x, s, t, share)
+    u = s + share * (t - s)
+    v_su = check_like(first(s, u, x), x, "The first piece")
+    v_ut = second(u, t, add_scaled(x, u - s, v_su))
+    return add_scaled(scale(share, v_su), 1 - share, v_ut)

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
-from jax.scipy.special import ndtri
+from jax.scipy.special import ndtr, ndtri
 from jaxtyping import Array, ArrayLike, Float, Key
 
 from ._misc import check_shares, is_concrete, split_by_shares
@@ -44,6 +44,14 @@ class AbstractTimes(eqx.Module):
     @abc.abstractmethod
     def from_uniform(self, first: Times, second: Times) -> tuple[Times, Times]:
         """The pairs that two batches of uniform numbers in [0, 1) stand for."""
+
+    def num_diagonal(self, batch_size: int) -> int:
+        """How many of the first pairs of a batch are sure to have `s == t`.
+
+        Losses take a cheaper form there, and compute nothing else for these rows.
+        """
+        del batch_size
+        return 0
 
 
 class UniformTriangle(AbstractTimes):
@@ -94,14 +102,21 @@ class Diagonal(AbstractTimes):
 
     **Arguments:**
 
-    - `times`: the law whose end time is used; `None` for uniform.
+    - `times`: the law one of whose times is used; `None` for uniform.
+    - `start`: whether to use its start time rather than its end time.
     """
 
     times: AbstractTimes | None = None
+    start: bool = eqx.field(static=True, default=False)
 
     def from_uniform(self, first: Times, second: Times) -> tuple[Times, Times]:
-        t = second if self.times is None else self.times.from_uniform(first, second)[1]
-        return t, t
+        if self.times is None:
+            return second, second
+        s, t = self.times.from_uniform(first, second)
+        return (s, s) if self.start else (t, t)
+
+    def num_diagonal(self, batch_size: int) -> int:
+        return batch_size
 
 
 class DiagonalMixture(AbstractTimes):
@@ -116,23 +131,27 @@ class DiagonalMixture(AbstractTimes):
     - `times`: the law off the diagonal, on [0, 1]. For another interval, put the mixture
       into [`flowdiffrax.OnInterval`][], not the other way round.
     - `fraction`: the share on the diagonal, in [0, 1].
+    - `diagonal`: the law on the diagonal, uniform by default whatever the law off it.
 
     **Raises:** `ValueError` for a fraction outside [0, 1].
     """
 
     times: AbstractTimes
     fraction: float = eqx.field(static=True, default=0.75)
+    diagonal: Diagonal = Diagonal()
 
     def __check_init__(self):
         if not 0 <= self.fraction <= 1:
             raise ValueError(f"`fraction` must be in [0, 1]; got {self.fraction}.")
 
     def from_uniform(self, first: Times, second: Times) -> tuple[Times, Times]:
-        s, t = self.times.from_uniform(first, second)
-        num_diagonal = round(self.fraction * t.shape[0])
-        # Uniform on the diagonal, whatever the law off it.
-        on_diagonal = jnp.arange(t.shape[0]) < num_diagonal
-        return jnp.where(on_diagonal, second, s), jnp.where(on_diagonal, second, t)
+        cut = self.num_diagonal(first.shape[0])
+        s_on, t_on = self.diagonal.from_uniform(first[:cut], second[:cut])
+        s_off, t_off = self.times.from_uniform(first[cut:], second[cut:])
+        return jnp.concatenate([s_on, s_off]), jnp.concatenate([t_on, t_off])
+
+    def num_diagonal(self, batch_size: int) -> int:
+        return round(self.fraction * batch_size)
 
 
 class LogitNormal(AbstractTimes):
@@ -142,6 +161,7 @@ class LogitNormal(AbstractTimes):
 
     - `mean`, `std`: of the logit on our clock. Papers that have the data at time 0
       quote the mean with the opposite sign.
+    - `sort`: whether to sort; if not, the two times are independent.
 
     **Raises:** `ValueError` for a `std` that is not positive.
 
@@ -152,17 +172,65 @@ class LogitNormal(AbstractTimes):
 
     mean: float = 0.4
     std: float = 1.0
+    sort: bool = eqx.field(static=True, default=True)
 
     def __check_init__(self):
         if self.std <= 0:
             raise ValueError(f"`std` must be positive; got {self.std}.")
 
     def from_uniform(self, first: Times, second: Times) -> tuple[Times, Times]:
-        # Uniform draws include 0, whose normal quantile is infinite.
-        floor = jnp.finfo(first.dtype).tiny
-        logit = lambda u: self.mean + self.std * ndtri(jnp.maximum(u, floor))
+        logit = lambda u: self.mean + self.std * _quantile(u)
         first, second = jax.nn.sigmoid(logit(first)), jax.nn.sigmoid(logit(second))
+        if not self.sort:
+            return first, second
         return jnp.minimum(first, second), jnp.maximum(first, second)
+
+
+class LogitNormalGap(AbstractTimes):
+    r"""Pairs with a logit-normal gap $t - s$, placed where there is room for it.
+
+    Given the gap, the end time is uniform on what is left, $[t - s, 1]$, or logit-normal
+    and cut off there.
+
+    **Arguments:**
+
+    - `mean`, `std`: of the gap's logit.
+    - `end_mean`, `end_std`: of the end time's logit on our clock; `None` for uniform.
+
+    **Raises:** `ValueError` for standard deviations that are not positive, or for one of
+    `end_mean` and `end_std` alone.
+
+    ??? cite "Reference"
+
+        Align Your Flow, [arXiv:2506.14603](https://arxiv.org/abs/2506.14603), uniform;
+        Terminal Velocity Matching, [arXiv:2511.19797](https://arxiv.org/abs/2511.19797),
+        cut off.
+    """
+
+    mean: float = -0.6
+    std: float = 1.6
+    end_mean: float | None = None
+    end_std: float | None = None
+
+    def __check_init__(self):
+        stds = [self.std] if self.end_std is None else [self.std, self.end_std]
+        if min(stds) <= 0 or (self.end_mean is None) != (self.end_std is None):
+            raise ValueError(
+                "`std` and `end_std` must be positive, and `end_mean` and `end_std` "
+                f"given together; got {self.std}, {self.end_mean}, {self.end_std}."
+            )
+
+    def from_uniform(self, first: Times, second: Times) -> tuple[Times, Times]:
+        gap = jax.nn.sigmoid(self.mean + self.std * _quantile(first))
+        if self.end_mean is None or self.end_std is None:
+            t = gap + second * (1 - gap)
+        else:
+            # The quantile of a normal number above the gap's logit, from its upper tail.
+            lowest = (jax.scipy.special.logit(gap) - self.end_mean) / self.end_std
+            upper = (1 - second) * ndtr(-lowest)
+            t = jax.nn.sigmoid(self.end_mean - self.end_std * _quantile(upper))
+        # Rounding may put the start a trifle below 0.
+        return jnp.maximum(t - gap, 0), t
 
 
 class Dyadic(AbstractTimes):
@@ -211,13 +279,7 @@ class GridTimes(AbstractTimes):
     both_directions: bool = eqx.field(static=True, default=False)
 
     def __check_init__(self):
-        if jnp.ndim(self.ts) != 1 or jnp.shape(self.ts)[0] < 2:
-            raise ValueError(
-                "`ts` must be one-dimensional with at least two times; got shape "
-                f"{jnp.shape(self.ts)}."
-            )
-        if is_concrete(self.ts) and not np.all(np.diff(np.asarray(self.ts)) > 0):
-            raise ValueError(f"`ts` must rise; got {self.ts}.")
+        _check_grid(self.ts)
 
     def from_uniform(self, first: Times, second: Times) -> tuple[Times, Times]:
         size = self.ts.shape[0]
@@ -229,6 +291,31 @@ class GridTimes(AbstractTimes):
             i, j = jnp.minimum(i, j), jnp.maximum(i, j)
         ts = self.ts.astype(first.dtype)
         return ts[i], ts[j]
+
+
+class Neighbours(AbstractTimes):
+    r"""Neighbouring times of a grid, $s = t_i$ and $t = t_{i+1}$, all equally likely.
+
+    The pairs that discrete consistency models are trained on.
+
+    **Arguments:**
+
+    - `ts`: the grid, at least two rising times.
+
+    **Raises:** as [`flowdiffrax.GridTimes`][].
+    """
+
+    ts: Float[Array, " grid"] = eqx.field(converter=jnp.asarray)
+
+    def __check_init__(self):
+        _check_grid(self.ts)
+
+    def from_uniform(self, first: Times, second: Times) -> tuple[Times, Times]:
+        del second
+        num_pairs = self.ts.shape[0] - 1
+        i = jnp.minimum((first * num_pairs).astype(int), num_pairs - 1)
+        ts = self.ts.astype(first.dtype)
+        return ts[i], ts[i + 1]
 
 
 class OnInterval(AbstractTimes):
@@ -248,6 +335,9 @@ class OnInterval(AbstractTimes):
         s, t = self.times.from_uniform(first, second)
         low, high = (jnp.asarray(end, s.dtype) for end in (self.t0, self.t1))
         return low + (high - low) * s, low + (high - low) * t
+
+    def num_diagonal(self, batch_size: int) -> int:
+        return self.times.num_diagonal(batch_size)
 
 
 class MixedTimes(AbstractTimes):
@@ -344,6 +434,14 @@ class Stratified(AbstractTimes):
     def from_uniform(self, first: Times, second: Times) -> tuple[Times, Times]:
         return self.times.from_uniform(first, second)
 
+    def num_diagonal(self, batch_size: int) -> int:
+        return self.times.num_diagonal(batch_size)
+
+
+def _quantile(u: Times) -> Times:
+    """The normal quantile; finite, though uniform draws include 0."""
+    return ndtri(jnp.maximum(u, jnp.finfo(u.dtype).tiny))
+
 
 def _latin(key: Key[Array, ""], batch_size: int, dtype) -> Times:
     order_key, offset_key = jr.split(key)
@@ -359,6 +457,56 @@ def _uniform_gap(u: Times, max_gap: ArrayLike) -> Times:
     tau = jnp.asarray(max_gap, u.dtype)
     gap = 1 - jnp.sqrt(1 - u * tau * (2 - tau))
     return jnp.clip(gap, 0, tau)
+
+
+def _check_grid(ts: Array) -> None:
+    if jnp.ndim(ts) != 1 or jnp.shape(ts)[0] < 2:
+        raise ValueError(
+            "`ts` must be one-dimensional with at least two times; got shape "
+            f"{jnp.shape(ts)}."
+        )
+    if is_concrete(ts) and not np.all(np.diff(np.asarray(ts)) > 0):
+        raise ValueError(f"`ts` must rise; got {ts}.")
+
+
+def karras_times(
+    num_times: int,
+    sigma_min: float = 0.002,
+    sigma_max: float = 80.0,
+    base_std: float = 1.0,
+    power: float = 7.0,
+) -> Float[Array, " num_times"]:
+    r"""The grid of noise levels of consistency models, on the linear interpolant's clock.
+
+    A noise level $\sigma$ there is time $t = \sigma_0 / (\sigma_0 + \sigma)$ here, with
+    $\sigma_0$ the base's standard deviation. Levels are even in $\sigma^{1/7}$; the last
+    time is set to 1.
+
+    **Arguments:**
+
+    - `num_times`: how many times, at least 2.
+    - `sigma_min`, `sigma_max`: least and most noise, positive.
+    - `base_std`: standard deviation of the base.
+    - `power`: the 7 above.
+
+    **Returns:** rising times of shape `(num_times,)`.
+
+    **Raises:** `ValueError` for fewer than two times, or unless
+    $0 < \sigma_{\min} < \sigma_{\max}$.
+
+    ??? cite "Reference"
+
+        [arXiv:2206.00364](https://arxiv.org/abs/2206.00364), equation (5).
+    """
+    if num_times < 2 or not 0 < sigma_min < sigma_max:
+        raise ValueError(
+            "Expected at least two times and 0 < sigma_min < sigma_max; got "
+            f"{num_times}, {sigma_min} and {sigma_max}."
+        )
+    roots = np.linspace(sigma_max ** (1 / power), sigma_min ** (1 / power), num_times)
+    ts = base_std / (base_std + roots**power)
+    ts[-1] = 1.0
+    return jnp.asarray(ts, float)
 
 
 def _check_max_gap(max_gap: ArrayLike) -> None:

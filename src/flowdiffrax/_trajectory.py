@@ -10,6 +10,27 @@ from ._custom_types import Args, State, Time, VectorField
 from ._misc import is_concrete, num_rows, real_dtype, subtract, time_dtype, times_like
 
 
+class StatePath(diffrax.AbstractPath):
+    """A single state at all times, for objectives that only ask where to be right.
+
+    Distillation needs no data, only states that matter: the initial states of a physical
+    ODE, or draws of the base.
+
+    **Arguments:**
+
+    - `x`: the state, an array or a PyTree of arrays.
+    """
+
+    x: State
+    t0 = -jnp.inf
+    t1 = jnp.inf
+
+    def evaluate(self, t0: Time, t1: Time | None = None, left: bool = True) -> State:
+        """The state, or the increment to `t1`, zero, if that is given."""
+        del t0, left
+        return self.x if t1 is None else subtract(self.x, self.x)
+
+
 class TrajectoryPath(diffrax.AbstractPath):
     """A solution of an ODE, known at certain times: exact there, linear between.
 

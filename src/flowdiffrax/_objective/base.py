@@ -1,20 +1,43 @@
 import abc
-from collections.abc import Sequence
+import enum
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import diffrax
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
-from jaxtyping import Array, Key
+from jaxtyping import Array, Int, Key
 
-from .._custom_types import AbstractVar, Args, Scalar, Time
+from .._custom_types import AbstractVar, Args, Scalar, State, Time
 from .._flow_map import AbstractFlowMap
-from .._misc import check_shares, split_by_shares
+from .._misc import check_shares, split_by_shares, squared_norm
 from .._times import AbstractTimes
 from .weight import AbstractWeight
+
+
+class StopGradient(enum.Enum):
+    r"""What an objective holds fixed when it is differentiated.
+
+    Each holds fixed what the one before does, and more. With everything that depends on
+    the map free, the gradient is that of the loss as written; all the others are
+    *semigradients*, which vanish at the same map but belong to no loss.
+
+    **Attributes:**
+
+    - `NONE`: nothing; gradients flow through the teacher too, where it has any.
+    - `TEACHER`: the teacher's value.
+    - `TRANSPORT`: also $\nabla X_{s,t}\,b_s$, the derivative in space, so that no
+      gradient is taken of it. Only Eulerian objectives have one.
+    - `DERIVATIVE`: also every derivative of the map, so that only the leading
+      $v_{s,t}$ is trained, and nothing is differentiated twice.
+    """
+
+    NONE = "none"
+    TEACHER = "teacher"
+    TRANSPORT = "transport"
+    DERIVATIVE = "derivative"
 
 
 class AbstractObjective(eqx.Module):
@@ -58,6 +81,85 @@ class AbstractObjective(eqx.Module):
         - `args`: the example's condition, passed on to map and teacher.
         - `key`: for objectives that draw something of their own.
         """
+
+    def on_diagonal(
+        self,
+        flow_map: AbstractFlowMap,
+        teacher: Any,
+        path: diffrax.AbstractPath,
+        t: Time,
+        args: Args = None,
+        *,
+        key: Key[Array, ""] | None = None,
+    ) -> Scalar:
+        """The loss of one example that its law of times puts on the diagonal.
+
+        For rows that are known to have `s == t`, [`flowdiffrax.batch_loss`][] calls it
+        in the place of the loss itself. Self-distillation learns its velocity there, and
+        other objectives save themselves a derivative.
+
+        Arguments as for the loss.
+        """
+        return self(flow_map, teacher, path, t, t, args, key=key)
+
+
+class AbstractResidualObjective(AbstractObjective):
+    """An objective that is the weighted squared norm of a residual."""
+
+    @abc.abstractmethod
+    def residual(
+        self,
+        flow_map: AbstractFlowMap,
+        teacher: Any,
+        path: diffrax.AbstractPath,
+        s: Time,
+        t: Time,
+        args: Args,
+        key: Key[Array, ""] | None,
+    ) -> State:
+        """What should vanish, with gradients where the objective wants them.
+
+        Arguments as for the loss.
+        """
+
+    def diagonal_residual(
+        self,
+        flow_map: AbstractFlowMap,
+        teacher: Any,
+        path: diffrax.AbstractPath,
+        t: Time,
+        args: Args,
+        key: Key[Array, ""] | None,
+    ) -> State:
+        """What should vanish where `s == t`; the residual itself, unless overridden."""
+        return self.residual(flow_map, teacher, path, t, t, args, key)
+
+    def __call__(
+        self,
+        flow_map: AbstractFlowMap,
+        teacher: Any,
+        path: diffrax.AbstractPath,
+        s: Time,
+        t: Time,
+        args: Args = None,
+        *,
+        key: Key[Array, ""] | None = None,
+    ) -> Scalar:
+        error = self.residual(flow_map, teacher, path, s, t, args, key)
+        return self.weight(s, t, squared_norm(error))
+
+    def on_diagonal(
+        self,
+        flow_map: AbstractFlowMap,
+        teacher: Any,
+        path: diffrax.AbstractPath,
+        t: Time,
+        args: Args = None,
+        *,
+        key: Key[Array, ""] | None = None,
+    ) -> Scalar:
+        error = self.diagonal_residual(flow_map, teacher, path, t, args, key)
+        return self.weight(t, t, squared_norm(error))
 
 
 class Mixture(eqx.Module):
@@ -103,6 +205,32 @@ class Mixture(eqx.Module):
             )
 
 
+class Scheduled(eqx.Module):
+    """An objective whose settings change along training.
+
+    For everything that papers anneal: the longest jump, the tangent warm-up of Align
+    Your Flow, the step of consistency training, the weights of a mixture. Optax's
+    schedules serve inside:
+
+    ```python
+    rise = optax.linear_schedule(0.05, 1.0, 10_000)
+    Scheduled(lambda step: FlowMapMatching(UniformSquare(max_gap=rise(step))))
+    ```
+
+    **Arguments:**
+
+    - `objective`: a function of the step's number, a traced integer, that returns an
+      objective or a [`flowdiffrax.Mixture`][]. Values may depend on the step, structure
+      and static fields may not.
+    """
+
+    objective: Callable[[Int[Array, ""]], AbstractObjective | Mixture]
+
+    def at(self, step: Int[Array, ""]) -> AbstractObjective | Mixture:
+        """The objective of one step."""
+        return self.objective(step)
+
+
 def batch_loss(
     objective: AbstractObjective | Mixture,
     flow_map: AbstractFlowMap,
@@ -122,7 +250,9 @@ def batch_loss(
     - `args`: conditions with the same leading axis, or `None`.
     - `key`: for the times, and for objectives that draw.
 
-    **Returns:** the loss, and the mean loss of each objective by its name.
+    **Returns:** the loss, and the mean loss of each objective by its name. Where an
+    objective has rows on the diagonal besides others, their mean is a term of its own,
+    under the name with `_diagonal`.
 
     **Raises:** `ValueError` if the batch is too small for the shares of a mixture.
     """
@@ -143,32 +273,41 @@ def batch_loss(
             rows.stop - rows.start,
             jr.fold_in(key, index),
         )
-        mean = jnp.mean(losses)
         name = type(part).__name__
         # Two objectives of one class stay two terms.
-        terms[name if name not in terms else f"{name}_{index}"] = mean
+        name = name if name not in terms else f"{name}_{index}"
+        terms[name] = jnp.mean(losses[0])
+        if len(losses) == 2:
+            terms[f"{name}_diagonal"] = jnp.mean(losses[1])
+        mean = sum(map(jnp.sum, losses)) / (rows.stop - rows.start)
         total = total + mixture.weights[index] * mean
     return total, terms
 
 
 def _losses(objective, flow_map, teacher, paths, args, batch_size, key):
+    """The losses of the rows off the diagonal, then of those on it, if there are any."""
     times_key, draw_key = jr.split(key)
     s, t = objective.times(times_key, batch_size)
-    one = lambda path, s, t, args, key: objective(
-        flow_map, teacher, path, s, t, args, key=key
-    )
+    cut = objective.times.num_diagonal(batch_size)
+    rows = (paths, s, t, args, jr.split(draw_key, batch_size))
+
+    def on_diagonal(path, s, t, args, key):
+        del s
+        return objective.on_diagonal(flow_map, teacher, path, t, args, key=key)
+
+    def off_diagonal(path, s, t, args, key):
+        return objective(flow_map, teacher, path, s, t, args, key=key)
+
     axes = eqx.if_array(0)
-    return eqx.filter_vmap(one, in_axes=(axes, 0, 0, axes, 0))(
-        paths, s, t, args, jr.split(draw_key, batch_size)
-    )
+    over_rows = lambda one: eqx.filter_vmap(one, in_axes=(axes, 0, 0, axes, 0))
+    losses = []
+    if cut < batch_size:
+        losses.append(over_rows(off_diagonal)(*_rows(rows, slice(cut, None))))
+    if cut > 0:
+        losses.append(over_rows(on_diagonal)(*_rows(rows, slice(0, cut))))
+    return losses
 
 
 def _rows(tree, rows):
     cut = lambda leaf: leaf[rows] if eqx.is_array(leaf) else leaf
     return jtu.tree_map(cut, tree)
-
-
-def freeze(tree):
-    """Every array of a PyTree with its gradient stopped; the rest as it is."""
-    stop = lambda leaf: jax.lax.stop_gradient(leaf) if eqx.is_array(leaf) else leaf
-    return jtu.tree_map(stop, tree)

@@ -1,17 +1,21 @@
 from typing import Any
 
 import diffrax
+import jax
 from jaxtyping import Array, Key
 
-from .._custom_types import Args, Scalar, Time
+from .._custom_types import Args, Scalar, State, Time
+from .._derivative import Derivative
 from .._flow_map import AbstractFlowMap
+from .._identities import end_derivative
 from .._misc import squared_norm, subtract
-from .._times import AbstractTimes, Diagonal
-from .base import AbstractObjective
+from .._times import AbstractTimes, Diagonal, UniformSquare
+from .base import AbstractObjective, AbstractResidualObjective
+from .teaching import data_residual
 from .weight import AbstractWeight, NoWeight
 
 
-class FlowMatching(AbstractObjective):
+class FlowMatching(AbstractResidualObjective):
     r"""Learns the velocity from data: $|v_{t,t}(I_t) - \dot I_t|^2$.
 
     It trains the diagonal of a map, which then is a teacher. There is no teacher and no
@@ -31,6 +35,43 @@ class FlowMatching(AbstractObjective):
     times: AbstractTimes = Diagonal()
     weight: AbstractWeight = NoWeight()
 
+    def residual(self, flow_map, teacher, path, s, t, args, key) -> State:
+        del teacher, s, key
+        return data_residual(flow_map, path, t, args)
+
+
+class FlowMapMatching(AbstractObjective):
+    r"""FMM: learns the map from data alone, through its own inverse.
+
+    $|\partial_t X_{s,t}(y) - \dot I_t|^2 + \lambda\,|X_{s,t}(y) - I_t|^2$ with
+    $y = X_{t,s}(I_t)$, where $\partial_t$ acts on the outer map only. Pulling $I_t$ back
+    to time $s$ makes $\dot I_t$ a fair sample of the velocity at the end of the jump,
+    which the Lagrangian equation needs. Gradients flow through both maps.
+
+    The first term keeps the variance of $\dot I_t$ given $I_t$, so that the least value
+    is not zero. Long jumps are hard to learn directly: train on $|t - s| \le 1/K$ first
+    (`UniformSquare(max_gap=1 / K)`), and go on with
+    [`flowdiffrax.ProgressiveFlowMapMatching`][].
+
+    **Arguments:**
+
+    - `times`: the law of times; both directions of time are needed.
+    - `weight`: what is made of the sum of both squared errors.
+    - `inverse_weight`: the factor $\lambda$ of the round trip.
+    - `jvp`: how the derivative is taken, see [`flowdiffrax.FiniteDifference`][].
+
+    The teacher is not used.
+
+    ??? cite "Reference"
+
+        [arXiv:2406.07507](https://arxiv.org/abs/2406.07507), proposition 3.11.
+    """
+
+    times: AbstractTimes = UniformSquare()
+    weight: AbstractWeight = NoWeight()
+    inverse_weight: float = 1.0
+    jvp: Derivative = jax.jvp
+
     def __call__(
         self,
         flow_map: AbstractFlowMap,
@@ -44,5 +85,8 @@ class FlowMatching(AbstractObjective):
     ) -> Scalar:
         del teacher, key
         I_t, dI_t = path.evaluate(t), path.derivative(t)
-        error = subtract(flow_map.velocity(t, I_t, args), dI_t)
-        return self.weight(s, t, squared_norm(error))
+        y = flow_map(t, s, I_t, args)
+        X_st, dX_dt = end_derivative(flow_map, s, t, y, args, jvp=self.jvp)
+        rate_error = squared_norm(subtract(dX_dt, dI_t))
+        round_trip = squared_norm(subtract(X_st, I_t))
+        return self.weight(s, t, rate_error + self.inverse_weight * round_trip)

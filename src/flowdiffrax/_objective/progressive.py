@@ -1,18 +1,22 @@
-from typing import Any
+import abc
 
-import diffrax
 import equinox as eqx
-from jaxtyping import Array, Key
+import jax.numpy as jnp
+import jax.random as jr
+import jax.tree_util as jtu
+from jaxtyping import Array, ArrayLike, Key
 
-from .._custom_types import Args, Scalar, Time
-from .._flow_map import AbstractFlowMap, ComposedFlowMap
-from .._misc import squared_norm, subtract
-from .._times import AbstractTimes, UniformTriangle
-from .base import AbstractObjective, freeze
+from .._custom_types import State
+from .._flow_map import ComposedFlowMap
+from .._identities import two_piece_target
+from .._misc import subtract
+from .._times import AbstractTimes, DiagonalMixture, Dyadic, UniformTriangle
+from .base import AbstractResidualObjective
+from .teaching import data_residual, freeze, own_map
 from .weight import AbstractWeight, NoWeight
 
 
-class ProgressiveFlowMapMatching(AbstractObjective):
+class ProgressiveFlowMapMatching(AbstractResidualObjective):
     r"""PFMM: one jump must equal `num_jumps` jumps of a frozen teacher map.
 
     $|X_{s,t}(I_s) - \bar X_{t_{K-1},t} \circ \dots \circ \bar X_{s,t_1}(I_s)|^2$, the
@@ -47,20 +51,152 @@ class ProgressiveFlowMapMatching(AbstractObjective):
         if self.num_jumps < 2:
             raise ValueError(f"`num_jumps` must be at least 2; got {self.num_jumps}.")
 
-    def __call__(
-        self,
-        flow_map: AbstractFlowMap,
-        teacher: Any,
-        path: diffrax.AbstractPath,
-        s: Time,
-        t: Time,
-        args: Args = None,
-        *,
-        key: Key[Array, ""] | None = None,
-    ) -> Scalar:
+    def residual(self, flow_map, teacher, path, s, t, args, key) -> State:
         del key
         frozen = freeze(flow_map if teacher is None else teacher)
         I_s = path.evaluate(s)
         target = freeze(ComposedFlowMap(frozen, self.num_jumps)(s, t, I_s, args))
-        error = subtract(flow_map(s, t, I_s, args), target)
-        return self.weight(s, t, squared_norm(error))
+        return subtract(flow_map(s, t, I_s, args), target)
+
+
+class AbstractProgressiveSelfDistillation(AbstractResidualObjective):
+    """Off the diagonal a jump in two pieces, and on it flow matching."""
+
+    @abc.abstractmethod
+    def share(self, key: Key[Array, ""] | None) -> ArrayLike:
+        """The first piece's share of the jump."""
+
+    def limit(self, target: State) -> State:
+        """The target, or what is made of it."""
+        return target
+
+    def residual(self, flow_map, teacher, path, s, t, args, key) -> State:
+        I_s = path.evaluate(s)
+        frozen = freeze(own_map(flow_map, teacher))
+        piece = lambda s, t, x: frozen.average_velocity(s, t, x, args)
+        target = two_piece_target(s, t, I_s, self.share(key), piece, piece)
+        target = freeze(self.limit(target))
+        return subtract(flow_map.average_velocity(s, t, I_s, args), target)
+
+    def diagonal_residual(self, flow_map, teacher, path, t, args, key) -> State:
+        del teacher, key
+        return data_residual(flow_map, path, t, args)
+
+
+class ProgressiveSelfDistillation(AbstractProgressiveSelfDistillation):
+    r"""PSD: flow matching, and one jump goes where two go.
+
+    Off the diagonal
+    $|v_{s,t}(I_s) - \mathrm{sg}(a\,v_{s,u}(I_s) + (1 - a)\,v_{u,t}(X_{s,u}(I_s)))|^2$
+    with $u = s + a (t - s)$, and on it flow matching, which supplies the velocity from
+    data. All of the target is held fixed. No derivative of the map is taken.
+
+    **Arguments:**
+
+    - `times`: the law of times, with a share on the diagonal.
+    - `weight`: what is made of the squared error of average velocities.
+    - `split`: the first piece's share $a$, in (0, 1), or `None` to draw it uniformly
+      for each example (PSD-U). One half is the midpoint (PSD-M).
+
+    The teacher is `None`, for the map as it is, or a flow map that makes the pieces
+    instead, such as a moving average.
+
+    **Raises:** `ValueError` for a split outside (0, 1); when it is called, if a split is
+    to be drawn and there is no key.
+
+    ??? cite "Reference"
+
+        [arXiv:2505.18825](https://arxiv.org/abs/2505.18825).
+    """
+
+    times: AbstractTimes = DiagonalMixture(UniformTriangle(), 0.75)
+    weight: AbstractWeight = NoWeight()
+    split: float | None = 0.5
+
+    def __check_init__(self):
+        _check_split(self.split)
+
+    def share(self, key) -> ArrayLike:
+        return _draw_split(self.split, key)
+
+
+class SplitMeanFlow(AbstractProgressiveSelfDistillation):
+    r"""SplitMeanFlow: progressive self-distillation at a uniform split.
+
+    [`flowdiffrax.ProgressiveSelfDistillation`][] with another share on the diagonal.
+
+    **Arguments:** as there; the default split is drawn.
+
+    ??? cite "Reference"
+
+        [arXiv:2507.16884](https://arxiv.org/abs/2507.16884).
+    """
+
+    times: AbstractTimes = DiagonalMixture(UniformTriangle(), 0.5)
+    weight: AbstractWeight = NoWeight()
+    split: float | None = None
+
+    def __check_init__(self):
+        _check_split(self.split)
+
+    def share(self, key) -> ArrayLike:
+        return _draw_split(self.split, key)
+
+
+class Shortcut(AbstractProgressiveSelfDistillation):
+    r"""Shortcut models: progressive self-distillation at midpoints of dyadic jumps.
+
+    The finest pieces are $2^{-7}$ long, and jumps up to 1. As in the paper, seven
+    eighths of a batch learn the velocity, and the target's average velocities are
+    clipped, here after they are averaged. Unlike there, the velocity has its own place
+    on the diagonal rather than at the finest step.
+
+    **Arguments:**
+
+    - `times`: the law of times: dyadic jumps of at least two finest pieces.
+    - `weight`: what is made of the squared error of average velocities.
+    - `clip`: the largest entry of the target by magnitude, positive, or `None`.
+
+    The teacher is a flow map, the moving average with a decay of 0.999 in the paper
+    (`fit(..., teacher_decay=0.999)`), or `None` for the map as it is.
+
+    **Raises:** `ValueError` for a `clip` that is not positive.
+
+    ??? cite "Reference"
+
+        [arXiv:2410.12557](https://arxiv.org/abs/2410.12557), equation (5).
+    """
+
+    times: AbstractTimes = DiagonalMixture(Dyadic(6), 7 / 8)
+    weight: AbstractWeight = NoWeight()
+    clip: float | None = 4.0
+
+    def __check_init__(self):
+        if self.clip is not None and self.clip <= 0:
+            raise ValueError(f"`clip` must be positive or `None`; got {self.clip}.")
+
+    def share(self, key) -> ArrayLike:
+        del key
+        return 0.5
+
+    def limit(self, target: State) -> State:
+        clip = self.clip
+        if clip is None:
+            return target
+        return jtu.tree_map(lambda v: jnp.clip(v, -clip, clip), target)
+
+
+def _check_split(split: float | None) -> None:
+    if split is not None and not 0 < split < 1:
+        raise ValueError(f"`split` must be in (0, 1), or `None`; got {split}.")
+
+
+def _draw_split(split: float | None, key: Key[Array, ""] | None) -> ArrayLike:
+    if split is not None:
+        return split
+    if key is None:
+        raise ValueError(
+            "`split=None` draws the split: pass a `key`, as `batch_loss` does, or give "
+            "a split."
+        )
+    return jr.uniform(key)

@@ -1,17 +1,11 @@
-from typing import Any
-
-import diffrax
-from jaxtyping import Array, Key
-
-from .._custom_types import Args, Scalar, Time
-from .._flow_map import AbstractFlowMap
-from .._misc import squared_norm, subtract
+from .._custom_types import State
+from .._misc import subtract
 from .._times import AbstractTimes, UniformTriangle
-from .base import AbstractObjective
+from .base import AbstractResidualObjective
 from .weight import AbstractWeight, InverseGap
 
 
-class TrajectoryMatching(AbstractObjective):
+class TrajectoryMatching(AbstractResidualObjective):
     r"""Regression on exact trajectories, $|X_{s,t}(x_s) - x_t|^2 / (t - s)^2$.
 
     The path is a solution of the ODE itself, $x_s$ and $x_t$ two points of it: no
@@ -35,18 +29,7 @@ class TrajectoryMatching(AbstractObjective):
     times: AbstractTimes = UniformTriangle()
     weight: AbstractWeight = InverseGap()
 
-    def __call__(
-        self,
-        flow_map: AbstractFlowMap,
-        teacher: Any,
-        path: diffrax.AbstractPath,
-        s: Time,
-        t: Time,
-        args: Args = None,
-        *,
-        key: Key[Array, ""] | None = None,
-    ) -> Scalar:
+    def residual(self, flow_map, teacher, path, s, t, args, key) -> State:
         del teacher, key
         x_s, x_t = path.evaluate(s), path.evaluate(t)
-        error = subtract(flow_map(s, t, x_s, args), x_t)
-        return self.weight(s, t, squared_norm(error))
+        return subtract(flow_map(s, t, x_s, args), x_t)

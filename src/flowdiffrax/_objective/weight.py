@@ -2,6 +2,8 @@ import abc
 
 import equinox as eqx
 import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
 
 from .._custom_types import Scalar, Time
 
@@ -26,6 +28,23 @@ class NoWeight(AbstractWeight):
         return squared_error
 
 
+class WeightChain(AbstractWeight):
+    """Several weights, each applied to what the one before it returns.
+
+    **Arguments:**
+
+    - `weights`: the weights, the first one applied first.
+    """
+
+    weights: tuple[AbstractWeight, ...] = eqx.field(converter=tuple)
+
+    def __call__(self, s: Time, t: Time, squared_error: Scalar) -> Scalar:
+        loss = squared_error
+        for weight in self.weights:
+            loss = weight(s, t, loss)
+        return loss
+
+
 class InverseGap(AbstractWeight):
     r"""The squared error over $|t - s|^p$.
 
@@ -45,12 +64,33 @@ class InverseGap(AbstractWeight):
     min_gap: float = 1e-3
 
     def __check_init__(self):
-        if self.min_gap <= 0:
-            raise ValueError(f"`min_gap` must be positive; got {self.min_gap}.")
+        _check_positive("min_gap", self.min_gap)
 
     def __call__(self, s: Time, t: Time, squared_error: Scalar) -> Scalar:
         gap = jnp.maximum(jnp.abs(t - s), self.min_gap)
         return squared_error / gap.astype(squared_error.dtype) ** self.power
+
+
+class BandWeight(AbstractWeight):
+    r"""The squared error where $|t - s| \le \tau$, and zero beyond.
+
+    It wastes the examples beyond: `UniformSquare(max_gap)` draws none of them.
+
+    **Arguments:**
+
+    - `max_gap`: the longest jump $\tau$, for example $1/K$. It may be an array, so that a
+      schedule may change it.
+
+    ??? cite "Reference"
+
+        [arXiv:2406.07507](https://arxiv.org/abs/2406.07507).
+    """
+
+    max_gap: Float[Array, ""] | float
+
+    def __call__(self, s: Time, t: Time, squared_error: Scalar) -> Scalar:
+        inside = jnp.abs(t - s) <= self.max_gap
+        return jnp.where(inside, squared_error, jnp.zeros_like(squared_error))
 
 
 class DataEndWeight(AbstractWeight):
@@ -76,3 +116,144 @@ class DataEndWeight(AbstractWeight):
         del s
         left = jnp.minimum((1 - t) / self.width, 1)
         return squared_error * left.astype(squared_error.dtype) ** 2
+
+
+class PowerWeight(AbstractWeight):
+    r"""The squared error $e$ over $\mathrm{sg}(e + c)^p$, the adaptive weight.
+
+    It takes from examples with large errors; $p = 1/2$ resembles a Huber loss, and with
+    $p = 1$ every example has a gradient of about the same size. The divisor is held
+    fixed. The loss is close to 1 for every error much above $c$: watch the samples, not
+    the loss.
+
+    **Arguments:**
+
+    - `power`: the power $p$, at least 0.
+    - `floor`: the $c$, in units of the squared error summed over all entries, positive.
+
+    **Raises:** `ValueError` for a negative power, or a floor that is not positive.
+
+    ??? cite "Reference"
+
+        MeanFlow, [arXiv:2505.13447](https://arxiv.org/abs/2505.13447).
+    """
+
+    power: float = 1.0
+    floor: float = 1e-3
+
+    def __check_init__(self):
+        _check_positive("floor", self.floor)
+        if self.power < 0:
+            raise ValueError(f"`power` must be at least 0; got {self.power}.")
+
+    def __call__(self, s: Time, t: Time, squared_error: Scalar) -> Scalar:
+        del s, t
+        return squared_error / lax.stop_gradient(squared_error + self.floor) ** self.power
+
+
+class NormalisedTangent(AbstractWeight):
+    r"""The squared error $|g|^2$ over $\mathrm{sg}(|g| + c)$.
+
+    For an objective $|v - \mathrm{sg}(v - g)|^2$ its gradient is the one with the tangent
+    $g$ replaced by $g / (|g| + c)$.
+
+    **Arguments:**
+
+    - `floor`: the $c$, positive.
+
+    **Raises:** `ValueError` if it is not positive.
+
+    ??? cite "Reference"
+
+        sCM, [arXiv:2410.11081](https://arxiv.org/abs/2410.11081).
+    """
+
+    floor: float = 0.1
+
+    def __check_init__(self):
+        _check_positive("floor", self.floor)
+
+    def __call__(self, s: Time, t: Time, squared_error: Scalar) -> Scalar:
+        del s, t
+        return squared_error / (lax.stop_gradient(jnp.sqrt(squared_error)) + self.floor)
+
+
+class PseudoHuber(AbstractWeight):
+    r"""The metric $\sqrt{|e|^2 + c^2} - c$: quadratic for small errors, linear for large.
+
+    **Arguments:**
+
+    - `c`: where the one turns into the other, positive; for a state of $d$ entries,
+      $0.00054 \sqrt d$ in the paper.
+
+    **Raises:** `ValueError` if it is not positive.
+
+    ??? cite "Reference"
+
+        iCT, [arXiv:2310.14189](https://arxiv.org/abs/2310.14189).
+    """
+
+    c: float = 0.03
+
+    def __check_init__(self):
+        _check_positive("c", self.c)
+
+    def __call__(self, s: Time, t: Time, squared_error: Scalar) -> Scalar:
+        del s, t
+        # sqrt(e + c^2) - c without its cancellation.
+        return squared_error / (jnp.sqrt(squared_error + self.c**2) + self.c)
+
+
+class AbstractLearnedWeight(AbstractWeight):
+    """A weight with weights of its own, which training moves with those of the map.
+
+    [`flowdiffrax.train.TrainState`][] carries them.
+    """
+
+
+class LearnedWeight(AbstractLearnedWeight):
+    r"""The learned log-variance, $e^{-w_{s,t}} e + w_{s,t}$ with $w$ a small network.
+
+    For each pair of times the best $w_{s,t}$ is the logarithm of the mean error there,
+    so that all pairs come to weigh the same. The loss may be negative. $w$ is linear in
+    cosines and sines of both times, and starts at zero.
+
+    **Arguments:**
+
+    - `num_frequencies`: cosines and sines of each time, of 0, 1/2, 1 ... periods in
+      [0, 1].
+
+    **Raises:** `ValueError` for a number below 1.
+
+    ??? cite "Reference"
+
+        EDM2, [arXiv:2312.02696](https://arxiv.org/abs/2312.02696);
+        [arXiv:2505.18825](https://arxiv.org/abs/2505.18825).
+    """
+
+    coefficients: Float[Array, "2 2 frequencies"]
+
+    def __init__(self, num_frequencies: int = 8, dtype=None):
+        if num_frequencies < 1:
+            raise ValueError(
+                f"`num_frequencies` must be at least 1; got {num_frequencies}."
+            )
+        dtype = jnp.result_type(float) if dtype is None else dtype
+        self.coefficients = jnp.zeros((2, 2, num_frequencies), dtype)
+
+    def __call__(self, s: Time, t: Time, squared_error: Scalar) -> Scalar:
+        log_variance = self.log_variance(s, t).astype(squared_error.dtype)
+        return jnp.exp(-log_variance) * squared_error + log_variance
+
+    def log_variance(self, s: Time, t: Time) -> Scalar:
+        """The $w$ of a pair of times."""
+        dtype = self.coefficients.dtype
+        times = jnp.stack([jnp.asarray(s, dtype), jnp.asarray(t, dtype)])
+        angles = jnp.pi * times[:, None] * jnp.arange(self.coefficients.shape[-1])
+        waves = jnp.stack([jnp.cos(angles), jnp.sin(angles)], axis=1)
+        return jnp.sum(self.coefficients * waves)
+
+
+def _check_positive(name: str, value: float) -> None:
+    if value <= 0:
+        raise ValueError(f"`{name}` must be positive; got {value}.")

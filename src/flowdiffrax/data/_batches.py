@@ -15,7 +15,7 @@ from .._custom_types import Args, State
 from .._interpolant import AbstractInterpolant
 from .._misc import is_concrete, num_rows
 from .._times import check_batch_size
-from .._trajectory import TrajectoryPath
+from .._trajectory import StatePath, TrajectoryPath
 
 Batch = tuple[diffrax.AbstractPath, Args]
 
@@ -89,7 +89,7 @@ class InterpolantBatches(eqx.Module):
             x1, args = self.data(data_key, self.batch_size), None
         else:
             x1, args = _draw_rows(data_key, (self.data, self.args), self.batch_size)
-        x0 = self.coupling(pair_key, self.base(base_key, x1), x1)
+        x0 = self.coupling(pair_key, self.base(base_key, x1), x1, args)
         has_latent = self.interpolant.has_latent
         z = _normal_like(latent_key, x1, 1.0) if has_latent else None
         paths = jax.vmap(self.interpolant)(x0, x1, z)
@@ -143,6 +143,33 @@ class TrajectoryBatches(eqx.Module):
         ys, args = _draw_rows(key, (self.ys, self.args), self.batch_size)
         ts = jnp.broadcast_to(self.ts, (self.batch_size, *self.ts.shape))
         return TrajectoryPath(ts, ys), args
+
+
+class StateBatches(eqx.Module):
+    """Batches of single states, for distillation without data.
+
+    **Arguments:**
+
+    - `draw`: a function `(key, batch_size) -> states`, every leaf with the batch axis;
+      or arrays with a leading axis, from which rows are drawn with replacement.
+    - `batch_size`: states a batch, at least 1.
+
+    **Raises:** `ValueError` for a batch size below 1, or arrays without rows.
+    """
+
+    draw: State | Callable[[Key[Array, ""], int], State] = eqx.field(converter=_as_jax)
+    batch_size: int = eqx.field(static=True)
+
+    def __check_init__(self):
+        check_batch_size(self.batch_size)
+        if not callable(self.draw):
+            _num_rows(self.draw)
+
+    def __call__(self, key: Key[Array, ""]) -> Batch:
+        """Draws a batch: its paths, and no conditions."""
+        if callable(self.draw):
+            return StatePath(self.draw(key, self.batch_size)), None
+        return StatePath(_draw_rows(key, self.draw, self.batch_size)), None
 
 
 def _normal_like(key, x, std):

@@ -8,7 +8,7 @@ import optax
 from jaxtyping import Array, Key
 
 from .._flow_map import AbstractFlowMap
-from .._objective import AbstractObjective, Mixture
+from .._objective import AbstractObjective, Mixture, Scheduled
 from ._step import StepInfo, TrainState, make_step
 
 
@@ -27,7 +27,7 @@ class TrainingDiverged(RuntimeError):
 
 def fit(
     flow_map: AbstractFlowMap | TrainState,
-    objective: AbstractObjective | Mixture,
+    objective: AbstractObjective | Mixture | Scheduled,
     batches: Callable,
     optim: optax.GradientTransformation,
     *,
@@ -35,6 +35,7 @@ def fit(
     teacher: Any = None,
     key: Key[Array, ""] | None = None,
     ema_decay: float = 0.999,
+    teacher_decay: float | None = None,
     report_every: int = 100,
     on_report: Callable[[TrainState, dict[str, float]], None] | None = None,
     progress: bool = True,
@@ -45,7 +46,8 @@ def fit(
 
     - `flow_map`: the map to train, or the state of an earlier run of the same objective
       and optimiser, to continue exactly where it stopped.
-    - `objective`: what to minimise, or a [`flowdiffrax.Mixture`][].
+    - `objective`: what to minimise, a [`flowdiffrax.Mixture`][], or an objective that is
+      [`flowdiffrax.Scheduled`][].
     - `batches`: a function of a key that returns paths and conditions, for example
       [`flowdiffrax.data.InterpolantBatches`][].
     - `optim`: an Optax optimiser.
@@ -54,6 +56,7 @@ def fit(
     - `teacher`: what the objective learns from, if anything.
     - `key`: the root key; needed unless a state is continued, which has its own.
     - `ema_decay`: decay of the moving average a step.
+    - `teacher_decay`: if given, the decay of a second average, which is the teacher.
     - `report_every`: how many steps lie between reports.
     - `on_report`: called with the state and a dictionary of numbers: `step`, `loss`,
       one entry for each objective, `grad_norm`, `skipped` (how many steps so far were
@@ -87,8 +90,10 @@ def fit(
             "`key` is needed to start a run, for example `jax.random.key(0)`."
         )
     else:
-        state = TrainState.create(flow_map, optim, key=key)
-    step = make_step(objective, optim, ema_decay=ema_decay)
+        state = TrainState.create(
+            flow_map, optim, key=key, objective=objective, teacher_decay=teacher_decay
+        )
+    step = make_step(objective, optim, ema_decay=ema_decay, teacher_decay=teacher_decay)
     start = time.perf_counter()
     bar = _steps(int(state.step), num_steps, progress)
     for index in bar:

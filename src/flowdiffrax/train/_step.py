@@ -12,7 +12,13 @@ from jaxtyping import Array, Int, Key, PyTree
 from .._custom_types import Args, Scalar
 from .._flow_map import AbstractFlowMap
 from .._misc import all_finite, squared_norm
-from .._objective import AbstractObjective, Mixture, batch_loss
+from .._objective import (
+    AbstractLearnedWeight,
+    AbstractObjective,
+    Mixture,
+    Scheduled,
+    batch_loss,
+)
 
 
 class TrainState(eqx.Module):
@@ -26,6 +32,8 @@ class TrainState(eqx.Module):
     - `flow_map`: the map that is trained.
     - `ema_map`: the same map with the exponential moving average of the weights, the one
       to evaluate and to sample from.
+    - `teacher_map`: a second average that serves as the teacher, or `None`.
+    - `learned`: the learned weights of the objective, in their order; often none.
     - `opt_state`: the optimiser's state.
     - `step`: how many steps have been made.
     - `skipped`: how many of them were skipped, because something was not finite.
@@ -34,6 +42,8 @@ class TrainState(eqx.Module):
 
     flow_map: AbstractFlowMap
     ema_map: AbstractFlowMap
+    teacher_map: AbstractFlowMap | None
+    learned: tuple[AbstractLearnedWeight, ...]
     opt_state: PyTree
     step: Int[Array, ""]
     skipped: Int[Array, ""]
@@ -47,6 +57,8 @@ class TrainState(eqx.Module):
         optim: optax.GradientTransformation,
         *,
         key: Key[Array, ""],
+        objective: AbstractObjective | Mixture | Scheduled | None = None,
+        teacher_decay: float | None = None,
     ) -> "TrainState":
         """The state before the first step.
 
@@ -54,20 +66,28 @@ class TrainState(eqx.Module):
 
         - `flow_map`: the map to train. It is copied, so that the caller's stays intact
           when steps reuse the memory of the state.
-        - `optim`: an Optax optimiser.
+        - `optim`: an Optax optimiser. If the objective has learned weights, it sees a
+          pair: the map, and the tuple of them.
         - `key`: the root key of the run.
+        - `objective`: the objective of the run; needed if it has learned weights.
+        - `teacher_decay`: as for [`flowdiffrax.train.make_step`][].
         """
         copy = lambda tree: jtu.tree_map(
             lambda leaf: jnp.array(leaf) if eqx.is_array(leaf) else leaf, tree
         )
+        start = jnp.zeros((), int)
+        learned = () if objective is None else _learned(_at(objective, start))
+        trained = (flow_map, learned) if learned else flow_map
         with jax.numpy_dtype_promotion("standard"):
-            opt_state = optim.init(eqx.filter(flow_map, eqx.is_inexact_array))
+            opt_state = optim.init(eqx.filter(trained, eqx.is_inexact_array))
         return cls(
             flow_map=copy(flow_map),
             # A true copy of the weights, not zeros, so that there is nothing to debias.
             ema_map=copy(flow_map),
+            teacher_map=None if teacher_decay is None else copy(flow_map),
+            learned=copy(learned),
             opt_state=copy(opt_state),
-            step=jnp.zeros((), int),
+            step=start,
             skipped=jnp.zeros((), int),
             # A copy too, or the first step would take the caller's key with it.
             key_data=copy(jr.key_data(key)),
@@ -94,19 +114,23 @@ class StepInfo(eqx.Module):
 
 
 def make_step(
-    objective: AbstractObjective | Mixture,
+    objective: AbstractObjective | Mixture | Scheduled,
     optim: optax.GradientTransformation,
     *,
     ema_decay: float = 0.999,
+    teacher_decay: float | None = None,
 ) -> Callable[..., tuple[TrainState, StepInfo]]:
     """One jitted training step: draw, loss, gradient, optimiser, moving average.
 
     **Arguments:**
 
-    - `objective`: an objective, or a [`flowdiffrax.Mixture`][] of several.
+    - `objective`: an objective, a [`flowdiffrax.Mixture`][] of several, or one that is
+      [`flowdiffrax.Scheduled`][].
     - `optim`: an Optax optimiser.
     - `ema_decay`: decay of the moving average a step, in [0, 1). Step $n$ uses at most
       $(1 + n)/(10 + n)$, so that a young average does not hang on to the initial weights.
+    - `teacher_decay`: if given, the decay of a second average of the map, which is the
+      teacher: for self-distillation from an average.
 
     **Returns:** a function `step(state, batches, teacher=None) -> (state, info)`.
     `batches` is called with a key, inside the compiled step, and returns paths and
@@ -114,14 +138,18 @@ def make_step(
     [`flowdiffrax.data.TrajectoryBatches`][], or your own. The memory of `state` is
     reused: go on with the one returned.
 
-    **Raises:** `ValueError` for a decay outside [0, 1).
+    **Raises:** `ValueError` for a decay outside [0, 1), or in use, for a state that was
+    created without what the objective needs.
     """
-    if not 0 <= ema_decay < 1:
-        raise ValueError(f"`ema_decay` must be in [0, 1); got {ema_decay}.")
+    decays = {"ema_decay": ema_decay, "teacher_decay": teacher_decay}
+    for name, decay in decays.items():
+        if decay is not None and not 0 <= decay < 1:
+            raise ValueError(f"`{name}` must be in [0, 1); got {decay}.")
 
     @eqx.filter_jit(donate="all-except-first")
     def step(
-        inputs: tuple[Any, Any, AbstractObjective | Mixture], state: TrainState
+        inputs: tuple[Any, Any, AbstractObjective | Mixture | Scheduled],
+        state: TrainState,
     ) -> tuple[TrainState, StepInfo]:
         batches, teacher, objective = inputs
         root_key = jr.wrap_key_data(state.key_data, impl=state.key_impl)
@@ -136,6 +164,7 @@ def make_step(
             args,
             key=loss_key,
             ema_decay=ema_decay,
+            teacher_decay=teacher_decay,
         )
 
     def public_step(
@@ -148,7 +177,7 @@ def make_step(
 
 def update(
     state: TrainState,
-    objective: AbstractObjective | Mixture,
+    objective: AbstractObjective | Mixture | Scheduled,
     optim: optax.GradientTransformation,
     teacher: Any,
     paths: Any,
@@ -156,39 +185,40 @@ def update(
     *,
     key: Key[Array, ""],
     ema_decay: float,
+    teacher_decay: float | None = None,
 ) -> tuple[TrainState, StepInfo]:
     """The mathematics of one step on a given batch, for loops of your own.
 
     Not jitted. Arguments as for [`flowdiffrax.train.make_step`][].
     """
 
-    def loss_fn(flow_map):
-        return batch_loss(objective, flow_map, teacher, paths, args, key=key)
+    objective = _at(objective, state.step)
+    _check_state(state, objective, teacher, teacher_decay)
+    teacher = state.teacher_map if teacher is None else teacher
 
-    (loss, terms), grads = eqx.filter_value_and_grad(loss_fn, has_aux=True)(
-        state.flow_map
-    )
-    weights, rest = eqx.partition(state.flow_map, eqx.is_inexact_array)
+    def loss_fn(trained):
+        flow_map, learned = trained if state.learned else (trained, ())
+        whole = _with_learned(objective, learned)
+        return batch_loss(whole, flow_map, teacher, paths, args, key=key)
+
+    trained = (state.flow_map, state.learned) if state.learned else state.flow_map
+    (loss, terms), grads = eqx.filter_value_and_grad(loss_fn, has_aux=True)(trained)
+    weights, rest = eqx.partition(trained, eqx.is_inexact_array)
     # Optax relies on promotion between Python numbers' and weights' dtypes.
     with jax.numpy_dtype_promotion("standard"):
         grad_norm = jnp.sqrt(squared_norm(grads))
         updates, opt_state = optim.update(grads, state.opt_state, weights)
-        new_weights = optax.apply_updates(weights, updates)
-        ema_weights = eqx.filter(state.ema_map, eqx.is_inexact_array)
-        # A young average forgets faster: a fixed decay would keep a share of the initial
-        # weights that a run of a few thousand steps never loses.
-        warm_decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
-        ema_weights = jtu.tree_map(
-            lambda new, old: old + (1 - warm_decay).astype(old.dtype) * (new - old),
-            new_weights,
-            ema_weights,
-        )
+        new_weights: Any = optax.apply_updates(weights, updates)
     is_finite = jnp.isfinite(loss) & all_finite(grads) & all_finite(new_weights)
     keep = lambda new, old: jnp.where(is_finite, new, old) if eqx.is_array(new) else new
-    combine: Any = eqx.combine
+    new: Any = eqx.combine(new_weights, rest)
+    flow_map, learned = new if state.learned else (new, ())
+    average = lambda old, decay: _average(old, flow_map, decay, state.step)
     proposed = TrainState(
-        flow_map=combine(new_weights, rest),
-        ema_map=combine(ema_weights, rest),
+        flow_map=flow_map,
+        ema_map=average(state.ema_map, ema_decay),
+        teacher_map=average(state.teacher_map, teacher_decay),
+        learned=learned,
         opt_state=opt_state,
         step=state.step,
         skipped=state.skipped,
@@ -199,3 +229,52 @@ def update(
     counts = state.step + 1, state.skipped + (~is_finite).astype(int)
     new_state = eqx.tree_at(lambda s: (s.step, s.skipped), new_state, counts)
     return new_state, StepInfo(loss, terms, grad_norm, is_finite)
+
+
+def _average(old: Any, flow_map: AbstractFlowMap, decay: float | None, step: Array):
+    if decay is None:
+        return old
+    # A young average forgets faster: a fixed decay would keep a share of the initial
+    # weights that a run of a few thousand steps never loses.
+    rate = 1 - jnp.minimum(decay, (1 + step.astype(float)) / (10 + step.astype(float)))
+    move = lambda old, new: (
+        old + rate.astype(old.dtype) * (new - old) if eqx.is_inexact_array(old) else new
+    )
+    return jtu.tree_map(move, old, flow_map)
+
+
+def _at(objective: AbstractObjective | Mixture | Scheduled, step: Array):
+    return objective.at(step) if isinstance(objective, Scheduled) else objective
+
+
+def _is_learned(node: Any) -> bool:
+    return isinstance(node, AbstractLearnedWeight)
+
+
+def _learned(objective: AbstractObjective | Mixture) -> tuple[AbstractLearnedWeight, ...]:
+    return tuple(filter(_is_learned, jtu.tree_leaves(objective, is_leaf=_is_learned)))
+
+
+def _with_learned(objective: Any, learned: tuple[AbstractLearnedWeight, ...]) -> Any:
+    remaining = iter(learned)
+    put = lambda node: next(remaining) if _is_learned(node) else node
+    return jtu.tree_map(put, objective, is_leaf=_is_learned)
+
+
+def _check_state(state: TrainState, objective, teacher, teacher_decay) -> None:
+    if len(_learned(objective)) != len(state.learned):
+        raise ValueError(
+            f"The objective has {len(_learned(objective))} learned weights and the state "
+            f"{len(state.learned)}: create it with `TrainState.create(..., "
+            "objective=objective)`."
+        )
+    if (teacher_decay is None) != (state.teacher_map is None):
+        raise ValueError(
+            "A teacher that is an average of the map needs `teacher_decay` both in "
+            f"`TrainState.create` and in the step; got {teacher_decay} in the step."
+        )
+    if teacher is not None and state.teacher_map is not None:
+        raise ValueError(
+            "`teacher_decay` makes an average of the map the teacher; another teacher "
+            f"was given too, {type(teacher).__name__}."
+        )

@@ -1,0 +1,162 @@
+import diffrax
+import equinox as eqx
+import jax
+from jaxtyping import ArrayLike
+
+from .._custom_types import Args, State, Time, VectorField
+from .._derivative import Derivative
+from .._misc import subtract, times_like
+from .._times import AbstractTimes, EndAt, LogitNormal, Neighbours, karras_times
+from .base import AbstractResidualObjective, StopGradient
+from .eulerian import AbstractEulerian, eulerian_error
+from .teaching import check_velocity, freeze, own_map, teacher_velocity
+from .weight import (
+    AbstractWeight,
+    InverseGap,
+    NormalisedTangent,
+    NoWeight,
+    PseudoHuber,
+    WeightChain,
+)
+
+
+class ConsistencyTraining(AbstractResidualObjective):
+    r"""CT: two neighbouring points of one path must have the same end.
+
+    $|X_{s,1}(I_s) - \mathrm{sg}(X_{u,1}(I_u))|^2$ with $u$ the next time of a grid, and
+    $I_u$ on the same path. Only jumps to the end are learned. The target at the data end
+    is the data point itself, which anchors it all; finer grids have less bias and
+    more variance.
+
+    **Arguments:**
+
+    - `times`: the law of pairs of neighbouring times, $s$ and $u$.
+    - `weight`: what is made of the squared error, given $s$ and $u$. The default is a
+      pseudo-Huber metric over $u - s$.
+    - `end`: the time of the end.
+
+    The teacher is `None`, for the map as it is, or a flow map that makes the target
+    instead, such as a moving average.
+
+    ??? cite "Reference"
+
+        [arXiv:2303.01469](https://arxiv.org/abs/2303.01469), algorithm 3; metric and
+        weight of [arXiv:2310.14189](https://arxiv.org/abs/2310.14189).
+    """
+
+    times: AbstractTimes = eqx.field(default_factory=lambda: Neighbours(karras_times(41)))
+    weight: AbstractWeight = WeightChain((PseudoHuber(), InverseGap(1.0)))
+    end: float = 1.0
+
+    def residual(self, flow_map, teacher, path, s, t, args, key) -> State:
+        del key
+        target = own_map(flow_map, teacher)(t, self.end, path.evaluate(t), args)
+        X_s1 = flow_map(s, self.end, path.evaluate(s), args)
+        return subtract(X_s1, freeze(target))
+
+
+class ConsistencyDistillation(AbstractResidualObjective):
+    r"""CD: a point and where the teacher takes it must have the same end.
+
+    $|X_{s,1}(I_s) - \mathrm{sg}(X_{u,1}(\Phi_{s,u}(I_s)))|^2$ with $\Phi$ one step of a
+    Diffrax solver on the teacher, to the next time $u$ of a grid.
+
+    **Arguments:**
+
+    - `times`: the law of pairs of neighbouring times, $s$ and $u$.
+    - `weight`: what is made of the squared error, given $s$ and $u$.
+    - `solver`: the Diffrax solver that makes the step.
+    - `end`: the time of the end.
+
+    The teacher is a velocity `(t, x, args) -> dx/dt`. The target is the trained map's
+    own.
+
+    ??? cite "Reference"
+
+        [arXiv:2303.01469](https://arxiv.org/abs/2303.01469), algorithm 2.
+    """
+
+    times: AbstractTimes = eqx.field(default_factory=lambda: Neighbours(karras_times(19)))
+    weight: AbstractWeight = NoWeight()
+    solver: diffrax.AbstractSolver = diffrax.Heun()
+    end: float = 1.0
+
+    def residual(self, flow_map, teacher, path, s, t, args, key) -> State:
+        del key
+        check_velocity(teacher)
+        I_s = path.evaluate(s)
+        s, t = times_like(I_s, s, t)
+        x_u = _solver_step(self.solver, teacher, s, t, I_s, args)
+        target = flow_map(t, self.end, x_u, args)
+        return subtract(flow_map(s, self.end, I_s, args), freeze(target))
+
+
+class ContinuousConsistency(AbstractEulerian):
+    r"""The sCM form: consistency in the limit of a fine grid.
+
+    $|v - \mathrm{sg}(v - g)|^2$ with $v = v_{s,1}(I_s)$ and the tangent
+    $g = v - w - r\,(1 - s)(\partial_s + w \cdot \nabla) v_{s,1}(I_s)$: the Eulerian
+    equation of jumps to the end, with every derivative held fixed. With a teacher $w$
+    is its velocity (sCD), without one the rate of the data (sCT).
+
+    The paper writes it for the trigonometric interpolant and a network $F$ with
+    $X = \cos(\tau) x - \sin(\tau) \sigma F$; here it takes any interpolant and any map,
+    and the difference is a factor that depends on time.
+
+    **Arguments:**
+
+    - `times`: the law of times, whose ends are all the same.
+    - `weight`: what is made of $|g|^2$; the default normalises the tangent. The paper
+      adds a [`flowdiffrax.LearnedWeight`][]; see [`flowdiffrax.WeightChain`][].
+    - `tangent_scale`: the $r$. The paper raises it from 0 to 1 over the first steps:
+      [`flowdiffrax.Scheduled`][] with a linear schedule.
+    - `jvp`: how the derivative is taken, see [`flowdiffrax.FiniteDifference`][].
+
+    ??? cite "Reference"
+
+        [arXiv:2410.11081](https://arxiv.org/abs/2410.11081).
+    """
+
+    times: AbstractTimes = EndAt(LogitNormal(1.0, 1.4, sort=False), 1.0)
+    weight: AbstractWeight = NormalisedTangent()
+    tangent_scale: ArrayLike = 1.0
+    stop_gradient: StopGradient = eqx.field(
+        static=True, default=StopGradient.DERIVATIVE, init=False
+    )
+    jvp: Derivative = jax.jvp
+
+    def direction(self, flow_map, teacher, path, s, I_s, args) -> State:
+        del flow_map
+        if teacher is None:
+            return path.derivative(s)
+        return teacher_velocity(teacher, s, I_s, args)
+
+    def residual(self, flow_map, teacher, path, s, t, args, key) -> State:
+        del key
+        I_s = path.evaluate(s)
+        w = self.direction(flow_map, teacher, path, s, I_s, args)
+        return eulerian_error(
+            flow_map,
+            s,
+            t,
+            I_s,
+            w,
+            args,
+            self.stop_gradient,
+            self.jvp,
+            self.tangent_scale,
+        )
+
+
+def _solver_step(
+    solver: diffrax.AbstractSolver,
+    teacher: VectorField,
+    s: Time,
+    u: Time,
+    x: State,
+    args: Args,
+) -> State:
+    term = diffrax.ODETerm(teacher)
+    solver_state = solver.init(term, s, u, x, args)
+    x_u, *_ = solver.step(term, s, u, x, args, solver_state, made_jump=False)
+    return x_u

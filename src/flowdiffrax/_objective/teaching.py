@@ -1,0 +1,91 @@
+"""What objectives ask of their data, of their teachers, and of the map itself."""
+
+from collections.abc import Callable
+from typing import Any
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.tree_util as jtu
+
+from .._custom_types import Args, GuidanceArgs, State, Time, VectorField
+from .._flow_map import AbstractFlowMap
+from .._guidance import GuidanceRule, GuidedVelocity, at_scale_one
+from .._misc import check_callable, check_like, subtract
+
+
+def freeze(tree):
+    """Every array of a PyTree with its gradient stopped; the rest as it is."""
+    stop = lambda leaf: jax.lax.stop_gradient(leaf) if eqx.is_array(leaf) else leaf
+    return jtu.tree_map(stop, tree)
+
+
+def data_residual(
+    flow_map: AbstractFlowMap, path: diffrax.AbstractPath, t: Time, args: Args
+) -> State:
+    r"""Flow matching: $v_{t,t}(I_t) - \dot I_t$.
+
+    A map that takes a guidance scale learns the velocity of the data at scale 1.
+    """
+    if isinstance(args, GuidanceArgs):
+        args = at_scale_one(args.condition, args)
+    I_t, dI_t = path.evaluate(t), path.derivative(t)
+    return subtract(flow_map.velocity(t, I_t, args), dI_t)
+
+
+def check_velocity(teacher: object) -> None:
+    """**Raises:** `TypeError` for a teacher that is no velocity."""
+    if isinstance(teacher, AbstractFlowMap):
+        raise TypeError(
+            "The teacher of this objective is a velocity `teacher(t, x, args)`; got "
+            f"the flow map {type(teacher).__name__}. Pass its `.velocity`."
+        )
+    check_callable(teacher, "teacher", "teacher(t, x, args)")
+
+
+def teacher_velocity(teacher: Any, t: Time, x: State, args: Args) -> State:
+    """The value of a teacher, checked.
+
+    **Raises:** `TypeError` for a teacher that is no velocity.
+    """
+    check_velocity(teacher)
+    return check_like(teacher(t, x, args), x, "`teacher`")
+
+
+def own_map(flow_map: AbstractFlowMap, teacher: Any) -> AbstractFlowMap:
+    """The map that self-distillation learns from: its own, or a given average of it.
+
+    **Raises:** `TypeError` if the teacher is neither `None` nor a flow map.
+    """
+    if teacher is not None and not isinstance(teacher, AbstractFlowMap):
+        raise TypeError(
+            "Self-distillation learns from the map itself, `teacher=None`, or from a "
+            f"flow map such as its moving average; got {type(teacher).__name__}. To "
+            "learn from a velocity, use a distillation objective."
+        )
+    return flow_map if teacher is None else freeze(teacher)
+
+
+def own_velocity(
+    flow_map: AbstractFlowMap, teacher: Any, guidance: GuidanceRule | None = None
+) -> VectorField:
+    """The velocity that self-distillation follows, by a rule of guidance if any.
+
+    **Raises:** `TypeError` if the teacher is neither `None` nor a flow map.
+    """
+    own = own_map(flow_map, teacher).velocity
+    return own if guidance is None else GuidedVelocity(own, guidance)
+
+
+def data_direction(
+    flow_map: AbstractFlowMap,
+    path: diffrax.AbstractPath,
+    t: Time,
+    args: Args,
+    guidance: Callable | None,
+) -> State:
+    r"""The rate $\dot I_t$ of the data, guided by the map's own velocity if asked for."""
+    dI_t = path.derivative(t)
+    if guidance is None:
+        return dI_t
+    return freeze(guidance(flow_map.velocity, dI_t, t, path.evaluate(t), args))

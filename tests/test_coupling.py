@@ -1,0 +1,185 @@
+"""Couplings: what is re-ordered, how well, and what stays."""
+
+import sys
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+from helpers import assert_close
+from scipy.optimize import linear_sum_assignment
+
+import flowdiffrax as fd
+
+
+def points(seed, size=40, dim=2):
+    base_key, data_key = jr.split(jr.key(seed))
+    return jr.normal(base_key, (size, dim)), jr.uniform(data_key, (size, dim))
+
+
+def squared_distances(x0, x1):
+    return np.sum((np.asarray(x0)[:, None] - np.asarray(x1)[None]) ** 2, axis=-1)
+
+
+def least_cost(x0, x1):
+    cost = squared_distances(x0, x1)
+    return cost[linear_sum_assignment(cost)].sum()
+
+
+def paired_cost(x0, x1):
+    return np.sum((np.asarray(x0) - np.asarray(x1)) ** 2)
+
+
+def sorted_rows(x):
+    return np.asarray(sorted(map(tuple, np.asarray(x))))
+
+
+@pytest.fixture(scope="module")
+def transport():
+    pytest.importorskip("ott")
+    return fd.OptimalTransportCoupling()
+
+
+def test_independent_coupling_keeps_the_batch():
+    x0, x1 = points(0)
+    assert_close(fd.IndependentCoupling()(jr.key(0), x0, x1, jnp.arange(40)), x0)
+
+
+@pytest.mark.parametrize("size, dim", [(1, 2), (2, 1), (40, 2), (33, 50)])
+def test_transport_is_optimal(transport, size, dim):
+    x0, x1 = points(size, size, dim)
+    y0 = transport(jr.key(0), x0, x1)
+    assert_close(sorted_rows(y0), sorted_rows(x0), 0, 0)
+    np.testing.assert_allclose(paired_cost(y0, x1), least_cost(x0, x1), rtol=1e-10)
+
+
+def test_transport_far_from_the_origin_in_float32(transport):
+    # Squares of 1e3 leave float32 no digits for distances of 0.01, were it not centred.
+    x0, x1 = (x.astype(jnp.float32) / 4 + 1e3 for x in points(1))
+    y0 = transport(jr.key(0), x0, x1)
+    assert y0.dtype == jnp.float32
+    x0, x1, y0 = (np.asarray(x, float) for x in (x0, x1, y0))
+    np.testing.assert_allclose(paired_cost(y0, x1), least_cost(x0, x1), rtol=1e-4)
+
+
+def test_transport_keeps_the_base_of_each_label(transport):
+    x0, x1 = points(2)
+    labels = jr.randint(jr.key(3), (40,), 0, 4)
+    y0 = transport(jr.key(0), x0, x1, labels)
+    assert paired_cost(y0, x1) < paired_cost(x0, x1)
+    for label in range(4):
+        own = np.asarray(labels == label)
+        assert_close(sorted_rows(y0[own]), sorted_rows(x0[own]), 0, 0)
+        expected = least_cost(x0[own], x1[own])
+        np.testing.assert_allclose(paired_cost(y0[own], x1[own]), expected, rtol=1e-10)
+
+
+def test_labels_may_be_put_aside(transport):
+    x0, x1 = points(2)
+    across = fd.OptimalTransportCoupling(within_labels=False)
+    assert_close(
+        across(jr.key(0), x0, x1, jnp.ones((40, 3))), transport(jr.key(0), x0, x1)
+    )
+
+
+def test_labels_of_one_point_each_leave_the_batch(transport):
+    x0, x1 = points(4)
+    assert_close(transport(jr.key(0), x0, x1, jnp.arange(40)), x0, 0, 0)
+
+
+def test_transport_of_a_pytree(transport):
+    # The same numbers as rows of a matrix, and in leaves of several shapes and dtypes.
+    x0, x1 = points(5, dim=5)
+    as_tree = lambda x: {
+        "a": x[:, 0],
+        "b": x[:, 1:3].reshape(-1, 1, 2),
+        "c": jax.lax.complex(x[:, 3], x[:, 4]),
+    }
+    assert_close(
+        transport(jr.key(0), as_tree(x0), as_tree(x1)),
+        as_tree(transport(jr.key(0), x0, x1)),
+    )
+
+
+def test_leaves_keep_their_dtypes(transport):
+    x0, x1 = points(6)
+    mixed = lambda x: {"a": x.astype(jnp.bfloat16), "b": x.astype(jnp.float32)}
+    y0 = transport(jr.key(0), mixed(x0), mixed(x1))
+    assert y0["a"].dtype == jnp.bfloat16 and y0["b"].dtype == jnp.float32
+
+
+@pytest.mark.parametrize("value", [0.0, np.nan, np.inf])
+def test_what_has_no_order_comes_in_some_order(transport, value):
+    x0, x1 = points(7)
+    y0 = jax.jit(transport)(jr.key(0), x0, jnp.full_like(x1, value))
+    assert_close(sorted_rows(y0), sorted_rows(x0), 0, 0)
+
+
+def test_labels_are_kept_where_float32_overflows(transport):
+    x0, x1 = (x.astype(jnp.float32) * 5e19 for x in points(7))
+    labels = jnp.arange(40) % 4
+    y0 = transport(jr.key(0), x0, x1, labels)
+    for label in range(4):
+        assert_close(sorted_rows(y0[label::4]), sorted_rows(x0[label::4]), 0, 0)
+
+
+def test_gradients_follow_the_draws(transport):
+    x0, x1 = points(8)
+    weights = jnp.arange(80.0).reshape(40, 2)
+    gradient = jax.grad(lambda x: jnp.sum(weights * transport(jr.key(0), x, x1)))(x0)
+    y0 = transport(jr.key(0), x0, x1)
+    np.testing.assert_allclose(jnp.sum(gradient * x0), jnp.sum(weights * y0))
+    assert_close(sorted_rows(gradient), np.asarray(weights), 0, 0)
+
+
+@pytest.mark.parametrize("labels", [None, jnp.arange(100) % 3])
+def test_batches_with_transport(transport, labels):
+    data = jr.uniform(jr.key(9), (100, 2))
+    plain, args = fd.data.InterpolantBatches(
+        fd.LinearInterpolant(), data, 32, args=labels
+    )(jr.key(0))
+    source = fd.data.InterpolantBatches(
+        fd.LinearInterpolant(), data, 32, coupling=transport, args=labels
+    )
+    paths, same_args = eqx.filter_jit(source)(jr.key(0))
+    assert_close((paths.x1, same_args), (plain.x1, args), 0, 0)
+    assert_close(paths.x0, transport(jr.key(0), plain.x0, plain.x1, args), 0, 0)
+    assert paired_cost(paths.x0, paths.x1) < paired_cost(plain.x0, plain.x1)
+
+
+class Recorder(fd.AbstractCoupling):
+    """Marks each base draw with what the coupling is given."""
+
+    def __call__(self, key, x0, x1, args=None):
+        return jnp.stack([args, jr.uniform(key, args.shape)], axis=1)
+
+
+def test_couplings_are_given_a_key_and_the_conditions():
+    data = jnp.zeros((10, 2))
+    source = fd.data.InterpolantBatches(
+        fd.LinearInterpolant(), data, 6, coupling=Recorder(), args=jnp.arange(10.0)
+    )
+    (first, args), (second, _) = source(jr.key(0)), source(jr.key(1))
+    assert_close(first.x0[:, 0], args)
+    assert not np.any(np.isin(first.x0[:, 1], second.x0[:, 1]))
+
+
+@pytest.mark.parametrize(
+    "args", [jnp.ones(40), jnp.arange(39), jnp.zeros((40, 1), int), {"a": jnp.arange(40)}]
+)
+def test_conditions_that_are_no_labels(transport, args):
+    with pytest.raises(ValueError, match=r"integer labels of shape \(40,\)"):
+        transport(jr.key(0), *points(0), args)
+
+
+def test_batches_of_two_sizes(transport):
+    with pytest.raises(ValueError, match="common leading axis"):
+        transport(jr.key(0), jnp.ones((3, 2)), jnp.ones((4, 2)))
+
+
+def test_without_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ott.tools", None)
+    with pytest.raises(ImportError, match=r'pip install "flowdiffrax\[ot\]"'):
+        fd.OptimalTransportCoupling()

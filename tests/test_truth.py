@@ -1,0 +1,214 @@
+"""Every objective at the exact map, and at maps that are wrong in one parameter.
+
+Distillation is zero there. What learns from data keeps a variance: there the mean
+gradient vanishes, within standard errors, and away from it, it does not.
+"""
+
+import functools
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+from helpers import gaussian_map, linear_map, nonlinear_field
+
+import flowdiffrax as fd
+
+X0, X1 = jnp.asarray([0.8, -0.5]), jnp.asarray([-0.3, 1.1])
+PATH = fd.LinearInterpolant()(X0, X1)
+PAIRS = [(0.15, 0.85), (0.9, 0.2)]
+
+
+class Wrong(fd.AbstractFlowMap):
+    """A map off by `size` times a smooth error of its average velocity."""
+
+    flow_map: fd.AbstractFlowMap
+    size: jax.Array
+
+    def __call__(self, s, t, x, args=None):
+        error = self._error(jnp.asarray(s), jnp.asarray(t), x)
+        return self.flow_map(s, t, x, args) + (t - s) * self.size * error
+
+    def velocity(self, t, x, args=None):
+        t = jnp.asarray(t)
+        return self.flow_map.velocity(t, x, args) + self.size * self._error(t, t, x)
+
+    def average_velocity(self, s, t, x, args=None):
+        error = self._error(jnp.asarray(s), jnp.asarray(t), x)
+        return self.flow_map.average_velocity(s, t, x, args) + self.size * error
+
+    def _error(self, s, t, x):
+        return jnp.cos(2 * x + s) + 0.5 * t
+
+
+def mixture_velocity():
+    means = [[1.0, 0.3], [-0.8, 0.5], [0.1, -1.2]]
+    return fd.exact.GaussianMixtureVelocity([0.5, 0.3, 0.2], means, [0.09, 0.25, 0.16])
+
+
+MAPS = {
+    "gaussian-linear": gaussian_map,
+    "gaussian-trigonometric": lambda: gaussian_map(fd.TrigonometricInterpolant()),
+    "gaussian-vp": lambda: gaussian_map(fd.VariancePreservingInterpolant()),
+    "mixture": lambda: fd.ODEFlowMap(mixture_velocity(), rtol=1e-13, atol=1e-13),
+    "linear": linear_map,
+    "nonlinear": lambda: fd.ODEFlowMap(nonlinear_field, rtol=1e-13, atol=1e-13),
+}
+
+STOPS = fd.StopGradient
+# name -> (objective, what it takes for a teacher: a velocity, a map, or nothing)
+EXACT = {
+    "lmd": (fd.LagrangianMapDistillation(), "velocity"),
+    "lmd-none": (fd.LagrangianMapDistillation(stop_gradient=STOPS.NONE), "velocity"),
+    "lmd-derivative": (
+        fd.LagrangianMapDistillation(stop_gradient=STOPS.DERIVATIVE),
+        "velocity",
+    ),
+    "emd": (fd.EulerianMapDistillation(), "velocity"),
+    "emd-none": (fd.EulerianMapDistillation(stop_gradient=STOPS.NONE), "velocity"),
+    "emd-transport": (
+        fd.EulerianMapDistillation(stop_gradient=STOPS.TRANSPORT),
+        "velocity",
+    ),
+    "emd-derivative": (
+        fd.EulerianMapDistillation(stop_gradient=STOPS.DERIVATIVE),
+        "velocity",
+    ),
+    "lsd": (fd.LagrangianSelfDistillation(), None),
+    "lsd-average": (fd.LagrangianSelfDistillation(), "map"),
+    "esd": (fd.EulerianSelfDistillation(), None),
+    "psd": (fd.ProgressiveSelfDistillation(), None),
+    "psd-uniform": (fd.ProgressiveSelfDistillation(split=None), None),
+    "split-mean-flow": (fd.SplitMeanFlow(), None),
+    "shortcut": (fd.Shortcut(), "map"),
+    "pfmm": (fd.ProgressiveFlowMapMatching(3), "map"),
+    "mean-flow": (fd.MeanFlow(weight=fd.NoWeight()), "velocity"),
+    "ayf-emd": (
+        fd.AlignYourFlowEMD(weight=fd.NoWeight(), tangent_scale=1.0),
+        "velocity",
+    ),
+    "ayf-lmd": (fd.AlignYourFlowLMD(weight=fd.NoWeight()), "velocity"),
+    "free-flow": (fd.FreeFlow(), "velocity"),
+    "scm": (fd.ContinuousConsistency(weight=fd.NoWeight()), "velocity"),
+}
+
+
+def teacher_for(kind, flow_map):
+    return {"velocity": flow_map.velocity, "map": flow_map, None: None}[kind]
+
+
+@functools.cache
+def losses(name):
+    """All losses of one map at once, as a function of its error and of the times."""
+    exact = MAPS[name]()
+
+    @jax.jit
+    def compute(size, s, t):
+        flow_map = Wrong(exact, size)
+        return {
+            key: objective(flow_map, teacher_for(kind, exact), PATH, s, t, key=jr.key(3))
+            for key, (objective, kind) in EXACT.items()
+        }
+
+    return compute
+
+
+@pytest.mark.parametrize("s, t", PAIRS)
+@pytest.mark.parametrize("name", MAPS)
+def test_zero_at_the_exact_map(name, s, t):
+    for key, loss in losses(name)(jnp.asarray(0.0), s, t).items():
+        # The residual is the root of the loss.
+        assert abs(loss) < 1e-20, key
+
+
+@pytest.mark.parametrize("s, t", PAIRS)
+@pytest.mark.parametrize("name", MAPS)
+def test_not_zero_at_a_wrong_map(name, s, t):
+    for key, loss in losses(name)(jnp.asarray(0.1), s, t).items():
+        assert loss > 1e-5, key
+
+
+# --- what learns from data ----------------------------------------------------------
+
+N = 20_000
+FROM_DATA = {
+    "fm": fd.FlowMatching(),
+    "ee": fd.StopGradientEulerian(),
+    "ee-derivative": fd.StopGradientEulerian(stop_gradient=STOPS.DERIVATIVE),
+    "mean-flow": fd.MeanFlow(weight=fd.NoWeight()),
+    "improved-mean-flow": fd.ImprovedMeanFlow(weight=fd.NoWeight()),
+    "improved-mean-flow-teacher": fd.ImprovedMeanFlow(
+        weight=fd.NoWeight(), stop_gradient=STOPS.TEACHER
+    ),
+    "fmm": fd.FlowMapMatching(),
+    "tvm": fd.TerminalVelocityMatching(),
+    # The bias of these two is of the order of their step.
+    "alpha-flow": fd.AlphaFlow(alpha=1e-4, weight=fd.NoWeight()),
+    "consistency": fd.ConsistencyTraining(weight=fd.InverseGap(1.0, min_gap=1e-9)),
+    "scm": fd.ContinuousConsistency(weight=fd.NoWeight()),
+}
+INTERPOLANTS = {
+    "linear": fd.LinearInterpolant(),
+    "trigonometric": fd.TrigonometricInterpolant(),
+}
+
+
+def mean_gradient(objective, interpolant, size):
+    """The mean of the derivative in the map's one parameter, and its standard error."""
+    base_key, data_key, gap_key, start_key = jr.split(jr.key(0), 4)
+    # The law that `gaussian_map` is the flow of.
+    x0 = jnp.asarray([[0.1, -0.2]]) + 1.3 * jr.normal(base_key, (N, 2))
+    scale = jnp.asarray([[0.6, 0.4]])
+    x1 = jnp.asarray([[0.7, 0.5]]) + scale * jr.normal(data_key, (N, 2))
+    h, u = jr.uniform(gap_key, (N,)), jr.uniform(start_key, (N,))
+    s = (1 - h) * u
+    t = s + h
+    if isinstance(objective, fd.ConsistencyTraining):
+        t = s + 1e-4
+    if isinstance(objective, fd.ContinuousConsistency):
+        t = jnp.ones_like(s)
+
+    @eqx.filter_jit
+    def gradients(objective, size):
+        def loss(size, x0, x1, s, t):
+            flow_map = Wrong(gaussian_map(interpolant), size)
+            return objective(flow_map, None, interpolant(x0, x1), s, t)
+
+        over_rows = jax.vmap(jax.grad(loss), (None, 0, 0, 0, 0))
+        return over_rows(size, x0, x1, s, t)
+
+    each = gradients(objective, jnp.asarray(size))
+    return float(each.mean()), float(each.std() / np.sqrt(N))
+
+
+@pytest.mark.parametrize("path", INTERPOLANTS)
+@pytest.mark.parametrize("name", FROM_DATA)
+def test_unbiased_at_the_exact_map(name, path):
+    mean, error = mean_gradient(FROM_DATA[name], INTERPOLANTS[path], 0.0)
+    assert abs(mean) < 4 * error
+
+
+@pytest.mark.parametrize("name", FROM_DATA)
+def test_a_wrong_map_is_pulled_back(name):
+    for size in (0.3, -0.3):
+        mean, error = mean_gradient(FROM_DATA[name], fd.LinearInterpolant(), size)
+        assert np.sign(size) * mean > 8 * error
+
+
+def test_naive_eulerian_leaves_the_exact_map():
+    mean, error = mean_gradient(fd.NaiveEulerian(), fd.LinearInterpolant(), 0.0)
+    assert abs(mean) > 10 * error
+
+
+def test_distillation_from_a_diffrax_step():
+    # The target is off by the solver's local error, of fifth order in the step.
+    exact = linear_map()
+    objective = fd.ConsistencyDistillation(solver=diffrax.Tsit5())
+    u = jnp.asarray(0.2 + 1e-2)
+    loss = objective(exact, exact.velocity, PATH, jnp.asarray(0.2), u)
+    assert loss < 1e-20
+    wrong = Wrong(exact, jnp.asarray(0.1))
+    assert objective(wrong, exact.velocity, PATH, jnp.asarray(0.2), u) > 1e-8
