@@ -8,7 +8,7 @@ from jaxtyping import Array, ArrayLike, Float, Int
 from .._custom_types import State
 from .._derivative import Derivative
 from .._identities import transport_derivative
-from .._misc import add_scaled, scale, subtract, times_like
+from .._misc import add_scaled, subtract, times_like
 from .._times import AbstractTimes, Diagonal, DiagonalMixture, LogitNormal
 from .base import AbstractResidualObjective, StopGradient
 from .eulerian import AbstractEulerian
@@ -128,14 +128,15 @@ class AlphaFlow(AbstractResidualObjective):
     $\tfrac1a |v_{s,t}(I_s) - \mathrm{sg}(a\,\dot I_s + (1 - a)\,
     v_{u,t}(I_s + (u - s) \dot I_s))|^2$ with $u = s + a (t - s)$: a short step along the
     data, then the map. No derivative of the map is taken. At $a = 1$ every jump learns
-    the velocity, and as $a$ falls the gradient goes to that of
-    [`flowdiffrax.MeanFlow`][] with the same weight.
+    the velocity; as $a$ falls, the loss and its gradient go to those of
+    [`flowdiffrax.MeanFlow`][] with the same weight. To that end the reported error is
+    the one above over $a$ once more, which the gradient is not.
 
     **Arguments:**
 
     - `times`: the law of times, on our clock; a quarter of the pairs are put on the
       diagonal.
-    - `weight`: what is made of the squared error over $a$.
+    - `weight`: what is made of the squared error.
     - `alpha`: the share $a$ of the step in (0, 1]. The paper lowers it from 1 to 0.005
       along training: [`flowdiffrax.Scheduled`][] with
       [`flowdiffrax.sigmoid_schedule`][]. Below 0.005, float32 rounding shows.
@@ -165,10 +166,7 @@ class AlphaFlow(AbstractResidualObjective):
         del teacher, key
         I_s = path.evaluate(s)
         w = data_direction(flow_map, path, s, args, self.guidance)
-        error = eulerian_quotient(flow_map, s, t, I_s, w, self.alpha, args)
-        # The squared error over a^2, back to the one over a.
-        (alpha,) = times_like(I_s, self.alpha)
-        return scale(jnp.sqrt(alpha), error)
+        return eulerian_quotient(flow_map, s, t, I_s, w, self.alpha, args)
 
     def diagonal_residual(self, flow_map, teacher, path, t, args, key) -> State:
         del teacher, key
