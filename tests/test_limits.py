@@ -365,6 +365,73 @@ def test_scm_on_the_papers_clock():
     assert relative(made, factor * expected) < 1e-7
 
 
+# --- what is held fixed -------------------------------------------------------------
+
+SELF_TAUGHT = {
+    "lsd": lambda: fd.LagrangianSelfDistillation(),
+    "esd": lambda: fd.EulerianSelfDistillation(),
+    "psd": lambda: fd.ProgressiveSelfDistillation(),
+    "shortcut": lambda: fd.Shortcut(),
+    "split": lambda: fd.SplitMeanFlow(split=0.3),
+    "tvm": lambda: fd.TerminalVelocityMatching(),
+    "improved-mean-flow": lambda: fd.ImprovedMeanFlow(),
+    "consistency": lambda: fd.ConsistencyTraining(),
+}
+
+
+@pytest.mark.parametrize("name", SELF_TAUGHT)
+def test_own_weights_teach_as_a_copy_does(name):
+    # A teacher that is given has no gradient: so the map's own has none either.
+    objective = SELF_TAUGHT[name]()
+    made = value_and_grad(objective)
+    assert_close(made, value_and_grad(objective, MAP), 1e-12)
+    assert relative(gradient(objective, mlp_map(1)), made[1]) > 1e-3
+
+
+def test_lagrangian_self_distillation_as_written():
+    free = fd.LagrangianSelfDistillation(stop_gradient=STOPS.NONE)
+    assert relative(gradient(free), gradient(fd.LagrangianSelfDistillation())) > 1e-2
+
+
+def test_eulerian_self_distillation_by_finite_differences():
+    x = PATH.evaluate(S)
+    along = lambda h: MAP(S + h, T, x + h * MAP.velocity(S, x))
+    residual = finite_difference(along, jnp.zeros(()), jnp.ones(()))
+    value = fd.EulerianSelfDistillation()(MAP, None, PATH, S, T)
+    assert_close(value, jnp.sum(residual**2), 1e-7, 1e-7)
+
+
+def test_transport_is_held_fixed():
+    # Only the derivative in s is trained: to it, the other part is a constant.
+    x, w = PATH.evaluate(S), X1 - X0
+    slid = finite_difference(lambda h: MAP(S, T, x + h * w), jnp.zeros(()), jnp.ones(()))
+
+    def papers(flow_map):
+        _, dX_ds = jax.jvp(lambda s: flow_map(s, T, x), (S,), (jnp.ones(()),))
+        return jnp.sum((dX_ds + slid) ** 2)
+
+    leaves = jtu.tree_leaves(eqx.filter_grad(papers)(MAP))
+    expected = jnp.concatenate([leaf.ravel() for leaf in leaves])
+    assert_close(gradient(fd.StopGradientEulerian()), expected, 1e-7, 1e-7)
+
+
+def test_flow_map_matching_by_finite_differences():
+    I_t = PATH.evaluate(T)
+    y = MAP(T, S, I_t)
+    rate = finite_difference(lambda t: MAP(S, t, y), T, jnp.ones(()))
+    expected = jnp.sum((rate - (X1 - X0)) ** 2) + jnp.sum((MAP(S, T, y) - I_t) ** 2)
+    assert_close(fd.FlowMapMatching()(MAP, None, PATH, S, T), expected, 1e-7, 1e-7)
+
+
+def test_flow_map_matching_holds_nothing_fixed():
+    loss = lambda flow_map: fd.FlowMapMatching()(flow_map, None, PATH, S, T)
+    weights, rest = eqx.partition(MAP, eqx.is_inexact_array)
+    value = lambda weights: loss(eqx.combine(weights, rest))
+    direction = jtu.tree_map(jnp.ones_like, weights)
+    expected = finite_difference(value, weights, direction, 1e-6)
+    assert_close(jnp.sum(gradient(fd.FlowMapMatching())), expected, 1e-6, 1e-6)
+
+
 # --- derivatives without forward mode -----------------------------------------------
 
 WITH_JVP = {

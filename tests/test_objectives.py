@@ -279,6 +279,53 @@ def test_data_end_weight():
     np.testing.assert_allclose(values, [4, 1, 0], atol=1e-12)
 
 
+def test_power_weight_is_held_fixed():
+    # With p = 1 and a large error, the loss says 1 and the gradient does not vanish.
+    weight = fd.PowerWeight(1.0, 1e-3)
+    value, slope = jax.value_and_grad(lambda e: weight(S, T, e))(jnp.asarray(50.0))
+    assert_close(value, jnp.asarray(1.0), 1e-4)
+    assert_close(slope, jnp.asarray(1 / 50), 1e-6)
+
+
+def test_pseudo_huber_turns_from_square_to_distance():
+    weight = fd.PseudoHuber(0.1)
+    small, large = jnp.asarray(1e-8), jnp.asarray(1e8)
+    assert_close(weight(S, T, small), small / 0.2, 1e-12, 1e-6)
+    assert_close(weight(S, T, large), jnp.sqrt(large) - 0.1, 1e-5)
+
+
+def test_band_weight():
+    weight = fd.BandWeight(0.25)
+    one = jnp.asarray(1.0)
+    assert [float(weight(S, S + h, one)) for h in (0.2, 0.3, -0.2)] == [1, 0, 1]
+
+
+def test_weights_in_a_chain():
+    chain = fd.WeightChain([fd.PseudoHuber(0.1), fd.InverseGap(1.0)])
+    expected = fd.InverseGap(1.0)(S, T, fd.PseudoHuber(0.1)(S, T, jnp.asarray(2.0)))
+    assert_close(chain(S, T, jnp.asarray(2.0)), expected)
+
+
+def test_learned_weight_finds_the_mean_error():
+    # Errors whose mean is exp(1 + s - t): gradient descent on the weight alone.
+    s, t = fd.UniformTriangle()(jr.key(0), 4000)
+    errors = jnp.exp(1 + s - t) * jr.exponential(jr.key(1), (4000,))
+
+    def loss(weight):
+        return jnp.mean(jax.vmap(weight)(s, t, errors))
+
+    @jax.jit
+    def step(weight, _):
+        grads = eqx.filter_grad(loss)(weight)
+        return jtu.tree_map(lambda w, g: w - 0.1 * g, weight, grads), None
+
+    start = fd.LearnedWeight(4)
+    assert_close(jax.vmap(start)(s, t, errors), errors)
+    weight, _ = jax.lax.scan(step, start, length=800)
+    found = jax.vmap(weight.log_variance)(s, t)
+    assert jnp.sqrt(jnp.mean((found - (1 + s - t)) ** 2)) < 0.1
+
+
 @pytest.mark.parametrize("name", EXACT)
 def test_objectives_apply_their_weight(name):
     objective, flow_map, teacher, path = EXACT[name]()
@@ -299,6 +346,11 @@ class Doubled(fd.AbstractWeight):
         lambda: fd.InverseGap(min_gap=0.0),
         lambda: fd.DataEndWeight(0.0),
         lambda: fd.DataEndWeight(1.5),
+        lambda: fd.PowerWeight(-1.0),
+        lambda: fd.PowerWeight(1.0, 0.0),
+        lambda: fd.NormalisedTangent(0.0),
+        lambda: fd.PseudoHuber(0.0),
+        lambda: fd.LearnedWeight(0),
     ],
 )
 def test_bad_weights(make):

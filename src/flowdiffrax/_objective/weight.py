@@ -249,7 +249,8 @@ class LearnedWeight(AbstractLearnedWeight):
         """The $w$ of a pair of times."""
         dtype = self.coefficients.dtype
         times = jnp.stack([jnp.asarray(s, dtype), jnp.asarray(t, dtype)])
-        angles = jnp.pi * times[:, None] * jnp.arange(self.coefficients.shape[-1])
+        frequencies = jnp.arange(self.coefficients.shape[-1], dtype=dtype)
+        angles = jnp.pi * jnp.outer(times, frequencies)
         waves = jnp.stack([jnp.cos(angles), jnp.sin(angles)], axis=1)
         return jnp.sum(self.coefficients * waves)
 
