@@ -20,6 +20,12 @@ LAWS = {
     "diagonal-logit": lambda: fd.Diagonal(fd.LogitNormal()),
     "mixture": lambda: fd.DiagonalMixture(fd.UniformTriangle(), 0.25),
     "logit-normal": lambda: fd.LogitNormal(-0.4, 1.2),
+    "logit-normal-unsorted": lambda: fd.LogitNormal(sort=False),
+    "logit-normal-gap": lambda: fd.LogitNormalGap(),
+    "logit-normal-end": lambda: fd.LogitNormalGap(-0.8, 1.0, 0.4, 1.0),
+    "neighbours": lambda: fd.Neighbours(jnp.asarray([0.0, 0.1, 0.4, 1.0])),
+    "mean-flow": lambda: fd.MeanFlow().times,
+    "consistency": lambda: fd.ConsistencyTraining().times,
     "dyadic": lambda: fd.Dyadic(3),
     "grid": lambda: fd.GridTimes(jnp.asarray([0.0, 0.1, 0.4, 1.0])),
     "start": lambda: fd.StartAt(fd.UniformTriangle(), 0.0),
@@ -181,6 +187,72 @@ def test_logit_normal_is_two_sorted_draws():
     assert same_law(s, low) and same_law(t, high) and same_law(t - s, high - low)
 
 
+def test_unsorted_logit_normal_times_are_independent():
+    s, t = draw(fd.LogitNormal(-0.4, 1.2, sort=False))
+    expected = 1 / (1 + np.exp(0.4 - 1.2 * np.random.default_rng(0).standard_normal(N)))
+    assert same_law(s, expected) and same_law(t, expected)
+    assert abs(np.corrcoef(s, t)[0, 1]) < 4 / np.sqrt(N)
+
+
+def test_mixture_with_its_own_diagonal():
+    law = fd.LogitNormal(-0.4, 1.2)
+    s, t = draw(fd.DiagonalMixture(law, 0.5, fd.Diagonal(law, start=True)))
+    low, _ = draw(law, seed=7)
+    assert (s[: N // 2] == t[: N // 2]).all() and same_law(s[: N // 2], low)
+
+
+def test_gap_is_logit_normal_and_its_place_uniform():
+    s, t = draw(fd.LogitNormalGap(-0.6, 1.6))
+    normals = -0.6 + 1.6 * np.random.default_rng(0).standard_normal(N)
+    assert same_law(t - s, 1 / (1 + np.exp(-normals)))
+    assert stats.kstest(s / (1 - (t - s)), "uniform").pvalue > 1e-4
+
+
+def test_end_is_logit_normal_above_the_gap():
+    s, t = draw(fd.LogitNormalGap(-0.8, 1.0, 0.4, 1.0))
+    rng = np.random.default_rng(0)
+    # By rejection: ends below the gap are drawn again.
+    gaps = 1 / (1 + np.exp(0.8 - rng.standard_normal(N)))
+    ends = np.zeros(N)
+    while (ends < gaps).any():
+        fresh = 1 / (1 + np.exp(-0.4 - rng.standard_normal(N)))
+        ends = np.where(ends < gaps, fresh, ends)
+    assert same_law(t - s, gaps) and same_law(t, ends) and same_law(s, ends - gaps)
+
+
+def test_neighbours_are_equally_likely():
+    ts = np.asarray([0.0, 0.1, 0.4, 1.0])
+    s, t = draw(fd.Neighbours(jnp.asarray(ts)))
+    starts, counts = np.unique(s, return_counts=True)
+    assert (starts == ts[:-1]).all() and stats.chisquare(counts).pvalue > 1e-4
+    assert (t == ts[np.searchsorted(ts, s) + 1]).all()
+
+
+def test_karras_times():
+    # Noise levels 80, ..., 0.002 of the EDM paper, even in their seventh roots.
+    ts = np.asarray(fd.karras_times(18))
+    levels = 1 / ts - 1
+    assert ts.shape == (18,) and ts[-1] == 1 and levels[0] == pytest.approx(80)
+    assert np.ptp(np.diff(levels[:-1] ** (1 / 7))) < 1e-12
+    assert np.asarray(fd.karras_times(3, base_std=2.0))[0] == pytest.approx(2 / 82)
+
+
+@pytest.mark.parametrize(
+    "times, count",
+    [
+        (fd.UniformTriangle(), 0),
+        (fd.Diagonal(), 40),
+        (fd.DiagonalMixture(fd.UniformTriangle(), 0.25), 10),
+        (fd.Stratified(fd.DiagonalMixture(fd.UniformTriangle(), 0.25)), 10),
+        (fd.OnInterval(fd.DiagonalMixture(fd.UniformTriangle(), 0.25), 0.0, 3.0), 10),
+    ],
+)
+def test_rows_known_to_be_on_the_diagonal(times, count):
+    assert times.num_diagonal(40) == count
+    s, t = draw(times, 40)
+    assert (s[:count] == t[:count]).all()
+
+
 def test_logit_normal_of_the_least_uniform_number():
     times = fd.LogitNormal().from_uniform(jnp.zeros(1), jnp.zeros(1))
     assert np.isfinite(times).all()
@@ -294,6 +366,11 @@ def test_stratified_has_less_variance():
         (lambda: fd.GridTimes(jnp.asarray([0.0, 1.0, 0.5])), "rise"),
         (lambda: fd.MixedTimes((fd.Diagonal(),), (1.0, 1.0)), "one share for each"),
         (lambda: fd.MixedTimes((fd.Diagonal(),), (0.0,)), "positive"),
+        (lambda: fd.LogitNormalGap(0.0, 0.0), "positive"),
+        (lambda: fd.LogitNormalGap(end_mean=0.0), "together"),
+        (lambda: fd.Neighbours(jnp.asarray([0.5])), "at least two"),
+        (lambda: fd.karras_times(1), "at least two times"),
+        (lambda: fd.karras_times(5, 1.0, 0.1), "sigma_min < sigma_max"),
     ],
 )
 def test_bad_settings(make, match):

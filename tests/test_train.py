@@ -362,3 +362,181 @@ def test_fit_wants_a_flow_map():
             num_steps=1,
             key=jr.key(0),
         )
+
+
+# --- schedules, learned weights, averages as teachers --------------------------------
+
+
+def test_schedule_is_a_function_of_the_step():
+    seen = []
+
+    class Seen(fd.AbstractObjective):
+        value: jax.Array
+        times: fd.AbstractTimes = fd.Diagonal()
+        weight: fd.AbstractWeight = fd.NoWeight()
+
+        def __call__(self, flow_map, teacher, path, s, t, args=None, *, key=None):
+            return self.value + 0 * fd.FlowMatching()(flow_map, None, path, s, t)
+
+    objective = fd.Scheduled(lambda step: Seen(2.0 * step.astype(float)))
+    run(
+        objective, report_every=1, on_report=lambda _, report: seen.append(report["loss"])
+    )
+    assert seen == [0, 2, 4, 6]
+
+
+def test_scheduled_gap_compiles_once():
+    rise = optax.linear_schedule(0.1, 1.0, 4)
+
+    def objective(step):
+        with jax.numpy_dtype_promotion("standard"):
+            gap = rise(step)
+        return fd.FlowMapMatching(fd.UniformSquare(max_gap=gap))
+
+    counted = eqx.debug.assert_max_traces(objective, max_traces=2)
+    state = run(fd.Scheduled(counted), num_steps=4)
+    assert int(state.step) == 4
+
+
+def learned_objective():
+    return fd.Mixture(
+        (
+            fd.LagrangianSelfDistillation(weight=fd.LearnedWeight(4)),
+            fd.FlowMatching(weight=fd.LearnedWeight(3)),
+        ),
+        (3.0, 1.0),
+    )
+
+
+def test_learned_weights_are_trained_and_saved(tmp_path):
+    objective = learned_objective()
+    state = run(objective, teacher=None, num_steps=6)
+    assert [w.coefficients.shape[-1] for w in state.learned] == [4, 3]
+    assert all(max_abs(w) > 1e-4 for w in state.learned)
+    fd.train.save(tmp_path / "state.fdx", None, state)
+    like = lambda _: fd.train.TrainState.create(
+        small_map(), OPTIM, key=jr.key(1), objective=objective
+    )
+    _, loaded = fd.train.load(tmp_path / "state.fdx", like)
+    again = run(objective, flow_map=loaded, teacher=None, num_steps=8)
+    assert_equal(arrays(again), arrays(run(objective, teacher=None, num_steps=8)))
+
+
+def test_learned_weights_need_their_state():
+    state = fd.train.TrainState.create(small_map(), OPTIM, key=jr.key(1))
+    step = fd.train.make_step(learned_objective(), OPTIM)
+    with pytest.raises(ValueError, match="2 learned weights and the state 0"):
+        step(state, batches())
+
+
+def test_teacher_is_an_average_of_the_map():
+    # After one step the average with decay d has moved 1 - d of the way, or 9/10.
+    before = arrays(small_map())
+    for decay, moved in ((0.99, 0.9), (0.04, 0.96)):
+        state = run(
+            fd.ProgressiveSelfDistillation(),
+            teacher=None,
+            num_steps=1,
+            teacher_decay=decay,
+        )
+        new, average = arrays(state.flow_map), arrays(state.teacher_map)
+        for old, end, mean in zip(before, new, average, strict=True):
+            np.testing.assert_allclose(mean, old + moved * (end - old), atol=1e-12)
+
+
+def test_teacher_is_seen_by_the_objective():
+    class Teacher(fd.AbstractObjective):
+        times: fd.AbstractTimes = fd.Diagonal()
+        weight: fd.AbstractWeight = fd.NoWeight()
+
+        def __call__(self, flow_map, teacher, path, s, t, args=None, *, key=None):
+            gap = teacher.net.last.bias - flow_map.net.last.bias
+            return jnp.sum(gap**2) + fd.FlowMatching()(flow_map, None, path, s, t)
+
+    losses = []
+    run(
+        fd.Mixture((Teacher(), fd.FlowMatching()), (1.0, 1.0)),
+        teacher=None,
+        teacher_decay=0.9,
+        report_every=1,
+        on_report=lambda _, report: losses.append(report["Teacher"]),
+    )
+    assert len(losses) == 4 and np.isfinite(losses).all()
+
+
+def test_two_teachers_are_too_many():
+    with pytest.raises(ValueError, match="another teacher was given"):
+        run(teacher_decay=0.9)
+
+
+def test_average_teacher_needs_its_state():
+    state = fd.train.TrainState.create(small_map(), OPTIM, key=jr.key(1))
+    step = fd.train.make_step(fd.Shortcut(), OPTIM, teacher_decay=0.9)
+    with pytest.raises(ValueError, match="needs `teacher_decay` both"):
+        step(state, batches())
+
+
+def test_distillation_without_data():
+    draw = lambda key, n: jr.normal(key, (n, 2))
+    for states in (draw, jr.normal(jr.key(0), (50, 2))):
+        source = fd.data.StateBatches(states, 16)
+        state = run(fd.FreeFlow(), source=source)
+        assert np.isfinite(max_abs(eqx.filter(state.flow_map, eqx.is_array)))
+
+
+# --- every objective ----------------------------------------------------------------
+
+EVERY = {
+    "FlowMatching": None,
+    "FlowMapMatching": None,
+    "LagrangianMapDistillation": "velocity",
+    "EulerianMapDistillation": "velocity",
+    "VelocityDistillation": "velocity",
+    "LagrangianSelfDistillation": None,
+    "EulerianSelfDistillation": None,
+    "ProgressiveSelfDistillation": None,
+    "ProgressiveFlowMapMatching": "map",
+    "SplitMeanFlow": None,
+    "Shortcut": None,
+    "TerminalVelocityMatching": None,
+    "StopGradientEulerian": None,
+    "NaiveEulerian": None,
+    "MeanFlow": None,
+    "ImprovedMeanFlow": None,
+    "AlphaFlow": None,
+    "AlignYourFlowEMD": "velocity",
+    "AlignYourFlowLMD": "velocity",
+    "ConsistencyTraining": None,
+    "ConsistencyDistillation": "velocity",
+    "ContinuousConsistency": None,
+    "FreeFlow": "velocity",
+    "TrajectoryMatching": None,
+}
+
+
+def test_every_objective_is_listed():
+    names = {
+        name
+        for name in dir(fd)
+        if isinstance(getattr(fd, name), type)
+        and issubclass(getattr(fd, name), fd.AbstractObjective)
+        and not name.startswith("Abstract")
+    }
+    assert names == set(EVERY)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_every_objective_trains_in_float32(name):
+    # A step of the default batch, whose gradient reaches every weight.
+    teacher = {"velocity": TEACHER.velocity, "map": TEACHER, None: None}[EVERY[name]]
+    objective = getattr(fd, name)()
+    source = batches(dtype=jnp.float32)
+    flow_map = small_map(dtype=jnp.float32)
+    # The last layer starts at zero, and would keep the others from having a gradient.
+    last = lambda m: (m.net.last.weight, m.net.last.bias)
+    flow_map = eqx.tree_at(last, flow_map, replace_fn=lambda w: w + 0.1)
+    state = fd.train.TrainState.create(flow_map, optax.sgd(0.1), key=jr.key(0))
+    new, info = fd.train.make_step(objective, optax.sgd(0.1))(state, source, teacher)
+    assert bool(info.is_finite) and info.loss.dtype == jnp.float32
+    for old, moved in zip(arrays(flow_map), arrays(new.flow_map), strict=True):
+        assert old.dtype == moved.dtype and np.any(old != moved)

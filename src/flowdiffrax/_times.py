@@ -147,6 +147,8 @@ class DiagonalMixture(AbstractTimes):
     def from_uniform(self, first: Times, second: Times) -> tuple[Times, Times]:
         cut = self.num_diagonal(first.shape[0])
         s_on, t_on = self.diagonal.from_uniform(first[:cut], second[:cut])
+        if cut == first.shape[0]:
+            return s_on, t_on
         s_off, t_off = self.times.from_uniform(first[cut:], second[cut:])
         return jnp.concatenate([s_on, s_off]), jnp.concatenate([t_on, t_off])
 
