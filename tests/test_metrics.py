@@ -1,8 +1,10 @@
 """Metrics, on samples whose score is known."""
 
+import jax
 import jax.random as jr
 import numpy as np
 import pytest
+from helpers import gaussian_map
 
 import flowdiffrax as fd
 
@@ -88,3 +90,18 @@ def test_rms_distance():
 def test_rms_distance_of_other_shapes():
     with pytest.raises(ValueError, match="equal shapes"):
         fd.metrics.rms_distance(np.ones((2, 2)), np.ones((3, 2)))
+
+
+def test_defects_of_an_exact_and_of_a_shifted_map():
+    exact = gaussian_map()
+    s, t = fd.UniformTriangle()(jr.key(0), 64)
+    x_s = jr.normal(jr.key(1), (64, 2))
+    x_t = jax.vmap(exact)(s, t, x_s)
+    made = fd.metrics.defects(exact, exact.velocity, s, t, x_s, x_t)
+    assert max(made) < 1e-10
+    # A constant error of the average velocity is known in closed form.
+    wrong = fd.FlowMap(lambda s, t, x, args: exact.average_velocity(s, t, x) + 0.3)
+    made = fd.metrics.defects(wrong, exact.velocity, s, t, x_s, x_t)
+    assert made.tangent == pytest.approx(0.3 * 2**0.5)
+    x_back = jax.vmap(lambda s, t, x: wrong(t, s, wrong(s, t, x)))(s, t, x_s)
+    assert made.inverse == pytest.approx(fd.metrics.rms_distance(x_back, x_s))

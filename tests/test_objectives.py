@@ -433,6 +433,18 @@ def test_mixture_draws_other_times_for_each():
     assert abs(first - second) > 1e-6
 
 
+def test_mixture_of_two_teachers():
+    mixture = fd.Mixture(
+        (fd.VelocityDistillation(), fd.ProgressiveFlowMapMatching()), (1.0, 1.0)
+    )
+    exact = linear_map()
+    both = (exact.velocity, exact)
+    _, terms = fd.batch_loss(mixture, exact, both, batch(8), key=jr.key(0))
+    assert max_abs(terms) < 1e-12
+    with pytest.raises(ValueError, match="3 teachers and 2 objectives"):
+        fd.batch_loss(mixture, exact, (*both, None), batch(8), key=jr.key(0))
+
+
 @pytest.mark.parametrize(
     "objectives, shares, weights",
     [(2, (1.0,), None), (0, (), None), (2, (1.0, 0.0), None), (2, (1.0, 1.0), (1.0,))],

@@ -245,7 +245,8 @@ def batch_loss(
     **Arguments:**
 
     - `objective`: an objective, or a [`flowdiffrax.Mixture`][] of several.
-    - `flow_map`, `teacher`: passed on to the objective.
+    - `flow_map`, `teacher`: passed on to the objective. For a mixture whose objectives
+      learn from different teachers, a tuple with one for each.
     - `paths`: paths with a leading batch axis on every leaf.
     - `args`: conditions with the same leading axis, or `None`.
     - `key`: for the times, and for objectives that draw.
@@ -254,20 +255,28 @@ def batch_loss(
     objective has rows on the diagonal besides others, their mean is a term of its own,
     under the name with `_diagonal`.
 
-    **Raises:** `ValueError` if the batch is too small for the shares of a mixture.
+    **Raises:** `ValueError` if the batch is too small for the shares of a mixture, or for
+    a tuple of teachers that is not one for each objective.
     """
     batch_size = jtu.tree_leaves(eqx.filter(paths, eqx.is_array))[0].shape[0]
     mixture = (
         objective if isinstance(objective, Mixture) else Mixture((objective,), (1.0,))
     )
     slices = split_by_shares(batch_size, mixture.shares)
+    num_parts = len(mixture.objectives)
+    teachers = teacher if isinstance(teacher, tuple) else (teacher,) * num_parts
+    if len(teachers) != num_parts:
+        raise ValueError(
+            "A tuple of teachers has one for each objective; got "
+            f"{len(teachers)} teachers and {num_parts} objectives."
+        )
     total: Any = 0.0
     terms: dict[str, Scalar] = {}
     for index, (part, rows) in enumerate(zip(mixture.objectives, slices, strict=True)):
         losses = _losses(
             part,
             flow_map,
-            teacher,
+            teachers[index],
             _rows(paths, rows),
             _rows(args, rows),
             rows.stop - rows.start,

@@ -1,5 +1,7 @@
 """Distances between samples and what they should be."""
 
+from ._defect import Defects as Defects
+from ._defect import defects as defects
 from ._density import HistogramKL as HistogramKL
 from ._density import histogram_kl as histogram_kl
 from ._density import rms_distance as rms_distance

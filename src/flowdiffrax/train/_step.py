@@ -194,7 +194,7 @@ def update(
 
     objective = _at(objective, state.step)
     _check_state(state, objective, teacher, teacher_decay)
-    teacher = state.teacher_map if teacher is None else teacher
+    teacher = _filled(teacher, state.teacher_map)
 
     def loss_fn(trained):
         flow_map, learned = trained if state.learned else (trained, ())
@@ -243,6 +243,13 @@ def _average(old: Any, flow_map: AbstractFlowMap, decay: float | None, step: Arr
     return jtu.tree_map(move, old, flow_map)
 
 
+def _filled(teacher: Any, average: Any) -> Any:
+    """The average in the place of a missing teacher, or of those missing in a tuple."""
+    if isinstance(teacher, tuple) and None in teacher:
+        return tuple(average if one is None else one for one in teacher)
+    return average if teacher is None else teacher
+
+
 def _at(objective: AbstractObjective | Mixture | Scheduled, step: Array):
     return objective.at(step) if isinstance(objective, Scheduled) else objective
 
@@ -273,8 +280,9 @@ def _check_state(state: TrainState, objective, teacher, teacher_decay) -> None:
             "A teacher that is an average of the map needs `teacher_decay` both in "
             f"`TrainState.create` and in the step; got {teacher_decay} in the step."
         )
-    if teacher is not None and state.teacher_map is not None:
+    if state.teacher_map is not None and _filled(teacher, state) is teacher:
         raise ValueError(
             "`teacher_decay` makes an average of the map the teacher; another teacher "
-            f"was given too, {type(teacher).__name__}."
+            f"was given too, {type(teacher).__name__}. In a tuple of teachers, leave "
+            "`None` where the average is to stand."
         )

@@ -1,0 +1,424 @@
+"""What a training step of each objective costs over one of flow matching.
+
+    python benchmarks/objectives.py                            # both networks
+    python benchmarks/objectives.py --rounds 1 --network mlp   # a quick check
+
+A step is the loss and its gradient in the map's weights, with the whole of
+`flowdiffrax.train.update` if `--optimiser` is given. It is held against a count, in units
+of one forward evaluation of the network:
+
+- an evaluation is 1, and its derivative along one direction is 1 more: a `jax.jvp` is 2;
+- going back through either costs twice as much again, once for the weights and once for
+  the inputs. So what is trained costs 3, an evaluation as well as a derivative, and what
+  is held fixed costs 1;
+- going back through a frozen network to its input costs 1;
+- a value that is needed twice is computed once.
+
+Flow matching is one trained evaluation, 3. Lagrangian distillation is a trained
+evaluation, its trained derivative in time and the teacher, 3 + 3 + 1 = 7; MeanFlow a
+trained evaluation and a derivative that is held fixed, 3 + 1 = 4; a jump in two frozen
+pieces 3 + 1 + 1 = 5. The teacher is a network of the map's own size. All interpolants,
+norms and weights count as nothing, and so does the optimiser. The count of a whole batch
+is the mean over its rows: 3 for those on the diagonal, where every objective with a
+share of them is flow matching.
+
+FLOPs are those of XLA's cost analysis: `compiled` of the program that runs, `as traced`
+of the program before XLA merges what is computed twice. Both include elementwise work,
+and count the body of a loop once, so that the evaluations of later turns are added by
+hand. Memory is the compiled program's temporary memory. All are ratios to flow matching
+on the same network and batch. Seconds are so too, in the same rounds: the median over
+rounds in which all rows run once in random order, and the span from the 10th to the 90th
+percentile. The script fails if compiled FLOPs exceed a count by more than 15%.
+"""
+
+import argparse
+import concurrent.futures
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+import platform
+import random
+import time
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import optax
+
+import flowdiffrax as fd
+
+# Elementwise work is the difference: activations, and more so their derivatives.
+LIMIT = 1.15
+
+
+@dataclasses.dataclass
+class Row:
+    """An objective, and what it evaluates for one example off the diagonal."""
+
+    objective: fd.AbstractObjective
+    # Evaluations, and derivatives along a direction, that gradients run through.
+    trained: int
+    # Those that are held fixed.
+    frozen: int = 0
+    # Frozen networks that gradients run through to their inputs.
+    through: int = 0
+    # Those of the above that are later turns of a loop, which XLA does not count.
+    looped: int = 0
+    has_teacher: bool = False
+
+    @property
+    def count(self):
+        return 3 * self.trained + self.frozen + 2 * self.through
+
+
+def rows():
+    Row_ = functools.partial(Row, has_teacher=True)
+    none, transport = fd.StopGradient.NONE, fd.StopGradient.TRANSPORT
+    return {
+        "FlowMatching": Row(fd.FlowMatching(), trained=1),
+        "TrajectoryMatching": Row(fd.TrajectoryMatching(), trained=1),
+        "VelocityDistillation": Row_(fd.VelocityDistillation(), trained=1, frozen=1),
+        # The evaluation, its derivative in t, the teacher.
+        "LagrangianMapDistillation": Row_(
+            fd.LagrangianMapDistillation(), trained=2, frozen=1
+        ),
+        "LagrangianMapDistillation, NONE": Row_(
+            fd.LagrangianMapDistillation(stop_gradient=none), trained=2, through=1
+        ),
+        "LagrangianSelfDistillation": Row(
+            fd.LagrangianSelfDistillation(), trained=2, frozen=1
+        ),
+        # The same, and flow matching.
+        "TerminalVelocityMatching": Row(
+            fd.TerminalVelocityMatching(), trained=3, frozen=1
+        ),
+        # The derivative is held fixed, and the teacher.
+        "FreeFlow": Row_(fd.FreeFlow(), trained=1, frozen=2),
+        "AlignYourFlowLMD": Row_(fd.AlignYourFlowLMD(), trained=1, frozen=2),
+        # The state before the last piece, and the teacher there.
+        "AlignYourFlowLMD, epsilon": Row_(
+            fd.AlignYourFlowLMD(epsilon=0.05), trained=1, frozen=2
+        ),
+        # The evaluation, its derivative along the teacher, the teacher.
+        "EulerianMapDistillation": Row_(
+            fd.EulerianMapDistillation(), trained=2, frozen=1
+        ),
+        # The derivatives in time and in space apart, the second one held fixed.
+        "EulerianMapDistillation, TRANSPORT": Row_(
+            fd.EulerianMapDistillation(stop_gradient=transport), trained=2, frozen=2
+        ),
+        "StopGradientEulerian": Row(fd.StopGradientEulerian(), trained=2, frozen=1),
+        "NaiveEulerian": Row(fd.NaiveEulerian(), trained=2),
+        "EulerianSelfDistillation": Row(
+            fd.EulerianSelfDistillation(), trained=2, frozen=2
+        ),
+        # The derivative is held fixed, and what gives its direction, if not the data.
+        "MeanFlow": Row(fd.MeanFlow(), trained=1, frozen=1),
+        "ImprovedMeanFlow": Row(fd.ImprovedMeanFlow(), trained=1, frozen=2),
+        "AlignYourFlowEMD": Row_(fd.AlignYourFlowEMD(), trained=1, frozen=2),
+        "ContinuousConsistency": Row(fd.ContinuousConsistency(), trained=1, frozen=1),
+        "ContinuousConsistency, teacher": Row_(
+            fd.ContinuousConsistency(), trained=1, frozen=2
+        ),
+        # The map after a short step along the data, or along the teacher.
+        "AlphaFlow": Row(fd.AlphaFlow(), trained=1, frozen=1),
+        "AlignYourFlowEMD, epsilon": Row_(
+            fd.AlignYourFlowEMD(epsilon=0.05), trained=1, frozen=2
+        ),
+        # Two pieces.
+        "ProgressiveSelfDistillation": Row(
+            fd.ProgressiveSelfDistillation(), trained=1, frozen=2
+        ),
+        "SplitMeanFlow": Row(fd.SplitMeanFlow(), trained=1, frozen=2),
+        "Shortcut": Row(fd.Shortcut(), trained=1, frozen=2),
+        "ProgressiveFlowMapMatching": Row(
+            fd.ProgressiveFlowMapMatching(), trained=1, frozen=2, looped=1
+        ),
+        # The way back, the evaluation, its derivative in t.
+        "FlowMapMatching": Row(fd.FlowMapMatching(), trained=3),
+        "ConsistencyTraining": Row(fd.ConsistencyTraining(), trained=1, frozen=1),
+        # The target, and the two stages of Heun's method.
+        "ConsistencyDistillation": Row_(
+            fd.ConsistencyDistillation(), trained=1, frozen=3, looped=1
+        ),
+    }
+
+
+class Block(eqx.Module):
+    """Two convolutions with a skip, shifted between them by an embedding of times."""
+
+    norms: list[eqx.nn.GroupNorm]
+    convs: list[eqx.nn.Conv2d]
+    shift: eqx.nn.Linear
+    skip: eqx.nn.Conv2d
+
+    def __init__(self, channels_in, channels_out, embedding, key):
+        keys = jr.split(key, 4)
+        conv = functools.partial(eqx.nn.Conv2d, kernel_size=3, padding=1)
+        self.norms = [eqx.nn.GroupNorm(8, c) for c in (channels_in, channels_out)]
+        self.convs = [
+            conv(channels_in, channels_out, key=keys[0]),
+            conv(channels_out, channels_out, key=keys[1]),
+        ]
+        self.shift = eqx.nn.Linear(embedding, channels_out, key=keys[2])
+        self.skip = eqx.nn.Conv2d(channels_in, channels_out, 1, key=keys[3])
+
+    def __call__(self, x, embedding):
+        h = self.convs[0](jax.nn.silu(self.norms[0](x)))
+        h = h + self.shift(embedding)[:, None, None]
+        return self.skip(x) + self.convs[1](jax.nn.silu(self.norms[1](h)))
+
+
+class UNet(eqx.Module):
+    """A U-Net of two times and an image, with two resolutions."""
+
+    times: eqx.nn.MLP
+    first: eqx.nn.Conv2d
+    down: Block
+    shrink: eqx.nn.Conv2d
+    middle: Block
+    up: Block
+    norm: eqx.nn.GroupNorm
+    last: eqx.nn.Conv2d
+
+    def __init__(self, channels, width, key):
+        keys = jr.split(key, 7)
+        conv = functools.partial(eqx.nn.Conv2d, kernel_size=3, padding=1)
+        silu = jax.nn.silu
+        self.times = eqx.nn.MLP(8, 4 * width, 4 * width, 1, silu, silu, key=keys[0])
+        self.first = conv(channels, width, key=keys[1])
+        self.down = Block(width, width, 4 * width, keys[2])
+        self.shrink = conv(width, 2 * width, stride=2, key=keys[3])
+        self.middle = Block(2 * width, 2 * width, 4 * width, keys[4])
+        self.up = Block(3 * width, width, 4 * width, keys[5])
+        self.norm = eqx.nn.GroupNorm(8, width)
+        self.last = conv(width, channels, key=keys[6])
+
+    def __call__(self, s, t, x, args):
+        del args
+        angles = jnp.outer(jnp.stack([s, t]), jnp.pi * jnp.asarray([0.5, 1.0])).ravel()
+        embedding = self.times(jnp.concatenate([jnp.cos(angles), jnp.sin(angles)]))
+        fine = self.down(self.first(x), embedding)
+        coarse = self.middle(self.shrink(fine), embedding)
+        coarse = jnp.repeat(jnp.repeat(coarse, 2, axis=1), 2, axis=2)
+        h = self.up(jnp.concatenate([fine, coarse]), embedding)
+        return self.last(jax.nn.silu(self.norm(h)))
+
+
+def mlp(key):
+    net = fd.nn.MLP(2, 256, 4, key=key)
+    # A fresh one is zero in its last layer.
+    last = 0.1 * jr.normal(key, net.last.weight.shape)
+    return eqx.tree_at(lambda net: net.last.weight, net, last)
+
+
+# Title, network, shape of a state, and rows of a batch: a multiple of eight, so that all
+# shares on the diagonal are what they are called.
+NETWORKS = {
+    "mlp": ("MLP 4x256, 2-D", mlp, (2,), 4096),
+    "unet": ("U-Net, 32x32x3", lambda key: UNet(3, 32, key), (3, 32, 32), 8),
+}
+
+
+def off_diagonal(objective):
+    """The objective with the rows that its law puts on the diagonal left out."""
+    if isinstance(objective.times, fd.DiagonalMixture):
+        return dataclasses.replace(objective, times=objective.times.times)
+    return objective
+
+
+class Program:
+    """A compiled function whose arrays are all arguments: none is a constant."""
+
+    def __init__(self, fn, *args):
+        self.arrays, rest = eqx.partition(args, eqx.is_array)
+        run = lambda arrays: eqx.filter(fn(*eqx.combine(arrays, rest)), eqx.is_array)
+        lowered = jax.jit(run).lower(self.arrays)
+        self.compiled = lowered.compile()
+        self.traced_flops = lowered.cost_analysis()["flops"]
+        self.flops = self.compiled.cost_analysis()["flops"]
+        self.memory = self.compiled.memory_analysis().temp_size_in_bytes
+
+    def __call__(self):
+        return self.compiled(self.arrays)
+
+
+def step(objective, flow_map, teacher, paths, key):
+    @eqx.filter_value_and_grad
+    def loss(flow_map):
+        return fd.batch_loss(objective, flow_map, teacher, paths, key=key)[0]
+
+    return loss(flow_map)
+
+
+def step_with_optimiser(optim, objective, state, teacher, paths, key):
+    return fd.train.update(
+        state, objective, optim, teacher, paths, None, key=key, ema_decay=0.999
+    )
+
+
+@dataclasses.dataclass
+class Case:
+    """One row of the table: an objective on a batch."""
+
+    name: str
+    rows: str
+    count: float
+    looped: int
+    objective: Any
+    has_teacher: bool
+
+
+def cases(chosen, batch):
+    """Each objective off the diagonal, then those batches that have a share on it."""
+    for name, row in chosen.items():
+        objective = off_diagonal(row.objective)
+        kind = "off the diagonal"
+        if objective.times.num_diagonal(batch) == batch:
+            kind = "all on it"
+        yield Case(name, kind, row.count, row.looped, objective, row.has_teacher)
+    for name, row in chosen.items():
+        share = row.objective.times.num_diagonal(batch) / batch
+        if 0 < share < 1:
+            count = share * 3 + (1 - share) * row.count
+            kind = f"{share:.1%} on it"
+            yield Case(name, kind, count, row.looped, row.objective, row.has_teacher)
+
+
+def ratios(samples, baseline):
+    quotient = np.asarray(samples) / np.asarray(baseline)
+    low, median, high = np.percentile(quotient, [10, 50, 90])
+    return {"ratio": median, "from": low, "to": high}
+
+
+def time_programs(programs, rounds):
+    """Seconds of each program in each round, all in random order in a round."""
+    seconds = [[] for _ in programs]
+    for program in programs:
+        jax.block_until_ready(program())
+    order = list(range(len(programs)))
+    for _ in range(rounds):
+        random.shuffle(order)
+        for index in order:
+            start = time.perf_counter()
+            jax.block_until_ready(programs[index]())
+            seconds[index].append(time.perf_counter() - start)
+    return seconds
+
+
+def measure(network, chosen, options):
+    """The FLOPs of a forward evaluation of a batch, and a dictionary for each case."""
+    title, build, shape, batch = NETWORKS[network]
+    batch = batch if options.batch is None else options.batch
+    flow_map = fd.FlowMap(build(jr.key(0)))
+    velocity = fd.FlowMap(build(jr.key(1))).velocity
+    ends = jr.normal(jr.key(2), (2, batch, *shape))
+    paths = jax.vmap(fd.LinearInterpolant())(*ends)
+    optim = optax.adam(1e-3)
+    forward = Program(
+        jax.vmap(flow_map.average_velocity), *jr.uniform(jr.key(3), (2, batch)), ends[0]
+    )
+
+    def program(case):
+        teacher = velocity if case.has_teacher else None
+        if not options.optimiser:
+            return Program(step, case.objective, flow_map, teacher, paths, jr.key(4))
+        state = fd.train.TrainState.create(flow_map, optim, key=jr.key(5))
+        update = functools.partial(step_with_optimiser, optim)
+        return Program(update, case.objective, state, teacher, paths, jr.key(4))
+
+    found = list(cases(chosen, batch))
+    # XLA compiles outside Python's lock.
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        programs = list(pool.map(program, found))
+    seconds = time_programs(programs, options.rounds)
+    first = programs[0]
+    results = []
+    for case, one, times in zip(found, programs, seconds, strict=True):
+        later_turns = case.looped * forward.flops
+        count = case.count / 3
+        results.append(
+            {
+                "network": f"{title}, batch {batch}",
+                "objective": case.name,
+                "rows": case.rows,
+                "count": count,
+                "compiled": (one.flops + later_turns) / first.flops,
+                "traced": (one.traced_flops + later_turns) / first.traced_flops,
+                "over": (one.flops + later_turns) / first.flops / count,
+                "memory": one.memory / first.memory,
+                "seconds": float(np.median(times)),
+                "time": ratios(times, seconds[0]),
+            }
+        )
+    return forward.flops, first, results
+
+
+def spread(numbers):
+    return f"{numbers['ratio']:.2f} ({numbers['from']:.2f} to {numbers['to']:.2f})"
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--network", choices=(*NETWORKS, "both"), default="both")
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--objectives", nargs="+", metavar="NAME", choices=rows())
+    parser.add_argument("--batch", type=int, help="rows of a batch; a multiple of eight")
+    parser.add_argument("--optimiser", action="store_true", help="time whole steps")
+    parser.add_argument("--out", default="out/benchmarks")
+    options = parser.parse_args()
+
+    names = rows() if options.objectives is None else options.objectives
+    # All is relative to flow matching, which comes first.
+    chosen = {
+        name: row
+        for name, row in rows().items()
+        if name in names or name == "FlowMatching"
+    }
+    print(
+        f"{platform.processor() or platform.machine()}, {os.cpu_count()} CPUs,", end=" "
+    )
+    print(f"{jax.default_backend()}, jax {jax.__version__}")
+    results = []
+    for network in NETWORKS if options.network == "both" else (options.network,):
+        forward, first, found = measure(network, chosen, options)
+        print(
+            f"\n{found[0]['network']}: a forward evaluation has {forward / 1e9:.2f} "
+            f"GFLOPs, a step of flow matching {first.flops / forward:.2f} times that, "
+            f"and {first.memory / 2**20:.0f} MiB of temporary memory.\n"
+        )
+        print(
+            "| objective | rows | count | FLOPs compiled | over the count | as traced | "
+            "memory | ms | time |"
+        )
+        print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+        for row in found:
+            numbers = [row[key] for key in ("count", "compiled", "over")]
+            numbers += [row["traced"], row["memory"]]
+            numbers = " | ".join(f"{number:.2f}" for number in numbers)
+            print(
+                f"| {row['objective']} | {row['rows']} | {numbers} | "
+                f"{1e3 * row['seconds']:.1f} | {spread(row['time'])} |"
+            )
+        results += found
+    out = pathlib.Path(options.out)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "objectives.json").write_text(json.dumps(results, indent=1))
+    worst = max(results, key=lambda row: row["over"])
+    print(
+        f"\nMost FLOPs over the count: {worst['over']:.3f}, {worst['objective']} on the "
+        f"{worst['network']}."
+    )
+    if worst["over"] > LIMIT:
+        raise SystemExit(f"More than {LIMIT} times the count.")
+
+
+if __name__ == "__main__":
+    main()

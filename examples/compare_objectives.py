@@ -1,0 +1,576 @@
+"""Every objective on equal terms: one network, one budget, one set of seeds.
+
+All objectives train the same network with the same optimiser on the same densities, and
+each may spend the same number of network evaluations: a derivative along a direction
+counts as one more evaluation, and so does the teacher, even an exact one. What a method
+saves an example, it has in steps.
+
+    python examples/compare_objectives.py                      # all, three seeds
+    python examples/compare_objectives.py --objectives LSD MeanFlow --data mixture
+    python examples/compare_objectives.py --vary               # what the ranking hangs on
+    python examples/compare_objectives.py --gradients          # Lagrangian or Eulerian?
+
+Each finished run is a line of `runs.jsonl` under `--out`: started again, the script goes
+on with what is missing. It prints the table and saves it with its figure. Numbers, times
+and hardware stand in `docs/objectives.md`.
+"""
+
+import argparse
+import functools
+import json
+import pathlib
+import time
+from typing import NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import matplotlib.pyplot as plt
+import numpy as np
+import optax
+from tqdm import tqdm
+
+import flowdiffrax as fd
+
+JUMPS = (1, 2, 4, 8, 16)
+# A thousandth of the base is left in the data: it keeps velocities bounded at t = 1.
+INTERPOLANT = fd.LinearInterpolant(sigma_min=1e-3)
+# The paper's rows for the checkerboard: KL50 in 1, 2, 4, 8 and 16 jumps.
+PAPER = {
+    "LSD": (0.086, 0.077, 0.071, 0.070, 0.071),
+    "ESD": (0.098, 0.092, 0.083, 0.082, 0.075),
+    "PSD, midpoint": (0.146, 0.089, 0.081, 0.072, 0.069),
+    "PSD, uniform": (0.111, 0.107, 0.075, 0.073, 0.068),
+}
+
+
+# --- densities ------------------------------------------------------------------------
+
+
+class Density(NamedTuple):
+    """What is learned: samples, their flow's exact velocity, and their density."""
+
+    draw: object  # (key, n) -> points
+    velocity: object  # (t, x, args) -> v
+    base_std: float
+    size: int
+    density: object = None  # of points in the plane
+    box: float = 1.0
+
+
+def gaussian_mixture(weights, means, stds):
+    """A mixture of round Gaussians in any dimension, and its exact flow."""
+    weights, means, stds = np.asarray(weights), np.asarray(means), np.asarray(stds)
+    size = means.shape[1]
+    mean = weights @ means
+    base_std = np.sqrt(weights @ (((means - mean) ** 2).mean(axis=1) + stds**2))
+
+    def draw(key, n):
+        part_key, point_key = jr.split(key)
+        part = jr.choice(part_key, len(weights), (n,), p=jnp.asarray(weights))
+        noise = jr.normal(point_key, (n, size))
+        return jnp.asarray(means)[part] + jnp.asarray(stds)[part][:, None] * noise
+
+    def density(x):
+        squares = ((x[..., None, :] - means) ** 2).sum(axis=-1)
+        bumps = np.exp(-squares / (2 * stds**2)) / (2 * np.pi * stds**2)
+        return bumps @ weights
+
+    velocity = fd.exact.GaussianMixtureVelocity(
+        weights, means, stds**2, INTERPOLANT, base_std
+    )
+    box = float(np.abs(means).max() + 4 * stds.max())
+    return Density(draw, velocity, float(base_std), size, density, box)
+
+
+def checkerboard():
+    base_std = 3**-0.5
+    velocity = fd.exact.checkerboard_velocity(INTERPOLANT, base_std)
+    density = fd.data.checkerboard_density
+    return Density(fd.data.checkerboard, velocity, base_std, 2, density)
+
+
+def mixture(size=2):
+    """Five Gaussians of different weights and widths: smooth, without symmetry."""
+    rng = np.random.default_rng(0)
+    means = rng.standard_normal((5, size)) * 1.2
+    weights, stds = np.asarray([0.3, 0.25, 0.2, 0.15, 0.1]), rng.uniform(0.2, 0.5, 5)
+    return gaussian_mixture(weights, means, stds)
+
+
+def modes():
+    """Eight narrow modes on a circle, far from each other."""
+    angles = np.arange(8) * np.pi / 4
+    means = np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    return gaussian_mixture(np.full(8, 1 / 8), means, np.full(8, 0.04))
+
+
+def manifold():
+    """A spiral of 60 narrow Gaussians: nearly a curve."""
+    angles = np.linspace(0.6, 3.4 * np.pi, 60)
+    means = 0.1 * angles[:, None] * np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    return gaussian_mixture(np.full(60, 1 / 60), means, np.full(60, 0.03))
+
+
+def tail():
+    """Gaussians of one centre and ever larger widths: a heavy tail."""
+    stds = 0.3 * 2.0 ** np.arange(5)
+    weights = np.asarray([0.5, 0.25, 0.15, 0.07, 0.03])
+    return gaussian_mixture(weights, np.zeros((5, 2)), stds)
+
+
+DATA = {
+    "checkerboard": checkerboard,
+    "mixture": mixture,
+    "modes": modes,
+    "manifold": manifold,
+    "tail": tail,
+    **{f"mixture-{size}d": functools.partial(mixture, size) for size in (8, 64)},
+}
+
+
+# --- objectives -----------------------------------------------------------------------
+
+
+class Method(NamedTuple):
+    """An objective, what it learns from, and its evaluations an example off the diagonal.
+
+    Those that learn single jumps only, to the end or from the start, are sampled in one.
+    """
+
+    make: object  # () -> an objective or a mixture
+    evaluations: float
+    needs_teacher: bool = False
+    single: bool = False
+    diagonal: float | None = None  # its share, where the objective does not know it
+
+
+def tamed(objective):
+    """Exact velocities are steep near the data: their errors there count less."""
+    return eqx.tree_at(lambda o: o.weight, objective, fd.DataEndWeight(0.5))
+
+
+def with_velocity(objective):
+    """Distillation on and off the diagonal, three rows to one."""
+    both = (tamed(fd.VelocityDistillation()), objective)
+    return fd.Mixture(both, (0.25, 0.75))
+
+
+METHODS = {
+    "FM": Method(fd.FlowMatching, 1),
+    "FMM": Method(fd.FlowMapMatching, 3),
+    "LSD": Method(fd.LagrangianSelfDistillation, 3),
+    "ESD": Method(fd.EulerianSelfDistillation, 5),
+    "PSD, midpoint": Method(fd.ProgressiveSelfDistillation, 3),
+    "PSD, uniform": Method(lambda: fd.ProgressiveSelfDistillation(split=None), 3),
+    "Shortcut": Method(fd.Shortcut, 3),
+    "SplitMeanFlow": Method(fd.SplitMeanFlow, 3),
+    "TVM": Method(fd.TerminalVelocityMatching, 4),
+    "EE": Method(fd.StopGradientEulerian, 4),
+    "naive Eulerian": Method(fd.NaiveEulerian, 2),
+    "MeanFlow": Method(fd.MeanFlow, 2),
+    "improved MeanFlow": Method(fd.ImprovedMeanFlow, 3),
+    "AlphaFlow": Method(fd.AlphaFlow, 2),
+    "CT": Method(fd.ConsistencyTraining, 2, single=True),
+    "sCT": Method(fd.ContinuousConsistency, 2, single=True),
+    "LMD": Method(
+        lambda: with_velocity(tamed(fd.LagrangianMapDistillation())), 3, True, False, 0.25
+    ),
+    "EMD": Method(
+        lambda: with_velocity(tamed(fd.EulerianMapDistillation())), 3, True, False, 0.25
+    ),
+    "PFMM": Method(
+        lambda: with_velocity(fd.ProgressiveFlowMapMatching()), 3, True, False, 0.25
+    ),
+    "AYF-EMD": Method(fd.AlignYourFlowEMD, 3, True),
+    "AYF-LMD": Method(fd.AlignYourFlowLMD, 3, True),
+    "CD": Method(fd.ConsistencyDistillation, 4, True, True),
+    "FreeFlow": Method(fd.FreeFlow, 3, True, True),
+}
+
+
+def evaluations_per_example(method):
+    """On the diagonal one, off it what the method says."""
+    share = method.diagonal
+    if share is None:
+        share = method.make().times.num_diagonal(10_000) / 10_000
+    # A velocity that a teacher gives on the diagonal is one more.
+    on_diagonal = 2 if method.needs_teacher else 1
+    return share * on_diagonal + (1 - share) * method.evaluations
+
+
+# --- one run --------------------------------------------------------------------------
+
+
+class PlainMLP(eqx.Module):
+    """Layer on layer, raw inputs: no residual connections, no waves."""
+
+    mlp: eqx.nn.MLP
+    scale: float = eqx.field(static=True)
+
+    def __call__(self, s, t, x, args):
+        inputs = jnp.concatenate([x / self.scale, jnp.stack([s, t])])
+        return self.scale * self.mlp(inputs)
+
+
+def make_map(network, density, width, key):
+    if network == "plain":
+        mlp = eqx.nn.MLP(density.size + 2, density.size, width, 4, jax.nn.gelu, key=key)
+        net = PlainMLP(mlp, density.base_std)
+    else:
+        # Waves of the state help in the plane; in high dimension they only cost.
+        waves = (0.5, 1.0, 2.0) if network == "fourier" else ()
+        net = fd.nn.MLP(
+            density.size, width, 5, scale=density.base_std, frequencies=waves, key=key
+        )
+    return fd.FlowMap(net, time_range=(0.0, 1.0))
+
+
+def teachers_of(name, density):
+    """What the objective takes for its teacher."""
+    if name == "PFMM":
+        return density.velocity, None
+    return density.velocity if METHODS[name].needs_teacher else None
+
+
+@functools.cache
+def training(name, data, budget, batch_size):
+    """The steps that the budget allows, and how to make them; compiled once for all seeds."""
+    method, density = METHODS[name], DATA[data]()
+    steps = round(budget / evaluations_per_example(method))
+    rate = optax.warmup_cosine_decay_schedule(0, 2e-3, max(steps // 30, 1), steps)
+    optim = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate, b2=0.99))
+    # Averages as teachers where the papers have them.
+    decay = {"Shortcut": 0.999, "TVM": 0.99}.get(name)
+    objective = method.make()
+    step = fd.train.make_step(objective, optim, teacher_decay=decay)
+    create = functools.partial(
+        fd.train.TrainState.create,
+        optim=optim,
+        objective=objective,
+        teacher_decay=decay,
+    )
+    batches = fd.data.InterpolantBatches(
+        INTERPOLANT,
+        density.draw,
+        batch_size,
+        base=fd.data.GaussianBase(density.base_std),
+    )
+    teacher = teachers_of(name, density)
+    return steps, create, lambda state: step(state, batches, teacher)
+
+
+def train(name, data, options, seed):
+    """The trained average, and the seconds of a step."""
+    steps, create, step = training(name, data, options["budget"], options["batch_size"])
+    map_key, train_key = jr.split(jr.key(seed))
+    flow_map = make_map(options["network"], DATA[data](), options["width"], map_key)
+    state, _ = step(create(flow_map, key=train_key))
+    jax.block_until_ready(state.step)
+    start = time.perf_counter()
+    for _ in tqdm(range(1, steps), desc=f"{name}, {data}, seed {seed}", mininterval=2):
+        state, info = step(state)
+    if not bool(info.is_finite):
+        print(f"{name} is not finite in the end; {int(state.skipped)} steps were skipped")
+    return state.ema_map, (time.perf_counter() - start) / (steps - 1)
+
+
+@functools.cache
+def memory(name, data, network, width, batch_size):
+    """Temporary memory of the gradient of a step, in MB."""
+    density, method = DATA[data](), METHODS[name]
+    flow_map = make_map(network, density, width, jr.key(0))
+    x0 = jnp.zeros((batch_size, density.size))
+    paths = jax.vmap(INTERPOLANT)(x0, x0)
+    teacher = teachers_of(name, density)
+
+    def loss(flow_map, paths, key):
+        return fd.batch_loss(method.make(), flow_map, teacher, paths, key=key)[0]
+
+    lowered = eqx.filter_jit(eqx.filter_grad(loss)).lower(flow_map, paths, jr.key(0))
+    return lowered.compile().compiled.memory_analysis().temp_size_in_bytes / 1e6
+
+
+@functools.cache
+def reference(data, num_samples):
+    """Starting points, and exact trajectories of the first of them."""
+    density = DATA[data]()
+    x0 = density.base_std * jr.normal(jr.key(123), (num_samples, density.size))
+    # The last but one: exact velocities are at their steepest at 1.
+    ts = jnp.asarray([*np.arange(16) / 16, 0.96, 1.0])
+    return x0, ts, fd.solve_trajectories(density.velocity, x0[:4000], ts)
+
+
+@eqx.filter_jit
+def sample(flow_map, x0, jumps):
+    return jax.vmap(lambda x: fd.sample(flow_map, x, jumps))(x0)
+
+
+class Euler(eqx.Module):
+    """Steps of Euler's method on the diagonal of a map."""
+
+    flow_map: fd.FlowMap
+
+    def __call__(self, s, t, x, args):
+        return self.flow_map.velocity(s, x, args)
+
+
+def evaluate(name, data, flow_map, num_samples):
+    """All numbers of one run, by name."""
+    density, method = DATA[data](), METHODS[name]
+    x0, ts, ys = reference(data, num_samples)
+    if name == "FM":
+        flow_map = fd.FlowMap(Euler(flow_map))  # it was never trained off the diagonal
+    numbers = {}
+    for jumps in JUMPS[:1] if method.single else JUMPS:
+        x1 = np.asarray(sample(flow_map, x0, jumps))
+        finite = np.isfinite(x1).all(axis=1)
+        numbers[f"coupling {jumps}"] = fd.metrics.rms_distance(x1[: len(ys)], ys[:, -1])
+        for bins in (50, 48) if density.size == 2 else ():
+            numbers[f"KL{bins} {jumps}"] = fd.metrics.histogram_kl(
+                x1[finite], density.density, bins=bins, low=-density.box, high=density.box
+            ).kl
+    # Jumps between saved times, from the exact state; single jumps as they are learned.
+    rng = np.random.default_rng(0)
+    i, j = np.sort(rng.choice(len(ts) - 1, (len(ys), 2)), axis=1).T
+    if method.single:
+        i, j = (0 * i, j) if name == "FreeFlow" else (i, 0 * j + len(ts) - 2)
+    rows = np.arange(len(ys))
+    defects = fd.metrics.defects(
+        flow_map, density.velocity, ts[i], ts[j], ys[rows, i], ys[rows, j]
+    )
+    return numbers | defects._asdict()
+
+
+# --- all runs -------------------------------------------------------------------------
+
+
+def run_all(names, data_names, networks, options, out):
+    """Every run that is not yet in the file, and all of its lines."""
+    path = out / "runs.jsonl"
+    path.touch()
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    wanted = [
+        {"objective": name, "data": data, "seed": seed, "network": network, **options}
+        for data in data_names
+        for network in networks
+        for name in names
+        for seed in range(options["seeds"])
+    ]
+    for settings in wanted:
+        settings.pop("seeds")
+    done = {json.dumps(line["settings"], sort_keys=True) for line in lines}
+    missing = [s for s in wanted if json.dumps(s, sort_keys=True) not in done]
+    for count, settings in enumerate(missing):
+        name, data = settings["objective"], settings["data"]
+        print(f"run {count + 1} of {len(missing)}")
+        start = time.perf_counter()
+        flow_map, seconds = train(name, data, settings, settings["seed"])
+        numbers = evaluate(name, data, flow_map, settings["num_samples"])
+        numbers |= {
+            "seconds a step": seconds,
+            "minutes": (time.perf_counter() - start) / 60,
+        }
+        numbers["MB"] = memory(
+            name, data, settings["network"], settings["width"], settings["batch_size"]
+        )
+        lines.append({"settings": settings, "numbers": numbers})
+        # One write, so that a run that is killed leaves whole lines.
+        with path.open("a") as file:
+            file.write(json.dumps(lines[-1]) + "\n")
+    keys = {json.dumps(s, sort_keys=True) for s in wanted}
+    return [x for x in lines if json.dumps(x["settings"], sort_keys=True) in keys]
+
+
+def spread(lines, key):
+    """Mean and half the range over seeds, as text."""
+    values = [line["numbers"][key] for line in lines if key in line["numbers"]]
+    if not values:
+        return "-"
+    digits = ".3f" if np.mean(values) < 10 else ".1f"
+    return f"{np.mean(values):{digits}} ± {np.ptp(values) / 2:{digits}}"
+
+
+def table(lines, columns, rows="objective"):
+    """A Markdown table with one line for each objective, or whatever `rows` says."""
+    groups = {}
+    for line in lines:
+        groups.setdefault(line["settings"][rows], []).append(line)
+    text = [f"| {rows} | " + " | ".join(columns) + " |"]
+    text.append("| --- " * (len(columns) + 1) + "|")
+    for name, group in groups.items():
+        cells = [spread(group, column) for column in columns]
+        text.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(text)
+
+
+def report(lines, data_names, out):
+    """Tables of quality, of defects and of cost for each density."""
+    text = []
+    for data in data_names:
+        here = [line for line in lines if line["settings"]["data"] == data]
+        for metric in ("KL50", "KL48", "coupling"):
+            columns = [f"{metric} {jumps}" for jumps in JUMPS]
+            if any(columns[0] in line["numbers"] for line in here):
+                text.append(f"\n{data}: {metric} by number of jumps\n")
+                text.append(table(here, columns))
+        if data == "checkerboard":
+            text.append("\nThe paper's (arXiv:2505.18825, table 1), KL50\n")
+            text += [
+                f"| {name} | {' | '.join(map(str, row))} |" for name, row in PAPER.items()
+            ]
+        text.append(f"\n{data}: defects and cost\n")
+        columns = [*fd.metrics.Defects._fields, "seconds a step", "MB"]
+        text.append(table(here, columns))
+    text = "\n".join(text)
+    print(text)
+    (out / "tables.md").write_text(text + "\n")
+
+
+def draw(lines, data_names, out):
+    """Coupling error, and KL where there is one, against the number of jumps."""
+    figure, axes = plt.subplots(
+        2, len(data_names), figsize=(6 * len(data_names), 9), squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
+    styles = [f"C{index % 10}" + ["-o", "--s", ":^"][index // 10] for index in range(30)]
+    for column, data in enumerate(data_names):
+        for axis, metric in zip(axes[:, column], ("coupling", "KL50"), strict=True):
+            names = dict.fromkeys(line["settings"]["objective"] for line in lines)
+            for style, name in zip(styles, names, strict=False):
+                group = [
+                    line["numbers"]
+                    for line in lines
+                    if line["settings"]["objective"] == name
+                    and line["settings"]["data"] == data
+                ]
+                jumps = [n for n in JUMPS if group and f"{metric} {n}" in group[0]]
+                means = [np.mean([g[f"{metric} {n}"] for g in group]) for n in jumps]
+                axis.plot(jumps, means, style, label=name, markersize=4)
+            axis.set(
+                xscale="log", yscale="log", xlabel="jumps", title=f"{data}: {metric}"
+            )
+            axis.set_xticks(JUMPS, JUMPS)
+    axes[0, -1].legend(fontsize="x-small", ncols=2)
+    figure.savefig(out / "objectives.png", dpi=110)
+    plt.close(figure)
+
+
+# --- why Lagrangian distillation trains faster ----------------------------------------
+
+
+def gradient_statistics(name, data, flow_map, options, key, num_batches=32):
+    """The norm of the mean gradient, and the noise of a batch over that norm."""
+    density = DATA[data]()
+    teacher = density.velocity
+    objective = METHODS[name].make().objectives[1]
+    batches = fd.data.InterpolantBatches(
+        INTERPOLANT,
+        density.draw,
+        options["batch_size"],
+        base=fd.data.GaussianBase(density.base_std),
+    )
+
+    @eqx.filter_jit
+    def gradient(flow_map, key):
+        batch_key, loss_key = jr.split(key)
+        paths, _ = batches(batch_key)
+        loss = lambda m: fd.batch_loss(objective, m, teacher, paths, key=loss_key)[0]
+        leaves = jax.tree_util.tree_leaves(eqx.filter_grad(loss)(flow_map))
+        return jnp.concatenate([leaf.ravel() for leaf in leaves])
+
+    each = jnp.stack([gradient(flow_map, k) for k in jr.split(key, num_batches)])
+    mean = each.mean(axis=0)
+    noise = jnp.sum(each.var(axis=0, ddof=1))
+    # The mean of finitely many batches is longer than the true one, by their noise.
+    norm = jnp.sqrt(jnp.maximum(jnp.sum(mean**2) - noise / num_batches, 0))
+    return float(norm), float(jnp.sqrt(noise) / jnp.maximum(norm, 1e-12))
+
+
+def compare_gradients(data, options, out):
+    """Lagrangian and Eulerian gradients, at the same maps along a run of each."""
+    rows = []
+    for trained_by in ("LMD", "EMD"):
+        for share in (0.02, 0.1, 0.3, 1.0):
+            part = {**options, "budget": options["budget"] * share}
+            flow_map, _ = train(trained_by, data, part, 0)
+            numbers = evaluate(trained_by, data, flow_map, 4000)
+            for name in ("LMD", "EMD"):
+                norm, noise = gradient_statistics(
+                    name, data, flow_map, options, jr.key(9)
+                )
+                rows.append(
+                    {
+                        "trained by": trained_by,
+                        "share of the budget": share,
+                        "coupling 1": numbers["coupling 1"],
+                        "gradient of": name,
+                        "norm": norm,
+                        "noise / norm": noise,
+                    }
+                )
+    columns = list(rows[0])
+    form = lambda value: f"{value:.3g}" if isinstance(value, float) else str(value)
+    text = ["| " + " | ".join(columns) + " |", "| --- " * len(columns) + "|"]
+    text += ["| " + " | ".join(form(row[c]) for c in columns) + " |" for row in rows]
+    print("\n".join(text))
+    (out / f"gradients-{data}.md").write_text("\n".join(text) + "\n")
+    return rows
+
+
+def main(
+    *,
+    objectives=tuple(METHODS),
+    data=("checkerboard", "mixture"),
+    networks=("fourier",),
+    budget=20_000,
+    batch_size=1024,
+    width=128,
+    seeds=3,
+    num_samples=64_000,
+    gradients=False,
+    vary=False,
+    out="out/objectives",
+):
+    """Runs what is missing, prints the tables, saves the figure. Returns all numbers."""
+    out = pathlib.Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    options = {"budget": budget, "batch_size": batch_size, "width": width}
+    if gradients:
+        options["network"] = networks[0]
+        return [compare_gradients(name, options, out) for name in data]
+    options |= {"num_samples": num_samples, "seeds": seeds}
+    if vary:
+        objectives = ("LSD", "ESD", "PSD, midpoint", "improved MeanFlow", "LMD", "EMD")
+        data = ("modes", "manifold", "tail", "mixture", "mixture-8d", "mixture-64d")
+        lines = run_all(objectives, data, ("fourier",), options, out)
+        lines += run_all(objectives, ("mixture",), ("residual", "plain"), options, out)
+        for network in ("residual", "plain"):
+            here = [line for line in lines if line["settings"]["network"] == network]
+            print(f"\n{network} network, mixture\n")
+            print(table(here, [f"coupling {jumps}" for jumps in JUMPS]))
+        lines = [x for x in lines if x["settings"]["network"] == "fourier"]
+    else:
+        lines = run_all(objectives, data, networks, options, out)
+    report(lines, data, out)
+    draw(lines, data, out)
+    return lines
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--objectives", nargs="+", choices=METHODS, metavar="NAME")
+    parser.add_argument("--data", nargs="+", choices=DATA)
+    parser.add_argument("--networks", nargs="+", choices=("fourier", "residual", "plain"))
+    parser.add_argument("--budget", type=int, help="evaluations an example of the batch")
+    parser.add_argument("--batch-size", type=int, help="1024")
+    parser.add_argument("--width", type=int, help="of the network: 128")
+    parser.add_argument("--seeds", type=int, help="3")
+    parser.add_argument("--num-samples", type=int, help="64000")
+    parser.add_argument("--gradients", action="store_true", default=None)
+    parser.add_argument("--vary", action="store_true", default=None)
+    parser.add_argument("--out", help="folder: out/objectives")
+    main(**{k: v for k, v in vars(parser.parse_args()).items() if v is not None})

@@ -1,0 +1,79 @@
+from typing import NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from .._custom_types import Args, State, VectorField
+from .._flow_map import AbstractFlowMap
+from .._identities import (
+    eulerian_residual,
+    inverse_residual,
+    lagrangian_residual,
+    semigroup_residual,
+    tangent_residual,
+)
+from .._misc import squared_norm
+
+
+class Defects(NamedTuple):
+    """Root mean squares of the residuals of a flow map's identities.
+
+    **Attributes:**
+
+    - `lagrangian`, `eulerian`: against the teacher, in units of a velocity.
+    - `semigroup`: of two jumps against one, through the middle, in units of a state.
+    - `tangent`: of the diagonal against the teacher, at the end times.
+    - `inverse`: of a round trip. Large for maps trained in one direction of time.
+    """
+
+    lagrangian: float
+    eulerian: float
+    semigroup: float
+    tangent: float
+    inverse: float
+
+
+def defects(
+    flow_map: AbstractFlowMap,
+    teacher: VectorField,
+    s: Float[Array, " batch"],
+    t: Float[Array, " batch"],
+    x_s: State,
+    x_t: State,
+    args: Args = None,
+) -> Defects:
+    r"""How far a map is from satisfying each identity, on a batch of jumps.
+
+    **Arguments:**
+
+    - `flow_map`: the map.
+    - `teacher`: the velocity that it should follow, `(t, x, args) -> dx/dt`.
+    - `s`, `t`: start and end times.
+    - `x_s`, `x_t`: states of the flow at these times, every leaf with the batch axis;
+      the second ones are for the tangent condition.
+    - `args`: conditions with the batch axis, or `None`.
+
+    **Returns:** the rms of each residual, summed over a state's entries.
+    """
+
+    rms = _rms(flow_map, teacher, s, t, x_s, x_t, args)
+    return Defects(*map(float, rms))
+
+
+@eqx.filter_jit
+def _rms(flow_map, teacher, s, t, x_s, x_t, args):
+    def one(s, t, x_s, x_t, args):
+        residuals = (
+            lagrangian_residual(flow_map, teacher, s, t, x_s, args),
+            eulerian_residual(flow_map, teacher, s, t, x_s, args),
+            semigroup_residual(flow_map, s, (s + t) / 2, t, x_s, args),
+            tangent_residual(flow_map, teacher, t, x_t, args),
+            inverse_residual(flow_map, s, t, x_s, args),
+        )
+        return tuple(map(squared_norm, residuals))
+
+    axes = eqx.if_array(0)
+    each = eqx.filter_vmap(one, in_axes=(0, 0, axes, axes, axes))(s, t, x_s, x_t, args)
+    return jax.tree_util.tree_map(lambda leaf: jnp.sqrt(jnp.mean(leaf)), each)
