@@ -236,7 +236,7 @@ def teachers_of(name, density):
 
 @functools.cache
 def training(name, data, budget, batch_size):
-    """The steps that the budget allows, and how to make them; compiled once for all seeds."""
+    """How many steps the budget allows, and the step, compiled once for all seeds."""
     method, density = METHODS[name], DATA[data]()
     steps = round(budget / evaluations_per_example(method))
     rate = optax.warmup_cosine_decay_schedule(0, 2e-3, max(steps // 30, 1), steps)
