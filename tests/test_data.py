@@ -262,3 +262,48 @@ def test_times_may_be_numpy_or_a_list(ts):
 def test_trajectories_of_what_is_no_batch(x0, options, message):
     with pytest.raises(ValueError, match=message):
         fd.solve_trajectories(nonlinear_field, x0, jnp.asarray([0.0, 1.0]), **options)
+
+
+@pytest.mark.parametrize(
+    "interpolant",
+    [
+        fd.Interpolant(lambda t: 1 - t, lambda t: t),
+        fd.Interpolant(lambda t: 1 - t, lambda t: t, lambda t: t * (1 - t)),
+        fd.LinearInterpolant(latent=lambda t: t * (1 - t)),
+    ],
+)
+def test_interpolants_of_plain_functions(interpolant):
+    source = fd.data.InterpolantBatches(interpolant, jnp.ones((5, 2)), 8)
+    loss, _ = fd.batch_loss(
+        fd.FlowMatching(), linear_map(), None, *source(jr.key(0)), key=jr.key(1)
+    )
+    assert np.isfinite(loss)
+
+
+def test_data_of_integers():
+    with pytest.raises(TypeError, match="`data` must be floating-point"):
+        fd.data.InterpolantBatches(fd.LinearInterpolant(), jnp.ones((5, 2), int), 8)
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        fd.FlowMatching(),
+        fd.LagrangianSelfDistillation(),
+        fd.MeanFlow(),
+        fd.ConsistencyTraining(),
+        fd.TrajectoryMatching(),
+    ],
+    ids=lambda objective: type(objective).__name__,
+)
+def test_single_states_are_no_data(objective):
+    paths, _ = fd.data.StateBatches(jnp.ones((5, 2)), 8)(jr.key(0))
+    with pytest.raises(TypeError, match="StatePath"):
+        fd.batch_loss(objective, linear_map(), None, paths, key=jr.key(1))
+
+
+def test_straight_lines_are_no_trajectories():
+    source = fd.data.InterpolantBatches(fd.LinearInterpolant(), jnp.ones((5, 2)), 8)
+    paths, _ = source(jr.key(0))
+    with pytest.raises(TypeError, match="trajectories of the ODE; got a Interpolant"):
+        fd.batch_loss(fd.TrajectoryMatching(), linear_map(), None, paths, key=jr.key(1))

@@ -15,6 +15,7 @@ from helpers import (
     max_abs,
     mlp_map,
     nonlinear_field,
+    without_type_checks,
 )
 
 import flowdiffrax as fd
@@ -22,6 +23,7 @@ import flowdiffrax as fd
 S, T = jnp.asarray(0.2), jnp.asarray(0.9)
 X0, X1 = jnp.asarray([0.8, -0.5]), jnp.asarray([-0.3, 1.1])
 PATH = fd.LinearInterpolant()(X0, X1)
+STOPS = fd.StopGradient
 
 
 def trajectory_path(field=None):
@@ -478,6 +480,10 @@ def tree_net(s, t, x, args):
 def test_objectives_with_pytrees(objective, dtype):
     x0 = {"a": jnp.ones((4, 2), dtype), "b": jnp.ones((4, 1, 3), dtype)}
     paths = jax.vmap(fd.LinearInterpolant())(x0, jtu.tree_map(lambda x: -x, x0))
+    if isinstance(objective, fd.TrajectoryMatching):
+        ts = jnp.broadcast_to(jnp.asarray([0.0, 1.0], dtype), (4, 2))
+        ys = jtu.tree_map(lambda a, b: jnp.stack([a, b], axis=1), paths.x0, paths.x1)
+        paths = fd.TrajectoryPath(ts, ys)
     flow_map = fd.FlowMap(tree_net)
     progressive = isinstance(objective, fd.ProgressiveFlowMapMatching)
     teacher = flow_map if progressive else lambda t, x, args: jtu.tree_map(jnp.cos, x)
@@ -493,3 +499,83 @@ def test_missing_teacher_is_named(objective):
     path = fd.LinearInterpolant()(jnp.zeros(2), jnp.ones(2))
     with pytest.raises(TypeError, match="`teacher` must be a callable"):
         objective(gaussian_map(), None, path, 0.2, 0.7)
+
+
+# --- mistakes -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "make, match",
+    [
+        (lambda: fd.MeanFlow(fd.NoWeight()), "`times` must be a law"),
+        (lambda: fd.MeanFlow(weight=fd.UniformTriangle()), "`weight` must be a callable"),
+        (lambda: fd.Mixture([fd.FlowMatching], [1.0]), "A mixture is of objectives"),
+        (lambda: fd.Scheduled(fd.FlowMatching()), "takes a function of the step"),
+        (lambda: fd.train.make_step(fd.FlowMatching, None), "must be an instance"),
+        (
+            lambda: fd.ComposedFlowMap(fd.nn.MLP(2, 8, 1, key=jr.key(0)), 2),
+            "bare network",
+        ),
+    ],
+)
+def test_mistaken_arguments(make, match):
+    with without_type_checks(), pytest.raises(TypeError, match=match):
+        make()
+
+
+@pytest.mark.parametrize(
+    "make, match",
+    [
+        (lambda: fd.LagrangianMapDistillation(stop_gradient=STOPS.TRANSPORT), "no deriv"),
+        (lambda: fd.StopGradientEulerian(stop_gradient=STOPS.TEACHER), "biased"),
+        (lambda: fd.ImprovedMeanFlow(stop_gradient=STOPS.NONE), "must be"),
+        (lambda: fd.ProgressiveSelfDistillation(split=1.0), "`split` must be in"),
+        (lambda: fd.Shortcut(clip=0.0), "`clip` must be positive"),
+        (lambda: fd.AlphaFlow(alpha=1.5), "`alpha` must be in"),
+        (lambda: fd.AlignYourFlowEMD(epsilon=0.0), "`epsilon` must be in"),
+    ],
+)
+def test_mistaken_settings(make, match):
+    with pytest.raises(ValueError, match=match):
+        make()
+
+
+@pytest.mark.parametrize("times", [fd.UniformTriangle(), fd.EndAt(fd.LogitNormal())])
+def test_self_distillation_without_a_diagonal(times):
+    lonely = fd.LagrangianSelfDistillation(times)
+    with pytest.raises(ValueError, match="puts no row there"):
+        fd.batch_loss(lonely, mlp_map(), None, batch(), key=jr.key(0))
+    both = fd.Mixture((lonely, fd.FlowMatching()), (1.0, 1.0))
+    assert fd.batch_loss(both, mlp_map(), None, batch(), key=jr.key(0))[0] > 0
+
+
+def test_guidance_of_the_other_kind():
+    null = jnp.zeros(2)
+    velocities, rates = fd.ClassifierFreeGuidance(null, 2.0), fd.MeanFlowGuidance(null)
+    for objective in (
+        fd.LagrangianSelfDistillation(guidance=rates),
+        fd.MeanFlow(guidance=velocities),
+    ):
+        with pytest.raises(TypeError, match="guided by a rule"):
+            objective(mlp_map(), None, PATH, S, T, null)
+
+
+def test_teacher_of_the_other_kind():
+    with pytest.raises(TypeError, match="is a velocity .* Pass its `.velocity`"):
+        fd.LagrangianMapDistillation()(mlp_map(), mlp_map(), PATH, S, T)
+    with pytest.raises(TypeError, match="learns from the map itself"):
+        fd.LagrangianSelfDistillation()(mlp_map(), nonlinear_field, PATH, S, T)
+    with pytest.raises(ValueError, match="must return the shape"):
+        short = lambda t, x, args: x[:1]
+        fd.ConsistencyDistillation()(mlp_map(), short, PATH, S, T)
+
+
+def test_mixture_weights_may_be_traced():
+    def loss(weight):
+        mixture = fd.Mixture(
+            (fd.FlowMatching(), fd.MeanFlow()), (1.0, 1.0), (weight, 1.0)
+        )
+        return fd.batch_loss(mixture, mlp_map(), None, batch(), key=jr.key(0))[0]
+
+    slope = jax.jit(jax.grad(loss))(jnp.asarray(0.3))
+    assert_close(slope, loss(jnp.asarray(1.0)) - loss(jnp.asarray(0.0)), 1e-9)

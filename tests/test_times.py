@@ -244,6 +244,10 @@ def test_karras_times():
         (fd.Diagonal(), 40),
         (fd.DiagonalMixture(fd.UniformTriangle(), 0.25), 10),
         (fd.Stratified(fd.DiagonalMixture(fd.UniformTriangle(), 0.25)), 10),
+        (fd.DiagonalMixture(fd.UniformTriangle(), 0.999), 39),
+        (fd.DiagonalMixture(fd.UniformTriangle(), 0.001), 1),
+        (fd.MixedTimes((fd.Diagonal(), fd.UniformTriangle()), (3.0, 1.0)), 30),
+        (fd.MixedTimes((fd.UniformTriangle(), fd.Diagonal()), (3.0, 1.0)), 0),
         (fd.OnInterval(fd.DiagonalMixture(fd.UniformTriangle(), 0.25), 0.0, 3.0), 10),
     ],
 )

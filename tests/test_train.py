@@ -531,6 +531,9 @@ def test_every_objective_trains_in_float32(name):
     teacher = {"velocity": TEACHER.velocity, "map": TEACHER, None: None}[EVERY[name]]
     objective = getattr(fd, name)()
     source = batches(dtype=jnp.float32)
+    if name == "TrajectoryMatching":
+        cast = lambda leaf: leaf.astype(jnp.float32)
+        source = jtu.tree_map(cast, trajectories())
     flow_map = small_map(dtype=jnp.float32)
     # The last layer starts at zero, and would keep the others from having a gradient.
     last = lambda m: (m.net.last.weight, m.net.last.bias)
@@ -540,3 +543,23 @@ def test_every_objective_trains_in_float32(name):
     assert bool(info.is_finite) and info.loss.dtype == jnp.float32
     for old, moved in zip(arrays(flow_map), arrays(new.flow_map), strict=True):
         assert old.dtype == moved.dtype and np.any(old != moved)
+
+
+@pytest.mark.parametrize(
+    "source, match",
+    [
+        (jnp.ones((4, 2)), "`batches` must be a callable"),
+        (lambda key: jnp.ones((4, 2)), "must return a pair"),
+        (lambda key: (jnp.ones((4, 2)), None), "must return a pair"),
+    ],
+)
+def test_batches_that_are_none(source, match):
+    with without_type_checks(), pytest.raises(TypeError, match=match):
+        run(source=source)
+
+
+def test_network_scale_from_data():
+    # A NumPy or JAX scalar would break the cache of compiled steps.
+    for scale in (np.std([1.0, 2.0]), jnp.asarray(0.5)):
+        with without_type_checks():
+            assert type(fd.nn.MLP(2, 8, 1, scale=scale, key=jr.key(0)).scale) is float

@@ -196,6 +196,9 @@ class FlowMapSolver(_AbstractFlowMapSolver):
         each. `SaveAt(dense=True)` and events store a Chebyshev series of each jump, for
         `dense_degree` evaluations a step, which are made only then.
 
+        Diffrax looks for events at the ends of steps: one that comes and goes within a
+        long jump is missed, as with any solver. Take steps that are short enough.
+
     !!! info "Differentiation"
 
         `RecursiveCheckpointAdjoint`, `DirectAdjoint` and `ForwardMode` differentiate
@@ -269,9 +272,9 @@ class AdaptiveFlowMapSolver(_AbstractFlowMapSolver, diffrax.AbstractAdaptiveSolv
         below it asks for ever smaller steps. Bound them,
         `diffrax.PIDController(..., dtmin=abs(t1 - t0) / most_steps)`.
 
-    **Arguments:** as for [`flowdiffrax.FlowMapSolver`][], and
-
     A state that is NaN from the start is rejected by `PIDController` until `max_steps`.
+
+    **Arguments:** as for [`flowdiffrax.FlowMapSolver`][], and
 
     - `estimate`: a [`flowdiffrax.SemigroupDefect`][], which needs no teacher, or a
       [`flowdiffrax.LagrangianDefect`][], which trusts the term's vector field.

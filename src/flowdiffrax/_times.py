@@ -122,9 +122,9 @@ class Diagonal(AbstractTimes):
 class DiagonalMixture(AbstractTimes):
     r"""A fixed share of each batch on the diagonal $s = t$, the rest by another law.
 
-    The share is a count, not a chance: the first `round(fraction * batch_size)` pairs
-    lie on the diagonal, so that a loss may treat the two parts differently without
-    computing both for every example.
+    The share is a count, not a chance: the first `round(fraction * batch_size)` pairs,
+    but neither none nor all of them, lie on the diagonal, so that a loss may treat the
+    two parts differently without computing both for every example.
 
     **Arguments:**
 
@@ -153,7 +153,9 @@ class DiagonalMixture(AbstractTimes):
         return jnp.concatenate([s_on, s_off]), jnp.concatenate([t_on, t_off])
 
     def num_diagonal(self, batch_size: int) -> int:
-        return round(self.fraction * batch_size)
+        # Neither part may vanish in a small batch, if it is asked for.
+        least, most = int(self.fraction > 0), batch_size - int(self.fraction < 1)
+        return min(max(round(self.fraction * batch_size), least), most)
 
 
 class LogitNormal(AbstractTimes):
@@ -371,6 +373,17 @@ class MixedTimes(AbstractTimes):
         ]
         s, t = zip(*pairs, strict=True)
         return jnp.concatenate(s), jnp.concatenate(t)
+
+    def num_diagonal(self, batch_size: int) -> int:
+        total = 0
+        for law, rows in zip(
+            self.laws, split_by_shares(batch_size, self.shares), strict=True
+        ):
+            size = rows.stop - rows.start
+            total += law.num_diagonal(size)
+            if law.num_diagonal(size) < size:
+                break
+        return total
 
 
 class StartAt(AbstractTimes):

@@ -30,6 +30,13 @@ class StatePath(diffrax.AbstractPath):
         del t0, left
         return self.x if t1 is None else subtract(self.x, self.x)
 
+    def derivative(self, t: Time, left: bool = True) -> State:
+        """There is none: **raises** `TypeError`."""
+        raise TypeError(
+            "A `StatePath` is one state, and no data: this objective learns from data. "
+            "Use `data.InterpolantBatches`, or an objective that learns from a teacher."
+        )
+
 
 class TrajectoryPath(diffrax.AbstractPath):
     """A solution of an ODE, known at certain times: exact there, linear between.

@@ -6,6 +6,7 @@ from jax import lax
 from .._custom_types import Args, State, Time, TwoTimeMap
 from .._interpolant import AbstractInterpolant
 from .._misc import check_callable, scale, times_like
+from ..nn import MLP
 from .base import AbstractFlowMap, check_times
 
 
@@ -76,8 +77,13 @@ class InverseFlowMap(AbstractFlowMap):
 
 
 def check_composable(flow_map: object) -> None:
-    """**Raises:** `TypeError` for what is no map, or an inverse: they do not compose."""
+    """**Raises:** `TypeError` for what is no map, or does not compose, as an inverse."""
     check_callable(flow_map, "flow_map", "flow_map(s, t, x, args)")
+    if isinstance(flow_map, MLP):
+        raise TypeError(
+            f"`flow_map` is a bare network, {type(flow_map).__name__}, whose output is a "
+            "velocity. Wrap it as `FlowMap(net)`."
+        )
     if isinstance(flow_map, InverseFlowMap):
         raise TypeError(
             "An `InverseFlowMap` is for one jump: inverses do not compose in the order "

@@ -8,7 +8,7 @@ import equinox as eqx
 import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
-from jaxtyping import Array, Int, Key
+from jaxtyping import Array, ArrayLike, Int, Key
 
 from .._custom_types import AbstractVar, Args, Scalar, State, Time
 from .._flow_map import AbstractFlowMap
@@ -55,6 +55,20 @@ class AbstractObjective(eqx.Module):
 
     times: AbstractVar[AbstractTimes]
     weight: AbstractVar[AbstractWeight]
+    # Whether it learns its velocity on the diagonal only.
+    needs_diagonal = False
+
+    def __check_init__(self):
+        if not isinstance(self.times, AbstractTimes):
+            raise TypeError(
+                "`times` must be a law such as `UniformTriangle()`; got "
+                f"{type(self.times).__name__}."
+            )
+        if isinstance(self.weight, AbstractTimes) or not callable(self.weight):
+            raise TypeError(
+                "`weight` must be a callable such as `NoWeight()`; got "
+                f"{type(self.weight).__name__}."
+            )
 
     @abc.abstractmethod
     def __call__(
@@ -173,31 +187,37 @@ class Mixture(eqx.Module):
 
     - `objectives`: the objectives.
     - `shares`: their shares of the batch, positive; they are divided by their sum.
-    - `weights`: the factors of their mean losses; `None` for the shares, which makes the
-      loss the mean over the batch.
+    - `weights`: the factors of their mean losses, which may be arrays; `None` for the
+      shares, which makes the loss the mean over the batch.
 
     **Raises:** `ValueError` for shares that are not positive, or for a number of shares
-    or weights that is not that of the objectives.
+    or weights that is not that of the objectives; `TypeError` for what is no objective.
     """
 
     objectives: tuple[AbstractObjective, ...]
     shares: tuple[float, ...] = eqx.field(static=True)
-    weights: tuple[float, ...] = eqx.field(static=True)
+    weights: tuple[ArrayLike, ...]
 
     def __init__(
         self,
         objectives: Sequence[AbstractObjective],
         shares: Sequence[float],
-        weights: Sequence[float] | None = None,
+        weights: Sequence[ArrayLike] | None = None,
     ):
         self.objectives = tuple(objectives)
         self.shares = tuple(map(float, shares))
         check_shares(self.shares, len(self.objectives), "objectives")
         if weights is None:
             weights = [share / sum(self.shares) for share in self.shares]
-        self.weights = tuple(map(float, weights))
+        self.weights = tuple(weights)
 
     def __check_init__(self):
+        for objective in self.objectives:
+            if not isinstance(objective, AbstractObjective):
+                raise TypeError(
+                    "A mixture is of objectives such as `FlowMatching()`; got "
+                    f"{objective!r}. Put schedules around the mixture."
+                )
         if len(self.weights) != len(self.objectives):
             raise ValueError(
                 "There must be one weight for each of the objectives; got "
@@ -225,6 +245,13 @@ class Scheduled(eqx.Module):
     """
 
     objective: Callable[[Int[Array, ""]], AbstractObjective | Mixture]
+
+    def __check_init__(self):
+        if isinstance(self.objective, AbstractObjective | Mixture):
+            raise TypeError(
+                "`Scheduled` takes a function of the step that returns an objective; got "
+                f"the objective {type(self.objective).__name__} itself."
+            )
 
     def at(self, step: Int[Array, ""]) -> AbstractObjective | Mixture:
         """The objective of one step."""
@@ -264,6 +291,16 @@ def batch_loss(
     )
     slices = split_by_shares(batch_size, mixture.shares)
     num_parts = len(mixture.objectives)
+    sizes = [rows.stop - rows.start for rows in slices]
+    if all(
+        part.needs_diagonal and part.times.num_diagonal(size) == 0
+        for part, size in zip(mixture.objectives, sizes, strict=True)
+    ):
+        raise ValueError(
+            "Self-distillation learns its velocity on the diagonal, and the law of times "
+            "puts no row there. Use `DiagonalMixture(times)` in a batch of at least two, "
+            "or mix it with `FlowMatching`."
+        )
     teachers = teacher if isinstance(teacher, tuple) else (teacher,) * num_parts
     if len(teachers) != num_parts:
         raise ValueError(
@@ -289,7 +326,7 @@ def batch_loss(
         if len(losses) == 2:
             terms[f"{name}_diagonal"] = jnp.mean(losses[1])
         mean = sum(map(jnp.sum, losses)) / (rows.stop - rows.start)
-        total = total + mixture.weights[index] * mean
+        total = total + jnp.asarray(mixture.weights[index], mean.dtype) * mean
     return total, terms
 
 

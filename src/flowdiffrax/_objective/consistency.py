@@ -7,9 +7,10 @@ from .._custom_types import Args, State, Time, VectorField
 from .._derivative import Derivative
 from .._misc import subtract, times_like
 from .._times import AbstractTimes, EndAt, LogitNormal, Neighbours, karras_times
+from .._trajectory import StatePath
 from .base import AbstractResidualObjective, StopGradient
 from .eulerian import AbstractEulerian, eulerian_error
-from .teaching import check_velocity, freeze, own_map, teacher_velocity
+from .teaching import freeze, own_map, teacher_velocity
 from .weight import (
     AbstractWeight,
     InverseGap,
@@ -50,6 +51,8 @@ class ConsistencyTraining(AbstractResidualObjective):
 
     def residual(self, flow_map, teacher, path, s, t, args, key) -> State:
         del key
+        if isinstance(path, StatePath):
+            path.derivative(s)  # has none, and says so
         target = own_map(flow_map, teacher)(t, self.end, path.evaluate(t), args)
         X_s1 = flow_map(s, self.end, path.evaluate(s), args)
         return subtract(X_s1, freeze(target))
@@ -65,7 +68,7 @@ class ConsistencyDistillation(AbstractResidualObjective):
 
     - `times`: the law of pairs of neighbouring times, $s$ and $u$.
     - `weight`: what is made of the squared error, given $s$ and $u$.
-    - `solver`: the Diffrax solver that makes the step.
+    - `solver`: the explicit Diffrax solver that makes the step.
     - `end`: the time of the end.
 
     The teacher is a velocity `(t, x, args) -> dx/dt`. The target is the trained map's
@@ -83,10 +86,10 @@ class ConsistencyDistillation(AbstractResidualObjective):
 
     def residual(self, flow_map, teacher, path, s, t, args, key) -> State:
         del key
-        check_velocity(teacher)
         I_s = path.evaluate(s)
         s, t = times_like(I_s, s, t)
-        x_u = _solver_step(self.solver, teacher, s, t, I_s, args)
+        velocity = lambda t, x, args: teacher_velocity(teacher, t, x, args)
+        x_u = _solver_step(self.solver, velocity, s, t, I_s, args)
         target = flow_map(t, self.end, x_u, args)
         return subtract(flow_map(s, self.end, I_s, args), freeze(target))
 

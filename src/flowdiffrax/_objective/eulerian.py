@@ -213,6 +213,8 @@ class EulerianSelfDistillation(AbstractEulerian):
     guidance: GuidanceRule | None = None
     jvp: Derivative = jax.jvp
 
+    needs_diagonal = True
+
     def direction(self, flow_map, teacher, path, s, I_s, args) -> State:
         del path
         return own_velocity(flow_map, teacher, self.guidance)(s, I_s, args)

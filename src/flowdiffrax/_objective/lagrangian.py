@@ -165,6 +165,8 @@ class LagrangianSelfDistillation(AbstractResidualObjective):
     guidance: Callable | None = None
     jvp: Derivative = jax.jvp
 
+    needs_diagonal = True
+
     def __check_init__(self):
         _check_stop_gradient(self.stop_gradient)
 

@@ -62,6 +62,8 @@ class ProgressiveFlowMapMatching(AbstractResidualObjective):
 class AbstractProgressiveSelfDistillation(AbstractResidualObjective):
     """Off the diagonal a jump in two pieces, and on it flow matching."""
 
+    needs_diagonal = True
+
     @abc.abstractmethod
     def share(self, key: Key[Array, ""] | None) -> ArrayLike:
         """The first piece's share of the jump."""

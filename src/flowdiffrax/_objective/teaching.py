@@ -10,7 +10,13 @@ import jax.tree_util as jtu
 
 from .._custom_types import Args, GuidanceArgs, State, Time, VectorField
 from .._flow_map import AbstractFlowMap
-from .._guidance import GuidanceRule, GuidedVelocity, at_scale_one
+from .._guidance import (
+    ClassifierFreeGuidance,
+    GuidanceRule,
+    GuidedVelocity,
+    MeanFlowGuidance,
+    at_scale_one,
+)
 from .._misc import check_callable, check_like, subtract
 
 
@@ -38,7 +44,8 @@ def check_velocity(teacher: object) -> None:
     if isinstance(teacher, AbstractFlowMap):
         raise TypeError(
             "The teacher of this objective is a velocity `teacher(t, x, args)`; got "
-            f"the flow map {type(teacher).__name__}. Pass its `.velocity`."
+            f"the flow map {type(teacher).__name__}. Pass its `.velocity`. (A moving "
+            "average by `teacher_decay` is for self-distillation only.)"
         )
     check_callable(teacher, "teacher", "teacher(t, x, args)")
 
@@ -73,6 +80,11 @@ def own_velocity(
 
     **Raises:** `TypeError` if the teacher is neither `None` nor a flow map.
     """
+    if isinstance(guidance, MeanFlowGuidance):
+        raise TypeError(
+            "Self-distillation is guided by a rule for velocities, such as "
+            "`ClassifierFreeGuidance`; `MeanFlowGuidance` is for what learns from data."
+        )
     own = own_map(flow_map, teacher).velocity
     return own if guidance is None else GuidedVelocity(own, guidance)
 
@@ -88,4 +100,9 @@ def data_direction(
     dI_t = path.derivative(t)
     if guidance is None:
         return dI_t
+    if isinstance(guidance, ClassifierFreeGuidance):
+        raise TypeError(
+            "This objective is guided by a rule for the rate of the data, such as "
+            "`MeanFlowGuidance`; got `ClassifierFreeGuidance`, a rule for velocities."
+        )
     return freeze(guidance(flow_map.velocity, dI_t, t, path.evaluate(t), args))

@@ -1,6 +1,8 @@
 from .._custom_types import State
+from .._interpolant import InterpolantPath
 from .._misc import subtract
 from .._times import AbstractTimes, UniformTriangle
+from .._trajectory import StatePath
 from .base import AbstractResidualObjective
 from .weight import AbstractWeight, InverseGap
 
@@ -31,5 +33,11 @@ class TrajectoryMatching(AbstractResidualObjective):
 
     def residual(self, flow_map, teacher, path, s, t, args, key) -> State:
         del teacher, key
+        if isinstance(path, InterpolantPath | StatePath):
+            raise TypeError(
+                "`TrajectoryMatching` learns from trajectories of the ODE; got a "
+                f"{type(path).__name__}. Use `solve_trajectories` and "
+                "`data.TrajectoryBatches`."
+            )
         x_s, x_t = path.evaluate(s), path.evaluate(t)
         return subtract(flow_map(s, t, x_s, args), x_t)

@@ -3,7 +3,6 @@ from typing import Any
 
 import diffrax
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
@@ -60,7 +59,7 @@ class InterpolantBatches(eqx.Module):
     - `args`: conditions, one row for each data point, or `None`. Only with array data.
 
     **Raises:** `ValueError` for a batch size below 1, data without points, or conditions
-    that do not go with the data.
+    that do not go with the data; `TypeError` for data of integers.
     """
 
     interpolant: AbstractInterpolant
@@ -77,6 +76,12 @@ class InterpolantBatches(eqx.Module):
                 raise ValueError("`args` needs data given as arrays, row for row.")
         else:
             _num_rows((self.data, self.args))
+            dtypes = [leaf.dtype for leaf in jtu.tree_leaves(self.data)]
+            if not all(jnp.issubdtype(dtype, jnp.inexact) for dtype in dtypes):
+                raise TypeError(
+                    f"`data` must be floating-point or complex; got {dtypes}. Convert "
+                    "integers with `.astype(float)`."
+                )
 
     def __call__(self, key: Key[Array, ""]) -> Batch:
         """Draws a batch: its paths and conditions, every array with the batch axis.
@@ -92,7 +97,8 @@ class InterpolantBatches(eqx.Module):
         x0 = self.coupling(pair_key, self.base(base_key, x1), x1, args)
         has_latent = self.interpolant.has_latent
         z = _normal_like(latent_key, x1, 1.0) if has_latent else None
-        paths = jax.vmap(self.interpolant)(x0, x1, z)
+        # Filtered, since an interpolant may hold plain functions.
+        paths = eqx.filter_vmap(lambda *points: self.interpolant(*points))(x0, x1, z)
         # The interpolant's own numbers are shared by all paths of the batch.
         broadcast = lambda leaf: (
             jnp.broadcast_to(leaf, (self.batch_size, *jnp.shape(leaf)))

@@ -79,7 +79,8 @@ class MLP(eqx.Module):
         self.last = jax.tree_util.tree_map(jnp.zeros_like, last)
         self.size = size
         self.args_size = args_size
-        self.scale = scale
+        # A number of NumPy or JAX, such as `data.std()`, could not be static.
+        self.scale = float(scale)
         self.frequencies = tuple(frequencies)
         self.time_frequencies = tuple(time_frequencies)
         self.activation = activation

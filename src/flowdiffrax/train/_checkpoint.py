@@ -67,7 +67,9 @@ def load(path: str | os.PathLike, make: Callable[[Any], PyTree]) -> tuple[Any, P
     **Returns:** the configuration and the tree.
 
     **Raises:** `FileNotFoundError` if there is no such file, and `ValueError` if it is
-    no checkpoint, is damaged, or holds another tree than `make` returns.
+    no checkpoint, is damaged, or holds arrays of other shapes or dtypes than `make`
+    returns. What is no array, such as a network's scale, is for `make` to rebuild: keep
+    it in the configuration.
     """
     path = pathlib.Path(path)
     if not path.is_file():
@@ -94,8 +96,8 @@ def load(path: str | os.PathLike, make: Callable[[Any], PyTree]) -> tuple[Any, P
         ]
         raise ValueError(
             f"{path} holds {len(header['leaves'])} leaves and `make` returned "
-            f"{len(leaves)}; first differences: {differing[:3]}. Build the tree with the "
-            "configuration that it was saved with."
+            f"{len(leaves)}; first differences: {differing[:3] or 'in their number'}. "
+            "Build the tree with the configuration that it was saved with."
         )
     return header["config"], eqx.tree_deserialise_leaves(io.BytesIO(body), like)
 

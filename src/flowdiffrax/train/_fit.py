@@ -106,8 +106,9 @@ def fit(
                     f"The loss or its gradient is not finite at step {index + 1}: loss "
                     f"{report['loss']}, gradient norm {report['grad_norm']}. The weights "
                     "of the last good step are in `.state`. Lower the learning rate, "
-                    "clip gradients with `optax.clip_by_global_norm`, or weigh down "
-                    "times at which the teacher is singular.",
+                    "clip gradients with `optax.clip_by_global_norm`, weigh down "
+                    "times at which the teacher is singular, or draw no times beyond "
+                    "those of the trajectories.",
                     state,
                 )
             if hasattr(bar, "set_postfix"):

@@ -1,6 +1,7 @@
 from collections.abc import Callable, Hashable
 from typing import Any
 
+import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from jaxtyping import Array, Int, Key, PyTree
 
 from .._custom_types import Args, Scalar
 from .._flow_map import AbstractFlowMap
-from .._misc import all_finite, squared_norm
+from .._misc import all_finite, check_callable, squared_norm
 from .._objective import (
     AbstractLearnedWeight,
     AbstractObjective,
@@ -138,9 +139,15 @@ def make_step(
     [`flowdiffrax.data.TrajectoryBatches`][], or your own. The memory of `state` is
     reused: go on with the one returned.
 
-    **Raises:** `ValueError` for a decay outside [0, 1), or in use, for a state that was
-    created without what the objective needs.
+    **Raises:** `ValueError` for a decay outside [0, 1), `TypeError` for what is no
+    objective; in use, `ValueError` for a state that was created without what the
+    objective needs, `TypeError` for batches that are none.
     """
+    if not isinstance(objective, AbstractObjective | Mixture | Scheduled):
+        raise TypeError(
+            "`objective` must be an instance such as `FlowMatching()`; got "
+            f"{objective!r}."
+        )
     decays = {"ema_decay": ema_decay, "teacher_decay": teacher_decay}
     for name, decay in decays.items():
         if decay is not None and not 0 <= decay < 1:
@@ -154,7 +161,7 @@ def make_step(
         batches, teacher, objective = inputs
         root_key = jr.wrap_key_data(state.key_data, impl=state.key_impl)
         batch_key, loss_key = jr.split(jr.fold_in(root_key, state.step))
-        paths, args = batches(batch_key)
+        paths, args = _drawn(batches, batch_key)
         return update(
             state,
             objective,
@@ -229,6 +236,19 @@ def update(
     counts = state.step + 1, state.skipped + (~is_finite).astype(int)
     new_state = eqx.tree_at(lambda s: (s.step, s.skipped), new_state, counts)
     return new_state, StepInfo(loss, terms, grad_norm, is_finite)
+
+
+def _drawn(batches: Any, key: Key[Array, ""]) -> tuple[diffrax.AbstractPath, Args]:
+    check_callable(batches, "batches", "batches(key)")
+    drawn = batches(key)
+    if isinstance(drawn, tuple) and len(drawn) == 2:
+        if isinstance(drawn[0], diffrax.AbstractPath):
+            return drawn
+    raise TypeError(
+        "`batches(key)` must return a pair: paths, a `diffrax.AbstractPath` such as "
+        "`LinearInterpolant()(x0, x1)` makes, and conditions or `None`. Got "
+        f"{type(drawn).__name__}."
+    )
 
 
 def _average(old: Any, flow_map: AbstractFlowMap, decay: float | None, step: Array):
