@@ -42,8 +42,8 @@ def eulerian_error(
         return error
     s, t = times_like(x, s, t)
     if stop_gradient is StopGradient.TRANSPORT:
-        at_rest = jtu.tree_map(jnp.zeros_like, x)
-        _, dX_ds = transport_derivative(flow_map, s, t, x, at_rest, args, jvp=jvp)
+        # Not along a zero in space, which would be carried through the network.
+        _, dX_ds = jvp(lambda s: flow_map(s, t, x, args), (s,), (jnp.ones_like(s),))
         _, transported = jvp(lambda x: freeze(flow_map)(s, t, x, args), (x,), (w,))
         return jtu.tree_map(jnp.add, dX_ds, freeze(transported))
     # The residual as w + (t - s) Dv - v, of which only the leading v is trained.
