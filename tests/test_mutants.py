@@ -170,22 +170,30 @@ MUTANTS = [
 
 
 def mutate(monkeypatch, name, line, mistake):
-    """Replaces a module's functions and classes, wherever they are imported."""
+    """Puts a mistaken function or class in the place of the right one everywhere."""
     module = importlib.import_module(name)
     source = inspect.getsource(module)
     assert source.count(line) == 1, f"{line!r} is not a line of {name} any more"
     mutant = types.ModuleType(name)
     mutant.__dict__.update(__package__=module.__package__, __file__=module.__file__)
     exec(compile(source.replace(line, mistake), module.__file__, "exec"), vars(mutant))
-    own = {
-        id(value): vars(mutant)[key]
-        for key, value in vars(module).items()
-        if getattr(value, "__module__", None) == name and key in vars(mutant)
-    }
+    # Only what the line is part of is replaced, and classes keep their identity.
+    changed = {}
+    for key, value in list(vars(module).items()):
+        if getattr(value, "__module__", None) != name or not hasattr(value, "__name__"):
+            continue
+        mistaken = vars(mutant)[key]
+        vars(mutant)[key] = value
+        if line in inspect.getsource(value) and isinstance(value, type):
+            for method, function in vars(mistaken).items():
+                if method in vars(value) and inspect.isfunction(getattr(value, method)):
+                    monkeypatch.setattr(value, method, function)
+        elif line in inspect.getsource(value):
+            changed[id(value)] = mistaken
     for other in [m for n, m in sys.modules.items() if n.startswith("flowdiffrax")]:
         for key, value in list(vars(other).items()):
-            if id(value) in own:
-                monkeypatch.setattr(other, key, own[id(value)])
+            if id(value) in changed:
+                monkeypatch.setattr(other, key, changed[id(value)])
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=[mutant[0] for mutant in MUTANTS])

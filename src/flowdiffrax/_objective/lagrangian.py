@@ -1,3 +1,4 @@
+import abc
 from collections.abc import Callable
 from typing import Any
 
@@ -6,7 +7,7 @@ import equinox as eqx
 import jax
 from jaxtyping import Array, Key
 
-from .._custom_types import Args, Scalar, State, Time, VectorField
+from .._custom_types import AbstractVar, Args, Scalar, State, Time, VectorField
 from .._derivative import Derivative
 from .._flow_map import AbstractFlowMap
 from .._identities import end_derivative, lagrangian_residual, tangent_residual
@@ -48,15 +49,33 @@ def lagrangian_error(
     return subtract(v_st, freeze(add_scaled(b_t, s - t, dv_dt)))
 
 
-def _check_stop_gradient(stop_gradient: StopGradient) -> None:
-    if stop_gradient is StopGradient.TRANSPORT:
-        raise ValueError(
-            "A Lagrangian objective has no derivative in space to stop: use "
-            "`StopGradient.TEACHER` or `StopGradient.DERIVATIVE`."
+class AbstractLagrangian(AbstractResidualObjective):
+    """An objective in which the end of a jump follows some velocity."""
+
+    stop_gradient: AbstractVar[StopGradient]
+    jvp: AbstractVar[Derivative]
+
+    def __check_init__(self):
+        if self.stop_gradient is StopGradient.TRANSPORT:
+            raise ValueError(
+                "A Lagrangian objective has no derivative in space to stop: use "
+                "`StopGradient.TEACHER` or `StopGradient.DERIVATIVE`."
+            )
+
+    @abc.abstractmethod
+    def followed(self, flow_map: AbstractFlowMap, teacher: Any) -> VectorField:
+        """The velocity that the end follows."""
+
+    def residual(self, flow_map, teacher, path, s, t, args, key) -> State:
+        del key
+        followed = self.followed(flow_map, teacher)
+        I_s = path.evaluate(s)
+        return lagrangian_error(
+            flow_map, followed, s, t, I_s, args, self.stop_gradient, self.jvp
         )
 
 
-class LagrangianMapDistillation(AbstractResidualObjective):
+class LagrangianMapDistillation(AbstractLagrangian):
     r"""LMD: the map's end must move with the teacher, $|\partial_t X - b_t(X)|^2$.
 
     With $X = X_{s,t}(I_s)$. The teacher's value is held fixed, and with it the state it
@@ -90,22 +109,10 @@ class LagrangianMapDistillation(AbstractResidualObjective):
     stop_gradient: StopGradient = eqx.field(static=True, default=StopGradient.TEACHER)
     jvp: Derivative = jax.jvp
 
-    def __check_init__(self):
-        _check_stop_gradient(self.stop_gradient)
-
-    def residual(self, flow_map, teacher, path, s, t, args, key) -> State:
-        del key
+    def followed(self, flow_map, teacher) -> VectorField:
+        del flow_map
         check_velocity(teacher)
-        return lagrangian_error(
-            flow_map,
-            teacher,
-            s,
-            t,
-            path.evaluate(s),
-            args,
-            self.stop_gradient,
-            self.jvp,
-        )
+        return teacher
 
     def diagonal_residual(self, flow_map, teacher, path, t, args, key) -> State:
         del key
@@ -132,7 +139,7 @@ class VelocityDistillation(AbstractResidualObjective):
         return tangent_residual(flow_map, teacher, t, path.evaluate(t), args)
 
 
-class LagrangianSelfDistillation(AbstractResidualObjective):
+class LagrangianSelfDistillation(AbstractLagrangian):
     r"""LSD: flow matching, and the map's end moves with the map's own velocity.
 
     Off the diagonal $|\partial_t X - \mathrm{sg}(v_{t,t}(X))|^2$ with
@@ -167,22 +174,8 @@ class LagrangianSelfDistillation(AbstractResidualObjective):
 
     needs_diagonal = True
 
-    def __check_init__(self):
-        _check_stop_gradient(self.stop_gradient)
-
-    def residual(self, flow_map, teacher, path, s, t, args, key) -> State:
-        del key
-        followed = own_velocity(flow_map, teacher, self.guidance)
-        return lagrangian_error(
-            flow_map,
-            followed,
-            s,
-            t,
-            path.evaluate(s),
-            args,
-            self.stop_gradient,
-            self.jvp,
-        )
+    def followed(self, flow_map, teacher) -> VectorField:
+        return own_velocity(flow_map, teacher, self.guidance)
 
     def diagonal_residual(self, flow_map, teacher, path, t, args, key) -> State:
         del teacher, key
@@ -242,7 +235,7 @@ class TerminalVelocityMatching(AbstractObjective):
         return self.weight(s, t, squared_norm(terminal) + squared_norm(matching))
 
 
-class FreeFlow(AbstractResidualObjective):
+class FreeFlow(AbstractLagrangian):
     r"""Distillation without data: jumps from the base only.
 
     $|v_{0,t}(x_0) - \mathrm{sg}(b_t(X_{0,t}(x_0)) - t\,\partial_t v_{0,t}(x_0))|^2$, the
@@ -274,19 +267,7 @@ class FreeFlow(AbstractResidualObjective):
     stop_gradient: StopGradient = eqx.field(static=True, default=StopGradient.DERIVATIVE)
     jvp: Derivative = jax.jvp
 
-    def __check_init__(self):
-        _check_stop_gradient(self.stop_gradient)
-
-    def residual(self, flow_map, teacher, path, s, t, args, key) -> State:
-        del key
+    def followed(self, flow_map, teacher) -> VectorField:
+        del flow_map
         check_velocity(teacher)
-        return lagrangian_error(
-            flow_map,
-            teacher,
-            s,
-            t,
-            path.evaluate(s),
-            args,
-            self.stop_gradient,
-            self.jvp,
-        )
+        return teacher
