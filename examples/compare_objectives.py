@@ -157,6 +157,9 @@ def with_velocity(objective):
     return fd.Mixture(both, (0.25, 0.75))
 
 
+# The paper's times for images hardly ever draw the whole jump from 0 to 1.
+UNIFORM = fd.DiagonalMixture(fd.UniformTriangle(), 0.75)
+
 METHODS = {
     "FM": Method(fd.FlowMatching, 1),
     "FMM": Method(fd.FlowMapMatching, 3),
@@ -172,6 +175,10 @@ METHODS = {
     "MeanFlow": Method(fd.MeanFlow, 2),
     "improved MeanFlow": Method(fd.ImprovedMeanFlow, 3),
     "AlphaFlow": Method(fd.AlphaFlow, 2),
+    "MeanFlow, uniform": Method(lambda: fd.MeanFlow(UNIFORM, fd.NoWeight()), 2),
+    "improved MeanFlow, uniform": Method(
+        lambda: fd.ImprovedMeanFlow(UNIFORM, fd.NoWeight()), 3
+    ),
     "CT": Method(fd.ConsistencyTraining, 2, single=True),
     "sCT": Method(fd.ContinuousConsistency, 2, single=True),
     "LMD": Method(
