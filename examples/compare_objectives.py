@@ -423,9 +423,12 @@ def report(lines, data_names, out):
                 text.append(f"\n{data}: {metric} by number of jumps\n")
                 text.append(table(here, columns))
         if data == "checkerboard":
-            text.append("\nThe paper's (arXiv:2505.18825, table 1), KL50\n")
+            text.append("\nThe paper's own (arXiv:2505.18825, table 1)\n")
+            columns = [f"KL50 {jumps}" for jumps in JUMPS]
+            text += [f"| objective | {' | '.join(columns)} |", "| --- " * 6 + "|"]
             text += [
-                f"| {name} | {' | '.join(map(str, row))} |" for name, row in PAPER.items()
+                f"| {name} | {' | '.join(f'{kl:.3f}' for kl in row)} |"
+                for name, row in PAPER.items()
             ]
         text.append(f"\n{data}: defects and cost\n")
         columns = [*fd.metrics.Defects._fields, "seconds a step", "MB"]
@@ -459,7 +462,8 @@ def draw(lines, data_names, out):
                 xscale="log", yscale="log", xlabel="jumps", title=f"{data}: {metric}"
             )
             axis.set_xticks(JUMPS, JUMPS)
-    axes[0, -1].legend(fontsize="x-small", ncols=2)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", fontsize="small")
     figure.savefig(out / "objectives.png", dpi=110)
     plt.close(figure)
 
