@@ -36,11 +36,11 @@ UNIFORM = fd.DiagonalMixture(fd.UniformTriangle(), 0.5)
 # name -> (objective, teacher, options of `fit`)
 QUICK = {
     "lsd": (fd.LagrangianSelfDistillation(), None, {}),
-    "mean-flow": (fd.MeanFlow(UNIFORM), None, {}),
-    "psd": (fd.ProgressiveSelfDistillation(), None, {}),
     "lmd": (fd.LagrangianMapDistillation(), EXACT.velocity, {}),
 }
 ALL = QUICK | {
+    "mean-flow": (fd.MeanFlow(UNIFORM), None, {}),
+    "psd": (fd.ProgressiveSelfDistillation(), None, {}),
     "esd": (fd.EulerianSelfDistillation(), None, {}),
     "split": (fd.SplitMeanFlow(), None, {}),
     "shortcut": (fd.Shortcut(), None, {"teacher_decay": 0.99}),

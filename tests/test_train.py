@@ -401,7 +401,7 @@ def test_scheduled_gap_compiles_once():
 def learned_objective():
     return fd.Mixture(
         (
-            fd.LagrangianSelfDistillation(weight=fd.LearnedWeight(4)),
+            fd.FlowMatching(weight=fd.LearnedWeight(4)),
             fd.FlowMatching(weight=fd.LearnedWeight(3)),
         ),
         (3.0, 1.0),
