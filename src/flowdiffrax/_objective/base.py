@@ -282,8 +282,9 @@ def batch_loss(
     objective has rows on the diagonal besides others, their mean is a term of its own,
     under the name with `_diagonal`.
 
-    **Raises:** `ValueError` if the batch is too small for the shares of a mixture, or for
-    a tuple of teachers that is not one for each objective.
+    **Raises:** `ValueError` if the batch is too small for the shares of a mixture, for a
+    tuple of teachers that is not one for each objective, and for self-distillation with
+    nothing on the diagonal to learn from.
     """
     batch_size = jtu.tree_leaves(eqx.filter(paths, eqx.is_array))[0].shape[0]
     mixture = (

@@ -53,7 +53,8 @@ def fit(
     - `optim`: an Optax optimiser.
     - `num_steps`: the number of steps the run has when it ends, at least 1. A state
       that has made some of them makes only the rest.
-    - `teacher`: what the objective learns from, if anything.
+    - `teacher`: what the objective learns from, if anything; a tuple for a mixture whose
+      objectives learn from different teachers.
     - `key`: the root key; needed unless a state is continued, which has its own.
     - `ema_decay`: decay of the moving average a step.
     - `teacher_decay`: if given, the decay of a second average, which is the teacher.
