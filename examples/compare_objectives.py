@@ -18,6 +18,7 @@ and hardware stand in `docs/objectives.md`.
 import argparse
 import functools
 import json
+import os
 import pathlib
 import time
 from typing import NamedTuple
@@ -357,7 +358,11 @@ def run_all(names, data_names, networks, options, out):
     """Every run that is not yet in the file, and all of its lines."""
     path = out / "runs.jsonl"
     path.touch()
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    # A run that was killed as it wrote left a torn last line: that run is made again.
+    content = path.read_bytes()
+    end = content.rfind(b"\n") + 1
+    os.truncate(path, end)
+    lines = [json.loads(line) for line in content[:end].splitlines()]
     wanted = [
         {"objective": name, "data": data, "seed": seed, "network": network, **options}
         for data in data_names

@@ -105,3 +105,10 @@ def test_defects_of_an_exact_and_of_a_shifted_map():
     assert made.tangent == pytest.approx(0.3 * 2**0.5)
     x_back = jax.vmap(lambda s, t, x: wrong(t, s, wrong(s, t, x)))(s, t, x_s)
     assert made.inverse == pytest.approx(fd.metrics.rms_distance(x_back, x_s))
+
+
+@pytest.mark.parametrize("times, states", [((0,), (0, 2)), ((3,), (2,)), ((3,), (4, 2))])
+def test_defects_of_what_is_no_batch(times, states):
+    exact, t, x = gaussian_map(), np.zeros(times), np.zeros(states)
+    with pytest.raises(ValueError, match="one common leading axis that is not empty"):
+        fd.metrics.defects(exact, exact.velocity, *map(jax.numpy.asarray, (t, t, x, x)))

@@ -1,19 +1,20 @@
+import equinox as eqx
 import jax
 from jaxtyping import ArrayLike
 
-from .._custom_types import State
+from .._custom_types import State, VectorField
 from .._derivative import Derivative
 from .._identities import tangent_residual
 from .._times import AbstractTimes, LogitNormalGap
-from .base import AbstractResidualObjective, StopGradient
-from .eulerian import eulerian_error
-from .lagrangian import lagrangian_error
+from .base import StopGradient
+from .eulerian import AbstractEulerian
+from .lagrangian import AbstractLagrangian
 from .teaching import check_velocity, teacher_velocity
 from .two_piece import check_share, eulerian_quotient, lagrangian_quotient
 from .weight import AbstractWeight, NormalisedTangent
 
 
-class AlignYourFlowEMD(AbstractResidualObjective):
+class AlignYourFlowEMD(AbstractEulerian):
     r"""AYF-EMD: the Eulerian equation with everything but $v_{s,t}$ held fixed.
 
     $|v - \mathrm{sg}(v - g)|^2$ with $v = v_{s,t}(I_s)$, $b = b_s(I_s)$ and the tangent
@@ -46,36 +47,27 @@ class AlignYourFlowEMD(AbstractResidualObjective):
     weight: AbstractWeight = NormalisedTangent()
     tangent_scale: ArrayLike = 0.99
     epsilon: float | None = None
+    stop_gradient: StopGradient = eqx.field(
+        static=True, default=StopGradient.DERIVATIVE, init=False
+    )
     jvp: Derivative = jax.jvp
 
     def __check_init__(self):
         check_share("epsilon", self.epsilon)
 
+    def direction(self, flow_map, teacher, path, s, I_s, args) -> State:
+        del flow_map, path
+        return teacher_velocity(teacher, s, I_s, args)
+
     def residual(self, flow_map, teacher, path, s, t, args, key) -> State:
-        del key
+        if self.epsilon is None:
+            return super().residual(flow_map, teacher, path, s, t, args, key)
         I_s = path.evaluate(s)
-        w = teacher_velocity(teacher, s, I_s, args)
-        if self.epsilon is not None:
-            return eulerian_quotient(flow_map, s, t, I_s, w, self.epsilon, args)
-        return eulerian_error(
-            flow_map,
-            s,
-            t,
-            I_s,
-            w,
-            args,
-            StopGradient.DERIVATIVE,
-            self.jvp,
-            self.tangent_scale,
-        )
-
-    def diagonal_residual(self, flow_map, teacher, path, t, args, key) -> State:
-        del key
-        check_velocity(teacher)
-        return tangent_residual(flow_map, teacher, t, path.evaluate(t), args)
+        w = self.direction(flow_map, teacher, path, s, I_s, args)
+        return eulerian_quotient(flow_map, s, t, I_s, w, self.epsilon, args)
 
 
-class AlignYourFlowLMD(AbstractResidualObjective):
+class AlignYourFlowLMD(AbstractLagrangian):
     r"""AYF-LMD: the Lagrangian equation with everything but $v_{s,t}$ held fixed.
 
     $|v - \mathrm{sg}(v - g)|^2$ with the tangent
@@ -104,22 +96,26 @@ class AlignYourFlowLMD(AbstractResidualObjective):
     times: AbstractTimes = LogitNormalGap(-0.6, 1.6)
     weight: AbstractWeight = NormalisedTangent()
     epsilon: float | None = None
+    stop_gradient: StopGradient = eqx.field(
+        static=True, default=StopGradient.DERIVATIVE, init=False
+    )
     jvp: Derivative = jax.jvp
 
     def __check_init__(self):
         check_share("epsilon", self.epsilon)
 
-    def residual(self, flow_map, teacher, path, s, t, args, key) -> State:
-        del key
+    def followed(self, flow_map, teacher) -> VectorField:
+        del flow_map
         check_velocity(teacher)
-        I_s = path.evaluate(s)
-        if self.epsilon is not None:
-            return lagrangian_quotient(flow_map, teacher, s, t, I_s, self.epsilon, args)
-        return lagrangian_error(
-            flow_map, teacher, s, t, I_s, args, StopGradient.DERIVATIVE, self.jvp
-        )
+        return teacher
+
+    def residual(self, flow_map, teacher, path, s, t, args, key) -> State:
+        if self.epsilon is None:
+            return super().residual(flow_map, teacher, path, s, t, args, key)
+        followed, I_s = self.followed(flow_map, teacher), path.evaluate(s)
+        return lagrangian_quotient(flow_map, followed, s, t, I_s, self.epsilon, args)
 
     def diagonal_residual(self, flow_map, teacher, path, t, args, key) -> State:
         del key
-        check_velocity(teacher)
-        return tangent_residual(flow_map, teacher, t, path.evaluate(t), args)
+        followed = self.followed(flow_map, teacher)
+        return tangent_residual(flow_map, followed, t, path.evaluate(t), args)

@@ -9,7 +9,7 @@ from .._misc import subtract, times_like
 from .._times import AbstractTimes, EndAt, LogitNormal, Neighbours, karras_times
 from .._trajectory import StatePath
 from .base import AbstractResidualObjective, StopGradient
-from .eulerian import AbstractEulerian, eulerian_error
+from .eulerian import AbstractEulerian
 from .teaching import freeze, own_map, teacher_velocity
 from .weight import (
     AbstractWeight,
@@ -133,22 +133,6 @@ class ContinuousConsistency(AbstractEulerian):
         if teacher is None:
             return path.derivative(s)
         return teacher_velocity(teacher, s, I_s, args)
-
-    def residual(self, flow_map, teacher, path, s, t, args, key) -> State:
-        del key
-        I_s = path.evaluate(s)
-        w = self.direction(flow_map, teacher, path, s, I_s, args)
-        return eulerian_error(
-            flow_map,
-            s,
-            t,
-            I_s,
-            w,
-            args,
-            self.stop_gradient,
-            self.jvp,
-            self.tangent_scale,
-        )
 
 
 def _solver_step(

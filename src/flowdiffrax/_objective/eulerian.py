@@ -6,6 +6,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+from jaxtyping import ArrayLike
 
 from .._custom_types import AbstractVar, Args, State, Time
 from .._derivative import Derivative
@@ -28,7 +29,7 @@ def eulerian_error(
     args: Args,
     stop_gradient: StopGradient,
     jvp: Derivative,
-    tangent_scale: Any = 1.0,
+    tangent_scale: ArrayLike,
 ) -> State:
     """The Eulerian residual along `w`, with gradients as `stop_gradient` says.
 
@@ -57,6 +58,8 @@ class AbstractEulerian(AbstractResidualObjective):
 
     stop_gradient: AbstractVar[StopGradient]
     jvp: AbstractVar[Derivative]
+    # A field where a method warms it up.
+    tangent_scale = 1.0
 
     @abc.abstractmethod
     def direction(
@@ -74,7 +77,17 @@ class AbstractEulerian(AbstractResidualObjective):
         del key
         I_s = path.evaluate(s)
         w = self.direction(flow_map, teacher, path, s, I_s, args)
-        return eulerian_error(flow_map, s, t, I_s, w, args, self.stop_gradient, self.jvp)
+        return eulerian_error(
+            flow_map,
+            s,
+            t,
+            I_s,
+            w,
+            args,
+            self.stop_gradient,
+            self.jvp,
+            self.tangent_scale,
+        )
 
     def diagonal_residual(self, flow_map, teacher, path, t, args, key) -> State:
         del key

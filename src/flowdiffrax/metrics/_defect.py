@@ -14,7 +14,7 @@ from .._identities import (
     semigroup_residual,
     tangent_residual,
 )
-from .._misc import squared_norm
+from .._misc import num_rows, squared_norm
 
 
 class Defects(NamedTuple):
@@ -56,8 +56,11 @@ def defects(
     - `args`: conditions with the batch axis, or `None`.
 
     **Returns:** the rms of each residual, summed over a state's entries.
+
+    **Raises:** `ValueError` for a batch that is empty, or of unequal leading axes.
     """
 
+    num_rows((s, t, x_s, x_t, args), "Times, states and conditions")
     rms = _rms(flow_map, teacher, s, t, x_s, x_t, args)
     return Defects(*map(float, rms))
 
