@@ -17,6 +17,7 @@ and hardware stand in `docs/objectives.md`.
 
 import argparse
 import functools
+import itertools
 import json
 import os
 import pathlib
@@ -479,8 +480,10 @@ def draw(lines, data_names, out):
 def gradient_statistics(name, data, flow_map, options, key, num_batches=32):
     """The norm of the mean gradient, and the noise of a batch over that norm."""
     density = DATA[data]()
-    teacher = density.velocity
-    objective = METHODS[name].make().objectives[1]
+    teacher = teachers_of(name, density)
+    objective = METHODS[name].make()
+    if isinstance(objective, fd.Mixture):
+        objective = objective.objectives[1]  # the diagonal is the same for both
     batches = fd.data.InterpolantBatches(
         INTERPOLANT,
         density.draw,
@@ -504,35 +507,24 @@ def gradient_statistics(name, data, flow_map, options, key, num_batches=32):
     return float(norm), float(jnp.sqrt(noise) / jnp.maximum(norm, 1e-12))
 
 
-def compare_gradients(data, options, out):
+def compare_gradients(pair, data, options, out):
     """Lagrangian and Eulerian gradients, at the same maps along a run of each."""
-    rows = []
-    for trained_by in ("LMD", "EMD"):
-        for share in (0.02, 0.1, 0.3, 1.0):
-            part = {**options, "budget": options["budget"] * share}
-            flow_map, _ = train(trained_by, data, part, 0)
-            numbers = evaluate(trained_by, data, flow_map, 4000)
-            for name in ("LMD", "EMD"):
-                norm, noise = gradient_statistics(
-                    name, data, flow_map, options, jr.key(9)
-                )
-                rows.append(
-                    {
-                        "trained by": trained_by,
-                        "share of the budget": share,
-                        "coupling 1": numbers["coupling 1"],
-                        "gradient of": name,
-                        "norm": norm,
-                        "noise / norm": noise,
-                    }
-                )
-    columns = list(rows[0])
-    form = lambda value: f"{value:.3g}" if isinstance(value, float) else str(value)
-    text = ["| " + " | ".join(columns) + " |", "| --- " * len(columns) + "|"]
-    text += ["| " + " | ".join(form(row[c]) for c in columns) + " |" for row in rows]
-    print("\n".join(text))
-    (out / f"gradients-{data}.md").write_text("\n".join(text) + "\n")
-    return rows
+    lines = []
+    for trained_by, share, seed in itertools.product(
+        pair, (0.02, 0.1, 0.3, 1.0), range(options["seeds"])
+    ):
+        part = {**options, "budget": options["budget"] * share}
+        flow_map, _ = train(trained_by, data, part, seed)
+        row = f"{trained_by}, {share:.0%}"
+        numbers = {"coupling 1": evaluate(trained_by, data, flow_map, 4000)["coupling 1"]}
+        for name in pair:
+            norm, noise = gradient_statistics(name, data, flow_map, options, jr.key(9))
+            numbers |= {f"norm of {name}": norm, f"noise / norm of {name}": noise}
+        lines.append({"settings": {"trained by, share": row}, "numbers": numbers})
+    text = table(lines, list(lines[0]["numbers"]), rows="trained by, share")
+    print(text)
+    (out / f"gradients-{'-'.join(pair)}-{data}.md").write_text(text + "\n")
+    return lines
 
 
 def main(
@@ -554,11 +546,17 @@ def main(
     out.mkdir(parents=True, exist_ok=True)
     options = {"budget": budget, "batch_size": batch_size, "width": width}
     if gradients:
-        options["network"] = networks[0]
-        return [compare_gradients(name, options, out) for name in data]
+        options |= {"network": networks[0], "seeds": seeds}
+        return [
+            compare_gradients(pair, name, options, out)
+            for name in data
+            for pair in (("LMD", "EMD"), ("LSD", "ESD"))
+        ]
     options |= {"num_samples": num_samples, "seeds": seeds}
     if vary:
-        objectives = ("LSD", "ESD", "PSD, midpoint", "improved MeanFlow", "LMD", "EMD")
+        objectives = (
+            "LSD", "ESD", "PSD, midpoint", "improved MeanFlow, uniform", "LMD", "EMD"
+        )  # fmt: skip
         data = ("modes", "manifold", "tail", "mixture", "mixture-8d", "mixture-64d")
         lines = run_all(objectives, data, ("fourier",), options, out)
         lines += run_all(objectives, ("mixture",), ("residual", "plain"), options, out)

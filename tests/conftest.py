@@ -8,6 +8,8 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # No key is used twice. Before JAX 0.8 the check takes `keys[-1]` for a second use.
 jax.config.update("jax_debug_key_reuse", jax.__version_info__ >= (0, 8))
+# Tests compile far more than they compute.
+jax.config.update("jax_disable_most_optimizations", True)
 
 hypothesis.settings.register_profile(
     "default",
