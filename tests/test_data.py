@@ -1,5 +1,6 @@
 """Boards, base draws and batches."""
 
+import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -174,12 +175,36 @@ def test_trajectory_rows():
     [
         (jnp.asarray([0.0, 1.0]), None, r"\(pool, times, ...\)"),
         (TS[::-1], None, "must rise"),
+        (jnp.stack([TS, TS, TS[::-1], TS]), None, "must rise"),
+        (jnp.stack([TS, TS]), None, r"\(times,\) or \(pool, times\)"),
         (TS, jnp.ones(3), "common leading axis"),
     ],
 )
 def test_bad_trajectory_batches(ts, args, match):
     with pytest.raises(ValueError, match=match):
         fd.data.TrajectoryBatches(ts, pool(), 2, args)
+
+
+def test_trajectory_rows_with_times_of_their_own():
+    ts = jnp.stack([TS + k for k in range(4)])
+    batches = fd.data.TrajectoryBatches(ts, pool(), 6, jnp.arange(4))
+    paths, labels = batches(jr.key(0))
+    assert_close(paths.ts, ts[labels])
+    assert_close(paths.ys, pool()[labels])
+    middle = jax.vmap(lambda path: path.evaluate(path.t0 + 0.3))(paths)
+    assert_close(middle, pool()[labels, 1], 1e-12)
+    assert len(set(map(int, labels))) > 1
+
+
+def test_learning_from_rows_with_times_of_their_own():
+    # Log-uniform steps from starts of their own, as one trains a map of short steps.
+    starts, ends = fd.OnInterval(fd.LogUniformGap(0.01), 2.0, 7.0)(jr.key(0), 5)
+    ts = jnp.stack([starts, ends], axis=1)
+    ys = fd.solve_trajectories(linear_map().velocity, jnp.ones((5, 2)), ts, rtol=1e-10)
+    paths, _ = fd.data.TrajectoryBatches(ts, ys, 4)(jr.key(1))
+    jump = lambda path: linear_map()(path.t0, path.t1, path.evaluate(path.t0))
+    expected = jax.vmap(lambda path: path.evaluate(path.t1))(paths)
+    assert_close(jax.vmap(jump)(paths), expected, 1e-6, 1e-6)
 
 
 def test_trajectory_path_at_and_between_times():
@@ -213,6 +238,74 @@ def test_solved_trajectories_of_a_pytree_with_args():
     ys = fd.solve_trajectories(field, x0, np.asarray([0.0, 1.0]), jnp.float32(2.0))
     assert ys["y"].dtype == jnp.float32
     np.testing.assert_allclose(ys["y"][:, 1], np.exp(-2) * np.ones((2, 1)), rtol=1e-4)
+
+
+def test_solved_trajectories_with_parameters_of_their_own():
+    args = {"rate": jnp.asarray([0.5, 1.0, 2.0]), "shift": jnp.asarray([0.0, 1.0, -1.0])}
+    field = lambda t, x, args: -args["rate"] * (x - args["shift"])
+    x0, ts = jnp.asarray([1.0, 2.0, 3.0]), jnp.asarray([0.0, 0.3, 1.5])
+    ys = fd.solve_trajectories(field, x0, ts, args, args_per_example=True, chunk_size=2)
+    for k in range(3):
+        rate, shift = float(args["rate"][k]), float(args["shift"][k])
+        expected = shift + (float(x0[k]) - shift) * np.exp(-rate * np.asarray(ts))
+        np.testing.assert_allclose(ys[k], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [jnp.asarray, np.asarray])
+def test_solved_trajectories_with_times_of_their_own(kind):
+    # y' = -(1 + 2t) y, from each row's own start, forwards and backwards.
+    ts = kind([[0.0, 0.5, 1.0], [0.3, 0.31, 0.33], [0.9, 0.4, -0.2]])
+    field = lambda t, x, args: -args * (1 + 2 * t) * x
+    ys = fd.solve_trajectories(field, jnp.asarray([1.0, 2.0, 3.0]), ts, 0.7)
+    for k, row in enumerate(np.asarray(ts)):
+        growth = -0.7 * ((row - row[0]) + (row**2 - row[0] ** 2))
+        np.testing.assert_allclose(ys[k], (k + 1) * np.exp(growth), rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype, tol", [(jnp.float64, 1e-5), (jnp.float32, 3e-3)])
+def test_solved_trajectories_of_a_stiff_system(dtype, tol):
+    # Relaxation to cos(t) a thousand times faster than that moves: an explicit solver
+    # would take thousands of steps.
+    def field(t, x, args):
+        return -args * (x - jnp.cos(t).astype(x.dtype))
+
+    def exact(t, x, rate):
+        settled = rate * (rate * np.cos(t) + np.sin(t)) / (1 + rate**2)
+        return settled + (x - rate**2 / (1 + rate**2)) * np.exp(-rate * t)
+
+    rates, x0 = jnp.asarray([300.0, 1e4], dtype), jnp.asarray([2.0, -1.0], dtype)
+    ts = jnp.asarray([[0.0, 1e-4, 1.0], [0.0, 0.5, 3.0]])
+    ys = fd.solve_trajectories(
+        field,
+        x0,
+        ts,
+        rates,
+        args_per_example=True,
+        solver=diffrax.Kvaerno5(),
+        max_steps=512,
+    )
+    assert ys.dtype == dtype
+    for k in range(2):
+        expected = exact(np.asarray(ts[k]), float(x0[k]), float(rates[k]))
+        np.testing.assert_allclose(ys[k], expected, atol=tol)
+
+
+@pytest.mark.parametrize(
+    "ts, args, match",
+    [
+        (jnp.asarray([0.0, 1.0]), jnp.ones(3), "`args` must have one row for each"),
+        (jnp.asarray([0.0, 1.0]), {"a": jnp.ones(2), "b": 1.0}, "`args` must have one"),
+        (jnp.asarray([[0.0, 1.0]] * 3), jnp.ones(2), "`ts` must have one row for each"),
+        (jnp.asarray([[0.0, 1.0], [0.5, 0.5]]), jnp.ones(2), "strictly rise"),
+        (jnp.ones((2, 1)), jnp.ones(2), "at least two times"),
+        (jnp.ones((2, 1, 3)), jnp.ones(2), "at least two times"),
+    ],
+)
+def test_rows_that_do_not_go_together(ts, args, match):
+    with pytest.raises(ValueError, match=match):
+        fd.solve_trajectories(
+            nonlinear_field, jnp.ones((2, 2)), ts, args, args_per_example=True
+        )
 
 
 def test_solved_trajectories_keep_no_gradient():
@@ -300,6 +393,57 @@ def test_single_states_are_no_data(objective):
     paths, _ = fd.data.StateBatches(jnp.ones((5, 2)), 8)(jr.key(0))
     with pytest.raises(TypeError, match="StatePath"):
         fd.batch_loss(objective, linear_map(), None, paths, key=jr.key(1))
+
+
+def draw_states(key, n):
+    return jr.normal(key, (n, 2))
+
+
+def draw_args(key, n):
+    return {"rate": jr.uniform(key, (n,))}
+
+
+def test_states_with_rows_of_args():
+    states, args = jnp.arange(10.0).reshape(5, 2), {"label": jnp.arange(5)}
+    paths, labels = fd.data.StateBatches(states, 8, args)(jr.key(0))
+    assert_close(paths.x, states[labels["label"]])
+
+
+@pytest.mark.parametrize("states", [draw_states, jnp.ones((5, 2))])
+def test_states_with_drawn_args(states):
+    paths, args = fd.data.StateBatches(states, 2000, draw_args)(jr.key(0))
+    assert paths.x.shape == (2000, 2) and args["rate"].shape == (2000,)
+    assert stats.kstest(args["rate"], "uniform").pvalue > 1e-4
+    if callable(states):
+        assert stats.kstest(np.ravel(paths.x), "norm").pvalue > 1e-4
+        correlation = np.corrcoef(paths.x[:, 0], args["rate"])[0, 1]
+        assert abs(correlation) < 4 / np.sqrt(2000)
+
+
+def test_states_without_args():
+    paths, args = fd.data.StateBatches(draw_states, 3)(jr.key(0))
+    assert args is None and paths.x.shape == (3, 2)
+
+
+def test_args_of_states_reach_the_teacher():
+    source = fd.data.StateBatches(draw_states, 8, draw_args)
+    teacher = lambda t, x, args: args["rate"] * x
+    exact = fd.ODEFlowMap(teacher)
+    objective = fd.LagrangianMapDistillation()
+    loss, _ = fd.batch_loss(objective, exact, teacher, *source(jr.key(0)), key=jr.key(1))
+    assert float(loss) < 1e-10
+
+
+@pytest.mark.parametrize(
+    "states, args, match",
+    [
+        (draw_states, jnp.ones(5), "row for row"),
+        (jnp.ones((5, 2)), jnp.ones(4), "common leading axis"),
+    ],
+)
+def test_bad_args_of_states(states, args, match):
+    with pytest.raises(ValueError, match=match):
+        fd.data.StateBatches(states, 8, args)
 
 
 def test_straight_lines_are_no_trajectories():

@@ -579,3 +579,32 @@ def test_mixture_weights_may_be_traced():
 
     slope = jax.jit(jax.grad(loss))(jnp.asarray(0.3))
     assert_close(slope, loss(jnp.asarray(1.0)) - loss(jnp.asarray(0.0)), 1e-9)
+
+
+@pytest.mark.parametrize("saved", [2, 5])
+def test_trajectories_with_times_of_their_own(saved):
+    # Non-autonomous, each trajectory over an interval of its own.
+    field = lambda t, x, args: -(1 + 2 * t) * x
+    starts, gaps = jnp.asarray([0.0, 1.0, -0.5]), jnp.asarray([0.01, 1.0, 0.3])
+    ts = starts[:, None] + gaps[:, None] * jnp.linspace(0, 1, saved)[None] ** 2
+    ys = fd.solve_trajectories(field, jnp.asarray([[1.0], [2.0], [-0.4]]), ts)
+    paths = fd.TrajectoryPath(ts, ys)
+    objective = fd.TrajectoryMatching(
+        fd.GridTimes(jnp.linspace(0.0, 1.0, saved)), positions=True
+    )
+
+    def losses(flow_map):
+        one = lambda path: objective(flow_map, None, path, 0.0, 1.0)
+        return jax.vmap(one)(paths)
+
+    assert_close(losses(fd.ODEFlowMap(field)), jnp.zeros(3), 1e-12)
+    # A map that stands still misses the mean velocity of each over its own gap.
+    still = losses(fd.FlowMap(lambda s, t, x, args: 0 * x))
+    assert_close(still, ((ys[:, -1, 0] - ys[:, 0, 0]) / gaps) ** 2, 1e-12, 1e-12)
+
+
+def test_positions_find_the_nearest_saved_time():
+    path = fd.TrajectoryPath(jnp.asarray([1.0, 2.0, 4.0]), jnp.zeros((3, 1)))
+    positions = jnp.asarray([0.0, 0.2, 0.3, 0.7, 0.8, 1.0, 1.2])
+    found = jax.vmap(path.saved_time)(positions)
+    assert found.tolist() == [1.0, 1.0, 2.0, 2.0, 4.0, 4.0, 4.0]

@@ -33,6 +33,8 @@ LAWS = {
     "mixed": lambda: fd.MixedTimes((fd.Diagonal(), fd.UniformSquare()), (1.0, 3.0)),
     "interval": lambda: fd.OnInterval(fd.UniformTriangle(), 0.0, 1.0),
     "stratified": lambda: fd.Stratified(fd.UniformTriangle()),
+    "log-uniform-gap": lambda: fd.LogUniformGap(1e-3, 0.5),
+    "either": lambda: fd.EitherDirection(fd.LogUniformGap(1e-3)),
 }
 
 
@@ -220,6 +222,67 @@ def test_end_is_logit_normal_above_the_gap():
     assert same_law(t - s, gaps) and same_law(t, ends) and same_law(s, ends - gaps)
 
 
+@pytest.mark.parametrize("max_gap", [0.2, 1.0])
+def test_log_uniform_gap_and_its_place(max_gap):
+    s, t = draw(fd.LogUniformGap(1e-4, max_gap))
+    share = np.log((t - s) / 1e-4) / np.log(max_gap / 1e-4)
+    assert stats.kstest(share, "uniform").pvalue > 1e-4
+    assert stats.kstest(s / (1 - (t - s)), "uniform").pvalue > 1e-4
+    # Gap and place are independent.
+    assert abs(np.corrcoef(share, s / (1 - (t - s)))[0, 1]) < 4 / np.sqrt(N)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_log_uniform_gaps_stay_within_theirs(dtype):
+    numbers = jnp.asarray([0.0, 0.5, 1 - np.finfo(dtype).epsneg], dtype)
+    s, t = fd.LogUniformGap(0.1, 1.0).from_uniform(numbers, jnp.zeros(3, dtype))
+    np.testing.assert_allclose(t - s, [0.1, np.sqrt(0.1), 1.0], rtol=1e-6)
+    assert float(jnp.max(t)) <= 1
+    s, t = fd.LogUniformGap(0.25, 0.25).from_uniform(numbers, numbers)
+    np.testing.assert_allclose(t - s, 0.25, rtol=1e-6)
+
+
+def test_log_uniform_gaps_may_be_traced():
+    shortest = lambda gap: jnp.min(
+        jnp.subtract(*fd.LogUniformGap(gap, 2 * gap)(jr.key(0), 99)[::-1])
+    )
+    assert 0.1 <= float(jax.jit(shortest)(0.1)) < 0.11
+
+
+def test_either_direction_swaps_one_half():
+    s, t = draw(fd.EitherDirection(fd.LogitNormalGap()))
+    low, high = draw(fd.LogitNormalGap(), seed=7)
+    forward = s < t
+    assert abs(forward.mean() - 0.5) < 4 * 0.5 / np.sqrt(N)
+    for start, end in [(s[forward], t[forward]), (t[~forward], s[~forward])]:
+        assert same_law(start, low) and same_law(end - start, high - low)
+
+
+def test_either_direction_of_stratified_draws():
+    s, t = draw(fd.Stratified(fd.EitherDirection(fd.UniformTriangle())), 64)
+    assert (s < t).sum() == 32
+    # The gaps of each half are as even as those of a batch of its size.
+    for gaps in (np.sort((t - s)[s < t]), np.sort((s - t)[s > t])):
+        cells = np.floor(32 * (1 - (1 - gaps) ** 2))
+        assert (cells == np.arange(32)).all()
+
+
+def test_either_direction_on_an_interval():
+    law = fd.OnInterval(fd.EitherDirection(fd.LogUniformGap(0.1, 0.5)), 2.0, 7.0)
+    s, t = draw(law, 1000)
+    gaps = np.abs(t - s)
+    assert gaps.min() >= 0.5 - 1e-12 and gaps.max() <= 2.5 + 1e-12
+    assert min(s.min(), t.min()) >= 2 and max(s.max(), t.max()) <= 7
+    assert (s < t).any() and (s > t).any()
+
+
+def test_either_direction_of_mixed_laws():
+    laws = (fd.Diagonal(), fd.EndAt(fd.Diagonal(), 1.0))
+    s, t = draw(fd.EitherDirection(fd.MixedTimes(laws, (1.0, 3.0))), 40)
+    assert (s[:10] == t[:10]).all()
+    assert ((s[10:] == 1) ^ (t[10:] == 1)).all() and (s[10:] == 1).any()
+
+
 def test_neighbours_are_equally_likely():
     ts = np.asarray([0.0, 0.1, 0.4, 1.0])
     s, t = draw(fd.Neighbours(jnp.asarray(ts)))
@@ -249,6 +312,9 @@ def test_karras_times():
         (fd.MixedTimes((fd.Diagonal(), fd.UniformTriangle()), (3.0, 1.0)), 30),
         (fd.MixedTimes((fd.UniformTriangle(), fd.Diagonal()), (3.0, 1.0)), 0),
         (fd.OnInterval(fd.DiagonalMixture(fd.UniformTriangle(), 0.25), 0.0, 3.0), 10),
+        (fd.EitherDirection(fd.DiagonalMixture(fd.LogUniformGap(0.1), 0.25)), 10),
+        (fd.DiagonalMixture(fd.EitherDirection(fd.LogUniformGap(0.1)), 0.25), 10),
+        (fd.EitherDirection(fd.LogUniformGap(0.1)), 0),
     ],
 )
 def test_rows_known_to_be_on_the_diagonal(times, count):
@@ -365,6 +431,9 @@ def test_stratified_has_less_variance():
         (lambda: fd.DiagonalMixture(fd.Diagonal(), 1.5), "fraction"),
         (lambda: fd.LogitNormal(0.0, 0.0), "std"),
         (lambda: fd.Dyadic(-1), "max_level"),
+        (lambda: fd.LogUniformGap(0.0), "0 < min_gap"),
+        (lambda: fd.LogUniformGap(0.5, 0.1), "min_gap <= max_gap"),
+        (lambda: fd.LogUniformGap(0.5, 5.0), "use `OnInterval`"),
         (lambda: fd.GridTimes(jnp.asarray([0.5])), "at least two"),
         (lambda: fd.GridTimes(jnp.ones((2, 2))), "one-dimensional"),
         (lambda: fd.GridTimes(jnp.asarray([0.0, 1.0, 0.5])), "rise"),

@@ -1,14 +1,27 @@
 import abc
 
 import equinox as eqx
+import jax.numpy as jnp
+import jax.tree_util as jtu
 
+from ._a_posteriori import (
+    check_num_nodes,
+    end_and_error,
+    integral,
+    last,
+    path_residuals,
+    radau,
+)
 from ._custom_types import Args, State, Time, TwoTimeMap, VectorField
-from ._identities import lagrangian_residual, semigroup_residual
-from ._misc import scale, times_like
+from ._identities import end_and_residual, semigroup_residual
+from ._misc import check_like, scale, times_like
 
 
 class AbstractErrorEstimate(eqx.Module):
     """An estimate of the error of a single jump, computed without the truth.
+
+    What [`flowdiffrax.AdaptiveFlowMapSolver`][] and [`flowdiffrax.HybridSolver`][] ask
+    before they trust a jump.
 
     **Attributes:**
 
@@ -29,8 +42,12 @@ class AbstractErrorEstimate(eqx.Module):
         t: Time,
         x: State,
         args: Args = None,
-    ) -> State:
-        """The estimated error of `flow_map(s, t, x, args)`, a state like `x`."""
+    ) -> tuple[State, State]:
+        """The jump `flow_map(s, t, x, args)`, and its estimated error.
+
+        The two come together because most estimates have the jump in them. Both are
+        like `x`; the error's sign has no meaning.
+        """
 
 
 class SemigroupDefect(AbstractErrorEstimate):
@@ -52,10 +69,12 @@ class SemigroupDefect(AbstractErrorEstimate):
         t: Time,
         x: State,
         args: Args = None,
-    ) -> State:
+    ) -> tuple[State, State]:
         del teacher
         s, t = times_like(x, s, t)
-        return semigroup_residual(flow_map, s, s + (t - s) / 2, t, x, args)
+        # The jump is part of the defect: compilers evaluate it once.
+        X_st = check_like(flow_map(s, t, x, args), x, "`flow_map`")
+        return X_st, semigroup_residual(flow_map, s, s + (t - s) / 2, t, x, args)
 
 
 class LagrangianDefect(AbstractErrorEstimate):
@@ -76,6 +95,87 @@ class LagrangianDefect(AbstractErrorEstimate):
         t: Time,
         x: State,
         args: Args = None,
-    ) -> State:
+    ) -> tuple[State, State]:
         s, t = times_like(x, s, t)
-        return scale(t - s, lagrangian_residual(flow_map, teacher, s, t, x, args))
+        X_st, residual = end_and_residual(flow_map, teacher, s, t, x, args)
+        return X_st, scale(t - s, residual)
+
+
+class ResidualIntegral(AbstractErrorEstimate):
+    r"""The residuals along the whole jump, $\int_s^t |\partial_u X_{s,u}(x) -
+    b_u(X_{s,u}(x))|\,du$, entry by entry.
+
+    [`flowdiffrax.lagrangian_bound`][] without growth: what the ODE itself makes of an
+    error, for better or worse, is left out, as it is when a classical solver
+    estimates the error of a step. Unlike [`flowdiffrax.LagrangianDefect`][] it cannot be
+    deceived by a map that is right at the end of the jump alone.
+
+    `num_nodes` forward-mode passes through the map and calls of the teacher, with the
+    jump among them.
+
+    **Arguments:**
+
+    - `num_nodes`: nodes of the Radau quadrature, at least 1; one is the Lagrangian
+      defect.
+
+    **Raises:** `ValueError` for fewer nodes than one.
+    """
+
+    num_nodes: int = eqx.field(static=True, default=3)
+
+    def __check_init__(self):
+        check_num_nodes(self.num_nodes)
+
+    @property
+    def order(self) -> int:
+        return 1
+
+    def __call__(
+        self,
+        flow_map: TwoTimeMap,
+        teacher: VectorField,
+        s: Time,
+        t: Time,
+        x: State,
+        args: Args = None,
+    ) -> tuple[State, State]:
+        s, t = times_like(x, s, t)
+        _, path, residuals = path_residuals(
+            flow_map, teacher, s, t, x, args, self.num_nodes
+        )
+        lengths = jtu.tree_map(lambda r: jnp.abs(r).astype(r.dtype), residuals)
+        return last(path), scale(t - s, integral(lengths, radau(self.num_nodes)[1]))
+
+
+class AlekseevGroebner(AbstractErrorEstimate):
+    """The error to first order, [`flowdiffrax.alekseev_groebner_error`][].
+
+    The sharpest estimate, as far as the map's own Jacobian can be trusted.
+    `2 * num_nodes` forward-mode passes through the map, `num_nodes` calls of the teacher.
+
+    **Arguments:**
+
+    - `num_nodes`: nodes of the Radau quadrature, at least 1.
+
+    **Raises:** `ValueError` for fewer nodes than one.
+    """
+
+    num_nodes: int = eqx.field(static=True, default=3)
+
+    def __check_init__(self):
+        check_num_nodes(self.num_nodes)
+
+    @property
+    def order(self) -> int:
+        return 1
+
+    def __call__(
+        self,
+        flow_map: TwoTimeMap,
+        teacher: VectorField,
+        s: Time,
+        t: Time,
+        x: State,
+        args: Args = None,
+    ) -> tuple[State, State]:
+        return end_and_error(flow_map, teacher, s, t, x, args, self.num_nodes)

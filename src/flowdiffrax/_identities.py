@@ -89,10 +89,25 @@ def lagrangian_residual(
         Lagrangian map distillation, equation (3.1):
         [arXiv:2406.07507](https://arxiv.org/abs/2406.07507).
     """
+    return end_and_residual(flow_map, teacher, s, t, x, args, jvp=jvp)[1]
+
+
+def end_and_residual(
+    flow_map: TwoTimeMap,
+    teacher: VectorField,
+    s: Time,
+    t: Time,
+    x: State,
+    args: Args = None,
+    *,
+    jvp: Derivative = jax.jvp,
+) -> tuple[State, State]:
+    r"""The pair $X_{s,t}(x)$ and its Lagrangian residual, from one forward-mode pass."""
     s, t = times_like(x, s, t)
     X_st, dX_dt = end_derivative(flow_map, s, t, x, args, jvp=jvp)
+    X_st = check_like(X_st, x, "`flow_map`")
     b_t = check_like(teacher(t, X_st, args), X_st, "`teacher`")
-    return subtract(dX_dt, b_t)
+    return X_st, subtract(dX_dt, b_t)
 
 
 def eulerian_residual(

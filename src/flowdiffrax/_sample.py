@@ -56,10 +56,10 @@ def sample(
             raise ValueError(
                 "`x0` has entries that are not finite; a flow map takes finite states."
             )
-    grid = _grid(flow_map, ts)
+    grid = make_grid(flow_map, ts)
     if is_concrete(grid):
         # The grid is checked as NumPy, which is concrete even inside `jit`.
-        _check_grid(flow_map, np.asarray(grid))
+        check_grid(flow_map, np.asarray(grid))
     else:
         outside = times_out_of_range(flow_map, jnp.min(grid), jnp.max(grid))
         if outside is not None:
@@ -77,7 +77,7 @@ def sample(
     return x1
 
 
-def _grid(flow_map: TwoTimeMap, ts) -> Real[ArrayLike, " times"]:
+def make_grid(flow_map: TwoTimeMap, ts) -> Real[ArrayLike, " times"]:
     if isinstance(ts, int | np.integer):
         if ts < 1:
             raise ValueError(f"The number of jumps must be at least 1; got {ts}.")
@@ -92,7 +92,7 @@ def _grid(flow_map: TwoTimeMap, ts) -> Real[ArrayLike, " times"]:
     return ts if isinstance(ts, np.ndarray) else jnp.asarray(ts)
 
 
-def _check_grid(flow_map: TwoTimeMap, ts: np.ndarray) -> None:
+def check_grid(flow_map: TwoTimeMap, ts: np.ndarray) -> None:
     steps = np.diff(ts)
     if not (np.all(steps > 0) or np.all(steps < 0)):
         raise ValueError(f"`ts` must strictly rise or strictly fall; got {ts}.")

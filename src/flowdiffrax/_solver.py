@@ -9,7 +9,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from ._custom_types import AbstractVar, Args, State, Time, TwoTimeMap
+from ._custom_types import AbstractVar, Args, State, Time, TwoTimeMap, VectorField
 from ._estimate import AbstractErrorEstimate, SemigroupDefect
 from ._flow_map.base import out_of_range_message, times_out_of_range
 from ._flow_map.wrappers import check_composable
@@ -19,7 +19,7 @@ _Terms = PyTree[diffrax.AbstractTerm]
 _Step = tuple[State, State | None, dict[str, Any], None, diffrax.RESULTS]
 
 
-class _AbstractFlowMapSolver(diffrax.AbstractSolver):
+class AbstractFlowMapSolver(diffrax.AbstractSolver):
     """What the two solvers share: true times, checks, dense output, the teacher.
 
     Three facts about Diffrax decide the code below.
@@ -28,7 +28,7 @@ class _AbstractFlowMapSolver(diffrax.AbstractSolver):
        vector field around. A learned map must be given the true times. The control of
        an ODE term over one unit of Diffrax's clock is the true clock's sign.
     2. `interpolation_cls` outlives the solve as static data of the solution, so that it
-       must not carry the map's arrays. They ride on `_Jump` instead.
+       must not carry the map's arrays. They ride on `Jump` instead.
     3. `term_structure` makes Diffrax refuse SDEs and other terms before any of this.
     """
 
@@ -38,10 +38,7 @@ class _AbstractFlowMapSolver(diffrax.AbstractSolver):
 
     def __check_init__(self):
         check_composable(self.flow_map)
-        if self.dense_degree < 1:
-            raise ValueError(
-                f"`dense_degree` must be at least 1; got {self.dense_degree}."
-            )
+        check_dense_degree(self.dense_degree)
 
     def order(self, terms: _Terms) -> int:
         """One: a map's local error is mostly the step times the error of its velocity.
@@ -64,18 +61,15 @@ class _AbstractFlowMapSolver(diffrax.AbstractSolver):
         self, terms: _Terms, t0: Time, t1: Time, y0: State
     ) -> tuple[Array, Array, State, Array]:
         """The true times, the checked state, and the sign of the true clock."""
-        t0, t1 = jnp.asarray(t0), jnp.asarray(t1)
-        direction = jnp.sign(terms.contr(jnp.zeros_like(t0), jnp.ones_like(t0)))
-        s, t = direction * t0, direction * t1
+        s, t, direction = true_times(terms, t0, t1)
         outside = times_out_of_range(self.flow_map, s, t)
         if outside is not None:
             y0 = eqx.error_if(y0, outside, out_of_range_message(self.flow_map))
         return s, t, y0, direction
 
     def _dense_info(self, t0, t1, y0, direction, args) -> dict[str, Any]:
-        s = direction * t0
-        flow = lambda t: self.flow_map(s, direction * t, y0, args)
-        return {"jump": _Jump.start(flow, t0, t1, y0, self.dense_degree)}
+        flow = lambda t: self.flow_map(direction * t0, direction * t, y0, args)
+        return {"jump": Jump.start(flow, t0, t1, y0, self.dense_degree)}
 
     def _result(self, y1: State) -> diffrax.RESULTS:
         if not self.check_finite:
@@ -87,8 +81,31 @@ class _AbstractFlowMapSolver(diffrax.AbstractSolver):
         )
 
 
+def true_times(terms: _Terms, t0: Time, t1: Time) -> tuple[Array, Array, Array]:
+    """The true times of a step on Diffrax's clock, and the sign of the true clock."""
+    t0, t1 = jnp.asarray(t0), jnp.asarray(t1)
+    direction = jnp.sign(terms.contr(jnp.zeros_like(t0), jnp.ones_like(t0)))
+    return direction * t0, direction * t1, direction
+
+
+def true_field(terms: _Terms, direction: Array) -> VectorField:
+    """The term's vector field as a function of the true time."""
+
+    def field(t: Time, y: State, args: Args) -> State:
+        t = jnp.asarray(t)
+        return terms.vf(direction.astype(t.dtype) * t, y, args)
+
+    return field
+
+
+def check_dense_degree(dense_degree: int) -> None:
+    """**Raises:** `ValueError` for a degree below 1."""
+    if dense_degree < 1:
+        raise ValueError(f"`dense_degree` must be at least 1; got {dense_degree}.")
+
+
 @jtu.register_pytree_node_class
-class _Jump:
+class Jump:
     """One step as dense output sees it.
 
     While Diffrax has a step in hand, to save at `ts`, this is the map itself: exact, for
@@ -140,7 +157,7 @@ class _Jump:
 class _JumpInterpolation(diffrax.AbstractLocalInterpolation):
     t0: Time
     t1: Time
-    jump: _Jump
+    jump: Jump
 
     def evaluate(self, t0: Time, t1: Time | None = None, left: bool = True) -> State:
         del left
@@ -172,7 +189,7 @@ def _chebyshev(degree: int) -> tuple[np.ndarray, np.ndarray]:
     return (1 - np.cos(angles)) / 2, np.linalg.inv(values)
 
 
-class FlowMapSolver(_AbstractFlowMapSolver):
+class FlowMapSolver(AbstractFlowMapSolver):
     r"""A flow map as a Diffrax solver: each step is one jump, $y_1 = X_{t_0,t_1}(y_0)$.
 
     Swap it for `diffrax.Tsit5()` in `diffrax.diffeqsolve` and keep all the rest: the
@@ -258,7 +275,7 @@ class FlowMapSolver(_AbstractFlowMapSolver):
         return y1, None, dense_info, None, self._result(y1)
 
 
-class AdaptiveFlowMapSolver(_AbstractFlowMapSolver, diffrax.AbstractAdaptiveSolver):
+class AdaptiveFlowMapSolver(AbstractFlowMapSolver, diffrax.AbstractAdaptiveSolver):
     r"""A flow map with an error estimate, so that `PIDController` chooses the jumps.
 
     The step is the single jump of [`flowdiffrax.FlowMapSolver`][]; the estimate costs
@@ -306,9 +323,8 @@ class AdaptiveFlowMapSolver(_AbstractFlowMapSolver, diffrax.AbstractAdaptiveSolv
         """One jump and its estimate. See `diffrax.AbstractSolver.step`."""
         del solver_state, made_jump
         s, t, y0, direction = self._start(terms, t0, t1, y0)
-        teacher = lambda t, y, args: terms.vf(direction * t, y, args)
-        y1 = check_like(self.flow_map(s, t, y0, args), y0, "`flow_map`")
-        error = self.estimate(self.flow_map, teacher, s, t, y0, args)
+        teacher = true_field(terms, direction)
+        y1, error = self.estimate(self.flow_map, teacher, s, t, y0, args)
         # No step size can mend an infinite start: accept it, so that the result ends
         # the solve. A NaN start is beyond help, since `PIDController` rejects it
         # whatever the error, until `max_steps`.

@@ -237,6 +237,46 @@ class LogitNormalGap(AbstractTimes):
         return jnp.maximum(t - gap, 0), t
 
 
+class LogUniformGap(AbstractTimes):
+    r"""Pairs with a log-uniform gap $t - s$, placed where there is room for it.
+
+    All orders of magnitude of the step are equally likely, from the short steps of an
+    adaptive solver to one jump across the whole interval. Given the gap, $s$ is uniform
+    on what is left, $[0, 1 - (t - s)]$. For both directions of time, put it into
+    [`flowdiffrax.EitherDirection`][].
+
+    **Arguments:**
+
+    - `min_gap`, `max_gap`: the shortest and the longest gap,
+      $0 < \text{min} \le \text{max} \le 1$. They may be arrays, as in
+      [`flowdiffrax.UniformTriangle`][].
+
+    **Raises:** `ValueError` for other gaps, if known.
+    """
+
+    min_gap: ArrayLike
+    max_gap: ArrayLike = 1.0
+
+    def __check_init__(self):
+        gaps = (self.min_gap, self.max_gap)
+        known = all(isinstance(gap, float | int) for gap in gaps)
+        if known and not 0 < self.min_gap <= self.max_gap <= 1:  # pyright: ignore
+            raise ValueError(
+                "The gaps must have 0 < min_gap <= max_gap <= 1; got "
+                f"{self.min_gap} and {self.max_gap}. For another interval than [0, 1], "
+                "use `OnInterval`."
+            )
+
+    def from_uniform(self, first: Times, second: Times) -> tuple[Times, Times]:
+        low, high = (
+            jnp.asarray(gap, first.dtype) for gap in (self.min_gap, self.max_gap)
+        )
+        # Rounding may put the longest gap a trifle above `max_gap`.
+        gap = jnp.minimum(low * jnp.exp(first * jnp.log(high / low)), high)
+        s = second * (1 - gap)
+        return s, s + gap
+
+
 class Dyadic(AbstractTimes):
     r"""Dyadic jumps: length $2^{-j}$ from a multiple of it, $j$ uniform in $0 .. J$.
 
@@ -339,6 +379,30 @@ class OnInterval(AbstractTimes):
         s, t = self.times.from_uniform(first, second)
         low, high = (jnp.asarray(end, s.dtype) for end in (self.t0, self.t1))
         return low + (high - low) * s, low + (high - low) * t
+
+    def num_diagonal(self, batch_size: int) -> int:
+        return self.times.num_diagonal(batch_size)
+
+
+class EitherDirection(AbstractTimes):
+    """Another law in both directions of time: each pair is swapped with chance one half.
+
+    For maps that are to go back as well as forth. In [`flowdiffrax.Stratified`][] one
+    half of the pairs is swapped, to within one.
+
+    **Arguments:**
+
+    - `times`: the law to draw from. Its pairs on the diagonal stay there.
+    """
+
+    times: AbstractTimes
+
+    def from_uniform(self, first: Times, second: Times) -> tuple[Times, Times]:
+        # As in `UniformSquare`: each half of the unit interval draws the whole law.
+        forward = first < 0.5
+        first = jnp.where(forward, 2 * first, 2 * first - 1)
+        s, t = self.times.from_uniform(first, second)
+        return jnp.where(forward, s, t), jnp.where(forward, t, s)
 
     def num_diagonal(self, batch_size: int) -> int:
         return self.times.num_diagonal(batch_size)

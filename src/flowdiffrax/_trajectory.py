@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Real
+from jaxtyping import Array, Float, PyTree, Real
 
 from ._custom_types import Args, State, Time, VectorField
 from ._misc import is_concrete, num_rows, real_dtype, subtract, time_dtype, times_like
@@ -60,6 +60,12 @@ class TrajectoryPath(diffrax.AbstractPath):
     def t1(self):  # pyright: ignore
         return self.ts[-1]
 
+    def saved_time(self, position: Time) -> Float[Array, ""]:
+        """The saved time nearest to a position, 0 for the first and 1 for the last."""
+        (position,) = times_like(self.ys, position)
+        index = jnp.round(position * (self.ts.size - 1)).astype(jnp.int32)
+        return self.ts[jnp.clip(index, 0, self.ts.size - 1)].astype(position.dtype)
+
     def evaluate(self, t0: Time, t1: Time | None = None, left: bool = True) -> State:
         """The state at `t0`, or the increment to `t1` if that is given."""
         del left
@@ -82,9 +88,10 @@ class TrajectoryPath(diffrax.AbstractPath):
 def solve_trajectories(
     vector_field: VectorField,
     x0: State,
-    ts: Real[Array, " times"] | np.ndarray,
+    ts: Real[Array, "*batch times"] | np.ndarray,
     args: Args = None,
     *,
+    args_per_example: bool = False,
     solver: diffrax.AbstractSolver | None = None,
     rtol: float | None = None,
     atol: float | None = None,
@@ -93,53 +100,85 @@ def solve_trajectories(
 ) -> State:
     """Integrates a batch of initial states with Diffrax and saves them at given times.
 
-    Each example has its own adaptive steps. Gradients are not kept.
+    Each example has its own adaptive steps, and if need be its own times and parameters.
+    Gradients are not kept.
 
     **Arguments:**
 
     - `vector_field`: a callable `(t, x, args) -> dx/dt` for one example.
-    - `x0`: a batch of states at `ts[0]`, every leaf with the same leading axis.
-    - `ts`: the times to save at, strictly rising or strictly falling, at least two.
-    - `args`: passed on to the vector field, the same for all examples.
-    - `solver`: the Diffrax solver; `None` for `diffrax.Tsit5()`.
-    - `rtol`, `atol`: tolerances; `None` for 1e-8 in float64 and 1e-5 in float32.
+    - `x0`: a batch of states at the first time, every leaf with the same leading axis.
+    - `ts`: the times to save at, strictly rising or strictly falling, at least two: of
+      shape `(times,)` for all examples, or `(batch, times)`, one row for each, which
+      starts at its own first time.
+    - `args`: passed on to the vector field.
+    - `args_per_example`: whether `args` has one row for each example, arrays with the
+      leading axis of `x0`. If not, all examples share it.
+    - `solver`: the Diffrax solver; `None` for `diffrax.Tsit5()`. For stiff problems, an
+      implicit one, such as `diffrax.Kvaerno5()`.
+    - `rtol`, `atol`: tolerances; `None` for 1e-8 in float64 and 1e-5 in float32, where
+      an implicit solver gets 1e-3: with less, rounding may let none of its steps pass.
     - `max_steps`: the most steps a solve may take before it is an error.
     - `chunk_size`: how many examples are integrated at a time, which bounds the memory.
 
     **Returns:** the states, every leaf of shape `(batch, times, ...)`.
 
     **Raises:** `ValueError` for times that are too few or, if known, not monotone, for
-    a `chunk_size` below 1, and for an `x0` that is no batch.
+    a `chunk_size` below 1, for an `x0` that is no batch, and for rows of `ts` or `args`
+    that are not one for each of its examples.
     """
-    num_rows(x0, "`x0` is a batch of states: its leaves")
+    batch_size = num_rows(x0, "`x0` is a batch of states: its leaves")
     if chunk_size < 1:
         raise ValueError(f"`chunk_size` must be at least 1; got {chunk_size}.")
-    if jnp.ndim(ts) != 1 or jnp.shape(ts)[0] < 2:
+    if jnp.ndim(ts) not in (1, 2) or jnp.shape(ts)[-1] < 2:
         raise ValueError(
-            f"`ts` must be one-dimensional with at least two times; got {jnp.shape(ts)}."
+            "`ts` must have at least two times, in shape (times,), or (batch, times) "
+            f"with a row for each example; got {jnp.shape(ts)}."
         )
     if is_concrete(ts):
         steps = np.diff(np.asarray(ts))
-        if not (np.all(steps > 0) or np.all(steps < 0)):
+        if not np.all(np.all(steps > 0, axis=-1) | np.all(steps < 0, axis=-1)):
             raise ValueError(f"`ts` must strictly rise or strictly fall; got {ts}.")
+    if jnp.ndim(ts) == 2:
+        _check_rows("ts", ts, batch_size)
+    if args_per_example:
+        _check_rows("args", args, batch_size)
+    rows = x0, ts if jnp.ndim(ts) == 2 else None, args if args_per_example else None
+    shared = None if jnp.ndim(ts) == 2 else ts, None if args_per_example else args
     return _solve_trajectories(
-        vector_field, x0, ts, args, solver, rtol, atol, max_steps, chunk_size
+        vector_field, rows, shared, solver, rtol, atol, max_steps, chunk_size
     )
+
+
+def _check_rows(name: str, tree: PyTree, batch_size: int) -> None:
+    rows = [jnp.shape(leaf)[:1] for leaf in jtu.tree_leaves(tree)]
+    if any(size != (batch_size,) for size in rows):
+        raise ValueError(
+            f"`{name}` must have one row for each of the {batch_size} examples of `x0`; "
+            f"got leading axes {rows}."
+        )
 
 
 # The checks stay outside `jit`, in which no time is known.
 @eqx.filter_jit
 def _solve_trajectories(
-    vector_field, x0, ts, args, solver, rtol, atol, max_steps, chunk_size
+    vector_field, rows, shared, solver, rtol, atol, max_steps, chunk_size
 ):
-    ts = jnp.asarray(ts, time_dtype(x0))
-    default_tol = 1e-8 if jnp.finfo(real_dtype(x0)).bits > 32 else 1e-5
+    dtype = time_dtype(rows[0])
+    is_implicit = isinstance(solver, diffrax.AbstractImplicitSolver)
+    if jnp.finfo(real_dtype(rows[0])).bits > 32:
+        default_tol = 1e-8
+    else:
+        # An implicit step's equation is solved to a hundredth of the tolerance, which
+        # rounding must leave room for, or every step is refused.
+        default_tol = 1e-3 if is_implicit else 1e-5
     controller = diffrax.PIDController(
         rtol=default_tol if rtol is None else rtol,
         atol=default_tol if atol is None else atol,
     )
 
-    def solve(x0):
+    def solve(row):
+        x0, ts, args = row
+        ts = jnp.asarray(shared[0] if ts is None else ts, dtype)
         solution = diffrax.diffeqsolve(
             diffrax.ODETerm(vector_field),
             diffrax.Tsit5() if solver is None else solver,
@@ -147,11 +186,11 @@ def _solve_trajectories(
             t1=ts[-1],
             dt0=0.01 * (ts[-1] - ts[0]),
             y0=x0,
-            args=args,
+            args=shared[1] if args is None else args,
             saveat=diffrax.SaveAt(ts=ts),
             stepsize_controller=controller,
             max_steps=max_steps,
         )
         return solution.ys
 
-    return lax.stop_gradient(lax.map(solve, x0, batch_size=chunk_size))
+    return lax.stop_gradient(lax.map(solve, rows, batch_size=chunk_size))

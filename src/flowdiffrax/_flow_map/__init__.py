@@ -1,5 +1,9 @@
+from .autonomous import AutonomousFlowMap as AutonomousFlowMap
 from .base import AbstractFlowMap as AbstractFlowMap
+from .hypersolver import HypersolverFlowMap as HypersolverFlowMap
 from .ode import ODEFlowMap as ODEFlowMap
+from .projected import ConserveInvariants as ConserveInvariants
+from .projected import ProjectedFlowMap as ProjectedFlowMap
 from .residual import FlowMap as FlowMap
 from .wrappers import ComposedFlowMap as ComposedFlowMap
 from .wrappers import InverseFlowMap as InverseFlowMap

@@ -1,8 +1,10 @@
-from .._custom_types import State
+import equinox as eqx
+
+from .._custom_types import Scalar, State
 from .._interpolant import InterpolantPath
 from .._misc import subtract
 from .._times import AbstractTimes, UniformTriangle
-from .._trajectory import StatePath
+from .._trajectory import StatePath, TrajectoryPath
 from .base import AbstractResidualObjective
 from .weight import AbstractWeight, InverseGap
 
@@ -20,6 +22,10 @@ class TrajectoryMatching(AbstractResidualObjective):
       [`flowdiffrax.GridTimes`][], so that nothing is interpolated.
     - `weight`: what is made of the squared error of the states; the default makes it
       the squared error of average velocities.
+    - `positions`: whether the law draws positions along each trajectory's own saved
+      times, 0 for the first and 1 for the last, to the nearest of them, where
+      trajectories do not share their times. Of pairs saved at their two ends, take
+      `TrajectoryMatching(GridTimes([0.0, 1.0]), positions=True)`.
 
     The teacher is not used. Paths come from [`flowdiffrax.solve_trajectories`][].
 
@@ -30,14 +36,26 @@ class TrajectoryMatching(AbstractResidualObjective):
 
     times: AbstractTimes = UniformTriangle()
     weight: AbstractWeight = InverseGap()
+    positions: bool = eqx.field(static=True, default=False)
+
+    def __call__(self, flow_map, teacher, path, s, t, args=None, *, key=None) -> Scalar:
+        if self.positions:
+            if not isinstance(path, TrajectoryPath):
+                raise TypeError(_wrong_path(path))
+            s, t = path.saved_time(s), path.saved_time(t)
+        return super().__call__(flow_map, teacher, path, s, t, args, key=key)
 
     def residual(self, flow_map, teacher, path, s, t, args, key) -> State:
         del teacher, key
         if isinstance(path, InterpolantPath | StatePath):
-            raise TypeError(
-                "`TrajectoryMatching` learns from trajectories of the ODE; got a "
-                f"{type(path).__name__}. Use `solve_trajectories` and "
-                "`data.TrajectoryBatches`."
-            )
+            raise TypeError(_wrong_path(path))
         x_s, x_t = path.evaluate(s), path.evaluate(t)
         return subtract(flow_map(s, t, x_s, args), x_t)
+
+
+def _wrong_path(path: object) -> str:
+    return (
+        "`TrajectoryMatching` learns from trajectories of the ODE; got a "
+        f"{type(path).__name__}. Use `solve_trajectories` and "
+        "`data.TrajectoryBatches`."
+    )

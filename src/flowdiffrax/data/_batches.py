@@ -114,7 +114,8 @@ class TrajectoryBatches(eqx.Module):
 
     **Arguments:**
 
-    - `ts`: the times at which the pool was saved, rising, of shape `(times,)`.
+    - `ts`: the times at which the pool was saved, rising, of shape `(times,)`, or
+      `(pool, times)` if each trajectory has its own.
     - `ys`: the pool, every leaf of shape `(pool, times, ...)`, as
       [`flowdiffrax.solve_trajectories`][] returns it.
     - `batch_size`: trajectories a batch, at least 1.
@@ -133,21 +134,24 @@ class TrajectoryBatches(eqx.Module):
         check_batch_size(self.batch_size)
         _num_rows((self.ys, self.args))
         for leaf in jtu.tree_leaves(self.ys):
-            if leaf.shape[1:2] != jnp.shape(self.ts):
+            if jnp.shape(self.ts) not in (leaf.shape[1:2], leaf.shape[:2]):
                 raise ValueError(
-                    "`ys` must have shape (pool, times, ...) with the times of `ts`, "
-                    f"{jnp.shape(self.ts)}; got {leaf.shape}."
+                    "`ys` must have shape (pool, times, ...) with the times of `ts`, of "
+                    f"shape (times,) or (pool, times); got {leaf.shape} and "
+                    f"{jnp.shape(self.ts)}."
                 )
         if is_concrete(self.ts) and not np.all(np.diff(np.asarray(self.ts)) > 0):
             raise ValueError(
                 f"`ts` must rise; got {self.ts}. For trajectories solved backwards in "
-                "time, flip `ts`, and `ys` along its second axis."
+                "time, flip the last axis of `ts`, and the second of `ys`."
             )
 
     def __call__(self, key: Key[Array, ""]) -> Batch:
         """Draws a batch: its paths and conditions, every leaf with the batch axis."""
-        ys, args = _draw_rows(key, (self.ys, self.args), self.batch_size)
-        ts = jnp.broadcast_to(self.ts, (self.batch_size, *self.ts.shape))
+        own = self.ts if self.ts.ndim == 2 else None
+        ts, ys, args = _draw_rows(key, (own, self.ys, self.args), self.batch_size)
+        if ts is None:
+            ts = jnp.broadcast_to(self.ts, (self.batch_size, *self.ts.shape))
         return TrajectoryPath(ts, ys), args
 
 
@@ -159,23 +163,42 @@ class StateBatches(eqx.Module):
     - `draw`: a function `(key, batch_size) -> states`, every leaf with the batch axis;
       or arrays with a leading axis, from which rows are drawn with replacement.
     - `batch_size`: states a batch, at least 1.
+    - `args`: conditions, such as the parameters of a physical system: a function
+      `(key, batch_size) -> args`, which draws them independently of the states; or
+      arrays, one row for each row of states, if those are arrays; or `None`.
 
-    **Raises:** `ValueError` for a batch size below 1, or arrays without rows.
+    **Raises:** `ValueError` for a batch size below 1, arrays without rows, or conditions
+    that do not go with the states.
     """
 
     draw: State | Callable[[Key[Array, ""], int], State] = eqx.field(converter=_as_jax)
     batch_size: int = eqx.field(static=True)
+    args: Args | Callable[[Key[Array, ""], int], Args] = eqx.field(
+        converter=_as_jax, default=None
+    )
 
     def __check_init__(self):
         check_batch_size(self.batch_size)
+        rows = None if callable(self.args) else self.args
         if not callable(self.draw):
-            _num_rows(self.draw)
+            _num_rows((self.draw, rows))
+        elif rows is not None:
+            raise ValueError(
+                "`args` as arrays needs states given as arrays, row for row. Beside a "
+                "function that draws states, give one that draws `args`."
+            )
 
     def __call__(self, key: Key[Array, ""]) -> Batch:
-        """Draws a batch: its paths, and no conditions."""
+        """Draws a batch: its paths and conditions, every array with the batch axis."""
+        if callable(self.args):
+            key, args_key = jr.split(key)
+            rows, args = None, self.args(args_key, self.batch_size)
+        else:
+            rows, args = self.args, None
         if callable(self.draw):
-            return StatePath(self.draw(key, self.batch_size)), None
-        return StatePath(_draw_rows(key, self.draw, self.batch_size)), None
+            return StatePath(self.draw(key, self.batch_size)), args
+        states, rows = _draw_rows(key, (self.draw, rows), self.batch_size)
+        return StatePath(states), args if rows is None else rows
 
 
 def _normal_like(key, x, std):

@@ -1,0 +1,331 @@
+import typing
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
+
+import diffrax
+import equinox as eqx
+import equinox.internal as eqxi
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import optimistix as optx
+from jax import lax
+from jaxtyping import Array, ArrayLike, Bool, Int, PyTree
+
+from ._custom_types import Args, State, Time, TwoTimeMap
+from ._estimate import AbstractErrorEstimate, ResidualIntegral
+from ._flow_map.base import times_out_of_range
+from ._flow_map.wrappers import check_composable
+from ._misc import all_finite, scale, subtract
+from ._solver import (
+    AbstractFlowMapSolver,
+    Jump,
+    check_dense_degree,
+    true_field,
+    true_times,
+)
+
+_Terms = PyTree[diffrax.AbstractTerm]
+
+# What Diffrax itself puts where a tolerance is to come from the step size controller.
+_FROM_CONTROLLER = diffrax.with_stepsize_controller_tols(optx.Newton)().rtol
+
+
+class HybridState(NamedTuple):
+    """What a [`flowdiffrax.HybridSolver`][] carries from step to step.
+
+    **Attributes:**
+
+    - `num_learned`, `num_classical`: accepted steps of either kind so far.
+    - `wait`: for how many more steps the map is left alone.
+    - `patience`: for how many it will be after its next failure.
+    - `is_fresh`: whether `fallback` belongs to the last step.
+    - `fallback`: the state of the classical solver.
+    """
+
+    num_learned: Int[Array, ""]
+    num_classical: Int[Array, ""]
+    wait: Int[Array, ""]
+    patience: Int[Array, ""]
+    is_fresh: Bool[Array, ""]
+    fallback: PyTree
+
+
+class HybridSolver(diffrax.AbstractImplicitSolver, diffrax.AbstractAdaptiveSolver):
+    r"""Takes the learned jump where its estimated error meets the tolerance, and a step
+    of a classical solver where it does not.
+
+    The answer keeps the tolerance as a classical solver keeps it, whatever the map does:
+    an untrained map, or one that returns NaN, costs time and no accuracy. With a good
+    map, most of the interval is one jump.
+
+    ```python
+    sol = diffrax.diffeqsolve(
+        diffrax.ODETerm(vector_field),
+        HybridSolver(flow_map),
+        t0, t1, dt0=2 * (t1 - t0), y0=y0,
+        stepsize_controller=diffrax.PIDController(rtol=1e-3, atol=1e-6),
+        saveat=diffrax.SaveAt(t1=True, solver_state=True),
+    )
+    sol.solver_state.num_learned, sol.solver_state.num_classical
+    ```
+
+    The term must be the exact vector field: it is what the map is judged by. Start with
+    more than the whole interval, which Diffrax cuts at `t1`: `t1 - t0` may by rounding
+    end just before it, and Diffrax's own guess, `dt0=None`, starts at 0.01.
+
+    !!! info "What decides"
+
+        A jump is taken if the norm of its estimate, scaled by `atol + rtol * |y|` as
+        the step size controller does, is below one, all its values are finite, and its
+        times lie in the map's `time_range`. Tolerances and norm are those of the
+        controller. A map that was refused is left alone for the next step, then for
+        two, four and so on up to `max_wait`; one that is accepted is tried again at
+        once. Step sizes are Diffrax's, by the estimate of whichever step was made.
+
+    !!! info "Cost"
+
+        Where the map is tried, its estimate: by default three forward-mode passes through
+        it and three calls of the vector field, of which the jump is part. Where it is
+        not taken, a step of the classical solver. Under `jax.vmap` all examples step
+        together until the last is done, and each turn pays for the map if any example
+        tries it, and for the classical solver if any needs it. To keep easy examples
+        from waiting for hard ones, sort them into chunks: [`flowdiffrax.vmap_sorted`][].
+
+    !!! warning "Gradients"
+
+        Under `jax.vmap`, an example whose map returns NaN has a NaN gradient, though its
+        value is the classical solver's: JAX multiplies it by zero.
+
+    Events are found at the ends of steps and located within them, on the map itself
+    where the step is a jump. One that comes and goes within a long jump is missed.
+
+    **Arguments:**
+
+    - `flow_map`: a [`flowdiffrax.AbstractFlowMap`][] or any callable
+      `(s, t, x, args) -> x_t`.
+    - `fallback`: a Diffrax solver for `diffrax.ODETerm` with an error estimate, explicit
+      or implicit.
+    - `estimate`: the error estimate by which a jump is judged.
+    - `rtol`, `atol`, `norm`: to be given with controllers without tolerances, such as
+      `diffrax.ConstantStepSize`; from the controller otherwise.
+    - `max_wait`: the most steps for which a refused map is left alone; 0 to try always.
+    - `dense_degree`: as for [`flowdiffrax.FlowMapSolver`][].
+
+    **Raises:** when it is built, `TypeError` for a map that is not callable or a fallback
+    that is no solver of ODE terms, `ValueError` for a fallback without error estimate or
+    a bad `max_wait`. A tolerance that neither can meet ends with Diffrax's own result.
+    """
+
+    flow_map: TwoTimeMap
+    fallback: diffrax.AbstractSolver = diffrax.Tsit5()
+    estimate: AbstractErrorEstimate = ResidualIntegral()
+    rtol: Any = _FROM_CONTROLLER
+    atol: Any = _FROM_CONTROLLER
+    norm: Any = _FROM_CONTROLLER
+    max_wait: int = eqx.field(static=True, default=8)
+    dense_degree: int = eqx.field(static=True, default=16)
+
+    term_structure: ClassVar = diffrax.ODETerm
+    root_find_max_steps: ClassVar[int] = 10
+
+    def __check_init__(self):
+        check_composable(self.flow_map)
+        check_dense_degree(self.dense_degree)
+        _check_fallback(self.fallback)
+        if self.max_wait < 0:
+            raise ValueError(f"`max_wait` must be at least 0; got {self.max_wait}.")
+
+    @property
+    def root_finder(self):  # pyright: ignore
+        """Diffrax gives the tolerances of its controller to what it finds here."""
+        return self
+
+    @property
+    def interpolation_cls(self):  # pyright: ignore
+        """Builds the dense output of a step."""
+        return _Interpolations(self.fallback.interpolation_cls)
+
+    def order(self, terms: _Terms) -> int | None:
+        """That of the classical solver."""
+        return self.fallback.order(terms)
+
+    def error_order(self, terms: _Terms) -> Any:
+        """That of the classical solver, to which the map's errors are converted."""
+        return self.fallback.error_order(terms)
+
+    def func(self, terms: _Terms, t0: Time, y0: State, args: Args) -> State:
+        """The vector field, for events and initial step sizes."""
+        return self.fallback.func(terms, t0, y0, args)
+
+    def init(
+        self, terms: _Terms, t0: Time, t1: Time, y0: State, args: Args
+    ) -> HybridState:
+        """Counts at zero, and the classical solver's own start."""
+        return HybridState(
+            num_learned=jnp.zeros((), jnp.int32),
+            num_classical=jnp.zeros((), jnp.int32),
+            wait=jnp.zeros((), jnp.int32),
+            patience=jnp.asarray(min(1, self.max_wait), jnp.int32),
+            is_fresh=jnp.asarray(True),
+            fallback=self._fallback().init(terms, t0, t1, y0, args),
+        )
+
+    def step(
+        self,
+        terms: _Terms,
+        t0: Time,
+        t1: Time,
+        y0: State,
+        args: Args,
+        solver_state: HybridState,
+        made_jump: Any,
+    ) -> tuple[State, State, dict[str, Any], HybridState, diffrax.RESULTS]:
+        """A jump or a classical step. See `diffrax.AbstractSolver.step`."""
+        s, t, direction = true_times(terms, t0, t1)
+        teacher = true_field(terms, direction)
+        state, fallback = solver_state, self._fallback()
+
+        jump = lambda: self.estimate(self.flow_map, teacher, s, t, y0, args)
+
+        def classical():
+            # After a jump, what the classical solver remembers is out of date.
+            start = fallback.init(terms, t0, t1, y0, args)
+            memory = _where(state.is_fresh, state.fallback, start)
+            restart = made_jump | ~state.is_fresh
+            return fallback.step(terms, t0, t1, y0, args, memory, restart)
+
+        tried = state.wait == 0
+        outside = times_out_of_range(self.flow_map, s, t)
+        if outside is not None:
+            tried = tried & ~outside
+        jump_y1, jump_error = _run_if_any(tried, jump)
+        ratio = self._ratio(jump_error, y0, jump_y1)
+        # A ratio that is NaN is no success.
+        taken = tried & (ratio < 1) & all_finite(jump_y1)
+        y1, error, info, memory, result = _run_if_any(~taken, classical)
+        # The controller has one order for all errors, the classical solver's. This leaves
+        # a ratio of one where it is, and lets step sizes follow the estimate's order.
+        error_order = typing.cast(float, fallback.error_order(terms))
+        power = max(error_order / self.estimate.order - 1, 0)
+        jump_error = scale(jnp.where(taken, ratio, 0) ** power, jump_error)
+        flow = lambda t: self.flow_map(s, direction * t, y0, args)
+        dense_info = {
+            "is_jump": taken,
+            "jump": Jump.start(flow, t0, t1, y0, self.dense_degree),
+            "fallback": info,
+        }
+        return (
+            _where(taken, jump_y1, y1),
+            lax.stop_gradient(_where(taken, jump_error, error)),
+            dense_info,
+            self._remember(state, tried, taken, memory),
+            diffrax.RESULTS.where(taken, diffrax.RESULTS.successful, result),
+        )
+
+    def _fallback(self) -> diffrax.AbstractSolver:
+        """The classical solver, with what Diffrax would have given it."""
+        fallback = self.fallback
+        if getattr(fallback, "scan_kind", "none of its own") is None:
+            # The kind of loop that both modes of differentiation can go through.
+            fallback = eqx.tree_at(
+                lambda solver: solver.scan_kind,
+                fallback,
+                "bounded",
+                is_leaf=lambda leaf: leaf is None,
+            )
+        if isinstance(fallback, diffrax.AbstractImplicitSolver):
+            mine = {"rtol": self.rtol, "atol": self.atol, "norm": self.norm}
+            finder = fallback.root_finder
+            missing = [k for k in mine if getattr(finder, k, None) is _FROM_CONTROLLER]
+            fallback = eqx.tree_at(
+                lambda solver: [getattr(solver.root_finder, k) for k in missing],
+                fallback,
+                [mine[k] for k in missing],
+            )
+        return fallback
+
+    def _ratio(self, error: State, y0: State, y1: State) -> Array:
+        """The size of an error as the step size controller sees it; one is enough."""
+
+        def scaled(error, y0, y1):
+            size = jnp.maximum(jnp.abs(y0), jnp.abs(y1))
+            return error / (self.atol + self.rtol * size).astype(error.dtype)
+
+        return lax.stop_gradient(
+            jnp.asarray(self.norm(jtu.tree_map(scaled, error, y0, y1)))
+        )
+
+    def _remember(self, state, tried, taken, memory) -> HybridState:
+        failed = tried & ~taken
+        patience = jnp.where(failed, 2 * state.patience, state.patience)
+        return HybridState(
+            num_learned=jnp.where(taken, state.num_learned + 1, state.num_learned),
+            num_classical=jnp.where(taken, state.num_classical, state.num_classical + 1),
+            wait=jnp.where(failed, state.patience, jnp.maximum(state.wait - 1, 0)),
+            patience=jnp.minimum(jnp.where(taken, 1, patience), self.max_wait),
+            is_fresh=~taken,
+            fallback=memory,
+        )
+
+
+def _check_fallback(fallback: object) -> None:
+    name = type(fallback).__name__
+    if not isinstance(fallback, diffrax.AbstractSolver):
+        raise TypeError(
+            f"`fallback` must be a Diffrax solver such as `diffrax.Tsit5()`; got {name}."
+        )
+    if isinstance(fallback, AbstractFlowMapSolver | HybridSolver):
+        raise TypeError(f"`fallback` must be a classical solver; got `{name}`.")
+    structure = fallback.term_structure
+    structure = typing.get_origin(structure) or structure
+    if not (isinstance(structure, type) and issubclass(diffrax.ODETerm, structure)):
+        raise TypeError(
+            f"`fallback` must solve a single `diffrax.ODETerm`; got `{name}`, which "
+            f"takes terms of the structure {fallback.term_structure}."
+        )
+    if not isinstance(fallback, diffrax.AbstractAdaptiveSolver):
+        raise ValueError(
+            f"`fallback` needs an error estimate, which `{name}` has not. Wrap it as "
+            f"`diffrax.HalfSolver({name}())`, or use `diffrax.Tsit5()`."
+        )
+
+
+class _Interpolations(NamedTuple):
+    """Builds the interpolation of a step. Diffrax compares it between solutions."""
+
+    fallback_cls: Callable[..., diffrax.AbstractLocalInterpolation]
+
+    def __call__(self, *, t0, t1, is_jump, jump, fallback):
+        classical = self.fallback_cls(t0=t0, t1=t1, **fallback)
+        return _HybridInterpolation(t0, t1, is_jump, jump, classical)
+
+
+class _HybridInterpolation(diffrax.AbstractLocalInterpolation):
+    t0: Time
+    t1: Time
+    is_jump: Bool[ArrayLike, ""]
+    jump: Jump
+    classical: diffrax.AbstractLocalInterpolation
+
+    def evaluate(self, t0: Time, t1: Time | None = None, left: bool = True) -> State:
+        if t1 is not None:
+            return subtract(self.evaluate(t1, left=left), self.evaluate(t0, left=left))
+        value = lambda: self.jump.evaluate(t0, self.t0, self.t1)
+        classical = self.classical.evaluate(t0, left=left)
+        return _where(self.is_jump, _run_if_any(self.is_jump, value), classical)
+
+
+def _where(condition, x: PyTree, y: PyTree) -> PyTree:
+    return jtu.tree_map(lambda a, b: jnp.where(condition, a, b), x, y)
+
+
+def _run_if_any(condition: Bool[ArrayLike, ""], fn: Callable[[], PyTree]) -> PyTree:
+    """What `fn` returns if the condition holds for any example, and zeros otherwise.
+
+    A `lax.cond` whose condition differs from example to example would copy everything
+    that `fn` closes over, the network's weights among it, for each of them.
+    """
+    shapes = jax.eval_shape(fn)
+    zeros = lambda: jtu.tree_map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    return lax.cond(eqxi.unvmap_any(condition), fn, zeros)

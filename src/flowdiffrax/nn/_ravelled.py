@@ -1,0 +1,36 @@
+from collections.abc import Callable
+
+import equinox as eqx
+
+from .._custom_types import Args, State, Time
+from .._leaves import ravel
+from .._misc import check_callable, check_like
+
+
+class Ravelled(eqx.Module):
+    """A network on vectors that serves a state of any structure.
+
+    All entries of the state become one vector, in the order of `jax.tree_util`, and the
+    network's vector becomes a state again. So do `args`, if there are any: numbers,
+    arrays, a dictionary of parameters; the network sees them in the precision of the
+    state.
+
+    **Arguments:**
+
+    - `net`: a callable `net(s, t, vector, args_vector) -> vector`, such as
+      [`flowdiffrax.nn.MLP`][]. Without `args` it gets `None`.
+
+    **Raises:** `TypeError` if it cannot be called; when called, `TypeError` for complex
+    entries, and `ValueError` or `TypeError` for an output unlike the vector.
+    """
+
+    net: Callable
+
+    def __check_init__(self):
+        check_callable(self.net, "net", "net(s, t, vector, args_vector)")
+
+    def __call__(self, s: Time, t: Time, x: State, args: Args = None) -> State:
+        vector, unravel = ravel(x, "`Ravelled`")
+        if args is not None:
+            args = ravel(args, "`Ravelled`")[0].astype(vector.dtype)
+        return unravel(check_like(self.net(s, t, vector, args), vector, "`Ravelled.net`"))

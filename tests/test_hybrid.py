@@ -1,0 +1,449 @@
+"""`HybridSolver` keeps the tolerance whatever its map does."""
+
+import diffrax
+import equinox as eqx
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import optimistix as optx
+import pytest
+from helpers import (
+    assert_close,
+    finite_difference,
+    gaussian_map,
+    max_abs,
+    mlp_map,
+    nonlinear_field,
+    tight_solve,
+    without_type_checks,
+)
+
+import flowdiffrax as fd
+
+X = jnp.asarray([0.8, -0.5])
+SPANS = [(0.1, 0.9), (0.85, 0.2)]
+EXACT = gaussian_map()
+FIELD = EXACT.velocity
+MAPS = {
+    "exact": EXACT,
+    "untrained": mlp_map(),
+    "nan": lambda s, t, x, args: jnp.nan * x,
+    "infinite": lambda s, t, x, args: x + jnp.inf,
+    "identity": lambda s, t, x, args: x,
+    "nan-early": lambda s, t, x, args: jnp.where(s < 0.4, jnp.nan, EXACT(s, t, x)),
+}
+
+
+def solve(
+    flow_map,
+    t0=0.1,
+    t1=0.9,
+    x=X,
+    *,
+    field=FIELD,
+    fallback=None,
+    tol=1e-6,
+    saveat=None,
+    options=None,
+    **kwargs,
+):
+    """`diffeqsolve` with a hybrid, from a first step of the whole interval."""
+    fallback = diffrax.Tsit5() if fallback is None else fallback
+    t0, t1 = jnp.asarray(t0), jnp.asarray(t1)
+    controller = diffrax.PIDController(rtol=tol, atol=tol)
+    saveat = diffrax.SaveAt(t1=True, solver_state=True) if saveat is None else saveat
+    return diffrax.diffeqsolve(
+        diffrax.ODETerm(field),
+        fd.HybridSolver(flow_map, fallback, **({} if options is None else options)),
+        t0,
+        t1,
+        2 * (t1 - t0),
+        x,
+        saveat=saveat,
+        **{"stepsize_controller": controller, "max_steps": 512, **kwargs},
+    )
+
+
+def counts(sol):
+    return int(sol.solver_state.num_learned), int(sol.solver_state.num_classical)
+
+
+# What is promised
+
+
+@pytest.mark.parametrize("t0, t1", SPANS)
+def test_good_map_is_one_jump(t0, t1):
+    sol = solve(EXACT, t0, t1)
+    assert counts(sol) == (1, 0)
+    assert sol.stats["num_steps"] == 1
+    assert_close(sol.ys[0], EXACT(t0, t1, X))
+
+
+FALLBACKS = {
+    "tsit5": diffrax.Tsit5(),
+    "dopri8": diffrax.Dopri8(),
+    "bosh3": diffrax.Bosh3(),
+    "kvaerno5": diffrax.Kvaerno5(),
+    "implicit": diffrax.Kvaerno3(
+        root_finder=diffrax.VeryChord(rtol=1e-8, atol=1e-8, norm=optx.rms_norm)
+    ),
+    "half": diffrax.HalfSolver(diffrax.Heun()),
+    "reversible": diffrax.ReversibleHeun(),
+}
+
+
+@pytest.mark.parametrize("name", FALLBACKS)
+@pytest.mark.parametrize("t0, t1", SPANS)
+def test_useless_map_leaves_the_classical_solution(name, t0, t1):
+    # Step for step, to the last bit: nothing of the map's attempts remains.
+    sol = solve(MAPS["nan"], t0, t1, fallback=FALLBACKS[name], tol=1e-5, max_steps=4096)
+    truth = diffrax.diffeqsolve(
+        diffrax.ODETerm(FIELD),
+        FALLBACKS[name],
+        jnp.asarray(t0),
+        jnp.asarray(t1),
+        jnp.asarray(2 * (t1 - t0)),
+        X,
+        stepsize_controller=diffrax.PIDController(rtol=1e-5, atol=1e-5),
+    )
+    assert counts(sol)[0] == 0
+    assert sol.stats["num_steps"] == truth.stats["num_steps"]
+    assert_close(sol.ys, truth.ys, 1e-13, 1e-13)
+
+
+@pytest.mark.parametrize("t0, t1", SPANS)
+@pytest.mark.parametrize("name", ["tsit5", "kvaerno5", "reversible", "half"])
+def test_classical_solver_starts_anew_after_a_jump(name, t0, t1):
+    # What it remembers of before the jump would spoil its first step after it.
+    switch = 0.5
+    first = lambda s, t, x, args: jnp.where(
+        (t - switch) * np.sign(t1 - t0) <= 1e-9, EXACT(s, t, x), jnp.nan
+    )
+    controller = diffrax.ClipStepSizeController(
+        diffrax.PIDController(rtol=1e-5, atol=1e-5), step_ts=jnp.asarray([switch])
+    )
+    sol = solve(
+        first,
+        t0,
+        t1,
+        fallback=FALLBACKS[name],
+        stepsize_controller=controller,
+        max_steps=4096,
+    )
+    assert counts(sol)[0] >= 1 and counts(sol)[1] >= 1
+    assert max_abs(sol.ys[0] - EXACT(t0, t1, X)) < 1e-3
+
+
+@hypothesis.given(
+    seed=st.integers(0, 50),
+    gain=st.floats(0.0, 30.0),
+    backwards=st.booleans(),
+    tol=st.sampled_from([1e-3, 1e-5, 1e-7]),
+)
+def test_any_map_keeps_the_tolerance(seed, gain, backwards, tol):
+    # A field that neither grows nor shrinks errors much, and maps from nearly still to
+    # wild: what the classical solver promises is what comes out.
+    t0, t1 = (1.5, -0.5) if backwards else (-0.5, 1.5)
+    wild = Wild(mlp_map(seed), jnp.asarray(gain))
+    error = error_in_rotation(wild, jnp.asarray(t0), jnp.asarray(t1), jnp.asarray(tol))
+    assert error < 20 * tol
+
+
+class Wild(eqx.Module):
+    net: fd.FlowMap
+    gain: jax.Array
+
+    def __call__(self, s, t, x, args):
+        return x + self.gain * (t - s) * self.net.average_velocity(s, t, x)
+
+
+@eqx.filter_jit
+def error_in_rotation(flow_map, t0, t1, tol):
+    y0, signs = jnp.asarray([0.6, 0.3]), jnp.asarray([-1.0, 1.0])
+    field = lambda t, x, args: (1 + t) * signs * x[::-1]
+    sol = solve(flow_map, t0, t1, y0, field=field, tol=tol)
+    angle = t1 - t0 + 0.5 * (t1**2 - t0**2)
+    c, s = jnp.cos(angle), jnp.sin(angle)
+    end = jnp.stack([c * y0[0] - s * y0[1], s * y0[0] + c * y0[1]])
+    return jnp.max(jnp.abs(sol.ys[0] - end))
+
+
+@pytest.mark.parametrize("size, learned", [(1e-7, True), (1e-2, False)])
+def test_error_of_the_map_decides(size, learned):
+    off = lambda s, t, x, args: EXACT(s, t, x) + size * jnp.sin(t - s)
+    sol = solve(off, tol=1e-4)
+    assert (counts(sol)[0] > 0) == learned
+    assert max_abs(sol.ys[0] - EXACT(0.1, 0.9, X)) < 1e-3
+
+
+def test_map_serves_where_it_is_good():
+    # NaN before 0.4 and exact after it: both kinds of step in one solve.
+    sol = solve(MAPS["nan-early"], 0.1, 0.9)
+    assert counts(sol)[0] > 0 and counts(sol)[1] > 0
+    assert max_abs(sol.ys[0] - EXACT(0.1, 0.9, X)) < 1e-5
+
+
+def test_out_of_its_time_range_the_map_is_not_asked():
+    flow_map = fd.FlowMap(lambda s, t, x, args: 0 * x, time_range=(0.0, 0.5))
+    sol = solve(flow_map, field=lambda t, x, args: jnp.where(t < 0.5, 0 * x, x))
+    assert counts(sol)[1] > 0
+    assert_close(sol.ys[0], X * np.exp(0.4), 1e-3, 1e-3)
+
+
+def test_refused_map_is_left_alone_for_longer_and_longer():
+    fine = {"stepsize_controller": diffrax.ConstantStepSize(), "max_steps": 64}
+    given = {"rtol": 1e-8, "atol": 1e-8, "norm": optx.rms_norm}
+    steps = lambda options: diffrax.diffeqsolve(
+        diffrax.ODETerm(FIELD),
+        fd.HybridSolver(MAPS["identity"], **given, **options),
+        0.0,
+        1.0,
+        1 / 16,
+        X,
+        saveat=diffrax.SaveAt(t0=True, steps=True, solver_state=True),
+        **fine,
+    )
+    state = steps({}).solver_state
+    # Tried at the steps 1, 3, 6, 11: waits of 1, 2, 4, 8, of which 16 - 11 are over.
+    assert state.wait == 8 - 5 and state.patience == 8
+    assert steps({"max_wait": 0}).solver_state.wait == 0
+
+
+# Tolerances
+
+
+@pytest.mark.parametrize("name", ["tsit5", "kvaerno5"])
+def test_tolerances_with_fixed_steps(name):
+    given = {"rtol": 1e-6, "atol": 1e-6, "norm": optx.rms_norm}
+    controller = diffrax.ConstantStepSize()
+    run = lambda flow_map: solve(
+        flow_map,
+        0.1,
+        0.15,
+        fallback=FALLBACKS[name],
+        options=given,
+        stepsize_controller=controller,
+    )
+    assert counts(run(EXACT)) == (1, 0)
+    assert counts(run(MAPS["nan"])) == (0, 1)
+
+
+def test_fixed_steps_without_tolerances():
+    with pytest.raises(ValueError, match="fixed step size controller"):
+        solve(EXACT, stepsize_controller=diffrax.ConstantStepSize())
+
+
+@pytest.mark.parametrize("estimate", [fd.SemigroupDefect(), fd.AlekseevGroebner()])
+def test_other_estimates(estimate):
+    off = lambda s, t, x, args: EXACT(s, t, x) + 0.1 * (t - s) ** 3
+    sol = solve(off, options={"estimate": estimate}, tol=1e-4)
+    assert max_abs(sol.ys[0] - EXACT(0.1, 0.9, X)) < 1e-3
+
+
+# What Diffrax offers
+
+
+@pytest.mark.parametrize("name", ["exact", "nan", "nan-early"])
+@pytest.mark.parametrize("t0, t1", SPANS)
+def test_saved_times_and_dense_output(name, t0, t1):
+    ts = jnp.linspace(t0, t1, 6)
+    saveat = diffrax.SaveAt(ts=ts, dense=True)
+    sol = solve(MAPS[name], t0, t1, saveat=saveat, tol=1e-8, max_steps=64)
+    truth = tight_solve(FIELD, t0, t1, X, saveat=diffrax.SaveAt(ts=ts))
+    assert_close(sol.ys, truth.ys, 1e-5, 1e-5)
+    dense = jax.vmap(sol.evaluate)(ts)
+    assert_close(dense, sol.ys, 1e-6, 1e-6)
+
+
+@pytest.mark.parametrize("name", ["exact", "nan", "nan-early"])
+def test_event_within_a_step(name):
+    # It moves steadily, so that the first entry takes every value once.
+    x = jnp.asarray([-1.5, 0.7])
+    level = EXACT(0.1, 0.45, x)[0]
+    event = diffrax.Event(
+        lambda t, y, args, **kwargs: y[0] - level, optx.Newton(rtol=1e-10, atol=1e-10)
+    )
+    sol = solve(MAPS[name], x=x, event=event, tol=1e-8)
+    assert sol.result == diffrax.RESULTS.event_occurred
+    assert_close(sol.ts[0], 0.45, 1e-5, 1e-5)
+
+
+def test_batch_equals_each_alone():
+    # Some lanes jump and some do not, in both directions of time.
+    flow_map = MAPS["nan-early"]
+    t0 = jnp.asarray([0.1, 0.9, 0.5, 0.5, 0.3])
+    t1 = jnp.asarray([0.9, 0.1, 0.9, 0.5, 0.35])
+    xs = jr.normal(jr.key(0), (5, 2))
+    run = eqx.filter_jit(lambda t0, t1, x: solve(flow_map, t0, t1, x))
+    batch = eqx.filter_vmap(run)(t0, t1, xs)
+    for k in range(5):
+        single = run(t0[k], t1[k], xs[k])
+        assert_close(batch.ys[k], single.ys, 1e-12, 1e-12)
+        state = jax.tree_util.tree_map(lambda leaf, k=k: leaf[k], batch.solver_state)
+        assert_close(state[:2], single.solver_state[:2])
+
+
+def test_batch_does_not_copy_the_weights():
+    # A condition that differs between lanes would make a batch of every weight.
+    run = lambda x: solve(mlp_map(), x=x, options={"dense_degree": 3}).ys
+    text = str(jax.make_jaxpr(jax.vmap(run))(jnp.zeros((7, 2))))
+    assert "f64[16,16]" in text
+    assert "f64[7,16,16]" not in text
+
+
+@pytest.mark.parametrize("name", ["exact", "untrained", "nan-early"])
+@pytest.mark.parametrize("adjoint", ["recursive", "direct", "forward"])
+def test_gradients(name, adjoint):
+    kind = {
+        "recursive": diffrax.RecursiveCheckpointAdjoint(),
+        "direct": diffrax.DirectAdjoint(),
+        "forward": diffrax.ForwardMode(),
+    }[adjoint]
+    run = lambda x: jnp.sum(
+        jnp.sin(solve(MAPS[name], x=x, adjoint=kind, max_steps=32).ys)
+    )
+    direction = jnp.asarray([0.6, -1.1])
+    if adjoint == "forward":
+        slope = jax.jvp(run, (X,), (direction,))[1]
+    else:
+        slope = jax.grad(run)(X) @ direction
+    truth = lambda x: jnp.sum(jnp.sin(EXACT(0.1, 0.9, x)))
+    assert_close(slope, finite_difference(truth, X, direction), 1e-4, 1e-4)
+
+
+def test_state_goes_in_again():
+    saveat = diffrax.SaveAt(
+        t1=True, solver_state=True, controller_state=True, made_jump=True
+    )
+    first = solve(MAPS["nan-early"], 0.1, 0.5, saveat=saveat)
+    second = solve(
+        MAPS["nan-early"],
+        0.5,
+        0.9,
+        first.ys[0],
+        solver_state=first.solver_state,
+        controller_state=first.controller_state,
+        made_jump=first.made_jump,
+    )
+    assert counts(second)[1] >= counts(first)[1] > 0
+    assert max_abs(second.ys[0] - EXACT(0.1, 0.9, X)) < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore:Complex dtype support in Diffrax:UserWarning")
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.complex128])
+def test_other_states(dtype):
+    field = lambda t, y, args: {"a": -y["a"], "b": (y["b"][0] * 0.5,)}
+    exact = lambda s, t, y, args: {
+        "a": y["a"] * jnp.exp(s - t).astype(y["a"].dtype),
+        "b": (y["b"][0] * jnp.exp((t - s) / 2).astype(y["a"].dtype),),
+    }
+    y = {"a": jnp.ones((2, 3), dtype), "b": (jnp.asarray(0.5, dtype),)}
+    t0, t1 = jnp.asarray(0.0, jnp.float32), jnp.asarray(1.0, jnp.float32)
+    wrong = lambda s, t, y, args: y
+    for flow_map, kinds in ((exact, (True, False)), (wrong, (False, True))):
+        sol = solve(flow_map, t0, t1, y, field=field, tol=1e-4)
+        assert tuple(n > 0 for n in counts(sol)) == kinds
+        end = jax.tree_util.tree_map(lambda leaf: leaf[0], sol.ys)
+        assert_close(end, exact(t0, t1, y, None), 1e-3, 1e-3)
+        assert end["a"].dtype == dtype
+
+
+def test_args_reach_map_and_field():
+    field = lambda t, x, args: args["rate"] * x
+    exact = lambda s, t, x, args: x * jnp.exp(args["rate"] * (t - s))
+    sol = solve(exact, field=field, args={"rate": jnp.asarray(0.7)})
+    assert counts(sol) == (1, 0)
+
+
+# What cannot be done
+
+
+def test_tolerance_that_nobody_meets():
+    field = lambda t, x, args: jnp.nan * x
+    sol = solve(MAPS["identity"], field=field, throw=False, max_steps=50)
+    assert sol.result == diffrax.RESULTS.max_steps_reached
+    controller = diffrax.PIDController(
+        rtol=1e-6, atol=1e-6, dtmin=1e-3, force_dtmin=False
+    )
+    sol = solve(
+        MAPS["identity"], field=field, throw=False, stepsize_controller=controller
+    )
+    assert sol.result == diffrax.RESULTS.dt_min_reached
+
+
+def test_bad_lane_leaves_others_alone():
+    field = lambda t, x, args: jnp.where(x > 2, jnp.nan, -x)
+    run = lambda x: solve(MAPS["identity"], x=x, field=field, throw=False, max_steps=60)
+    sol = jax.vmap(run)(jnp.asarray([[0.5], [3.0]]))
+    good = sol.result == diffrax.RESULTS.successful
+    assert good.tolist() == [True, False]
+    assert_close(sol.ys[0, 0, 0], 0.5 * np.exp(-0.8), 1e-5, 1e-5)
+
+
+@pytest.mark.parametrize(
+    "fallback, error, words",
+    [
+        (diffrax.Euler(), ValueError, r"HalfSolver\(Euler\(\)\)"),
+        (diffrax.SemiImplicitEuler(), TypeError, "single `diffrax.ODETerm`"),
+        (diffrax.KenCarp4(), TypeError, "single `diffrax.ODETerm`"),
+        (fd.FlowMapSolver(EXACT), TypeError, "a classical solver"),
+        (fd.HybridSolver(EXACT), TypeError, "a classical solver"),
+        (diffrax.Tsit5, TypeError, "must be a Diffrax solver"),
+    ],
+)
+def test_bad_fallbacks(fallback, error, words):
+    with without_type_checks(), pytest.raises(error, match=words):
+        fd.HybridSolver(EXACT, fallback)
+
+
+def test_other_bad_arguments():
+    with pytest.raises(ValueError, match="`max_wait` must be at least 0; got -1"):
+        fd.HybridSolver(EXACT, max_wait=-1)
+    with pytest.raises(ValueError, match="`dense_degree`"):
+        fd.HybridSolver(EXACT, dense_degree=0)
+    with pytest.raises(TypeError, match="bare network"):
+        fd.HybridSolver(fd.nn.MLP(2, key=jr.key(0)))
+    with pytest.raises(ValueError, match="shape of the state"):
+        solve(lambda s, t, x, args: x[:1])
+    with pytest.raises(Exception, match="ODETerm"):
+        term = diffrax.ControlTerm(lambda t, y, args: y, lambda t0, t1: t1 - t0)
+        diffrax.diffeqsolve(term, fd.HybridSolver(EXACT), 0.0, 1.0, 1.0, X)
+    with pytest.raises(Exception, match="structure"):
+        # Arguments of another structure than the map and the field were made for.
+        field = lambda t, x, args: args["rate"] * x
+        solve(lambda s, t, x, args: {"a": x}, field=field, args={"rate": 1.0})
+
+
+# Batches of unlike examples
+
+
+def test_sorted_chunks():
+    field, xs = nonlinear_field, jr.normal(jr.key(1), (10, 2))
+    run = lambda x: solve(MAPS["identity"], x=x, field=field, tol=1e-4).ys[0]
+    difficulty = jnp.linalg.norm(xs, axis=1).at[3].set(jnp.nan)
+    sorted_run = jax.jit(lambda xs: fd.vmap_sorted(run, xs, difficulty, chunk_size=4))
+    assert_close(sorted_run(xs), jax.vmap(run)(xs), 1e-12, 1e-12)
+
+
+def test_chunks_of_easy_examples_end_early():
+    # What each example sees of the others: the number of turns of its chunk's loop.
+    def turns(x):
+        stop = lambda carry: carry[0] < x
+        count = jax.lax.while_loop(stop, lambda c: (c[0] + 1, c[1] + 1), (0.0, 0))[1]
+        return count
+
+    xs = jnp.asarray([3.0, 50.0, 1.0, 40.0, 2.0, 60.0])
+    assert fd.vmap_sorted(turns, xs, xs, chunk_size=3).tolist() == [3, 50, 1, 40, 2, 60]
+
+
+def test_bad_chunks():
+    xs = jnp.zeros((6, 2))
+    with pytest.raises(ValueError, match="one number for each of the 6"):
+        fd.vmap_sorted(lambda x: x, xs, jnp.zeros(5), chunk_size=2)
+    with pytest.raises(ValueError, match="`chunk_size` must be at least 1; got 0"):
+        fd.vmap_sorted(lambda x: x, xs, jnp.zeros(6), chunk_size=0)
+    with pytest.raises(ValueError, match="leading axis"):
+        fd.vmap_sorted(lambda x: x, (xs, jnp.zeros(5)), jnp.zeros(6), chunk_size=2)

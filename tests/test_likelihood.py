@@ -1,0 +1,664 @@
+"""Traces, log-determinants and densities against closed forms and continuous flows."""
+
+import functools
+import math
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import optax
+import optimistix as optx
+import pytest
+from helpers import (
+    RUN_TIME_ERROR,
+    assert_close,
+    finite_difference,
+    gaussian_map,
+    linear_map,
+    mlp_map,
+    nonlinear_field,
+    tight_solve,
+    without_type_checks,
+)
+from scipy import stats
+
+import flowdiffrax as fd
+
+X = jnp.asarray([0.8, -0.5])
+MATRIX = np.asarray([[0.2, -1.1], [0.7, -0.4]])
+
+_jitted = eqx.filter_jit(fd.log_det)
+log_prob = eqx.filter_jit(fd.log_prob)
+
+
+def log_det(flow_map, s, t, *inputs, **options):
+    """Compiled, once for all times."""
+    return _jitted(flow_map, jnp.asarray(s), jnp.asarray(t), *inputs, **options)
+
+
+# --- traces -------------------------------------------------------------------------
+
+
+def matrix(size, rank, seed=0):
+    """A matrix of low rank, with a little of every rank added."""
+    rng = np.random.default_rng(seed)
+    low = rng.normal(size=(size, rank)) @ rng.normal(size=(rank, size))
+    return jnp.asarray(low + 1e-3 * rng.normal(size=(size, size)))
+
+
+def estimates(trace, a, number=4000):
+    """Independent estimates of the trace of a matrix."""
+    one = lambda key: trace(lambda z: a @ z, jnp.zeros(a.shape[0]), key)
+    return np.asarray(jax.jit(jax.vmap(one))(jr.split(jr.key(0), number)))
+
+
+@pytest.mark.parametrize("trace", [fd.Hutchinson(4), fd.HutchPlusPlus(6)])
+def test_estimates_are_unbiased(trace):
+    a = matrix(12, 4)
+    made = estimates(trace, a)
+    error = made.std() / np.sqrt(made.size)
+    assert abs(made.mean() - np.trace(a)) < 4 * error
+
+
+def test_hutchinson_has_its_variance():
+    a = np.asarray(matrix(12, 4))
+    symmetric = (a + a.T) / 2
+    expected = 2 * (np.sum(symmetric**2) - np.sum(np.diag(symmetric) ** 2)) / 4
+    made = estimates(fd.Hutchinson(4), jnp.asarray(a))
+    # The relative error of a variance from 4000 draws is about 0.04 for light tails.
+    np.testing.assert_allclose(made.var(), expected, rtol=0.2)
+
+
+def test_hutch_plus_plus_does_better_on_low_rank():
+    a = matrix(24, 3)
+    plain, better = (
+        estimates(trace, a, 400).var()
+        for trace in (fd.Hutchinson(12), fd.HutchPlusPlus(12))
+    )
+    # The same cost; the rank is below that of the sketch.
+    assert better < 1e-4 * plain
+
+
+@pytest.mark.parametrize("trace", [fd.ExactTrace(), fd.HutchPlusPlus(15)])
+def test_exact_traces(trace):
+    a = matrix(5, 5)
+    made = trace(lambda z: a @ z, jnp.zeros(5), jr.key(1))
+    np.testing.assert_allclose(made, np.trace(a), rtol=1e-12)
+
+
+def test_one_sign_is_enough_for_a_diagonal():
+    made = fd.Hutchinson()(lambda z: jnp.arange(5.0) * z, jnp.zeros(5), jr.key(3))
+    np.testing.assert_allclose(made, 10.0, rtol=1e-12)
+
+
+def test_gradient_of_a_sketched_trace():
+    # Of rank one, which a QR factorisation of six columns has no derivative at.
+    u, v = jr.normal(jr.key(0), (2, 8))
+
+    def value(u):
+        return fd.HutchPlusPlus(18)(lambda z: u * (v @ z), jnp.zeros(8), jr.key(1))
+
+    assert np.isfinite(jax.jit(jax.grad(value))(u)).all()
+    one = lambda key: jax.grad(
+        lambda u: fd.HutchPlusPlus(6)(lambda z: u * (v @ z), jnp.zeros(8), key)
+    )(u)
+    made = np.asarray(jax.jit(jax.vmap(one))(jr.split(jr.key(2), 4000)))
+    error = made.std(axis=0) / np.sqrt(4000)
+    assert (np.abs(made.mean(axis=0) - np.asarray(v)) < 4 * error).all()
+
+
+def test_traces_in_half_precision():
+    a = matrix(6, 6).astype(jnp.bfloat16)
+    made = [
+        jax.jit(lambda key, trace=trace: trace(lambda z: a @ z, a[0], key))(jr.key(0))
+        for trace in (fd.ExactTrace(), fd.Hutchinson(), fd.HutchPlusPlus(18))
+    ]
+    assert [value.dtype for value in made] == [jnp.float32] * 3
+    np.testing.assert_allclose(made[0], np.trace(a.astype(float)), rtol=1e-2)
+
+
+@pytest.mark.parametrize("number", [0, 2, 4])
+def test_number_of_products(number):
+    with pytest.raises(ValueError, match=f"positive multiple of 3.*got {number}"):
+        fd.HutchPlusPlus(number)
+
+
+@pytest.mark.parametrize(
+    "make, name",
+    [
+        (fd.Hutchinson, "num_probes"),
+        (lambda n: fd.PowerSeries(num_terms=n), "num_terms"),
+        (fd.DivergenceIntegral, "num_nodes"),
+    ],
+)
+def test_numbers_are_positive(make, name):
+    with pytest.raises(ValueError, match=f"`{name}` must be at least 1; got 0"):
+        make(0)
+
+
+def test_divergence():
+    # Of the curl-free part only: the swirl has none.
+    field = lambda t, x, args: jnp.stack([x[0] ** 2 * t - x[1], x[0] + args * x[1]])
+    velocity, made = fd.divergence(field, 0.5, X, 0.3)
+    assert_close(velocity, field(0.5, X, 0.3))
+    np.testing.assert_allclose(made, 2 * 0.5 * 0.8 + 0.3, rtol=1e-12)
+
+
+def test_divergence_of_a_pytree():
+    field = lambda t, x, args: {"q": x["q"] * x["p"], "p": 3 * x["p"] + x["q"]}
+    x = {"q": jnp.asarray([[1.0], [2.0]]), "p": jnp.asarray([[0.5], [-1.0]])}
+    velocity, made = fd.divergence(field, 0.0, x)
+    assert_close(velocity, field(0.0, x, None))
+    np.testing.assert_allclose(made, 0.5 - 1.0 + 2 * 3.0, rtol=1e-12)
+
+
+# --- log-determinants ---------------------------------------------------------------
+
+SHORT = 0.2
+METHODS = {
+    "exact": fd.ExactJacobian(),
+    "series": fd.PowerSeries(fd.ExactTrace(), 30),
+    "divergence": fd.DivergenceIntegral(16),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("s, t", [(0.1, 0.3), (0.9, 0.7), (0.4, 0.4)])
+def test_linear_ode(name, s, t):
+    # Liouville: the trace times the time.
+    X_st, made = log_det(linear_map(), s, t, X, method=METHODS[name])
+    assert_close(X_st, linear_map()(s, t, X))
+    np.testing.assert_allclose(made, np.trace(MATRIX) * (t - s), atol=1e-10)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_gaussian_log_det(name):
+    made = log_det(gaussian_map(), 0.0, SHORT, X, method=METHODS[name])[1]
+    std = lambda t, target: np.hypot((1 - t) * 1.3, t * target)
+    expected = sum(np.log(std(SHORT, b) / 1.3) for b in (0.6, 0.4))
+    np.testing.assert_allclose(made, expected, atol=1e-10)
+
+
+def test_jacobian_of_an_inconsistent_map():
+    # Which follows no velocity: only the Jacobian is right.
+    flow_map = mlp_map()
+    jump = jax.jit(lambda x: flow_map(0.1, 0.9, x))
+    jacobian = np.stack([finite_difference(jump, X, e) for e in np.eye(2)])
+    made = log_det(flow_map, 0.1, 0.9, X)[1]
+    np.testing.assert_allclose(made, np.linalg.slogdet(jacobian)[1], atol=1e-8)
+    other = log_det(flow_map, 0.1, 0.9, X, method=METHODS["divergence"])[1]
+    assert abs(made - other) > 3e-3
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        fd.PowerSeries(fd.Hutchinson(2), 12),
+        fd.PowerSeries(fd.HutchPlusPlus(3), 12),
+        fd.DivergenceIntegral(8, fd.Hutchinson(1)),
+    ],
+)
+def test_stochastic_log_dets_are_unbiased(method):
+    flow_map = fd.exact.LinearFlowMap(0.3 * np.random.default_rng(0).normal(size=(6, 6)))
+    x = jnp.zeros(6)
+    exact = log_det(flow_map, 0.0, 0.3, x)[1]
+    one = lambda key: log_det(flow_map, 0.0, 0.3, x, method=method, key=key)[1]
+    made = np.asarray(jax.jit(jax.vmap(one))(jr.split(jr.key(0), 2000)))
+    assert abs(made.mean() - exact) < 4 * made.std() / np.sqrt(2000)
+    assert made.std() > 1e-3
+
+
+def test_truncation_of_the_series_is_bounded():
+    half = fd.FlowMap(lambda s, t, x, args: 0.5 * x)
+    for terms in (2, 8):
+        method = fd.PowerSeries(fd.ExactTrace(), terms)
+        error = abs(log_det(half, 0.0, 1.0, X, method=method)[1] - 2 * math.log(1.5))
+        assert 1e-8 < error < 2 * 0.5 ** (terms + 1) / ((terms + 1) * 0.5)
+
+
+def test_series_that_diverges_is_no_number():
+    double = fd.FlowMap(lambda s, t, x, args: 1.5 * x)
+    made = log_det(double, 0.0, 1.0, X, method=METHODS["series"])[1]
+    assert np.isnan(made)
+    # Two shorter jumps converge.
+    made = log_det(double, 0.0, 0.5, X, method=METHODS["series"])[1]
+    np.testing.assert_allclose(made, 2 * math.log(1.75), atol=1e-4)
+
+
+def test_a_fold_has_no_density():
+    mirror = fd.FlowMap(lambda s, t, x, args: -2 * x * jnp.asarray([1.0, 0.0]))
+    X_st, made = log_det(mirror, 0.0, 1.0, X)
+    assert_close(X_st, X * jnp.asarray([-1.0, 1.0]))
+    assert np.isnan(made)
+    # Two mirrors are a rotation by half a turn.
+    rotation = fd.FlowMap(lambda s, t, x, args: -2 * x)
+    np.testing.assert_allclose(log_det(rotation, 0.0, 1.0, X)[1], 0, atol=1e-12)
+
+
+def test_divergence_of_a_teacher_on_the_way_of_a_map():
+    # A callable that knows no velocity of its own.
+    field = linear_map().velocity
+    method = fd.DivergenceIntegral(2, vector_field=field)
+    flow_map = lambda s, t, x, args: linear_map()(s, t, x)
+    made = log_det(flow_map, 0.2, 0.9, X, method=method)[1]
+    np.testing.assert_allclose(made, 0.7 * np.trace(MATRIX), rtol=1e-12)
+
+
+@pytest.mark.parametrize("dtype, tol", [(jnp.float32, 1e-5), (jnp.bfloat16, 3e-2)])
+@pytest.mark.parametrize("name", ["exact", "divergence"])
+def test_low_precision(name, dtype, tol):
+    x = X.astype(dtype)
+    X_st, made = log_det(gaussian_map(), 0.0, SHORT, x, method=METHODS[name])
+    assert X_st.dtype == dtype and made.dtype == jnp.float32
+    exact = log_det(gaussian_map(), 0.0, SHORT, x.astype(float))[1]
+    np.testing.assert_allclose(made, exact, atol=tol)
+
+
+def mixed_net(s, t, x, args):
+    """Couples two leaves of different dtypes."""
+    h = (t - s).astype(jnp.float32)
+    q = x["q"].astype(jnp.float32)
+    v = {"q": x["q"] * 0.2 + jnp.sum(x["p"]).astype(float), "p": h * x["p"] * jnp.sum(q)}
+    return v
+
+
+@pytest.mark.parametrize("name", ["exact", "series"])
+def test_pytree_of_mixed_dtypes(name):
+    x = {"q": jnp.asarray([0.3, 0.1]), "p": jnp.asarray([[0.2]], jnp.float32)}
+    flow_map = fd.FlowMap(mixed_net)
+    X_st, made = log_det(flow_map, 0.1, 0.5, x, method=METHODS[name])
+    assert_close(X_st, flow_map(0.1, 0.5, x))
+    h = 0.4
+    jacobian = np.eye(3) + h * np.asarray(
+        [[0.2, 0, 1.0], [0, 0.2, 1.0], [h * 0.2, h * 0.2, h * 0.4]]
+    )
+    np.testing.assert_allclose(made, np.log(np.linalg.det(jacobian)), atol=1e-6)
+
+
+def test_args_and_jit():
+    flow_map = mlp_map()
+    made = jax.jit(lambda x, args: log_det(flow_map, 0.1, 0.7, x, args))(X, X)
+    assert_close(made, log_det(flow_map, 0.1, 0.7, X, X))
+    assert abs(made[1] - log_det(flow_map, 0.1, 0.7, X)[1]) > 1e-4
+
+
+@pytest.mark.parametrize(
+    "method", [fd.PowerSeries(), fd.DivergenceIntegral(4, fd.HutchPlusPlus(3))]
+)
+def test_missing_key(method):
+    with pytest.raises(ValueError, match="pass `key=jax.random.key"):
+        log_det(linear_map(), 0.0, 1.0, X, method=method)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_maps_to_another_shape(name):
+    flow_map = lambda s, t, x, args: jnp.append(x, x[0])
+    method = METHODS[name]
+    if name == "divergence":
+        method = fd.DivergenceIntegral(vector_field=nonlinear_field)
+    with pytest.raises(ValueError, match=r"shape of the state, \(2,\); got \(3,\)"):
+        log_det(flow_map, 0.0, 1.0, X, method=method)
+
+
+@pytest.mark.parametrize("dtype", [complex, int])
+def test_states_without_a_density(dtype):
+    with pytest.raises(TypeError, match="floating-point"):
+        log_det(lambda s, t, x, args: x, 0.0, 1.0, jnp.zeros(2, dtype))
+
+
+def test_map_without_velocity():
+    with without_type_checks(), pytest.raises(TypeError, match="`vector_field` must be"):
+        log_det(lambda s, t, x, args: x, 0.0, 1.0, X, method=METHODS["divergence"])
+
+
+# --- densities ----------------------------------------------------------------------
+
+
+def gaussian_base(x0):
+    return jnp.sum(jax.scipy.stats.norm.logpdf(x0, jnp.asarray([0.1, -0.2]), 1.3))
+
+
+def normal_base(x0):
+    return jnp.sum(jax.scipy.stats.norm.logpdf(x0))
+
+
+def gaussian_data(x1):
+    return stats.norm.logpdf(x1, [0.7, 0.5], [0.6, 0.4]).sum()
+
+
+newton = functools.partial(fd.invert, solver=optx.Newton(1e-10, 1e-10))
+
+
+@pytest.mark.parametrize(
+    "ts, inverse",
+    [
+        (1, None),
+        (3, None),
+        ([0.0, 0.1, 1.0], None),
+        (1, fd.invert),
+        (3, newton),
+        ([0.0, 0.1, 0.6, 1.0], newton),
+    ],
+)
+def test_gaussian_density(ts, inverse):
+    ts = jnp.asarray(ts) if isinstance(ts, list) else ts
+    made = log_prob(gaussian_map(), gaussian_base, X, ts, inverse=inverse)
+    np.testing.assert_allclose(made, gaussian_data(X), atol=1e-8)
+
+
+@pytest.mark.parametrize("ts", [1, 4])
+def test_gaussian_density_of_a_sample(ts):
+    fn = eqx.filter_jit(fd.sample_log_prob)
+    x1, made = fn(gaussian_map(), gaussian_base, X, ts)
+    assert_close(x1, fd.sample(gaussian_map(), X, ts))
+    np.testing.assert_allclose(made, gaussian_data(x1), atol=1e-10)
+
+
+def test_time_may_fall_from_base_to_data():
+    field = lambda t, x, args: -x * (1 + t)
+    flow_map = fd.ODEFlowMap(field, diffrax.Tsit5(), rtol=1e-10, atol=1e-10)
+    made = log_prob(flow_map, normal_base, X, np.asarray([2.0, 0.5, 0.0]))
+    # From 2 to 0 the exponent grows by the integral of 1 + t, which is 4.
+    expected = stats.norm.logpdf(X, scale=np.exp(4.0)).sum()
+    np.testing.assert_allclose(made, expected, atol=1e-6)
+
+
+def test_jumps_add_up():
+    flow_map, ts = mlp_map(), np.asarray([0.0, 0.3, 0.45, 1.0])
+    x, total = X, 0.0
+    for k in range(3):
+        x, gain = log_det(flow_map, ts[k], ts[k + 1], x, X)
+        total = total + gain
+    base = lambda x0: jnp.sum(-(x0**2))
+    x1, made = fd.sample_log_prob(flow_map, base, X, ts, X)
+    assert_close(x1, x)
+    assert_close(made, base(X) - total)
+
+
+def test_stochastic_jumps_have_probes_of_their_own():
+    flow_map = fd.exact.LinearFlowMap([[0.0, 1.0], [0.5, 0.0]])
+    method = fd.DivergenceIntegral(1, fd.Hutchinson())
+    base = lambda x0: jnp.zeros(())
+    prob = lambda key: fd.log_prob(flow_map, base, X, 4, method=method, key=key)
+    made = jax.jit(jax.vmap(prob))(jr.split(jr.key(0), 64))
+    # With one sign for all four jumps there would be but two values.
+    assert len(np.unique(np.round(made, 6))) > 2
+
+
+MIXTURE = fd.exact.GaussianMixtureVelocity(
+    [0.3, 0.7],
+    [[-1.2, 0.3], [0.9, -0.4]],
+    [[[0.2, 0.1], [0.1, 0.15]], [[0.1, 0], [0, 0.3]]],
+)
+MIXTURE_MAP = fd.ODEFlowMap(MIXTURE, diffrax.Tsit5(), rtol=1e-9, atol=1e-9, max_steps=512)
+
+
+def mixture_density(x1):
+    parts = zip([0.3, 0.7], MIXTURE.means, MIXTURE.covariances, strict=True)
+    return sum(w * stats.multivariate_normal.pdf(x1, m, c) for w, m, c in parts)
+
+
+def by_hand(t, y, args):
+    jacobian = jax.jacrev(lambda x: MIXTURE(t, x, None))(y[0])
+    return MIXTURE(t, y[0], None), -(jacobian[0, 0] + jacobian[1, 1])
+
+
+@functools.cache
+def continuous_flow():
+    """Log-densities of eight points by Diffrax, the trace written out by hand."""
+    x1 = jr.normal(jr.key(5), (8, 2))
+
+    def one(x):
+        x0, gain = tight_solve(by_hand, 1.0, 0.0, (x, jnp.zeros(()))).ys
+        return normal_base(x0[0]) - gain[0]
+
+    return x1, jax.jit(jax.vmap(one))(x1)
+
+
+def test_the_reference_is_right():
+    x1, expected = continuous_flow()
+    np.testing.assert_allclose(expected, np.log(mixture_density(x1)), atol=1e-9)
+
+
+def test_mixture_against_the_continuous_flow():
+    x1, expected = continuous_flow()
+    prob = lambda x: fd.log_prob(MIXTURE_MAP, normal_base, x, 2)
+    np.testing.assert_allclose(jax.jit(jax.vmap(prob))(x1), expected, atol=1e-7)
+
+
+def test_density_integrates_to_one():
+    # Of a map that is no flow, nor close to one: its Jacobian knows.
+    flow_map = fd.FlowMap(lambda s, t, x, args: 0.4 * jnp.sin(x + t) * (1 + s) + args)
+    side = np.linspace(-7, 7, 141)
+    points = jnp.asarray(np.stack(np.meshgrid(side, side), axis=-1).reshape(-1, 2))
+    prob = lambda x: fd.log_prob(flow_map, normal_base, x, 2, 0.3)
+    mass = jnp.exp(jax.jit(jax.vmap(prob))(points)).sum() * 0.1**2
+    np.testing.assert_allclose(mass, 1, atol=1e-3)
+
+
+def test_gradients_of_a_density():
+    def value(inputs):
+        x, weight = inputs
+        net = lambda s, t, x, args: weight * jnp.sin(x[::-1] + s - 2 * t)
+        return fd.log_prob(fd.FlowMap(net), normal_base, x, 2)
+
+    inputs = X, jnp.asarray(0.3)
+    direction = jnp.asarray([0.4, -1.0]), jnp.asarray(0.7)
+    # One program for both, value and derivative.
+    jvp = jax.jit(lambda x: jax.jvp(value, (x,), (direction,)))
+    expected = finite_difference(lambda x: jvp(x)[0], inputs, direction)
+    assert_close(jvp(inputs)[1], expected, 1e-8, 1e-8)
+
+
+def test_round_trip_error():
+    # There and back the net's times are swapped, and its sign is not.
+    flow_map = fd.FlowMap(lambda s, t, x, args: (1 + s) * jnp.ones_like(x))
+    there = fd.pull_back(flow_map, X, 1)
+    # Back by 2, then forth by 1.
+    assert_close(there.x0, X - 2)
+    np.testing.assert_allclose(there.error, 1.0, rtol=1e-12)
+    exact = jax.jit(lambda x: fd.pull_back(gaussian_map(), x, 3))(X)
+    assert exact.error < 1e-12
+
+
+def test_jump_that_cannot_be_inverted_has_no_density():
+    inverse = functools.partial(newton, throw=False, max_steps=8)
+    flow_map = fd.FlowMap(lambda s, t, x, args: x**2)
+    there = jax.jit(lambda x: fd.pull_back(flow_map, x, 1, inverse=inverse))(-jnp.ones(2))
+    assert np.isnan(there.log_det) and there.error > 0.5
+
+
+@pytest.mark.parametrize("fn", [fd.log_prob, fd.sample_log_prob])
+def test_bad_times(fn):
+    with pytest.raises(ValueError, match="strictly"):
+        fn(gaussian_map(), gaussian_base, X, np.asarray([0.0, 0.5, 0.5]))
+    with pytest.raises(ValueError, match="leaves the time range"):
+        fn(gaussian_map(), gaussian_base, X, np.asarray([0.0, 1.5]))
+    with pytest.raises(ValueError, match="at least 1"):
+        fn(gaussian_map(), gaussian_base, X, 0)
+
+
+def test_bad_times_inside_jit():
+    made = jax.jit(lambda ts: fd.log_prob(gaussian_map(), gaussian_base, X, ts))
+    np.testing.assert_allclose(made(jnp.asarray([0.0, 1.0])), gaussian_data(X), atol=1e-9)
+    with pytest.raises(RUN_TIME_ERROR, match="leaves the time range"):
+        made(jnp.asarray([0.0, 1.5])).block_until_ready()
+
+
+# --- the log-density as a part of the state -----------------------------------------
+
+PAIR = X, jnp.asarray(0.7)
+
+
+def test_pair_has_the_velocity_of_the_continuous_flow():
+    x1, _ = continuous_flow()
+    field = eqx.filter_jit(fd.LogDensityVelocity(MIXTURE))
+    # The field itself, of which the solve above is made.
+    for x in x1[:3]:
+        made = field(0.6, (x, jnp.zeros(())), None)
+        assert_close(made, by_hand(0.6, (x, jnp.zeros(())), None))
+
+
+def test_pair_carries_the_log_det():
+    tols = {"solver": diffrax.Tsit5(), "rtol": 1e-10, "atol": 1e-10}
+    pair = fd.ODEFlowMap(fd.LogDensityVelocity(nonlinear_field), **tols)
+    state_map = fd.LogDensityFlowMap(pair)
+    learned = lambda x: log_det(state_map, 0.2, 0.9, x, method=fd.LearnedLogDet())
+    flow_map = fd.ODEFlowMap(nonlinear_field, **tols)
+    exact = lambda x: log_det(flow_map, 0.2, 0.9, x)
+    made, expected = jax.jit(lambda x: (learned(x), exact(x)))(X)
+    assert_close(made, expected, 1e-8)
+
+
+def test_density_by_a_map_of_pairs():
+    pair = fd.ODEFlowMap(
+        fd.LogDensityVelocity(MIXTURE), diffrax.Tsit5(), rtol=1e-8, atol=1e-8
+    )
+    x1, expected = continuous_flow()
+    prob = lambda x: fd.log_prob(
+        fd.LogDensityFlowMap(pair), normal_base, x, 2, method=fd.LearnedLogDet()
+    )
+    np.testing.assert_allclose(jax.jit(jax.vmap(prob))(x1), expected, atol=1e-7)
+
+
+class PairNet(eqx.Module):
+    """Returns all it is given, and a little of the times."""
+
+    def __call__(self, s, t, x, args):
+        return jax.tree_util.tree_map(lambda leaf: leaf + (s + 2 * t), x)
+
+
+@pytest.mark.parametrize("net", ["vector", "pair"])
+def test_network_does_not_see_the_log_density(net):
+    if net == "vector":
+        x = X
+        net = fd.nn.MLP(3, 8, 2, key=jr.key(0))
+        net = eqx.tree_at(lambda net: net.last.bias, net, jnp.asarray([0.1, 0.2, 0.3]))
+    else:
+        x, net = {"a": X}, PairNet()
+    flow_map = fd.FlowMap(fd.LogDensityNet(net))
+    jump = jax.jit(lambda level: flow_map(0.1, 0.8, (x, level)))
+    (low, gain_low), (high, gain_high) = jump(-3.0), jump(5.0)
+    assert_close(low, high, 0, 0)
+    np.testing.assert_allclose(gain_high - gain_low, 8.0, rtol=1e-12)
+    assert abs(gain_low + 3.0) > 1e-3
+
+
+@pytest.mark.parametrize(
+    "objective", [fd.LagrangianMapDistillation(), fd.EulerianMapDistillation()]
+)
+def test_pair_is_a_teacher(objective):
+    # Zero at the closed form, which gains minus the trace, and not at half of it.
+    teacher = fd.LogDensityVelocity(linear_map().velocity)
+    path = fd.StatePath(PAIR)
+
+    def exact(share):
+        def jump(s, t, x, args):
+            return linear_map()(s, t, x[0]), x[1] - share * np.trace(MATRIX) * (t - s)
+
+        class Exact(fd.AbstractFlowMap):
+            def __call__(self, s, t, x, args=None):
+                return jump(s, t, x, args)
+
+        return Exact()
+
+    s, t = jnp.asarray(0.2), jnp.asarray(0.9)
+    assert objective(exact(1.0), teacher, path, s, t) < 1e-20
+    assert objective(exact(0.5), teacher, path, s, t) > 1e-4
+
+
+@pytest.mark.slow
+def test_pair_is_learned():
+    teacher = fd.LogDensityVelocity(linear_map().velocity)
+    net = fd.LogDensityNet(fd.nn.MLP(3, 32, 2, key=jr.key(0)))
+    draw = lambda key, n: (jr.normal(key, (n, 2), jnp.float32), jnp.zeros(n, jnp.float32))
+    with jax.numpy_dtype_promotion("standard"):
+        state = fd.train.fit(
+            fd.FlowMap(jax.tree_util.tree_map(_as_float32, net)),
+            fd.LagrangianMapDistillation(),
+            fd.data.StateBatches(draw, 256),
+            optax.adam(3e-3),
+            num_steps=300,
+            teacher=teacher,
+            key=jr.key(1),
+            ema_decay=0.98,
+            progress=False,
+        )
+    state_map = fd.LogDensityFlowMap(state.ema_map)
+    x = X.astype(jnp.float32)
+    made = log_det(state_map, 0.0, 1.0, x, method=fd.LearnedLogDet())[1]
+    np.testing.assert_allclose(made, np.trace(MATRIX), atol=0.02)
+
+
+def _as_float32(leaf):
+    return leaf.astype(jnp.float32) if eqx.is_inexact_array(leaf) else leaf
+
+
+def test_fixed_probes_are_smooth_in_time():
+    field = fd.LogDensityVelocity(nonlinear_field, fd.Hutchinson(), jr.key(0))
+    term = diffrax.ODETerm(field)
+    ends = jnp.asarray(0.2), jnp.asarray(0.9)
+    # One key on purpose, at all times.
+    with jax.debug_key_reuse(False):
+        solve = functools.partial(diffrax.diffeqsolve, term, diffrax.Tsit5(), *ends)
+        # An array, so that the second step size compiles nothing.
+        made, finer = (solve(jnp.asarray(dt0), PAIR).ys for dt0 in (0.05, 0.01))
+    assert_close(made, finer, 1e-7)
+
+
+def test_fresh_probes_average_out():
+    # Around one state: the mean of probes, where a fixed probe has the same error.
+    key = jr.key(3)
+    states = X[None] + 1e-6 * jr.normal(jr.key(4), (4000, 2))
+    exact = fd.divergence(nonlinear_field, 0.4, X)[1]
+
+    def rates(fresh):
+        field = fd.LogDensityVelocity(nonlinear_field, fd.Hutchinson(), key, fresh)
+        one = lambda x: -field(0.4, (x, jnp.zeros(())))[1]
+        return np.asarray(jax.jit(jax.vmap(one))(states))
+
+    fixed, fresh = rates(False), rates(True)
+    assert fixed.std() < 1e-4 and abs(fixed.mean() - exact) > 0.05
+    assert abs(fresh.mean() - exact) < 4 * fresh.std() / np.sqrt(4000)
+
+
+def test_pair_keeps_its_dtypes():
+    x = X.astype(jnp.bfloat16), jnp.asarray(0.5, jnp.float32)
+    b_t, rate = fd.LogDensityVelocity(lambda t, x, args: -x)(0.3, x)
+    assert (b_t.dtype, rate.dtype) == (jnp.bfloat16, jnp.float32)
+    np.testing.assert_allclose(rate, 2.0)
+
+
+@pytest.mark.parametrize("x", [X, (X, X), (X, jnp.zeros(()), X), [X, jnp.zeros(())]])
+def test_not_a_pair(x):
+    field = fd.LogDensityVelocity(nonlinear_field)
+    with without_type_checks(), pytest.raises(ValueError, match=r"a tuple `\(x, l\)`"):
+        field(0.3, x)
+
+
+def test_pair_without_a_key():
+    field = fd.LogDensityVelocity(nonlinear_field, fd.Hutchinson())
+    with pytest.raises(ValueError, match="pass `key=jax.random.key"):
+        field(0.3, PAIR)
+
+
+def test_learned_log_det_needs_a_map_of_pairs():
+    with pytest.raises(TypeError, match="needs a `LogDensityFlowMap`.*GaussianFlowMap"):
+        log_det(gaussian_map(), 0.0, 1.0, X, method=fd.LearnedLogDet())
+
+
+@pytest.mark.parametrize(
+    "make",
+    [fd.LogDensityVelocity, fd.LogDensityNet, fd.LogDensityFlowMap],
+)
+def test_pairs_of_what_is_not_callable(make):
+    with without_type_checks(), pytest.raises(TypeError, match="must be a callable"):
+        make(3)
+
+
+def test_map_of_pairs_keeps_the_time_range():
+    flow_map = fd.FlowMap(fd.LogDensityNet(PairNet()), time_range=(-1.0, 2.0))
+    assert fd.LogDensityFlowMap(flow_map).time_range == (-1.0, 2.0)
