@@ -96,7 +96,7 @@ FALLBACKS = {
 
 
 @pytest.mark.parametrize("name", FALLBACKS)
-@pytest.mark.parametrize("t0, t1", SPANS)
+@pytest.mark.parametrize("t0, t1", SPANS[1:])
 def test_useless_map_leaves_the_classical_solution(name, t0, t1):
     # Step for step, to the last bit: nothing of the map's attempts remains.
     sol = solve(MAPS["nan"], t0, t1, fallback=FALLBACKS[name], tol=1e-5, max_steps=4096)
@@ -114,8 +114,11 @@ def test_useless_map_leaves_the_classical_solution(name, t0, t1):
     assert_close(sol.ys, truth.ys, 1e-13, 1e-13)
 
 
-@pytest.mark.parametrize("t0, t1", SPANS)
-@pytest.mark.parametrize("name", ["tsit5", "kvaerno5", "reversible", "half"])
+@pytest.mark.parametrize(
+    "name, t0, t1",
+    [("tsit5", 0.1, 0.9), ("tsit5", 0.85, 0.2), ("kvaerno5", 0.1, 0.9)]
+    + [("reversible", 0.1, 0.9), ("half", 0.85, 0.2)],
+)
 def test_classical_solver_starts_anew_after_a_jump(name, t0, t1):
     # What it remembers of before the jump would spoil its first step after it.
     switch = 0.5
@@ -246,8 +249,11 @@ def test_other_estimates(estimate):
 # What Diffrax offers
 
 
-@pytest.mark.parametrize("name", ["exact", "nan", "nan-early"])
-@pytest.mark.parametrize("t0, t1", SPANS)
+@pytest.mark.parametrize(
+    "name, t0, t1",
+    [("exact", 0.1, 0.9), ("nan", 0.85, 0.2)]
+    + [("nan-early", 0.1, 0.9), ("nan-early", 0.85, 0.2)],
+)
 def test_saved_times_and_dense_output(name, t0, t1):
     ts = jnp.linspace(t0, t1, 6)
     saveat = diffrax.SaveAt(ts=ts, dense=True)
@@ -294,8 +300,11 @@ def test_batch_does_not_copy_the_weights():
     assert "f64[7,16,16]" not in text
 
 
-@pytest.mark.parametrize("name", ["exact", "untrained", "nan-early"])
-@pytest.mark.parametrize("adjoint", ["recursive", "direct", "forward"])
+@pytest.mark.parametrize(
+    "name, adjoint",
+    [("exact", "recursive"), ("untrained", "direct")]
+    + [("nan-early", kind) for kind in ("recursive", "direct", "forward")],
+)
 def test_gradients(name, adjoint):
     kind = {
         "recursive": diffrax.RecursiveCheckpointAdjoint(),

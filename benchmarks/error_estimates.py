@@ -1,0 +1,157 @@
+"""Are the error estimates calibrated? On learned maps and fresh initial conditions.
+
+    python benchmarks/error_estimates.py                       # ten minutes
+    python benchmarks/error_estimates.py --problems pendulum
+
+For each problem of `examples/` the map is learned as the example learns it, and jumps of
+several lengths are made from states on fresh trajectories. Of each estimate it prints the
+rank correlation with the true error over those jumps, its coverage (the share of jumps
+whose error is no more than the estimate), the median and the 5 % and 95 % quantiles of
+estimate over error, and its cost. Errors are lengths in standard deviations of the
+states, against a tight solution. The table and the figure are saved under `--out`.
+"""
+
+import argparse
+import json
+import pathlib
+import subprocess
+import sys
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import matplotlib.pyplot as plt
+import numpy as np
+from work_precision import PROBLEMS, as_vectors, exact, initial, load
+
+import flowdiffrax as fd
+
+# Name; function of map, field, times, state and args; evaluations of map and field.
+ESTIMATES = {
+    "semigroup defect": (lambda *jump: fd.SemigroupDefect()(*jump)[1], "3, 0"),
+    "Lagrangian defect": (lambda *jump: fd.LagrangianDefect()(*jump)[1], "2, 1"),
+    "residual integral": (lambda *jump: fd.ResidualIntegral()(*jump)[1], "6, 3"),
+    "Alekseev-Gröbner, 3 nodes": (
+        lambda *jump: fd.AlekseevGroebner(3)(*jump)[1],
+        "12, 3",
+    ),
+    "Alekseev-Gröbner, 8 nodes": (
+        lambda *jump: fd.AlekseevGroebner(8)(*jump)[1],
+        "32, 8",
+    ),
+}
+
+
+def length(x, spread):
+    """The length of a difference of states, in standard deviations."""
+    vector = jnp.concatenate([leaf.ravel() for leaf in jax.tree_util.tree_leaves(x)])
+    return jnp.linalg.norm(vector / jnp.asarray(spread, vector.dtype))
+
+
+def run_one(name, options):
+    """One problem: pairs of true and estimated errors, by estimate."""
+    example, setting = load(name), PROBLEMS[name]
+    given = {"num_steps": options.steps, "pool": options.pool}
+    flow_map = example.learn(**{k: v for k, v in given.items() if v is not None})
+    span = example.T1 - example.T0
+    pairs = {}
+    for part, share in enumerate((0.1, 0.3, 1.0)):
+        x0, args = initial(example, jr.key(100 + part), options.size)
+        t1 = example.T0 + share * span
+        truth = exact(example, setting, x0, args, t1)
+        spread = truth.std(axis=0)
+        jump = eqx.filter_jit(
+            jax.vmap(lambda x, args, t1=t1: flow_map(example.T0, t1, x, args))
+        )
+        errors = np.linalg.norm((as_vectors(jump(x0, args)) - truth) / spread, axis=1)
+        for label, (estimate, _) in ESTIMATES.items():
+
+            def estimated(x, args, estimate=estimate, t1=t1, spread=spread):
+                field = example.vector_field
+                error = estimate(flow_map, field, example.T0, t1, x, args)
+                return length(error, spread)
+
+            found = eqx.filter_jit(jax.vmap(estimated))(x0, args)
+            pairs.setdefault(label, []).append(
+                [errors.tolist(), np.asarray(found).tolist()]
+            )
+    (options.out / f"{name}-estimates.json").write_text(json.dumps(pairs))
+
+
+def ranks(x):
+    order = np.empty(len(x))
+    order[np.argsort(x)] = np.arange(len(x))
+    return order
+
+
+def report(name, pairs):
+    """A line for each estimate, over jumps of all lengths."""
+    lines = [
+        f"\n{name}\n",
+        "| estimate | rank correlation, by length | coverage | estimate / error: 5 % "
+        "| median | 95 % | evaluations of map, field |",
+        "| --- " * 7 + "|",
+    ]
+    for label, groups in pairs.items():
+        correlation = [
+            np.corrcoef(ranks(np.asarray(e)), ranks(np.asarray(f)))[0, 1]
+            for e, f in groups
+        ]
+        errors, found = (np.concatenate([g[k] for g in groups]) for k in (0, 1))
+        low, middle, high = np.quantile(found / errors, (0.05, 0.5, 0.95))
+        cells = [label, ", ".join(f"{c:.2f}" for c in correlation)]
+        cells += [f"{np.mean(found >= errors):.0%}", f"{low:.2f}", f"{middle:.2f}"]
+        cells += [f"{high:.2f}", ESTIMATES[label][1]]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def draw(results, path):
+    """Estimate against error for each problem and estimate."""
+    figure, axes = plt.subplots(
+        len(results), len(ESTIMATES), figsize=(3.2 * len(ESTIMATES), 3 * len(results)),
+        squeeze=False, layout="constrained",
+    )  # fmt: skip
+    for line, (name, pairs) in zip(axes, results.items(), strict=True):
+        for axis, (label, groups) in zip(line, pairs.items(), strict=True):
+            for errors, found in groups:
+                axis.loglog(errors, found, ".", markersize=2, alpha=0.5)
+            ends = np.quantile(np.concatenate([g[0] for g in groups]), (0.001, 1))
+            axis.loglog(ends, ends, "k-", linewidth=0.8)
+            axis.set_title(f"{name}: {label}", fontsize="small")
+            axis.set(xlabel="true error", ylabel="estimate")
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--problems", nargs="+", choices=PROBLEMS, default=[*PROBLEMS])
+    parser.add_argument("--size", type=int, default=500, help="jumps of each length")
+    parser.add_argument("--steps", type=int, help="of learning; the example's own")
+    parser.add_argument("--pool", type=int, help="trajectories; the example's own")
+    parser.add_argument("--out", type=pathlib.Path, default="out/error_estimates")
+    parser.add_argument("--in-this-process", action="store_true", help="one problem")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    if options.in_this_process:
+        (name,) = options.problems
+        run_one(name, options)
+        return
+    results = {}
+    for name in options.problems:
+        # Examples choose their precision for the whole process: each has its own.
+        again = [sys.executable, *sys.argv, "--in-this-process", "--problems", name]
+        subprocess.run(again, check=True)
+        results[name] = json.loads((options.out / f"{name}-estimates.json").read_text())
+        print(report(name, results[name]), flush=True)
+    text = "\n".join(report(name, pairs) for name, pairs in results.items())
+    (options.out / "error_estimates.md").write_text(text + "\n")
+    draw(results, options.out / "error_estimates.png")
+
+
+if __name__ == "__main__":
+    main()

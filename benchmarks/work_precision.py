@@ -1,0 +1,408 @@
+"""Error against work: learned maps, the hybrid solver, and Diffrax, on scientific ODEs.
+
+    python benchmarks/work_precision.py                         # everything, half an hour
+    python benchmarks/work_precision.py --problems pendulum --batches 4096
+
+For each problem of `examples/` the map is learned as the example learns it, then solves
+fresh initial conditions in batches of 1, 64 and 4,096, beside Diffrax's own solvers, each
+example with step sizes of its own. An error is the rms distance to a tight float64
+solution, in standard deviations of the end states. Seconds are for the batch: the median
+over rounds in which everything runs once, in random order; compilation is timed apart.
+
+`HybridSolver` is also asked to keep its promise: a thousand initial conditions, a third
+of them far from the training data, at a tolerance of 1e-3.
+
+The tables, the numbers and the figure are saved under `--out`.
+"""
+
+import argparse
+import importlib.util
+import json
+import pathlib
+import platform
+import random
+import subprocess
+import sys
+import time
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import matplotlib.pyplot as plt
+import numpy as np
+
+import flowdiffrax as fd
+
+HERE = pathlib.Path(__file__).resolve().parent
+JUMPS = (1, 2, 4, 8, 16, 32)
+TOLERANCES = (1e-2, 1e-4, 1e-6)
+
+
+class Setting:
+    """What a benchmark has to know of a problem beside what its example says."""
+
+    def __init__(
+        self, module, *, positive=False, stiff=False, atol=1e-2, steps=(64, 512)
+    ):
+        self.module, self.positive, self.stiff = module, positive, stiff
+        self.atol = atol  # times the relative tolerance
+        self.steps = steps  # of the solvers without error estimate
+
+
+PROBLEMS = {
+    "pendulum": Setting("pendulum"),
+    "lotka-volterra": Setting("lotka_volterra_parameters", positive=True),
+    "robertson": Setting("stiff_robertson", positive=True, stiff=True, atol=1e-4),
+    "kepler": Setting("kepler_or_nbody"),
+    "density": Setting("density_likelihood"),
+}
+
+
+def load(name):
+    """The example of a problem, as a module."""
+    path = HERE.parent / "examples" / f"{PROBLEMS[name].module}.py"
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def initial(example, key, size, far=False, positive=False):
+    """A batch of states and of `args`; far ones lie well outside what was learned."""
+    drawn = example.draw(key, size)
+    x0, args = drawn if isinstance(drawn, tuple) else (drawn, None)
+    if far:
+        if positive:
+            x0 = jax.tree_util.tree_map(lambda x: 4 * x, x0)
+        else:
+            move = lambda x: x.mean(axis=0) + 2.5 * (x - x.mean(axis=0))
+            x0 = jax.tree_util.tree_map(move, x0)
+    return x0, args
+
+
+def as_vectors(states):
+    """A batch of states as rows of a NumPy array in float64."""
+    leaves = jax.tree_util.tree_leaves(states)
+    rows = [np.asarray(leaf, np.float64).reshape(len(leaf), -1) for leaf in leaves]
+    return np.concatenate(rows, axis=1)
+
+
+def exact(example, setting, x0, args, t1=None):
+    """End states to nine digits, in float64."""
+    solver = diffrax.Kvaerno5() if setting.stiff else diffrax.Dopri8()
+
+    def solve(row):
+        return diffrax.diffeqsolve(
+            diffrax.ODETerm(example.vector_field),
+            solver,
+            example.T0,
+            example.T1 if t1 is None else t1,
+            None,
+            row[0],
+            args=row[1],
+            stepsize_controller=diffrax.PIDController(rtol=1e-9, atol=1e-12),
+            max_steps=100_000,
+        ).ys
+
+    with jax.enable_x64(True):
+        widen = lambda x: jnp.asarray(np.asarray(x), jnp.float64)
+        rows = jax.tree_util.tree_map(widen, (x0, args))
+        ends = jax.jit(lambda rows: jax.lax.map(solve, rows, batch_size=512))(rows)
+        return as_vectors(jax.tree_util.tree_map(lambda y: y[:, 0], ends))
+
+
+# --- contenders -----------------------------------------------------------------------
+
+
+def diffeqsolve(example, solver, controller, dt0, x0, args, saveat=None):
+    as_time = lambda t: jnp.asarray(t, jax.tree_util.tree_leaves(x0)[0].dtype)
+    return diffrax.diffeqsolve(
+        diffrax.ODETerm(example.vector_field),
+        solver,
+        as_time(example.T0),
+        as_time(example.T1),
+        dt0,
+        x0,
+        args=args,
+        stepsize_controller=controller,
+        saveat=diffrax.SaveAt(t1=True) if saveat is None else saveat,
+        max_steps=100_000,
+        throw=False,
+    )
+
+
+def stages(solver):
+    """Evaluations of the vector field a step; of implicit ones, without iterations."""
+    tableau = getattr(solver, "tableau", None)
+    if tableau is None:
+        return 1
+    return tableau.num_stages - bool(tableau.fsal)
+
+
+def contenders(example, setting, flow_map):
+    """Name and setting of each, and a function of one example: end, evaluations."""
+    length = example.T1 - example.T0
+    # Diffrax's own guess of a first step, 0.01, knows nothing of the problem.
+    first = (1e-6 if setting.stiff else 0.02) * length
+
+    def by_map(jumps):
+        return lambda x0, args: (fd.sample(flow_map, x0, times(jumps, x0), args), jumps)
+
+    def times(jumps, x0):
+        dtype = jax.tree_util.tree_leaves(x0)[0].dtype
+        return jnp.linspace(example.T0, example.T1, jumps + 1, dtype=dtype)
+
+    def by_diffrax(solver, controller, dt0):
+        def run(x0, args):
+            sol = diffeqsolve(example, solver, controller, dt0, x0, args)
+            return last(sol.ys), sol.stats["num_steps"] * stages(solver)
+
+        return run
+
+    def by_hybrid(tolerance):
+        def run(x0, args):
+            sol = hybrid(example, setting, flow_map, tolerance, x0, args)
+            # Every attempt of the map asks the field three times.
+            return last(sol.ys), sol.stats["num_steps"] * 3 + 6 * classical(sol)
+
+        return run
+
+    for jumps in JUMPS:
+        yield ("map", jumps), by_map(jumps)
+    for tolerance in (1e-2, 1e-3, 1e-4):
+        yield ("HybridSolver", tolerance), by_hybrid(tolerance)
+    adaptive = (diffrax.Tsit5(), diffrax.Dopri8(), diffrax.Kvaerno5())
+    for solver in adaptive[2:] if setting.stiff else adaptive:
+        for tolerance in TOLERANCES:
+            pid = diffrax.PIDController(rtol=tolerance, atol=tolerance * setting.atol)
+            yield (type(solver).__name__, tolerance), by_diffrax(solver, pid, first)
+    for solver in () if setting.stiff else (diffrax.Euler(), diffrax.Heun()):
+        for steps in setting.steps:
+            fixed = diffrax.ConstantStepSize()
+            yield (
+                (type(solver).__name__, steps),
+                by_diffrax(solver, fixed, length / steps),
+            )
+
+
+def hybrid(example, setting, flow_map, tolerance, x0, args):
+    fallback = diffrax.Kvaerno5() if setting.stiff else diffrax.Tsit5()
+    solver = fd.HybridSolver(flow_map, fallback)
+    pid = diffrax.PIDController(rtol=tolerance, atol=tolerance * setting.atol)
+    saveat = diffrax.SaveAt(t1=True, solver_state=True)
+    length = 2 * (example.T1 - example.T0)
+    return diffeqsolve(example, solver, pid, length, x0, args, saveat)
+
+
+def last(ys):
+    return jax.tree_util.tree_map(lambda y: y[0], ys)
+
+
+def classical(sol):
+    return sol.solver_state.num_classical
+
+
+# --- measurement ----------------------------------------------------------------------
+
+
+def measure(example, setting, flow_map, size, rounds, methods):
+    """A row of numbers for each contender on one batch."""
+    x0, args = initial(example, jr.key(1000 + size), size)
+    truth = exact(example, setting, x0, args)
+    # Of many: a single example has no spread of its own.
+    spread = exact(example, setting, *initial(example, jr.key(7), 256)).std(axis=0)
+    rows, compiled = [], {}
+    for name, one in contenders(example, setting, flow_map):
+        if methods and name[0] not in methods:
+            continue
+        batched = eqx.filter_jit(lambda x0, args, one=one: jax.vmap(one)(x0, args))
+        start = time.perf_counter()
+        program = batched.lower(x0, args).compile()
+        seconds = time.perf_counter() - start
+        ends, evaluations = jax.block_until_ready(program(x0, args))
+        error = (as_vectors(ends) - truth) / spread
+        compiled[name] = program
+        rows.append(
+            {
+                "method": name[0],
+                "setting": name[1],
+                "error": float(np.sqrt(np.mean(error**2))),
+                "worst": float(np.abs(error).max()),
+                "evaluations": float(np.mean(evaluations)),
+                "compile": seconds,
+            }
+        )
+    seconds = {name: [] for name in compiled}
+    for _ in range(rounds):
+        for name in random.sample(list(compiled), len(compiled)):
+            start = time.perf_counter()
+            jax.block_until_ready(compiled[name](x0, args))
+            seconds[name].append(time.perf_counter() - start)
+    for row in rows:
+        row["seconds"] = float(np.median(seconds[row["method"], row["setting"]]))
+    return rows
+
+
+def keep_promise(example, setting, flow_map, tolerance=1e-3, size=1000):
+    """How the hybrid does on a thousand examples, near and far, beside its fallback."""
+    near, far = (
+        initial(example, jr.key(k), n, k == 6, setting.positive)
+        for k, n in ((5, size - size // 3), (6, size // 3))
+    )
+    x0, args = jax.tree_util.tree_map(lambda a, b: jnp.concatenate([a, b]), near, far)
+    truth = exact(example, setting, x0, args)
+    fallback = diffrax.Kvaerno5() if setting.stiff else diffrax.Tsit5()
+    pid = diffrax.PIDController(rtol=tolerance, atol=tolerance * setting.atol)
+
+    def by_hybrid(x0, args):
+        sol = hybrid(example, setting, flow_map, tolerance, x0, args)
+        learned = sol.solver_state.num_learned
+        calls = 3 * sol.stats["num_steps"] + 6 * classical(sol)
+        return last(sol.ys), calls, learned
+
+    def by_fallback(x0, args):
+        first = (1e-6 if setting.stiff else 0.02) * (example.T1 - example.T0)
+        sol = diffeqsolve(example, fallback, pid, first, x0, args)
+        return last(sol.ys), sol.stats["num_steps"] * stages(fallback), 0
+
+    rows = []
+    for name, one in (
+        ("HybridSolver", by_hybrid),
+        (type(fallback).__name__, by_fallback),
+    ):
+        run = eqx.filter_jit(jax.vmap(one))
+        ends, calls, learned = jax.block_until_ready(run(x0, args))
+        start = time.perf_counter()
+        jax.block_until_ready(run(x0, args))
+        seconds = time.perf_counter() - start
+        scale = setting.atol * tolerance + tolerance * np.abs(truth)
+        ratio = np.sqrt(np.mean(((as_vectors(ends) - truth) / scale) ** 2, axis=1))
+        for part, rows_of in (("near", slice(0, len(ratio) - size // 3)),
+                              ("far", slice(len(ratio) - size // 3, None))):  # fmt: skip
+            rows.append(
+                {
+                    "method": name,
+                    "where": part,
+                    "median of error / tolerance": float(np.median(ratio[rows_of])),
+                    "worst": float(ratio[rows_of].max()),
+                    "above 10": int((~(ratio[rows_of] <= 10)).sum()),
+                    "evaluations": float(np.mean(np.asarray(calls)[rows_of])),
+                    "learned steps": float(
+                        np.mean(np.broadcast_to(learned, len(ratio))[rows_of])
+                    ),
+                    "seconds, all": seconds,
+                }
+            )
+    return rows
+
+
+def best_seconds(rows, error):
+    """Of Diffrax's solvers, the fewest seconds at which that error is met."""
+    theirs = [r for r in rows if r["method"] not in ("map", "HybridSolver")]
+    met = [
+        (r["seconds"], r["method"], r["setting"]) for r in theirs if r["error"] <= error
+    ]
+    return min(met) if met else None
+
+
+def run_one(name, options):
+    """One problem in this process; its numbers as JSON."""
+    example, setting = load(name), PROBLEMS[name]
+    start = time.perf_counter()
+    given = {"num_steps": options.steps, "pool": options.pool}
+    flow_map = example.learn(**{k: v for k, v in given.items() if v is not None})
+    numbers = {"learning": time.perf_counter() - start, "batches": {}}
+    for size in options.batches:
+        numbers["batches"][size] = measure(
+            example, setting, flow_map, size, options.rounds, options.methods
+        )
+    numbers["promise"] = keep_promise(example, setting, flow_map, size=options.promised)
+    (options.out / f"{name}.json").write_text(json.dumps(numbers, indent=1))
+
+
+def table(rows):
+    form = lambda x: f"{x:.3g}" if isinstance(x, float) else str(x)
+    lines = [list(rows[0]), ["---"] * len(rows[0])]
+    lines += [[form(value) for value in row.values()] for row in rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def report(name, numbers):
+    """The tables of a problem, and how the aims were met."""
+    text = [f"\n## {name}\n\nLearned in {numbers['learning']:.0f} seconds."]
+    for size, rows in numbers["batches"].items():
+        text.append(f"\nBatch of {size}\n\n{table(rows)}\n")
+        for row in (row for row in rows if row["method"] == "map"):
+            best = best_seconds(rows, row["error"])
+            if best is not None:
+                seconds, method, setting = best
+                text.append(
+                    f"- {row['setting']} jumps, error {row['error']:.2g}: "
+                    f"{seconds / row['seconds']:.1f} times fewer seconds than {method} "
+                    f"({setting:g})"
+                )
+    text.append(f"\nHybridSolver at 1e-3\n\n{table(numbers['promise'])}")
+    return "\n".join(text)
+
+
+def draw(results, path):
+    """Error against seconds, a row for each problem and a column for each batch."""
+    sizes = list(next(iter(results.values()))["batches"])
+    figure, axes = plt.subplots(
+        len(results), len(sizes), figsize=(5 * len(sizes), 3.6 * len(results)),
+        squeeze=False, layout="constrained",
+    )  # fmt: skip
+    for line, (name, numbers) in zip(axes, results.items(), strict=True):
+        for axis, (size, rows) in zip(line, numbers["batches"].items(), strict=True):
+            for method in dict.fromkeys(row["method"] for row in rows):
+                mine = [row for row in rows if row["method"] == method]
+                style = "o-" if method in ("map", "HybridSolver") else "s--"
+                axis.loglog(
+                    [row["seconds"] for row in mine],
+                    [row["error"] for row in mine],
+                    style,
+                    label=method,
+                    markersize=4,
+                )
+            axis.set(title=f"{name}, batch {size}", xlabel="seconds", ylabel="rms error")
+    axes[0, -1].legend(fontsize="small")
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--problems", nargs="+", choices=PROBLEMS, default=[*PROBLEMS])
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 64, 4096])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--methods", nargs="+", help="all")
+    parser.add_argument("--promised", type=int, default=1000, help="initial conditions")
+    parser.add_argument("--steps", type=int, help="of learning; the example's own")
+    parser.add_argument("--pool", type=int, help="trajectories; the example's own")
+    parser.add_argument("--out", type=pathlib.Path, default="out/work_precision")
+    parser.add_argument("--in-this-process", action="store_true", help="one problem")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    if options.in_this_process:
+        (name,) = options.problems
+        run_one(name, options)
+        return
+    results = {}
+    for name in options.problems:
+        # Examples choose their precision for the whole process: each has its own.
+        again = [sys.executable, *sys.argv, "--in-this-process", "--problems", name]
+        subprocess.run(again, check=True)
+        results[name] = json.loads((options.out / f"{name}.json").read_text())
+        print(report(name, results[name]), flush=True)
+    text = f"{platform.processor()}, jax {jax.__version__}\n"
+    text += "\n".join(report(name, numbers) for name, numbers in results.items())
+    (options.out / "work_precision.md").write_text(text + "\n")
+    draw(results, options.out / "work_precision.png")
+
+
+if __name__ == "__main__":
+    main()
