@@ -456,3 +456,22 @@ def test_bad_chunks():
         fd.vmap_sorted(lambda x: x, xs, jnp.zeros(6), chunk_size=0)
     with pytest.raises(ValueError, match="leading axis"):
         fd.vmap_sorted(lambda x: x, (xs, jnp.zeros(5)), jnp.zeros(6), chunk_size=2)
+
+
+def test_short_jumps_do_not_hold_up_the_classical_solver():
+    # An error in proportion to the jump asks for tiny ones, each within tolerance.
+    off = lambda s, t, x, args: EXACT(s, t, x) + 10.0 * (t - s)
+    sol = solve(off, tol=1e-5, max_steps=4096)
+    alone = solve(MAPS["nan"], tol=1e-5)
+    assert sol.stats["num_steps"] <= 4 * alone.stats["num_steps"]
+    assert max_abs(sol.ys[0] - EXACT(0.1, 0.9, X)) < 1e-3
+
+
+def test_range_of_steps_of_an_autonomous_map():
+    # Beyond it the map knows nothing, and the fallback steps in.
+    field = lambda t, x, args: -x
+    decay = lambda s, t, x, args: x * jnp.expm1(s - t) / jnp.where(t == s, 1, t - s)
+    flow_map = fd.AutonomousFlowMap(fd.FlowMap(decay, time_range=(0.0, 0.5)))
+    sol = solve(flow_map, 3.0, 7.0, field=field)
+    assert counts(sol)[0] > 0
+    assert_close(sol.ys[0], X * np.exp(-4.0), 1e-5, 1e-5)

@@ -388,10 +388,9 @@ def test_stochastic_jumps_have_probes_of_their_own():
     assert len(np.unique(np.round(made, 6))) > 2
 
 
+COVARIANCES = [[[0.2, 0.1], [0.1, 0.15]], [[0.1, 0], [0, 0.3]]]
 MIXTURE = fd.exact.GaussianMixtureVelocity(
-    [0.3, 0.7],
-    [[-1.2, 0.3], [0.9, -0.4]],
-    [[[0.2, 0.1], [0.1, 0.15]], [[0.1, 0], [0, 0.3]]],
+    [0.3, 0.7], [[-1.2, 0.3], [0.9, -0.4]], COVARIANCES
 )
 TOLS = {"solver": diffrax.Tsit5(), "rtol": 1e-9, "atol": 1e-9}
 
@@ -400,7 +399,7 @@ def test_mixture_density():
     x1 = jr.normal(jr.key(5), (8, 2))
     flow_map = fd.ODEFlowMap(MIXTURE, **TOLS)
     prob = lambda x: fd.log_prob(flow_map, normal_base, x, 2)
-    parts = zip([0.3, 0.7], MIXTURE.means, MIXTURE.covariances, strict=True)
+    parts = zip([0.3, 0.7], MIXTURE.means, COVARIANCES, strict=True)
     expected = sum(w * stats.multivariate_normal.pdf(x1, m, c) for w, m, c in parts)
     np.testing.assert_allclose(jax.jit(jax.vmap(prob))(x1), np.log(expected), atol=1e-7)
 

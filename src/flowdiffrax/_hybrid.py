@@ -79,9 +79,15 @@ class HybridSolver(diffrax.AbstractImplicitSolver, diffrax.AbstractAdaptiveSolve
         A jump is taken if the norm of its estimate, scaled by `atol + rtol * |y|` as
         the step size controller does, is below one, all its values are finite, and its
         times lie in the map's `time_range`. Tolerances and norm are those of the
-        controller. A map that was refused is left alone for the next step, then for
-        two, four and so on up to `max_wait`; one that is accepted is tried again at
-        once. Step sizes are Diffrax's, by the estimate of whichever step was made.
+        controller. A map that was refused, or whose jump could not have been twice as
+        long, is left alone for the next step, then for two, four and so on up to
+        `max_wait`; one that does better is tried again at once. Step sizes are
+        Diffrax's, by the estimate of whichever step was made.
+
+        The promise is as good as the estimate. `ResidualIntegral` has the vector field
+        for its witness, but is severe with stiff systems, in which most errors die out at
+        once: there, a [`flowdiffrax.SemigroupDefect`][] serves maps that are known to be
+        good, and no others.
 
     !!! info "Cost"
 
@@ -219,7 +225,7 @@ class HybridSolver(diffrax.AbstractImplicitSolver, diffrax.AbstractAdaptiveSolve
             _where(taken, jump_y1, y1),
             lax.stop_gradient(_where(taken, jump_error, error)),
             dense_info,
-            self._remember(state, tried, taken, memory),
+            self._remember(state, tried, taken, ratio, memory),
             diffrax.RESULTS.where(taken, diffrax.RESULTS.successful, result),
         )
 
@@ -256,14 +262,17 @@ class HybridSolver(diffrax.AbstractImplicitSolver, diffrax.AbstractAdaptiveSolve
             jnp.asarray(self.norm(jtu.tree_map(scaled, error, y0, y1)))
         )
 
-    def _remember(self, state, tried, taken, memory) -> HybridState:
-        failed = tried & ~taken
+    def _remember(self, state, tried, taken, ratio, memory) -> HybridState:
+        # Where the map's error asks for short steps, taking one after the other would
+        # keep the classical solver from taking long ones.
+        helps = taken & (ratio < 0.5)
+        failed = tried & ~helps
         patience = jnp.where(failed, 2 * state.patience, state.patience)
         return HybridState(
             num_learned=jnp.where(taken, state.num_learned + 1, state.num_learned),
             num_classical=jnp.where(taken, state.num_classical, state.num_classical + 1),
             wait=jnp.where(failed, state.patience, jnp.maximum(state.wait - 1, 0)),
-            patience=jnp.minimum(jnp.where(taken, 1, patience), self.max_wait),
+            patience=jnp.minimum(jnp.where(helps, 1, patience), self.max_wait),
             is_fresh=~taken,
             fallback=memory,
         )

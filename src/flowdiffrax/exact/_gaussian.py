@@ -130,13 +130,14 @@ class GaussianMixtureVelocity(eqx.Module):
     - `interpolant`: any interpolant.
     - `base_std`: the standard deviation $\sigma_0$ of the base, positive.
 
-    **Raises:** `ValueError` for shapes that do not match or weights that are not
-    positive.
+    **Raises:** `ValueError` for shapes that do not match, weights that are not positive
+    or covariances that are not positive semi-definite.
     """
 
     log_weights: Array
     means: Array
-    covariances: Array
+    spectra: Array
+    bases: Array
     interpolant: AbstractInterpolant
     base_std: Array
 
@@ -164,9 +165,14 @@ class GaussianMixtureVelocity(eqx.Module):
                 f"`covariances` must be {(components, size, size)} or {(components,)}; "
                 f"got {covariances.shape}."
             )
+        # The base is isotropic, so that each component keeps the axes of its target.
+        spectra, bases = np.linalg.eigh(covariances)
+        if spectra.min() < -1e-8 * np.abs(spectra).max():
+            raise ValueError("Covariances must be positive semi-definite.")
         self.log_weights = jnp.asarray(np.log(weights / weights.sum()))
         self.means = jnp.asarray(means)
-        self.covariances = jnp.asarray(covariances)
+        self.spectra = jnp.asarray(np.maximum(spectra, 0))
+        self.bases = jnp.asarray(bases)
         self.interpolant = interpolant
         self.base_std = jnp.asarray(base_std, float)
 
@@ -176,20 +182,14 @@ class GaussianMixtureVelocity(eqx.Module):
         cast = lambda value: value.astype(x.dtype)
         alpha, beta, gamma = map(cast, self.interpolant.coefficients(t))
         d_alpha, d_beta, d_gamma = map(cast, self.interpolant.rates(t))
-        means, covariances = cast(self.means), cast(self.covariances)
+        means, spectra, bases = cast(self.means), cast(self.spectra), cast(self.bases)
         variance = cast(self.base_std) ** 2
-        eye = jnp.eye(x.shape[0], dtype=x.dtype)[None]
 
-        spread = (alpha**2 * variance + gamma**2) * eye + beta**2 * covariances
-        growth = (alpha * d_alpha * variance + gamma * d_gamma) * eye
-        growth = growth + beta * d_beta * covariances
-        centred = x[None] - beta * means
-        cholesky = jnp.linalg.cholesky(spread)
-        # Mahalanobis distance and S^{-1}(x - m) from one factorisation.
-        half = jnp.linalg.solve(cholesky, centred[..., None])
-        whitened = jnp.linalg.solve(jnp.swapaxes(cholesky, -1, -2), half)[..., 0]
-        log_det = jnp.sum(jnp.log(jnp.diagonal(cholesky, axis1=-2, axis2=-1)), axis=-1)
-        log_density = -0.5 * jnp.sum(half[..., 0] ** 2, axis=-1) - log_det
+        spread = alpha**2 * variance + gamma**2 + beta**2 * spectra
+        growth = alpha * d_alpha * variance + gamma * d_gamma + beta * d_beta * spectra
+        # Along the axes of each component.
+        centred = jnp.einsum("kji,kj->ki", bases, x[None] - beta * means)
+        log_density = -jnp.sum(centred**2 / spread + jnp.log(spread), axis=-1) / 2
         responsibility = jax.nn.softmax(cast(self.log_weights) + log_density)
-        drift = d_beta * means + jnp.einsum("kij,kj->ki", growth, whitened)
-        return responsibility @ drift
+        moved = jnp.einsum("kij,kj->ki", bases, growth * centred / spread)
+        return responsibility @ (d_beta * means + moved)
