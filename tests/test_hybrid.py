@@ -475,3 +475,14 @@ def test_range_of_steps_of_an_autonomous_map():
     sol = solve(flow_map, 3.0, 7.0, field=field)
     assert counts(sol)[0] > 0
     assert_close(sol.ys[0], X * np.exp(-4.0), 1e-5, 1e-5)
+
+
+def test_overflow_of_a_first_step_is_refused():
+    # Exponentials of a step over the whole interval are infinite.
+    field = lambda t, x, args: jnp.stack(
+        [-jnp.exp(3 * x[0]), jnp.exp(2 * x[1]) * 0 - x[1]]
+    )
+    x, t1 = jnp.asarray([2.0, 1.0]), 40.0
+    sol = solve(MAPS["identity"], 0.0, t1, x, field=field, tol=1e-6)
+    end = [-np.log(3 * t1 + np.exp(-6.0)) / 3, np.exp(-t1)]
+    assert_close(sol.ys[0], np.asarray(end), 1e-4, 1e-4)

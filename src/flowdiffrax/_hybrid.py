@@ -221,9 +221,14 @@ class HybridSolver(diffrax.AbstractImplicitSolver, diffrax.AbstractAdaptiveSolve
             "jump": Jump.start(flow, t0, t1, y0, self.dense_degree),
             "fallback": info,
         }
+        y1 = _where(taken, jump_y1, y1)
+        error = lax.stop_gradient(_where(taken, jump_error, error))
+        # A step that overflowed is refused for sure: an infinity in both would make the
+        # controller's ratio of the two, and then its step size, not a number.
+        is_fine = all_finite(y1) & all_finite(error)
         return (
-            _where(taken, jump_y1, y1),
-            lax.stop_gradient(_where(taken, jump_error, error)),
+            jtu.tree_map(lambda leaf: jnp.where(is_fine, leaf, jnp.nan), y1),
+            jtu.tree_map(lambda leaf: jnp.where(is_fine, leaf, jnp.inf), error),
             dense_info,
             self._remember(state, tried, taken, ratio, memory),
             diffrax.RESULTS.where(taken, diffrax.RESULTS.successful, result),
