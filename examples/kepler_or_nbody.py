@@ -135,10 +135,10 @@ def main(*, steps=20_000, pool=8192, num_samples=1024, methods=5, out="out/keple
             position = rms(jnp.linalg.norm((ys - truth)[..., :2], axis=-1))
             row = [cost * stats["num_steps"].mean(), *position[::12], drift[-1], seconds]
             rows.append([f"{name} {setting}", *map(float, row)])
-            print(f"| {rows[-1][0]} |", " | ".join(f"{x:.2g}" for x in rows[-1][1:]), "|")
+            print(f"| {rows[-1][0]} |", " | ".join(f"{x:.3g}" for x in rows[-1][1:]), "|")
             if setting in (2, 200, 1e-6):
                 plt.loglog(ts / PERIOD, position, label=rows[-1][0])
-    plt.legend(title="position error, by periods")
+    plt.legend(title="position error, by periods", fontsize="x-small")
     plt.savefig(f"{out}/kepler.png", dpi=110)
     return rows
 

@@ -122,9 +122,9 @@ def main(*, steps=20_000, pool=8192, num_samples=4096, methods=8, out="out/rober
     truth = integrate(STIFF, to(1e-9), 1e-5, TIMES, x0).ys
     print(f"| method | steps | error 1 | error 2 | error 3 | seconds |\n{'| --- ' * 6}|")
     for name, *inputs in (
-        ("untrained map, 1 jump", fd.FlowMapSolver(untrained), even(1), None, TIMES),
         ("map, 1 jump", jump, even(1), None, TIMES),
         ("map, 4 jumps", jump, even(4), None, TIMES),
+        ("untrained map, 1 jump", fd.FlowMapSolver(untrained), even(1), None, TIMES),
         *((f"Kvaerno5, {a:.0e}", STIFF, to(a), 1e-5, TIMES) for a in (1e-2, 1e-4, 1e-6)),
         ("HybridSolver, 1e-03", hybrid, to(1e-3), 2 * T1, TIMES),
         ("Tsit5 until t = 1, 1e-03", diffrax.Tsit5(), to(1e-3), 1e-5, TIMES[:4]),
