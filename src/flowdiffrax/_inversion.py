@@ -92,8 +92,9 @@ def invert(
     - `args`: passed on to the map.
     - `solver`: an Optimistix solver with its tolerances, such as
       `optimistix.FixedPointIteration(rtol, atol)` or `optimistix.Newton(rtol, atol)`.
-      `None` for `optimistix.Dogleg`, a Newton method with a trust region, to tolerances
-      of 1e-9 in float64, 1e-5 in float32 and 3e-2 in half precision.
+      `None` for `optimistix.Dogleg`, a Newton method with a trust region, to a tolerance
+      of 1e-9 in float64, and `optimistix.Newton` to 1e-5 in float32 and 3e-2 in half
+      precision.
     - `guess`: where to start; `None` for `y`.
     - `max_steps`: the most steps it may take.
     - `num_iterations`: the power iterations for `contraction`, each one forward-mode and
@@ -118,7 +119,9 @@ def invert(
     jump = lambda x: check_like(flow_map(s, t, x, args), y, "`flow_map`")
     if solver is None:
         tol = {64: 1e-9, 32: 1e-5, 16: 3e-2}[jnp.finfo(real_dtype(y)).bits]
-        solver = optx.Dogleg(rtol=tol, atol=tol)
+        # In few digits a trust region takes rounding for a step that does not help.
+        kind = optx.Dogleg if tol < 1e-8 else optx.Newton
+        solver = kind(rtol=tol, atol=tol)
 
     def residual(x, _=None):
         return widen(jump(unravel(x.astype(vector.dtype)))) - widen(y)
