@@ -113,7 +113,13 @@ def losses(name):
     return compute
 
 
-@pytest.mark.parametrize("name", MAPS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name == "mixture" else ())
+        for name in MAPS
+    ],
+)
 def test_zero_at_the_exact_map_only(name):
     compute = losses(name)
     for s, t in PAIRS:
