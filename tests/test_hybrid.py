@@ -1,7 +1,5 @@
 """`HybridSolver` keeps the tolerance whatever its map does."""
 
-import importlib.metadata
-
 import diffrax
 import equinox as eqx
 import hypothesis
@@ -25,8 +23,6 @@ from helpers import (
 
 import flowdiffrax as fd
 
-# Where implicit solvers refuse every step of their own.
-NO_IMPLICIT = importlib.metadata.version("diffrax") == "0.7.1"
 X = jnp.asarray([0.8, -0.5])
 SPANS = [(0.1, 0.9), (0.85, 0.2)]
 EXACT = gaussian_map()
@@ -56,8 +52,6 @@ def solve(
 ):
     """`diffeqsolve` with a hybrid, from a first step of the whole interval."""
     fallback = diffrax.Tsit5() if fallback is None else fallback
-    if NO_IMPLICIT and isinstance(fallback, diffrax.AbstractImplicitSolver):
-        pytest.skip("implicit solvers need Diffrax 0.7.2")
     t0, t1 = jnp.asarray(t0), jnp.asarray(t1)
     controller = diffrax.PIDController(rtol=tol, atol=tol)
     saveat = diffrax.SaveAt(t1=True, solver_state=True) if saveat is None else saveat
