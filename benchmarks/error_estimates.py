@@ -12,10 +12,6 @@ states, against a tight solution. The table and the figure are saved under `--ou
 """
 
 import argparse
-import json
-import pathlib
-import subprocess
-import sys
 
 import equinox as eqx
 import jax
@@ -23,7 +19,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import matplotlib.pyplot as plt
 import numpy as np
-from work_precision import PROBLEMS, as_vectors, exact, initial, load
+from work_precision import PROBLEMS, as_vectors, command_line, exact, initial, load
 
 import flowdiffrax as fd
 
@@ -49,11 +45,10 @@ def length(x, spread):
     return jnp.linalg.norm(vector / jnp.asarray(spread, vector.dtype))
 
 
-def run_one(name, options):
+def run_one(name, options, learn):
     """One problem: pairs of true and estimated errors, by estimate."""
     example, setting = load(name), PROBLEMS[name]
-    given = {"num_steps": options.steps, "pool": options.pool}
-    flow_map = example.learn(**{k: v for k, v in given.items() if v is not None})
+    flow_map = learn(example)
     span = example.T1 - example.T0
     pairs = {}
     for part, share in enumerate((0.1, 0.3, 1.0)):
@@ -76,7 +71,7 @@ def run_one(name, options):
             pairs.setdefault(label, []).append(
                 [errors.tolist(), np.asarray(found).tolist()]
             )
-    (options.out / f"{name}-estimates.json").write_text(json.dumps(pairs))
+    return pairs
 
 
 def ranks(x):
@@ -125,33 +120,9 @@ def draw(results, path):
     plt.close(figure)
 
 
-def main():
+if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--problems", nargs="+", choices=PROBLEMS, default=[*PROBLEMS])
     parser.add_argument("--size", type=int, default=500, help="jumps of each length")
-    parser.add_argument("--steps", type=int, help="of learning; the example's own")
-    parser.add_argument("--pool", type=int, help="trajectories; the example's own")
-    parser.add_argument("--out", type=pathlib.Path, default="out/error_estimates")
-    parser.add_argument("--in-this-process", action="store_true", help="one problem")
-    options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
-    if options.in_this_process:
-        (name,) = options.problems
-        run_one(name, options)
-        return
-    results = {}
-    for name in options.problems:
-        # Examples choose their precision for the whole process: each has its own.
-        again = [sys.executable, *sys.argv, "--in-this-process", "--problems", name]
-        subprocess.run(again, check=True)
-        results[name] = json.loads((options.out / f"{name}-estimates.json").read_text())
-        print(report(name, results[name]), flush=True)
-    text = "\n".join(report(name, pairs) for name, pairs in results.items())
-    (options.out / "error_estimates.md").write_text(text + "\n")
-    draw(results, options.out / "error_estimates.png")
-
-
-if __name__ == "__main__":
-    main()
+    command_line(parser, run_one, report, draw)

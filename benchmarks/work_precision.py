@@ -326,19 +326,18 @@ def best_seconds(rows, error):
     return min(met) if met else None
 
 
-def run_one(name, options):
-    """One problem in this process; its numbers as JSON."""
+def run_one(name, options, learn):
+    """All the numbers of one problem."""
     example, setting = load(name), PROBLEMS[name]
     start = time.perf_counter()
-    given = {"num_steps": options.steps, "pool": options.pool}
-    flow_map = example.learn(**{k: v for k, v in given.items() if v is not None})
+    flow_map = learn(example)
     numbers = {"learning": time.perf_counter() - start, "batches": {}}
     for size in options.batches:
         numbers["batches"][size] = measure(
             example, setting, flow_map, size, options.rounds, options.methods
         )
     numbers["promise"] = keep_promise(example, setting, flow_map, size=options.promised)
-    (options.out / f"{name}.json").write_text(json.dumps(numbers, indent=1))
+    return numbers
 
 
 def table(rows):
@@ -391,37 +390,46 @@ def draw(results, path):
     plt.close(figure)
 
 
-def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def command_line(parser, run_one, report, draw):
+    """Runs the problems asked for, each in a process of its own, and reports on all.
+
+    `run_one(name, options, learn)` returns the numbers of a problem.
+    """
+    stem = pathlib.Path(sys.argv[0]).stem
     parser.add_argument("--problems", nargs="+", choices=PROBLEMS, default=[*PROBLEMS])
-    parser.add_argument("--batches", nargs="+", type=int, default=[1, 64, 4096])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--methods", nargs="+", help="all")
-    parser.add_argument("--promised", type=int, default=1000, help="initial conditions")
     parser.add_argument("--steps", type=int, help="of learning; the example's own")
     parser.add_argument("--pool", type=int, help="trajectories; the example's own")
-    parser.add_argument("--out", type=pathlib.Path, default="out/work_precision")
+    parser.add_argument("--out", type=pathlib.Path, default=f"out/{stem}")
     parser.add_argument("--in-this-process", action="store_true", help="one problem")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
+    path = lambda name: options.out / f"{name}.json"
     if options.in_this_process:
         (name,) = options.problems
-        run_one(name, options)
+        given = {"num_steps": options.steps, "pool": options.pool}
+        given = {key: value for key, value in given.items() if value is not None}
+        numbers = run_one(name, options, lambda example: example.learn(**given))
+        path(name).write_text(json.dumps(numbers, indent=1))
         return
     results = {}
     for name in options.problems:
         # Examples choose their precision for the whole process: each has its own.
         again = [sys.executable, *sys.argv, "--in-this-process", "--problems", name]
         subprocess.run(again, check=True)
-        results[name] = json.loads((options.out / f"{name}.json").read_text())
+        results[name] = json.loads(path(name).read_text())
         print(report(name, results[name]), flush=True)
     text = f"{platform.processor()}, jax {jax.__version__}\n"
     text += "\n".join(report(name, numbers) for name, numbers in results.items())
-    (options.out / "work_precision.md").write_text(text + "\n")
-    draw(results, options.out / "work_precision.png")
+    (options.out / f"{stem}.md").write_text(text + "\n")
+    draw(results, options.out / f"{stem}.png")
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 64, 4096])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--methods", nargs="+", help="all")
+    parser.add_argument("--promised", type=int, default=1000, help="initial conditions")
+    command_line(parser, run_one, report, draw)

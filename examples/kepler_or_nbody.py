@@ -108,7 +108,7 @@ def integrate(solver, controller, dt0, ts, x0):
 
 def main(*, steps=20_000, pool=8192, num_samples=1024, methods=5, out="out/kepler"):
     """Learns, compares and draws, with the first so many methods."""
-    x0, rows, flow_map = draw(jr.key(1), num_samples), [], learn(steps, pool=pool)
+    x0, flow_map = draw(jr.key(1), num_samples), learn(steps, pool=pool)
     fd.train.save(f"{out}/kepler.fdx", {"steps": steps, "pool": pool}, flow_map)
     # Not at whole periods, where the energy error of a symplectic solver is small.
     ts = PERIOD * (jnp.geomspace(1.0, 100.0, 25) - 0.3)
@@ -131,16 +131,16 @@ def main(*, steps=20_000, pool=8192, num_samples=1024, methods=5, out="out/keple
             begin = time.perf_counter()
             ys, stats = jax.block_until_ready(integrate(solver, *inputs))
             seconds = time.perf_counter() - begin
-            drift = rms(energy(ys) - energy(truth))
             position = rms(jnp.linalg.norm((ys - truth)[..., :2], axis=-1))
-            row = [cost * stats["num_steps"].mean(), *position[::12], drift[-1], seconds]
-            rows.append([f"{name} {setting}", *map(float, row)])
-            print(f"| {rows[-1][0]} |", " | ".join(f"{x:.3g}" for x in rows[-1][1:]), "|")
+            drift = rms(energy(ys) - energy(truth))[-1]
+            row = [cost * stats["num_steps"].mean(), *position[::12], drift, seconds]
+            numbers = " | ".join(f"{float(number):.3g}" for number in row)
+            print(f"| {name} {setting} | {numbers} |")
             if setting in (2, 200, 1e-6):
-                plt.loglog(ts / PERIOD, position, label=rows[-1][0])
-    plt.legend(title="position error, by periods", fontsize="x-small")
+                plt.loglog(ts / PERIOD, position, label=f"{name} {setting}")
+    plt.legend(fontsize="x-small")
+    plt.gca().set(xlabel="periods", ylabel="error of position")
     plt.savefig(f"{out}/kepler.png", dpi=110)
-    return rows
 
 
 if __name__ == "__main__":

@@ -220,7 +220,7 @@ def test_refused_map_is_left_alone_for_longer_and_longer():
 
 @pytest.mark.parametrize("name", ["tsit5", "kvaerno5"])
 def test_tolerances_with_fixed_steps(name):
-    given = {"rtol": 1e-6, "atol": 1e-6, "norm": optx.rms_norm}
+    given = {"rtol": 1e-6, "atol": 1e-6}
     controller = diffrax.ConstantStepSize()
     run = lambda flow_map: solve(
         flow_map,
@@ -237,6 +237,17 @@ def test_tolerances_with_fixed_steps(name):
 def test_fixed_steps_without_tolerances():
     with pytest.raises(ValueError, match="fixed step size controller"):
         solve(EXACT, stepsize_controller=diffrax.ConstantStepSize())
+
+
+def test_manual_steps():
+    term = diffrax.ODETerm(FIELD)
+    solver = fd.HybridSolver(EXACT, rtol=1e-6, atol=1e-6)
+    state = solver.init(term, 0.1, 0.9, X, None)
+    y1, *_, state, result = solver.step(term, 0.1, 0.9, X, None, state, False)
+    assert state.num_learned == 1 and result == diffrax.RESULTS.successful
+    assert_close(y1, EXACT(0.1, 0.9, X))
+    with pytest.raises(ValueError, match="Give both: `HybridSolver"):
+        fd.HybridSolver(EXACT).init(term, 0.1, 0.9, X, None)
 
 
 @pytest.mark.parametrize("estimate", [fd.SemigroupDefect(), fd.AlekseevGroebner()])
@@ -438,14 +449,22 @@ def test_sorted_chunks():
 
 
 def test_chunks_of_easy_examples_end_early():
-    # What each example sees of the others: the number of turns of its chunk's loop.
-    def turns(x):
-        stop = lambda carry: carry[0] < x
-        count = jax.lax.while_loop(stop, lambda c: (c[0] + 1, c[1] + 1), (0.0, 0))[1]
-        return count
+    turns = []
+
+    def turn(count):
+        turns.append(count.shape)
+        return count + 1
+
+    def loop(x):
+        # Called once for each turn that a chunk makes, whatever becomes of its examples.
+        body = lambda count: jax.pure_callback(
+            turn, count, count, vmap_method="broadcast_all"
+        )
+        return jax.lax.while_loop(lambda count: count < x, body, 0.0)
 
     xs = jnp.asarray([3.0, 50.0, 1.0, 40.0, 2.0, 60.0])
-    assert fd.vmap_sorted(turns, xs, xs, chunk_size=3).tolist() == [3, 50, 1, 40, 2, 60]
+    assert fd.vmap_sorted(loop, xs, xs, chunk_size=3).tolist() == xs.tolist()
+    assert turns == [(3,)] * (3 + 60)  # unsorted: 50 + 60
 
 
 def test_bad_chunks():

@@ -39,7 +39,7 @@ class FlowMapInterpolation(diffrax.AbstractPath):
     **Raises:** `ValueError` for shapes that do not fit.
     """
 
-    ts: Real[Array, " steps"]
+    ts: Real[Array, " steps"] = eqx.field(converter=jnp.asarray)
     ys: State
     flow_map: TwoTimeMap
     args: Args = None

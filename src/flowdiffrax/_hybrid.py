@@ -113,14 +113,16 @@ class HybridSolver(diffrax.AbstractImplicitSolver, diffrax.AbstractAdaptiveSolve
     - `fallback`: a Diffrax solver for `diffrax.ODETerm` with an error estimate, explicit
       or implicit.
     - `estimate`: the error estimate by which a jump is judged.
-    - `rtol`, `atol`, `norm`: to be given with controllers without tolerances, such as
-      `diffrax.ConstantStepSize`; from the controller otherwise.
+    - `rtol`, `atol`: to be given with controllers without tolerances, such as
+      `diffrax.ConstantStepSize`, or in manual steps; from the controller otherwise.
+    - `norm`: likewise; the root mean square where both tolerances are given.
     - `max_wait`: the most steps for which a refused map is left alone; 0 to try always.
     - `dense_degree`: as for [`flowdiffrax.FlowMapSolver`][].
 
     **Raises:** when it is built, `TypeError` for a map that is not callable or a fallback
     that is no solver of ODE terms, `ValueError` for a fallback without error estimate or
-    a bad `max_wait`. A tolerance that neither can meet ends with Diffrax's own result.
+    a bad `max_wait`; in the solve, `ValueError` without tolerances. One that neither can
+    meet ends with Diffrax's own result.
     """
 
     flow_map: TwoTimeMap
@@ -134,6 +136,11 @@ class HybridSolver(diffrax.AbstractImplicitSolver, diffrax.AbstractAdaptiveSolve
 
     term_structure: ClassVar = diffrax.ODETerm
     root_find_max_steps: ClassVar[int] = 10
+
+    def __post_init__(self):
+        given = self.rtol is not _FROM_CONTROLLER and self.atol is not _FROM_CONTROLLER
+        if given and self.norm is _FROM_CONTROLLER:
+            self.norm = optx.rms_norm
 
     def __check_init__(self):
         check_composable(self.flow_map)
@@ -168,6 +175,11 @@ class HybridSolver(diffrax.AbstractImplicitSolver, diffrax.AbstractAdaptiveSolve
         self, terms: _Terms, t0: Time, t1: Time, y0: State, args: Args
     ) -> HybridState:
         """Counts at zero, and the classical solver's own start."""
+        if any(value is _FROM_CONTROLLER for value in (self.rtol, self.atol, self.norm)):
+            raise ValueError(
+                "There is no step size controller to take tolerances from. Give both: "
+                "`HybridSolver(flow_map, rtol=1e-3, atol=1e-6)`."
+            )
         return HybridState(
             num_learned=jnp.zeros((), jnp.int32),
             num_classical=jnp.zeros((), jnp.int32),

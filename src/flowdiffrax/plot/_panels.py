@@ -66,5 +66,7 @@ def work_precision(
     if floor is not None:
         axes.axhline(floor, color="0.6", linestyle="--", label="perfect sampler")
     axes.set(xscale="log", yscale="log", xlabel=xlabel, ylabel=ylabel)
+    # Where work spans a decade or two, the numbers between its powers would overlap.
+    axes.tick_params(axis="x", which="minor", labelbottom=False)
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
