@@ -88,7 +88,8 @@ class _Net(eqx.Module):
 @functools.cache
 def mlp_map(seed: int = 0) -> fd.FlowMap:
     """A random map, consistent with nothing, of 2-vectors and `args` like them."""
-    mlp = eqx.nn.MLP(6, 2, 16, 2, activation=jnp.tanh, key=jr.key(seed))
+    with jax.ensure_compile_time_eval():  # the cache outlives a trace that calls it first
+        mlp = eqx.nn.MLP(6, 2, 16, 2, activation=jnp.tanh, key=jr.key(seed))
     return fd.FlowMap(_Net(mlp))
 
 
