@@ -142,19 +142,42 @@ def test_alekseev_groebner_is_exact_where_errors_do_not_bend(s, t):
     assert_close(found, flow_map(s, t, X, None) - exact(s, t, X), 1e-10, 1e-10)
 
 
+@pytest.mark.parametrize("estimate", [fd.alekseev_groebner_error, fd.linearised_error])
 @pytest.mark.parametrize("s, t", SPANS)
-def test_alekseev_groebner_is_of_second_order(s, t):
+def test_vector_estimates_are_of_second_order(s, t, estimate):
     exact = EXACT["logistic"]
     sizes = np.asarray([0.02, 0.01, 0.005])
     misses = []
     for size in sizes:
         flow_map = Bent(exact, size)
-        found = fd.alekseev_groebner_error(
-            flow_map, exact.velocity, s, t, X, num_nodes=12
-        )
+        found = estimate(flow_map, exact.velocity, s, t, X, num_nodes=12)
         misses.append(max_abs(found - (flow_map(s, t, X) - exact(s, t, X))))
     slope = np.polyfit(np.log(sizes), np.log(misses), 1)[0]
     assert slope == pytest.approx(2, abs=0.15)
+
+
+@pytest.mark.parametrize("s, t", SPANS)
+def test_linearised_error_is_exact_for_linear_odes(s, t):
+    # Whatever the map.
+    exact = linear_map()
+    found = fd.linearised_error(mlp_map(), exact.velocity, s, t, X, num_nodes=12)
+    assert_close(found, mlp_map()(s, t, X) - exact(s, t, X), 1e-8, 1e-8)
+
+
+@pytest.mark.parametrize("rate", [-1e1, -1e4, -1e8])
+@pytest.mark.parametrize("s, t", [(0.0, 1.5), (0.3, -1.2)])
+def test_linearised_error_of_a_stiff_system(s, t, rate):
+    # Prothero and Robinson's equation, in the direction of time in which it is stiff.
+    rate = rate * np.sign(t - s)
+    field = lambda t, x, args: rate * (x - jnp.sin(t)) + jnp.cos(t)
+    exact = lambda t: jnp.sin(t) + (X - jnp.sin(s)) * jnp.exp(rate * (t - s))
+    flow_map = lambda s, t, x, args: exact(t) + 0.01 * jnp.sin(2 * (t - s))
+    error = flow_map(s, t, X, None) - exact(t)
+    found = fd.linearised_error(flow_map, field, s, t, X)
+    assert_close(found, error, 0.2 * max_abs(error))
+    # What is for stiff systems must not go by the size of the residual.
+    _, blind = fd.ResidualIntegral()(flow_map, field, s, t, X)
+    assert max_abs(blind) > 0.1 * abs(rate) * max_abs(error)
 
 
 @pytest.mark.parametrize("s, t", SPANS)
@@ -198,7 +221,12 @@ def on_trees(flow_map, field):
 
 @pytest.mark.parametrize(
     "estimate",
-    [fd.ResidualIntegral(5), fd.AlekseevGroebner(5), fd.LagrangianDefect()],
+    [
+        fd.ResidualIntegral(5),
+        fd.AlekseevGroebner(5),
+        fd.LinearisedError(5),
+        fd.LagrangianDefect(),
+    ],
     ids=lambda e: type(e).__name__,
 )
 @pytest.mark.parametrize("s, t", SPANS)
@@ -232,7 +260,16 @@ def test_residuals_within_a_jump_are_seen():
     assert_close(on_the_way, jnp.full(2, 0.5))
 
 
-@pytest.mark.parametrize("make", [fd.ResidualIntegral, fd.AlekseevGroebner])
+def test_linearised_error_of_complex_states():
+    with pytest.raises(TypeError, match="takes real arrays"):
+        fd.linearised_error(
+            EXACT["gaussian"], nonlinear_field, 0.0, 1.0, X.astype(complex)
+        )
+
+
+@pytest.mark.parametrize(
+    "make", [fd.ResidualIntegral, fd.AlekseevGroebner, fd.LinearisedError]
+)
 def test_no_nodes(make):
     with pytest.raises(ValueError, match="`num_nodes` must be at least 1; got 0"):
         make(0)

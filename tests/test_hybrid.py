@@ -174,6 +174,57 @@ def error_in_rotation(flow_map, t0, t1, tol):
     return jnp.max(jnp.abs(sol.ys[0] - end))
 
 
+@hypothesis.given(
+    seed=st.integers(0, 50),
+    gain=st.floats(0.0, 3.0),
+    off=st.floats(-7.0, 0.0),
+    tol=st.sampled_from([1e-2, 1e-4]),
+)
+def test_any_map_keeps_the_tolerance_of_a_stiff_system(seed, gain, off, tol):
+    # From wild maps to nearly exact ones, which a good estimate lets pass.
+    wild = Wild(mlp_map(seed), jnp.asarray(gain))
+    error, _ = error_in_kaps(wild, jnp.asarray(10.0**off), jnp.asarray(tol))
+    assert error < 20 * tol
+
+
+def test_good_map_of_a_stiff_system_is_one_jump():
+    wild = Wild(mlp_map(), jnp.asarray(1.0))
+    assert error_in_kaps(wild, jnp.asarray(1e-5), jnp.asarray(1e-3))[1] == (1, 0)
+    # Residuals alone, of the fast direction, would refuse it.
+    estimate = fd.ResidualIntegral()
+    assert sum(error_in_kaps(wild, jnp.asarray(1e-5), jnp.asarray(1e-3), estimate)[1]) > 9
+
+
+@eqx.filter_jit
+def error_in_kaps(wild, off, tol, estimate=None):
+    """Kaps' problem: from (1, 1) it goes to (exp(-2t), exp(-t)), however stiff it is."""
+    fast = 1e6
+
+    def field(t, x, args):
+        return jnp.stack([-(2 + fast) * x[0] + fast * x[1] ** 2, x[0] - x[1] - x[1] ** 2])
+
+    def flow_map(s, t, x, args):
+        # From any state on the slow solution through its second entry.
+        y = x[1] * jnp.exp(s - t)
+        right = jnp.stack([y**2, y])
+        return jnp.where(t == s, x, right) + off * (wild(s, t, x, args) - x)
+
+    sol = solve(
+        flow_map,
+        0.0,
+        2.0,
+        jnp.ones(2),
+        field=field,
+        fallback=diffrax.Kvaerno5(),
+        tol=tol,
+        options={"estimate": estimate},
+    )
+    truth = jnp.exp(jnp.asarray([-4.0, -2.0]))
+    state = sol.solver_state
+    error = jnp.max(jnp.abs(sol.ys[0] - truth))
+    return error, (state.num_learned, state.num_classical)
+
+
 @pytest.mark.parametrize("size, learned", [(1e-7, True), (1e-2, False)])
 def test_error_of_the_map_decides(size, learned):
     off = lambda s, t, x, args: EXACT(s, t, x) + size * jnp.sin(t - s)
@@ -248,6 +299,48 @@ def test_manual_steps():
     assert_close(y1, EXACT(0.1, 0.9, X))
     with pytest.raises(ValueError, match="Give both: `HybridSolver"):
         fd.HybridSolver(EXACT).init(term, 0.1, 0.9, X, None)
+
+
+@pytest.mark.parametrize(
+    "size, fallback, estimate",
+    [
+        (2, diffrax.Tsit5(), fd.LinearisedError()),
+        (40, diffrax.Tsit5(), fd.ResidualIntegral()),
+        (40, diffrax.Kvaerno3(), fd.LinearisedError()),
+    ],
+    ids=["small", "large", "implicit"],
+)
+def test_default_estimate(size, fallback, estimate):
+    # An error that grows from nothing tells the two apart.
+    field = lambda t, x, args: -x
+    off = lambda s, t, x, args: x * jnp.exp(s - t) + 1e-3 * (t - s)
+    error = lambda estimate: (
+        solve(
+            off,
+            x=jnp.ones(size),
+            field=field,
+            fallback=fallback,
+            tol=1.0,
+            saveat=diffrax.SaveAt(t1=True, controller_state=True),
+            options={"estimate": estimate},
+        ).controller_state
+    )
+    other = {fd.LinearisedError(): fd.ResidualIntegral()}.get(
+        estimate, fd.LinearisedError()
+    )
+    assert eqx.tree_equal(error(None), error(estimate))
+    assert not eqx.tree_equal(error(None), error(other))
+
+
+def test_share_of_the_tolerance():
+    off = lambda s, t, x, args: EXACT(s, t, x) + 3e-5 * jnp.sin(t - s)
+    learned = lambda **options: counts(solve(off, tol=1e-4, options=options))
+    assert learned() == (1, 0)
+    assert learned(safety=0.1)[1] > 0
+    implicit = fd.HybridSolver(EXACT, diffrax.HalfSolver(diffrax.ImplicitEuler()))
+    assert implicit.safety == fd.HybridSolver(EXACT, diffrax.Kvaerno3()).safety == 0.1
+    with pytest.raises(ValueError, match="`safety` must be in \\(0, 1\\]; got 2"):
+        fd.HybridSolver(EXACT, safety=2.0)
 
 
 @pytest.mark.parametrize("estimate", [fd.SemigroupDefect(), fd.AlekseevGroebner()])

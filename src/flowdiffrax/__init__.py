@@ -12,6 +12,7 @@ from ._a_posteriori import DefectCorrectedFlowMap as DefectCorrectedFlowMap
 from ._a_posteriori import alekseev_groebner_error as alekseev_groebner_error
 from ._a_posteriori import eulerian_error as eulerian_error
 from ._a_posteriori import lagrangian_bound as lagrangian_bound
+from ._a_posteriori import linearised_error as linearised_error
 from ._a_posteriori import logarithmic_norm as logarithmic_norm
 from ._batch import vmap_sorted as vmap_sorted
 from ._coupling import AbstractCoupling as AbstractCoupling
@@ -23,6 +24,7 @@ from ._derivative import FiniteDifference as FiniteDifference
 from ._estimate import AbstractErrorEstimate as AbstractErrorEstimate
 from ._estimate import AlekseevGroebner as AlekseevGroebner
 from ._estimate import LagrangianDefect as LagrangianDefect
+from ._estimate import LinearisedError as LinearisedError
 from ._estimate import ResidualIntegral as ResidualIntegral
 from ._estimate import SemigroupDefect as SemigroupDefect
 from ._flow_map import AbstractFlowMap as AbstractFlowMap

@@ -213,6 +213,72 @@ def end_and_error(
     return last(path), scale(t - s, carried)
 
 
+def linearised_error(
+    flow_map: TwoTimeMap,
+    teacher: VectorField,
+    s: Time,
+    t: Time,
+    x: State,
+    args: Args = None,
+    *,
+    num_nodes: int = 4,
+) -> State:
+    r"""A first-order estimate of the error as a vector, for stiff systems too.
+
+    To first order the error follows $e' = \nabla b_u(\hat X_{s,u}(x))\,e + r_u$ from
+    zero: the ODE carries its own residuals. Here that linear ODE is solved by collocation
+    at the Radau nodes (a step of Radau IIA), so that directions in which all errors die
+    out at once are damped as they should be. [`flowdiffrax.alekseev_groebner_error`][]
+    asks the map for the same derivatives; this asks the ODE, and is right about maps
+    whose own are wrong. Growth by much more than $e^3$ in one jump (for three nodes) is
+    underestimated, as it is by implicit solvers.
+
+    !!! info "Numerics"
+
+        `num_nodes` forward-mode passes through the map and calls of the teacher, a
+        forward-mode pass through the teacher for each entry of the state and each
+        node, and a linear solve for all of them at once: for states of few entries.
+
+    **Arguments:** as for [`flowdiffrax.lagrangian_bound`][].
+
+    **Returns:** a state like `x`.
+
+    **Raises:** `TypeError` for a complex state, `ValueError` for fewer nodes than one.
+
+    ??? cite "Reference"
+
+        The method: Hairer, Wanner: Solving Ordinary Differential Equations II, section
+        IV.5.
+    """
+    return last(path_and_errors(flow_map, teacher, s, t, x, args, num_nodes)[1])
+
+
+def path_and_errors(
+    flow_map: TwoTimeMap,
+    teacher: VectorField,
+    s: Time,
+    t: Time,
+    x: State,
+    args: Args,
+    num_nodes: int,
+) -> tuple[State, State]:
+    """The map's path at the Radau nodes, and what the linearised equation says of it."""
+    s, t = times_like(x, s, t)
+    _, unravel = ravel(x, "`linearised_error`")
+    us, path, residuals = path_residuals(flow_map, teacher, s, t, x, args, num_nodes)
+    flat = lambda y: ravel(y, "`linearised_error`")[0]
+    field = lambda u, y: flat(teacher(u, unravel(y), args))
+    r = jax.vmap(flat)(residuals)
+    jacobians = jax.vmap(jax.jacfwd(field, argnums=1))(us, jax.vmap(flat)(path))
+    _, weights, to_end = radau(num_nodes)
+    # Weights from the start to each node, times the length of the jump.
+    collocation = (t - s).astype(r.dtype) * jnp.asarray(weights - to_end, r.dtype)
+    coupling = jnp.einsum("ij,jkl->ikjl", collocation, jacobians).reshape(r.size, r.size)
+    identity = jnp.eye(r.size, dtype=r.dtype)
+    errors = jnp.linalg.solve(identity - coupling, (collocation @ r).reshape(-1))
+    return path, jax.vmap(unravel)(errors.reshape(r.shape))
+
+
 class DefectCorrectedFlowMap(AbstractFlowMap):
     r"""A map less its own estimated error: better where the estimate is small already.
 

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import optimistix as optx
 from jax import lax
-from jaxtyping import Array, ArrayLike, Bool, Int, PyTree
+from jaxtyping import Array, ArrayLike, Bool, Int, PyTree, Real
 
 from ._custom_types import Args, State, Time, TwoTimeMap
-from ._estimate import AbstractErrorEstimate, ResidualIntegral
+from ._estimate import AbstractErrorEstimate, LinearisedError, ResidualIntegral
 from ._flow_map.base import times_out_of_range
 from ._flow_map.wrappers import check_composable
 from ._misc import all_finite, scale, subtract
@@ -39,6 +39,7 @@ class HybridState(NamedTuple):
     - `num_learned`, `num_classical`: accepted steps of either kind so far.
     - `wait`: for how many more steps the map is left alone.
     - `patience`: for how many it will be after its next failure.
+    - `shortest`: how long a jump must be, as long as the last classical step.
     - `is_fresh`: whether `fallback` belongs to the last step.
     - `fallback`: the state of the classical solver.
     """
@@ -47,6 +48,7 @@ class HybridState(NamedTuple):
     num_classical: Int[Array, ""]
     wait: Int[Array, ""]
     patience: Int[Array, ""]
+    shortest: Real[Array, ""]
     is_fresh: Bool[Array, ""]
     fallback: PyTree
 
@@ -77,22 +79,29 @@ class HybridSolver(diffrax.AbstractImplicitSolver, diffrax.AbstractAdaptiveSolve
     !!! info "What decides"
 
         A jump is taken if the norm of its estimate, scaled by `atol + rtol * |y|` as
-        the step size controller does, is below one, all its values are finite, and its
-        times lie in the map's `time_range`. Tolerances and norm are those of the
-        controller. A map that was refused, or whose jump could not have been twice as
-        long, is left alone for the next step, then for two, four and so on up to
-        `max_wait`; one that does better is tried again at once. Step sizes are
-        Diffrax's, by the estimate of whichever step was made.
+        the step size controller does, is below `safety`, all its values are finite, its
+        times lie in the map's `time_range`, and it is no shorter than the last classical
+        step. Tolerances and norm are those of the controller. A map that was refused, or
+        whose jump could not have been twice as long, is left alone for the next step,
+        then for two, four and so on up to `max_wait`; one that does better is tried again
+        at once. Step sizes are Diffrax's, by the estimate of whichever step was made. As
+        with any solver, errors are controlled at the ends of steps:
+        `diffrax.ClipStepSizeController(controller, step_ts=ts)` makes ends of the times
+        that are saved.
 
-        The promise is as good as the estimate. `ResidualIntegral` has the vector field
-        for its witness, but is severe with stiff systems, in which most errors die out at
-        once: there, a [`flowdiffrax.SemigroupDefect`][] serves maps that are known to be
-        good, and no others.
+        The promise is as good as the estimate. By default it has the vector field for
+        its witness: [`flowdiffrax.LinearisedError`][] for states of up to 32 entries,
+        and for larger ones beside an implicit fallback, since most errors of stiff
+        systems die out at once; [`flowdiffrax.ResidualIntegral`][] for others. The
+        classical solver is tried at long steps too: a root finder given to an implicit
+        one should solve more exactly than the tolerance, as
+        `optimistix.Newton(1e-6, 1e-12)` does, or it may converge to a wrong solution.
 
     !!! info "Cost"
 
         Where the map is tried, its estimate: by default three forward-mode passes through
-        it and three calls of the vector field, of which the jump is part. Where it is
+        it, of which the jump is part, and three calls of the vector field, with their
+        Jacobians in a small system. Where it is
         not taken, a step of the classical solver. Under `jax.vmap` all examples step
         together until the last is done, and each turn pays for the map if any example
         tries it, and for the classical solver if any needs it. To keep easy examples
@@ -112,7 +121,11 @@ class HybridSolver(diffrax.AbstractImplicitSolver, diffrax.AbstractAdaptiveSolve
       `(s, t, x, args) -> x_t`.
     - `fallback`: a Diffrax solver for `diffrax.ODETerm` with an error estimate, explicit
       or implicit.
-    - `estimate`: the error estimate by which a jump is judged.
+    - `estimate`: the error estimate by which a jump is judged; `None` for the one named
+      above.
+    - `safety`: the share of the tolerance that a jump may use, in (0, 1]; `None` for 0.1
+      with an implicit fallback, which needs to start close to the slow solution, and 1
+      otherwise.
     - `rtol`, `atol`: to be given with controllers without tolerances, such as
       `diffrax.ConstantStepSize`, or in manual steps; from the controller otherwise.
     - `norm`: likewise; the root mean square where both tolerances are given.
@@ -121,13 +134,14 @@ class HybridSolver(diffrax.AbstractImplicitSolver, diffrax.AbstractAdaptiveSolve
 
     **Raises:** when it is built, `TypeError` for a map that is not callable or a fallback
     that is no solver of ODE terms, `ValueError` for a fallback without error estimate or
-    a bad `max_wait`; in the solve, `ValueError` without tolerances. One that neither can
-    meet ends with Diffrax's own result.
+    a bad `safety` or `max_wait`; in the solve, `ValueError` without tolerances. One that
+    neither can meet ends with Diffrax's own result.
     """
 
     flow_map: TwoTimeMap
     fallback: diffrax.AbstractSolver = diffrax.Tsit5()
-    estimate: AbstractErrorEstimate = ResidualIntegral()
+    estimate: AbstractErrorEstimate | None = None
+    safety: float | None = None
     rtol: Any = _FROM_CONTROLLER
     atol: Any = _FROM_CONTROLLER
     norm: Any = _FROM_CONTROLLER
@@ -141,11 +155,15 @@ class HybridSolver(diffrax.AbstractImplicitSolver, diffrax.AbstractAdaptiveSolve
         given = self.rtol is not _FROM_CONTROLLER and self.atol is not _FROM_CONTROLLER
         if given and self.norm is _FROM_CONTROLLER:
             self.norm = optx.rms_norm
+        if self.safety is None:
+            self.safety = 0.1 if _is_implicit(self.fallback) else 1.0
 
     def __check_init__(self):
         check_composable(self.flow_map)
         check_dense_degree(self.dense_degree)
         _check_fallback(self.fallback)
+        if not 0 < typing.cast(float, self.safety) <= 1:
+            raise ValueError(f"`safety` must be in (0, 1]; got {self.safety}.")
         if self.max_wait < 0:
             raise ValueError(f"`max_wait` must be at least 0; got {self.max_wait}.")
 
@@ -185,6 +203,7 @@ class HybridSolver(diffrax.AbstractImplicitSolver, diffrax.AbstractAdaptiveSolve
             num_classical=jnp.zeros((), jnp.int32),
             wait=jnp.zeros((), jnp.int32),
             patience=jnp.asarray(min(1, self.max_wait), jnp.int32),
+            shortest=jnp.zeros((), jnp.result_type(t0)),
             is_fresh=jnp.asarray(True),
             fallback=self._fallback().init(terms, t0, t1, y0, args),
         )
@@ -203,8 +222,10 @@ class HybridSolver(diffrax.AbstractImplicitSolver, diffrax.AbstractAdaptiveSolve
         s, t, direction = true_times(terms, t0, t1)
         teacher = true_field(terms, direction)
         state, fallback = solver_state, self._fallback()
+        estimate = self._estimate(y0)
+        safety = typing.cast(float, self.safety)
 
-        jump = lambda: self.estimate(self.flow_map, teacher, s, t, y0, args)
+        jump = lambda: estimate(self.flow_map, teacher, s, t, y0, args)
 
         def classical():
             # After a jump, what the classical solver remembers is out of date.
@@ -213,11 +234,14 @@ class HybridSolver(diffrax.AbstractImplicitSolver, diffrax.AbstractAdaptiveSolve
             restart = made_jump | ~state.is_fresh
             return fallback.step(terms, t0, t1, y0, args, memory, restart)
 
-        tried = state.wait == 0
+        length = jnp.abs(t - s)
+        # Jumps that are shorter than classical steps would add up to larger errors.
+        tried = (state.wait == 0) & (length >= state.shortest)
         outside = times_out_of_range(self.flow_map, s, t)
         if outside is not None:
             tried = tried & ~outside
         jump_y1, jump_error = _run_if_any(tried, jump)
+        jump_error = scale(jnp.asarray(1 / safety), jump_error)
         ratio = self._ratio(jump_error, y0, jump_y1)
         # A ratio that is NaN is no success.
         taken = tried & (ratio < 1) & all_finite(jump_y1)
@@ -225,7 +249,7 @@ class HybridSolver(diffrax.AbstractImplicitSolver, diffrax.AbstractAdaptiveSolve
         # The controller has one order for all errors, the classical solver's. This leaves
         # a ratio of one where it is, and lets step sizes follow the estimate's order.
         error_order = typing.cast(float, fallback.error_order(terms))
-        power = max(error_order / self.estimate.order - 1, 0)
+        power = max(error_order / estimate.order - 1, 0)
         jump_error = scale(jnp.where(taken, ratio, 0) ** power, jump_error)
         flow = lambda t: self.flow_map(s, direction * t, y0, args)
         dense_info = {
@@ -242,9 +266,18 @@ class HybridSolver(diffrax.AbstractImplicitSolver, diffrax.AbstractAdaptiveSolve
             jtu.tree_map(lambda leaf: jnp.where(is_fine, leaf, jnp.nan), y1),
             jtu.tree_map(lambda leaf: jnp.where(is_fine, leaf, jnp.inf), error),
             dense_info,
-            self._remember(state, tried, taken, ratio, memory),
+            self._remember(state, tried, taken, ratio, length, memory),
             diffrax.RESULTS.where(taken, diffrax.RESULTS.successful, result),
         )
+
+    def _estimate(self, y: State) -> AbstractErrorEstimate:
+        if self.estimate is not None:
+            return self.estimate
+        leaves = jtu.tree_leaves(y)
+        is_real = not any(map(jnp.iscomplexobj, leaves))
+        is_small = sum(map(jnp.size, leaves)) <= 32
+        is_linear = is_real and (is_small or _is_implicit(self.fallback))
+        return LinearisedError() if is_linear else ResidualIntegral()
 
     def _fallback(self) -> diffrax.AbstractSolver:
         """The classical solver, with what Diffrax would have given it."""
@@ -279,7 +312,7 @@ class HybridSolver(diffrax.AbstractImplicitSolver, diffrax.AbstractAdaptiveSolve
             jnp.asarray(self.norm(jtu.tree_map(scaled, error, y0, y1)))
         )
 
-    def _remember(self, state, tried, taken, ratio, memory) -> HybridState:
+    def _remember(self, state, tried, taken, ratio, length, memory) -> HybridState:
         # Where the map's error asks for short steps, taking one after the other would
         # keep the classical solver from taking long ones.
         helps = taken & (ratio < 0.5)
@@ -290,9 +323,17 @@ class HybridSolver(diffrax.AbstractImplicitSolver, diffrax.AbstractAdaptiveSolve
             num_classical=jnp.where(taken, state.num_classical, state.num_classical + 1),
             wait=jnp.where(failed, state.patience, jnp.maximum(state.wait - 1, 0)),
             patience=jnp.minimum(jnp.where(helps, 1, patience), self.max_wait),
+            shortest=jnp.where(taken, state.shortest, length),
             is_fresh=~taken,
             fallback=memory,
         )
+
+
+def _is_implicit(solver: object) -> bool:
+    """Whether each step solves equations, below any wrapper."""
+    while isinstance(solver, diffrax.AbstractWrappedSolver):
+        solver = solver.solver
+    return isinstance(solver, diffrax.AbstractImplicitSolver)
 
 
 def _check_fallback(fallback: object) -> None:
