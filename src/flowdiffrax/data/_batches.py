@@ -1,5 +1,5 @@
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import diffrax
 import equinox as eqx
@@ -45,6 +45,19 @@ class GaussianBase(eqx.Module):
         return _normal_like(key, x1, self.std)
 
 
+class ConditionedPoints(NamedTuple):
+    """A batch of data points with their conditions, as a function may draw them.
+
+    **Attributes:**
+
+    - `x1`: the points, every leaf with the batch axis.
+    - `args`: the conditions, likewise, or `None`.
+    """
+
+    x1: State
+    args: Args = None
+
+
 class InterpolantBatches(eqx.Module):
     """Batches of interpolant paths, a function of a key alone.
 
@@ -52,7 +65,8 @@ class InterpolantBatches(eqx.Module):
 
     - `interpolant`: how base and data are joined; its latent, if any, is drawn here.
     - `data`: the data points, arrays with a leading axis from which rows are drawn with
-      replacement, or a function `(key, batch_size) -> points`.
+      replacement, or a function `(key, batch_size) -> points`. A function may return
+      [`flowdiffrax.data.ConditionedPoints`][] too, points with conditions of their own.
     - `batch_size`: paths a batch, at least 1.
     - `base`: a function `(key, x1) -> x0` that draws base points like a batch of data.
     - `coupling`: how the two are paired.
@@ -63,7 +77,9 @@ class InterpolantBatches(eqx.Module):
     """
 
     interpolant: AbstractInterpolant
-    data: State | Callable[[Key[Array, ""], int], State] = eqx.field(converter=_as_jax)
+    data: State | Callable[[Key[Array, ""], int], State | ConditionedPoints] = eqx.field(
+        converter=_as_jax
+    )
     batch_size: int = eqx.field(static=True)
     base: Callable[[Key[Array, ""], State], State] = GaussianBase()
     coupling: AbstractCoupling = IndependentCoupling()
@@ -73,7 +89,10 @@ class InterpolantBatches(eqx.Module):
         check_batch_size(self.batch_size)
         if callable(self.data):
             if self.args is not None:
-                raise ValueError("`args` needs data given as arrays, row for row.")
+                raise ValueError(
+                    "`args` needs data given as arrays, row for row. A function may "
+                    "return `ConditionedPoints(points, args)`."
+                )
         else:
             _num_rows((self.data, self.args))
             dtypes = [leaf.dtype for leaf in jtu.tree_leaves(self.data)]
@@ -91,7 +110,9 @@ class InterpolantBatches(eqx.Module):
         """
         data_key, base_key, pair_key, latent_key = jr.split(key, 4)
         if callable(self.data):
-            x1, args = self.data(data_key, self.batch_size), None
+            drawn = self.data(data_key, self.batch_size)
+            has_args = isinstance(drawn, ConditionedPoints)
+            x1, args = drawn if has_args else (drawn, None)
         else:
             x1, args = _draw_rows(data_key, (self.data, self.args), self.batch_size)
         x0 = self.coupling(pair_key, self.base(base_key, x1), x1, args)
