@@ -14,6 +14,7 @@ from helpers import (
     mlp_map,
     nonlinear_field,
     tight_solve,
+    without_type_checks,
 )
 
 import flowdiffrax as fd
@@ -267,9 +268,13 @@ def test_linearised_error_of_complex_states():
         )
 
 
+@pytest.mark.parametrize("nodes", [0, 2.5])
 @pytest.mark.parametrize(
     "make", [fd.ResidualIntegral, fd.AlekseevGroebner, fd.LinearisedError]
 )
-def test_no_nodes(make):
-    with pytest.raises(ValueError, match="`num_nodes` must be at least 1; got 0"):
-        make(0)
+def test_bad_number_of_nodes(make, nodes):
+    with (
+        without_type_checks(),
+        pytest.raises(ValueError, match=f"at least 1, and whole; got {nodes}"),
+    ):
+        make(nodes)

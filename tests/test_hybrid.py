@@ -474,6 +474,17 @@ def test_args_reach_map_and_field():
 # What cannot be done
 
 
+@pytest.mark.parametrize(
+    "args, found",
+    [(None, "NoneType"), ({"rate": jnp.ones(3)}, "dict"), (jnp.ones(2), r"\(2,\)")],
+    ids=["missing", "structure", "shape"],
+)
+def test_args_that_do_not_fit_the_network(args, found):
+    net = fd.nn.MLP(2, 8, 1, args_size=3, key=jr.key(0))
+    with pytest.raises(ValueError, match=rf"`args` of shape \(3,\); got {found}"):
+        solve(fd.FlowMap(net), args=args)
+
+
 def test_tolerance_that_nobody_meets():
     field = lambda t, x, args: jnp.nan * x
     sol = solve(MAPS["identity"], field=field, throw=False, max_steps=50)

@@ -380,6 +380,6 @@ def radau(num_nodes: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def check_num_nodes(num_nodes: int) -> None:
-    """**Raises:** `ValueError` for fewer nodes than one."""
-    if num_nodes < 1:
-        raise ValueError(f"`num_nodes` must be at least 1; got {num_nodes}.")
+    """**Raises:** `ValueError` for what is no whole number of nodes, at least 1."""
+    if not isinstance(num_nodes, int | np.integer) or num_nodes < 1:
+        raise ValueError(f"`num_nodes` must be at least 1, and whole; got {num_nodes}.")

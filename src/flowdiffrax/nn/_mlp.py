@@ -5,6 +5,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import numpy as np
 from jaxtyping import Array, Float, Key
 
 from .._custom_types import Args, Time
@@ -110,11 +111,12 @@ class MLP(eqx.Module):
         for frequency in self.time_frequencies:
             features.append(jnp.cos(math.pi * frequency * times).astype(x.dtype))
         if self.args_size > 0:
-            shape = None if args is None else jnp.shape(args)
-            if shape != (self.args_size,):
+            is_array = isinstance(args, jax.Array | np.ndarray | list | tuple)
+            found = jnp.shape(args) if is_array else type(args).__name__
+            if found != (self.args_size,):
                 raise ValueError(
                     f"This network takes `args` of shape ({self.args_size},); got "
-                    f"{shape}."
+                    f"{found}."
                 )
             features.append(jnp.asarray(args, x.dtype))
         return jnp.concatenate(features)
