@@ -1,5 +1,5 @@
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import equinox as eqx
@@ -9,6 +9,7 @@ from jaxtyping import Array, Key
 
 from .._flow_map import AbstractFlowMap
 from .._objective import AbstractObjective, Mixture, Scheduled
+from ._parallel import DataParallel
 from ._step import StepInfo, TrainState, make_step
 
 
@@ -34,8 +35,10 @@ def fit(
     num_steps: int,
     teacher: Any = None,
     key: Key[Array, ""] | None = None,
-    ema_decay: float = 0.999,
+    ema_decay: float | Sequence[float] = 0.999,
     teacher_decay: float | None = None,
+    accumulate: int = 1,
+    parallel: DataParallel | None = None,
     report_every: int = 100,
     on_report: Callable[[TrainState, dict[str, float]], None] | None = None,
     progress: bool = True,
@@ -56,8 +59,10 @@ def fit(
     - `teacher`: what the objective learns from, if anything; a tuple for a mixture whose
       objectives learn from different teachers.
     - `key`: the root key; needed unless a state is continued, which has its own.
-    - `ema_decay`: decay of the moving average a step.
+    - `ema_decay`: decay of the moving average a step, or several decays.
     - `teacher_decay`: if given, the decay of a second average, which is the teacher.
+    - `accumulate`: batches a step, whose gradients are averaged.
+    - `parallel`: the devices to train on, [`flowdiffrax.train.DataParallel`][].
     - `report_every`: how many steps lie between reports.
     - `on_report`: called with the state and a dictionary of numbers: `step`, `loss`,
       one entry for each objective, `grad_norm`, `skipped` (how many steps so far were
@@ -92,9 +97,24 @@ def fit(
         )
     else:
         state = TrainState.create(
-            flow_map, optim, key=key, objective=objective, teacher_decay=teacher_decay
+            flow_map,
+            optim,
+            key=key,
+            objective=objective,
+            ema_decay=ema_decay,
+            teacher_decay=teacher_decay,
         )
-    step = make_step(objective, optim, ema_decay=ema_decay, teacher_decay=teacher_decay)
+    if parallel is not None:
+        state = parallel.place(state)
+        batches, teacher = parallel.replicate((batches, teacher))
+    step = make_step(
+        objective,
+        optim,
+        ema_decay=ema_decay,
+        teacher_decay=teacher_decay,
+        accumulate=accumulate,
+        parallel=parallel,
+    )
     start = time.perf_counter()
     bar = _steps(int(state.step), num_steps, progress)
     for index in bar:

@@ -1,4 +1,4 @@
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import diffrax
@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
 import optax
+from jax import lax
 from jaxtyping import Array, Int, Key, PyTree
 
 from .._custom_types import Args, Scalar
@@ -20,6 +21,7 @@ from .._objective import (
     Scheduled,
     batch_loss,
 )
+from ._parallel import DataParallel
 
 
 class TrainState(eqx.Module):
@@ -31,8 +33,8 @@ class TrainState(eqx.Module):
     **Attributes:**
 
     - `flow_map`: the map that is trained.
-    - `ema_map`: the same map with the exponential moving average of the weights, the one
-      to evaluate and to sample from.
+    - `ema_maps`: the same map with exponential moving averages of the weights, one for
+      each decay. The first, `ema_map`, is the one to evaluate and to sample from.
     - `teacher_map`: a second average that serves as the teacher, or `None`.
     - `learned`: the learned weights of the objective, in their order; often none.
     - `opt_state`: the optimiser's state.
@@ -42,7 +44,7 @@ class TrainState(eqx.Module):
     """
 
     flow_map: AbstractFlowMap
-    ema_map: AbstractFlowMap
+    ema_maps: tuple[AbstractFlowMap, ...]
     teacher_map: AbstractFlowMap | None
     learned: tuple[AbstractLearnedWeight, ...]
     opt_state: PyTree
@@ -59,6 +61,7 @@ class TrainState(eqx.Module):
         *,
         key: Key[Array, ""],
         objective: AbstractObjective | Mixture | Scheduled | None = None,
+        ema_decay: float | Sequence[float] = 0.999,
         teacher_decay: float | None = None,
     ) -> "TrainState":
         """The state before the first step.
@@ -71,7 +74,7 @@ class TrainState(eqx.Module):
           pair: the map, and the tuple of them.
         - `key`: the root key of the run.
         - `objective`: the objective of the run; needed if it has learned weights.
-        - `teacher_decay`: as for [`flowdiffrax.train.make_step`][].
+        - `ema_decay`, `teacher_decay`: as for [`flowdiffrax.train.make_step`][].
         """
         copy = lambda tree: jtu.tree_map(
             lambda leaf: jnp.array(leaf) if eqx.is_array(leaf) else leaf, tree
@@ -84,7 +87,7 @@ class TrainState(eqx.Module):
         return cls(
             flow_map=copy(flow_map),
             # A true copy of the weights, not zeros, so that there is nothing to debias.
-            ema_map=copy(flow_map),
+            ema_maps=tuple(copy(flow_map) for _ in _decays(ema_decay)),
             teacher_map=None if teacher_decay is None else copy(flow_map),
             learned=copy(learned),
             opt_state=copy(opt_state),
@@ -94,6 +97,11 @@ class TrainState(eqx.Module):
             key_data=copy(jr.key_data(key)),
             key_impl=jr.key_impl(key),
         )
+
+    @property
+    def ema_map(self) -> AbstractFlowMap:
+        """The first of the averages."""
+        return self.ema_maps[0]
 
 
 class StepInfo(eqx.Module):
@@ -118,8 +126,10 @@ def make_step(
     objective: AbstractObjective | Mixture | Scheduled,
     optim: optax.GradientTransformation,
     *,
-    ema_decay: float = 0.999,
+    ema_decay: float | Sequence[float] = 0.999,
     teacher_decay: float | None = None,
+    accumulate: int = 1,
+    parallel: DataParallel | None = None,
 ) -> Callable[..., tuple[TrainState, StepInfo]]:
     """One jitted training step: draw, loss, gradient, optimiser, moving average.
 
@@ -130,8 +140,12 @@ def make_step(
     - `optim`: an Optax optimiser.
     - `ema_decay`: decay of the moving average a step, in [0, 1). Step $n$ uses at most
       $(1 + n)/(10 + n)$, so that a young average does not hang on to the initial weights.
+      Several decays keep several averages; a state must be created with as many.
     - `teacher_decay`: if given, the decay of a second average of the map, which is the
       teacher: for self-distillation from an average.
+    - `accumulate`: batches a step, at least 1. Their gradients are averaged: a large
+      batch in the memory of a small one.
+    - `parallel`: the devices to train on; `None` for JAX's default device.
 
     **Returns:** a function `step(state, batches, teacher=None) -> (state, info)`.
     `batches` is called with a key, inside the compiled step, and returns paths and
@@ -139,19 +153,22 @@ def make_step(
     [`flowdiffrax.data.TrajectoryBatches`][], or your own. The memory of `state` is
     reused: go on with the one returned.
 
-    **Raises:** `ValueError` for a decay outside [0, 1), `TypeError` for what is no
-    objective; in use, `ValueError` for a state that was created without what the
-    objective needs, `TypeError` for batches that are none.
+    **Raises:** `ValueError` for a decay outside [0, 1) or `accumulate` below 1,
+    `TypeError` for what is no objective; in use, `ValueError` for a state that was
+    created without what the objective needs, or a batch that does not divide among the
+    devices, `TypeError` for batches that are none.
     """
     if not isinstance(objective, AbstractObjective | Mixture | Scheduled):
         raise TypeError(
             "`objective` must be an instance such as `FlowMatching()`; got "
             f"{objective!r}."
         )
-    decays = {"ema_decay": ema_decay, "teacher_decay": teacher_decay}
-    for name, decay in decays.items():
-        if decay is not None and not 0 <= decay < 1:
-            raise ValueError(f"`{name}` must be in [0, 1); got {decay}.")
+    for name, decays in (("ema_decay", ema_decay), ("teacher_decay", teacher_decay)):
+        for decay in () if decays is None else _decays(decays):
+            if not 0 <= decay < 1:
+                raise ValueError(f"`{name}` must be in [0, 1); got {decay}.")
+    if accumulate < 1:
+        raise ValueError(f"`accumulate` must be at least 1; got {accumulate}.")
 
     @eqx.filter_jit(donate="all-except-first")
     def step(
@@ -160,19 +177,22 @@ def make_step(
     ) -> tuple[TrainState, StepInfo]:
         batches, teacher, objective = inputs
         root_key = jr.wrap_key_data(state.key_data, impl=state.key_impl)
-        batch_key, loss_key = jr.split(jr.fold_in(root_key, state.step))
-        paths, args = _drawn(batches, batch_key)
-        return update(
-            state,
-            objective,
-            optim,
-            teacher,
-            paths,
-            args,
-            key=loss_key,
-            ema_decay=ema_decay,
-            teacher_decay=teacher_decay,
-        )
+        key = jr.fold_in(root_key, state.step)
+
+        def gradients(key):
+            batch_key, loss_key = jr.split(key)
+            paths, args = _drawn(batches, batch_key)
+            if parallel is not None:
+                paths, args = parallel.split((paths, args))
+            return _gradients(
+                state, objective, teacher, paths, args, loss_key, teacher_decay
+            )
+
+        means = gradients(key) if accumulate == 1 else _mean(gradients, key, accumulate)
+        state, info = _apply(state, optim, means, ema_decay, teacher_decay)
+        if parallel is not None:
+            state, info = parallel.place(state), parallel.replicate(info)
+        return state, info
 
     def public_step(
         state: TrainState, batches: Callable, teacher: Any = None
@@ -191,14 +211,30 @@ def update(
     args: Args,
     *,
     key: Key[Array, ""],
-    ema_decay: float,
+    ema_decay: float | Sequence[float],
     teacher_decay: float | None = None,
 ) -> tuple[TrainState, StepInfo]:
     """The mathematics of one step on a given batch, for loops of your own.
 
     Not jitted. Arguments as for [`flowdiffrax.train.make_step`][].
     """
+    means = _gradients(state, objective, teacher, paths, args, key, teacher_decay)
+    return _apply(state, optim, means, ema_decay, teacher_decay)
 
+
+# Loss, its terms, and the gradient of the loss.
+_Means = tuple[Scalar, dict[str, Scalar], PyTree]
+
+
+def _gradients(
+    state: TrainState,
+    objective: AbstractObjective | Mixture | Scheduled,
+    teacher: Any,
+    paths: Any,
+    args: Args,
+    key: Key[Array, ""],
+    teacher_decay: float | None,
+) -> _Means:
     objective = _at(objective, state.step)
     _check_state(state, objective, teacher, teacher_decay)
     teacher = _filled(teacher, state.teacher_map)
@@ -208,9 +244,40 @@ def update(
         whole = _with_learned(objective, learned)
         return batch_loss(whole, flow_map, teacher, paths, args, key=key)
 
-    trained = (state.flow_map, state.learned) if state.learned else state.flow_map
-    (loss, terms), grads = eqx.filter_value_and_grad(loss_fn, has_aux=True)(trained)
-    weights, rest = eqx.partition(trained, eqx.is_inexact_array)
+    value_and_grad = eqx.filter_value_and_grad(loss_fn, has_aux=True)
+    (loss, terms), grads = value_and_grad(_trained(state))
+    return loss, terms, grads
+
+
+def _mean(
+    gradients: Callable[[Key[Array, ""]], _Means], key: Key[Array, ""], number: int
+) -> _Means:
+    """The mean over several batches, one after the other."""
+    keys = jr.split(key, number)
+    add = lambda total, new: jtu.tree_map(jnp.add, total, new)
+    shapes = jax.eval_shape(gradients, jax.ShapeDtypeStruct(key.shape, key.dtype))
+    zeros = jtu.tree_map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    total, _ = lax.scan(lambda sum, key: (add(sum, gradients(key)), None), zeros, keys)
+    return jtu.tree_map(lambda leaf: leaf / number, total)
+
+
+def _apply(
+    state: TrainState,
+    optim: optax.GradientTransformation,
+    means: _Means,
+    ema_decay: float | Sequence[float],
+    teacher_decay: float | None,
+) -> tuple[TrainState, StepInfo]:
+    """Optimiser and averages, unless something is not finite."""
+    loss, terms, grads = means
+    decays = _decays(ema_decay)
+    if len(decays) != len(state.ema_maps):
+        raise ValueError(
+            f"The state has {len(state.ema_maps)} averages, and `ema_decay` has "
+            f"{len(decays)} decays: create it with `TrainState.create(..., "
+            "ema_decay=ema_decay)`."
+        )
+    weights, rest = eqx.partition(_trained(state), eqx.is_inexact_array)
     # Optax relies on promotion between Python numbers' and weights' dtypes.
     with jax.numpy_dtype_promotion("standard"):
         grad_norm = jnp.sqrt(squared_norm(grads))
@@ -223,7 +290,7 @@ def update(
     average = lambda old, decay: _average(old, flow_map, decay, state.step)
     proposed = TrainState(
         flow_map=flow_map,
-        ema_map=average(state.ema_map, ema_decay),
+        ema_maps=tuple(map(average, state.ema_maps, decays)),
         teacher_map=average(state.teacher_map, teacher_decay),
         learned=learned,
         opt_state=opt_state,
@@ -236,6 +303,15 @@ def update(
     counts = state.step + 1, state.skipped + (~is_finite).astype(int)
     new_state = eqx.tree_at(lambda s: (s.step, s.skipped), new_state, counts)
     return new_state, StepInfo(loss, terms, grad_norm, is_finite)
+
+
+def _trained(state: TrainState) -> Any:
+    """What the optimiser sees: the map, and the learned weights if there are any."""
+    return (state.flow_map, state.learned) if state.learned else state.flow_map
+
+
+def _decays(ema_decay: float | Sequence[float]) -> tuple[float, ...]:
+    return tuple(ema_decay) if isinstance(ema_decay, Sequence) else (ema_decay,)
 
 
 def _drawn(batches: Any, key: Key[Array, ""]) -> tuple[diffrax.AbstractPath, Args]:
