@@ -167,11 +167,25 @@ def test_couplings_are_given_a_key_and_the_conditions():
 
 
 @pytest.mark.parametrize(
-    "args", [jnp.ones(40), jnp.arange(39), jnp.zeros((40, 1), int), {"a": jnp.arange(40)}]
+    "same",
+    [
+        lambda labels: jax.nn.one_hot(labels, 4),
+        lambda labels: {"a": labels // 2, "b": (labels % 2).astype(float)},
+    ],
+    ids=["one-hot", "tree"],
 )
-def test_conditions_that_are_no_labels(transport, args):
-    with pytest.raises(ValueError, match=r"integer labels of shape \(40,\)"):
-        transport(jr.key(0), *points(0), args)
+def test_conditions_of_other_kinds_are_labels(transport, same):
+    x0, x1 = points(0)
+    labels = jnp.arange(40) % 4
+    expected = transport(jr.key(0), x0, x1, labels)
+    assert_close(transport(jr.key(0), x0, x1, same(labels)), expected)
+    # Where no two conditions are the same, nothing moves.
+    assert_close(transport(jr.key(0), x0, x1, jnp.linspace(0.0, 1.0, 40)), x0)
+
+
+def test_conditions_of_another_batch(transport):
+    with pytest.raises(ValueError, match="must have the batch's leading axis, 40"):
+        transport(jr.key(0), *points(0), jnp.arange(39))
 
 
 def test_batches_of_two_sizes(transport):

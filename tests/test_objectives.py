@@ -570,6 +570,112 @@ def test_teacher_of_the_other_kind():
         fd.ConsistencyDistillation()(mlp_map(), short, PATH, S, T)
 
 
+@pytest.mark.parametrize(
+    "make, choice",
+    [
+        (fd.LagrangianMapDistillation, STOPS.NONE),
+        (fd.EulerianMapDistillation, STOPS.TRANSPORT),
+        (fd.StopGradientEulerian, STOPS.DERIVATIVE),
+        (fd.EulerianSelfDistillation, STOPS.TEACHER),
+        (fd.ImprovedMeanFlow, STOPS.TEACHER),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_stop_gradients_by_name(make, choice):
+    with without_type_checks():
+        assert make(stop_gradient=choice.value).stop_gradient is choice
+        with pytest.raises(ValueError, match="is not a valid StopGradient"):
+            make(stop_gradient="some")
+
+
+def test_biased_stop_gradient_by_name():
+    with without_type_checks(), pytest.raises(ValueError, match="biased|use"):
+        fd.StopGradientEulerian(stop_gradient="none")
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        fd.LagrangianSelfDistillation(),
+        fd.EulerianSelfDistillation(),
+        fd.TerminalVelocityMatching(),
+        fd.ProgressiveSelfDistillation(),
+        fd.Shortcut(),
+    ],
+    ids=lambda objective: type(objective).__name__,
+)
+def test_scale_of_guidance_without_a_rule(objective):
+    args = fd.GuidanceArgs(jnp.zeros(2), jnp.asarray(3.0))
+    flow_map = fd.FlowMap(lambda s, t, x, args: args.scale * x)
+    with pytest.raises(ValueError, match="has no rule that gives it a meaning"):
+        objective(flow_map, None, PATH, S, T, args, key=jr.key(0))
+
+
+def test_guidance_beside_a_teacher():
+    objective = fd.MeanFlow(guidance=fd.MeanFlowGuidance(jnp.zeros(2), 2.0))
+    with pytest.raises(ValueError, match="Guide the teacher instead"):
+        objective(mlp_map(), nonlinear_field, PATH, S, T)
+
+
+def test_outputs_of_other_shapes():
+    short = lambda t, x, args: x[:1]
+    with pytest.raises(ValueError, match="second piece"):
+        fd.AlignYourFlowLMD(epsilon=0.1)(mlp_map(), short, PATH, S, T)
+    with pytest.raises(ValueError, match="`guidance`"):
+        rule = lambda velocity, dI_t, t, x, args: dI_t[:1]
+        fd.ImprovedMeanFlow(guidance=rule)(mlp_map(), None, PATH, S, T)
+    with without_type_checks(), pytest.raises(ValueError, match="must return a scalar"):
+        weight = lambda s, t, error: jnp.ones(2) * error
+        fd.FlowMatching(weight=weight)(mlp_map(), None, PATH, S, T)
+
+
+@pytest.mark.parametrize("rows", [7, 9])
+def test_conditions_of_another_batch(rows):
+    args = jnp.zeros((rows, 2))
+    with pytest.raises(ValueError, match="Paths and conditions must be arrays with one"):
+        fd.batch_loss(fd.FlowMatching(), mlp_map(), None, batch(), args, key=jr.key(0))
+
+
+def test_network_in_the_place_of_a_map():
+    with without_type_checks(), pytest.raises(TypeError, match=r"as `FlowMap\(net\)`"):
+        net = fd.nn.MLP(2, 4, 1, key=jr.key(0))
+        fd.batch_loss(fd.FlowMatching(), net, None, batch(), key=jr.key(0))
+
+
+def test_consistency_distillation_of_a_denoiser():
+    # Its velocity is infinite where the last step ends. An exact map has no loss there
+    # but for that step's error.
+    exact = gaussian_map()
+    interpolant = fd.LinearInterpolant()
+    denoiser = lambda t, x, args: x + (1 - t) * exact.velocity(t, x, args)
+    teacher = fd.VelocityFromDenoiser(denoiser, interpolant)
+    objective, s = fd.ConsistencyDistillation(), jnp.asarray(0.98)
+    assert not np.all(np.isfinite(teacher(jnp.asarray(1.0), X0, None)))
+    loss = lambda teacher: objective(exact, teacher, PATH, s, jnp.asarray(1.0))
+    assert loss(teacher) < 1e-5
+    early = lambda teacher: objective(exact, teacher, PATH, S, T)
+    assert_close(early(teacher), early(exact.velocity), 1e-12)
+
+
+def test_settings_may_be_traced():
+    def loss(number):
+        objectives = (
+            fd.FlowMatching(weight=fd.PowerWeight(number, number)),
+            fd.FlowMatching(weight=fd.PseudoHuber(number)),
+            fd.FlowMatching(weight=fd.DataEndWeight(number)),
+            fd.FlowMatching(weight=fd.NormalisedTangent(number)),
+            fd.FlowMatching(weight=fd.InverseGap(1.0, number)),
+            fd.FlowMatching(fd.Diagonal(fd.LogitNormal(0.0, number))),
+            fd.ProgressiveSelfDistillation(split=number),
+            fd.Shortcut(clip=number),
+        )
+        mixture = fd.Mixture(objectives, (1.0,) * len(objectives))
+        return fd.batch_loss(mixture, mlp_map(), None, batch(16), key=jr.key(0))[0]
+
+    with without_type_checks():
+        assert_close(jax.jit(loss)(jnp.asarray(0.3)), loss(0.3), 1e-12)
+
+
 def test_mixture_weights_may_be_traced():
     def loss(weight):
         mixture = fd.Mixture(

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Float
 
 from ._custom_types import Args, Scalar, State, Time, TwoTimeMap, VectorField
@@ -275,8 +276,30 @@ def path_and_errors(
     collocation = (t - s).astype(r.dtype) * jnp.asarray(weights - to_end, r.dtype)
     coupling = jnp.einsum("ij,jkl->ikjl", collocation, jacobians).reshape(r.size, r.size)
     identity = jnp.eye(r.size, dtype=r.dtype)
-    errors = jnp.linalg.solve(identity - coupling, (collocation @ r).reshape(-1))
+    errors = _solve(identity - coupling, (collocation @ r).reshape(-1))
     return path, jax.vmap(unravel)(errors.reshape(r.shape))
+
+
+def _solve(
+    matrix: Float[Array, "size size"], right: Float[Array, " size"]
+) -> Float[Array, " size"]:
+    """Gauss-Jordan elimination, with the largest entry of each column as its pivot.
+
+    `jnp.linalg.solve` calls LAPACK, and of JAX 0.10 on a CPU with two cores, thousands of
+    such calls at once in a loop, as in a batch of Diffrax's solves, never return.
+    """
+    rows = jnp.arange(right.size)
+
+    def eliminate(k, table):
+        column = table[:, k]
+        pivot = jnp.argmax(jnp.where(rows < k, -1, jnp.abs(column)))
+        new = table[pivot] / column[pivot]
+        table = table.at[pivot].set(table[k])
+        table = table - table[:, k, None] * new[None, :]
+        return table.at[k].set(new)
+
+    table = jnp.concatenate([matrix, right[:, None]], axis=1)
+    return lax.fori_loop(0, right.size, eliminate, table)[:, -1]
 
 
 class DefectCorrectedFlowMap(AbstractFlowMap):

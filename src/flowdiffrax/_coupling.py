@@ -5,7 +5,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from ._custom_types import Args, State
 from ._misc import num_rows, time_dtype
@@ -67,14 +67,15 @@ class OptimalTransportCoupling(AbstractCoupling):
 
     **Arguments:**
 
-    - `within_labels`: whether base draws move only among data points of one label, the
-      batch's conditions being integer labels. Otherwise the base given the label is
-      skewed: labels take the base draws on their own side, while sampling gives all
-      labels the same base. A batch without conditions has one label. With few points a
-      label in each batch, there is little to re-order.
+    - `within_labels`: whether base draws move only among data points of one label, those
+      whose conditions are equal: integers, or vectors such as `jax.nn.one_hot` makes.
+      Otherwise the base given the label is skewed: labels take the base draws on their
+      own side, while sampling gives all labels the same base. A batch without
+      conditions has one label. With few points a label in each batch, there is little
+      to re-order, and with conditions that are all different, nothing.
 
     **Raises:** `ImportError` without ott-jax; `ValueError`, when called, for conditions
-    that are not integer labels, unless `within_labels` is off.
+    without the batch axis, unless `within_labels` is off.
 
     ??? cite "Reference"
 
@@ -96,8 +97,7 @@ class OptimalTransportCoupling(AbstractCoupling):
         size = num_rows((x0, x1), "Base draws and data points")
         cost = _cost(x0, x1)
         if self.within_labels and args is not None:
-            labels = _as_labels(args, size)
-            cost = jnp.where(labels[:, None] == labels[None, :], cost, jnp.inf)
+            cost = jnp.where(_same_label(args, size), cost, jnp.inf)
         order = _assign(cost)
         return jtu.tree_map(lambda leaf: jnp.asarray(leaf)[order], x0)
 
@@ -115,16 +115,17 @@ def _import_ott() -> tuple[Any, Any, Any]:
     return geometry.Geometry, linear.solve, unreg.hungarian
 
 
-def _as_labels(args: Args, size: int) -> Int[Array, " batch"]:
-    if eqx.is_array_like(args) and jnp.shape(args) == (size,):
-        if jnp.issubdtype(jnp.result_type(args), jnp.integer):
-            return jnp.asarray(args)
-    raise ValueError(
-        f"Conditions must be integer labels of shape ({size},); got "
-        f"{eqx.tree_pformat(args)}. Cast labels with `.astype(int)`; for conditions of "
-        "another kind, use `OptimalTransportCoupling(within_labels=False)`, which skews "
-        "the base given the condition."
-    )
+def _same_label(args: Args, size: int) -> Bool[Array, "batch batch"]:
+    if num_rows(args, "Conditions") != size:
+        raise ValueError(
+            f"Conditions must have the batch's leading axis, {size}; got "
+            f"{eqx.tree_pformat(args)}."
+        )
+    same = jnp.ones((size, size), bool)
+    for leaf in jtu.tree_leaves(args):
+        rows = jnp.reshape(leaf, (size, -1))
+        same = same & jnp.all(rows[:, None] == rows[None, :], axis=-1)
+    return same
 
 
 def _cost(x0: State, x1: State) -> Float[Array, "batch batch"]:

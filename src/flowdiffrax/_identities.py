@@ -238,5 +238,5 @@ def two_piece_target(
     s, t, share = times_like(x, s, t, share)
     u = s + share * (t - s)
     v_su = check_like(first(s, u, x), x, "The first piece")
-    v_ut = second(u, t, add_scaled(x, u - s, v_su))
+    v_ut = check_like(second(u, t, add_scaled(x, u - s, v_su)), x, "The second piece")
     return add_scaled(scale(share, v_su), 1 - share, v_ut)

@@ -179,7 +179,7 @@ class LogitNormal(AbstractTimes):
     sort: bool = eqx.field(static=True, default=True)
 
     def __check_init__(self):
-        if self.std <= 0:
+        if is_concrete(self.std) and self.std <= 0:
             raise ValueError(f"`std` must be positive; got {self.std}.")
 
     def from_uniform(self, first: Times, second: Times) -> tuple[Times, Times]:
@@ -218,7 +218,8 @@ class LogitNormalGap(AbstractTimes):
 
     def __check_init__(self):
         stds = [self.std] if self.end_std is None else [self.std, self.end_std]
-        if min(stds) <= 0 or (self.end_mean is None) != (self.end_std is None):
+        is_bad = is_concrete(stds) and not all(std > 0 for std in stds)
+        if is_bad or (self.end_mean is None) != (self.end_std is None):
             raise ValueError(
                 "`std` and `end_std` must be positive, and `end_mean` and `end_std` "
                 f"given together; got {self.std}, {self.end_mean}, {self.end_std}."

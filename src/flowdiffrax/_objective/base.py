@@ -12,7 +12,7 @@ from jaxtyping import Array, ArrayLike, Int, Key
 
 from .._custom_types import AbstractVar, Args, Scalar, State, Time
 from .._flow_map import AbstractFlowMap
-from .._misc import check_shares, split_by_shares, squared_norm
+from .._misc import check_shares, num_rows, split_by_shares, squared_norm
 from .._times import AbstractTimes
 from .weight import AbstractWeight
 
@@ -38,6 +38,11 @@ class StopGradient(enum.Enum):
     TEACHER = "teacher"
     TRANSPORT = "transport"
     DERIVATIVE = "derivative"
+
+
+def stop_gradient_field(default: StopGradient) -> Any:
+    """A field for it, which takes the name of a choice too, such as `"teacher"`."""
+    return eqx.field(static=True, default=default, converter=StopGradient)
 
 
 class AbstractObjective(eqx.Module):
@@ -160,7 +165,7 @@ class AbstractResidualObjective(AbstractObjective):
         key: Key[Array, ""] | None = None,
     ) -> Scalar:
         error = self.residual(flow_map, teacher, path, s, t, args, key)
-        return self.weight(s, t, squared_norm(error))
+        return self._weighted(s, t, error)
 
     def on_diagonal(
         self,
@@ -173,7 +178,16 @@ class AbstractResidualObjective(AbstractObjective):
         key: Key[Array, ""] | None = None,
     ) -> Scalar:
         error = self.diagonal_residual(flow_map, teacher, path, t, args, key)
-        return self.weight(t, t, squared_norm(error))
+        return self._weighted(t, t, error)
+
+    def _weighted(self, s: Time, t: Time, error: State) -> Scalar:
+        loss = self.weight(s, t, squared_norm(error))
+        if jnp.shape(loss) != ():
+            raise ValueError(
+                "`weight` must return a scalar, the loss of one example; got shape "
+                f"{jnp.shape(loss)}."
+            )
+        return loss
 
 
 class Mixture(eqx.Module):
@@ -282,11 +296,18 @@ def batch_loss(
     objective has rows on the diagonal besides others, their mean is a term of its own,
     under the name with `_diagonal`.
 
-    **Raises:** `ValueError` if the batch is too small for the shares of a mixture, for a
-    tuple of teachers that is not one for each objective, and for self-distillation with
-    nothing on the diagonal to learn from.
+    **Raises:** `ValueError` if the batch is too small for the shares of a mixture, for
+    conditions with another number of rows than the paths, for a tuple of teachers that is
+    not one for each objective, and for self-distillation with nothing on the diagonal to
+    learn from; `TypeError` for a map that is no flow map.
     """
-    batch_size = jtu.tree_leaves(eqx.filter(paths, eqx.is_array))[0].shape[0]
+    if not isinstance(flow_map, AbstractFlowMap):
+        raise TypeError(
+            f"Objectives train a flow map; got {type(flow_map).__name__}. Wrap a network "
+            "as `FlowMap(net)`."
+        )
+    only_arrays = eqx.filter((paths, args), eqx.is_array)
+    batch_size = num_rows(only_arrays, "Paths and conditions")
     mixture = (
         objective if isinstance(objective, Mixture) else Mixture((objective,), (1.0,))
     )

@@ -15,7 +15,7 @@ from .._guidance import GuidanceRule
 from .._identities import transport_derivative
 from .._misc import add_scaled, subtract, times_like
 from .._times import AbstractTimes, DiagonalMixture, UniformTriangle
-from .base import AbstractResidualObjective, StopGradient
+from .base import AbstractResidualObjective, StopGradient, stop_gradient_field
 from .teaching import data_residual, freeze, own_velocity, teacher_velocity
 from .weight import AbstractWeight, NoWeight
 
@@ -119,7 +119,7 @@ class EulerianMapDistillation(AbstractEulerian):
 
     times: AbstractTimes = UniformTriangle()
     weight: AbstractWeight = NoWeight()
-    stop_gradient: StopGradient = eqx.field(static=True, default=StopGradient.TEACHER)
+    stop_gradient: StopGradient = stop_gradient_field(StopGradient.TEACHER)
     jvp: Derivative = jax.jvp
 
     def direction(self, flow_map, teacher, path, s, I_s, args) -> State:
@@ -156,7 +156,7 @@ class StopGradientEulerian(AbstractEulerian):
 
     times: AbstractTimes = DiagonalMixture(UniformTriangle(), 0.75)
     weight: AbstractWeight = NoWeight()
-    stop_gradient: StopGradient = eqx.field(static=True, default=StopGradient.TRANSPORT)
+    stop_gradient: StopGradient = stop_gradient_field(StopGradient.TRANSPORT)
     jvp: Derivative = jax.jvp
 
     def __check_init__(self):
@@ -222,7 +222,7 @@ class EulerianSelfDistillation(AbstractEulerian):
 
     times: AbstractTimes = DiagonalMixture(UniformTriangle(), 0.75)
     weight: AbstractWeight = NoWeight()
-    stop_gradient: StopGradient = eqx.field(static=True, default=StopGradient.TRANSPORT)
+    stop_gradient: StopGradient = stop_gradient_field(StopGradient.TRANSPORT)
     guidance: GuidanceRule | None = None
     jvp: Derivative = jax.jvp
 

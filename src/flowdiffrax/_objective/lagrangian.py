@@ -3,7 +3,6 @@ from collections.abc import Callable
 from typing import Any
 
 import diffrax
-import equinox as eqx
 import jax
 from jaxtyping import Array, Key
 
@@ -20,7 +19,12 @@ from .._times import (
     StartAt,
     UniformTriangle,
 )
-from .base import AbstractObjective, AbstractResidualObjective, StopGradient
+from .base import (
+    AbstractObjective,
+    AbstractResidualObjective,
+    StopGradient,
+    stop_gradient_field,
+)
 from .teaching import check_velocity, data_residual, freeze, own_velocity
 from .weight import AbstractWeight, NoWeight
 
@@ -106,7 +110,7 @@ class LagrangianMapDistillation(AbstractLagrangian):
 
     times: AbstractTimes = UniformTriangle()
     weight: AbstractWeight = NoWeight()
-    stop_gradient: StopGradient = eqx.field(static=True, default=StopGradient.TEACHER)
+    stop_gradient: StopGradient = stop_gradient_field(StopGradient.TEACHER)
     jvp: Derivative = jax.jvp
 
     def followed(self, flow_map, teacher) -> VectorField:
@@ -168,7 +172,7 @@ class LagrangianSelfDistillation(AbstractLagrangian):
 
     times: AbstractTimes = DiagonalMixture(UniformTriangle(), 0.75)
     weight: AbstractWeight = NoWeight()
-    stop_gradient: StopGradient = eqx.field(static=True, default=StopGradient.TEACHER)
+    stop_gradient: StopGradient = stop_gradient_field(StopGradient.TEACHER)
     guidance: Callable | None = None
     jvp: Derivative = jax.jvp
 
@@ -264,7 +268,7 @@ class FreeFlow(AbstractLagrangian):
 
     times: AbstractTimes = StartAt(UniformTriangle(), 0.0)
     weight: AbstractWeight = NoWeight()
-    stop_gradient: StopGradient = eqx.field(static=True, default=StopGradient.DERIVATIVE)
+    stop_gradient: StopGradient = stop_gradient_field(StopGradient.DERIVATIVE)
     jvp: Derivative = jax.jvp
 
     def followed(self, flow_map, teacher) -> VectorField:

@@ -1,6 +1,5 @@
 from collections.abc import Callable
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Int
@@ -10,9 +9,9 @@ from .._derivative import Derivative
 from .._identities import transport_derivative
 from .._misc import add_scaled, subtract, times_like
 from .._times import AbstractTimes, Diagonal, DiagonalMixture, LogitNormal
-from .base import AbstractResidualObjective, StopGradient
+from .base import AbstractResidualObjective, StopGradient, stop_gradient_field
 from .eulerian import AbstractEulerian
-from .teaching import data_direction, freeze, own_velocity, teacher_velocity
+from .teaching import data_direction, freeze, own_map, teacher_velocity
 from .two_piece import check_share, eulerian_quotient
 from .weight import AbstractWeight, PowerWeight
 
@@ -41,6 +40,8 @@ class MeanFlow(AbstractEulerian):
     The teacher is `None`, to learn from data, or a velocity `(t, x, args) -> dx/dt`,
     which then takes the place of $\dot I_s$.
 
+    **Raises:** when it is called, `ValueError` for a teacher and `guidance` together.
+
     ??? cite "Reference"
 
         [arXiv:2505.13447](https://arxiv.org/abs/2505.13447), algorithm 1.
@@ -51,11 +52,16 @@ class MeanFlow(AbstractEulerian):
     )
     weight: AbstractWeight = PowerWeight(1.0, 1e-2)
     guidance: Callable | None = None
-    stop_gradient: StopGradient = eqx.field(static=True, default=StopGradient.DERIVATIVE)
+    stop_gradient: StopGradient = stop_gradient_field(StopGradient.DERIVATIVE)
     jvp: Derivative = jax.jvp
 
     def direction(self, flow_map, teacher, path, s, I_s, args) -> State:
         if teacher is not None:
+            if self.guidance is not None:
+                raise ValueError(
+                    "`guidance` is for what learns from data; a teacher came too. Guide "
+                    "the teacher instead: `GuidedVelocity(teacher, rule)`."
+                )
             return teacher_velocity(teacher, s, I_s, args)
         return data_direction(flow_map, path, s, args, self.guidance)
 
@@ -93,7 +99,7 @@ class ImprovedMeanFlow(AbstractResidualObjective):
     )
     weight: AbstractWeight = PowerWeight(1.0, 1e-2)
     guidance: Callable | None = None
-    stop_gradient: StopGradient = eqx.field(static=True, default=StopGradient.DERIVATIVE)
+    stop_gradient: StopGradient = stop_gradient_field(StopGradient.DERIVATIVE)
     jvp: Derivative = jax.jvp
 
     def __check_init__(self):
@@ -107,7 +113,7 @@ class ImprovedMeanFlow(AbstractResidualObjective):
         del key
         I_s = path.evaluate(s)
         s, t = times_like(I_s, s, t)
-        w = own_velocity(flow_map, teacher)(s, I_s, args)
+        w = own_map(flow_map, teacher).velocity(s, I_s, args)
         v_st, dv = transport_derivative(
             flow_map.average_velocity, s, t, I_s, freeze(w), args, jvp=self.jvp
         )
@@ -130,7 +136,10 @@ class AlphaFlow(AbstractResidualObjective):
     data, then the map. No derivative of the map is taken. At $a = 1$ every jump learns
     the velocity; as $a$ falls, the loss and its gradient go to those of
     [`flowdiffrax.MeanFlow`][] with the same weight. To that end the reported error is
-    the one above over $a$ once more, which the gradient is not.
+    the one above over $a$ once more, which the gradient is not. That is what `weight`
+    sees, so that the paper's adaptive weight $a / (e + c)$ is $1 / (e / a^2 + c)$ here:
+    at small $a$ its floor is lower and rows off the diagonal weigh more, as those of
+    MeanFlow do.
 
     **Arguments:**
 
@@ -139,7 +148,8 @@ class AlphaFlow(AbstractResidualObjective):
     - `weight`: what is made of the squared error.
     - `alpha`: the share $a$ of the step in (0, 1]. The paper lowers it from 1 to 0.005
       along training: [`flowdiffrax.Scheduled`][] with
-      [`flowdiffrax.sigmoid_schedule`][]. Below 0.005, float32 rounding shows.
+      [`flowdiffrax.sigmoid_schedule`][]. Below 0.005, float32 rounding shows; in
+      bfloat16, far above.
     - `guidance`: a rule for the direction, [`flowdiffrax.MeanFlowGuidance`][]; `None`
       for none.
 

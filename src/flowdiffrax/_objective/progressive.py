@@ -9,10 +9,10 @@ from jaxtyping import Array, ArrayLike, Key
 from .._custom_types import State
 from .._flow_map import ComposedFlowMap
 from .._identities import two_piece_target
-from .._misc import subtract
+from .._misc import is_concrete, subtract
 from .._times import AbstractTimes, DiagonalMixture, Dyadic, UniformTriangle
 from .base import AbstractResidualObjective
-from .teaching import data_residual, freeze, own_map
+from .teaching import check_unguided, data_residual, freeze, own_map
 from .weight import AbstractWeight, NoWeight
 
 
@@ -73,6 +73,7 @@ class AbstractProgressiveSelfDistillation(AbstractResidualObjective):
         return target
 
     def residual(self, flow_map, teacher, path, s, t, args, key) -> State:
+        check_unguided(args)
         I_s = path.evaluate(s)
         frozen = freeze(own_map(flow_map, teacher))
         piece = lambda s, t, x: frozen.average_velocity(s, t, x, args)
@@ -174,7 +175,7 @@ class Shortcut(AbstractProgressiveSelfDistillation):
     clip: float | None = 4.0
 
     def __check_init__(self):
-        if self.clip is not None and self.clip <= 0:
+        if self.clip is not None and is_concrete(self.clip) and self.clip <= 0:
             raise ValueError(f"`clip` must be positive or `None`; got {self.clip}.")
 
     def share(self, key) -> ArrayLike:
@@ -189,7 +190,7 @@ class Shortcut(AbstractProgressiveSelfDistillation):
 
 
 def _check_split(split: float | None) -> None:
-    if split is not None and not 0 < split < 1:
+    if split is not None and is_concrete(split) and not 0 < split < 1:
         raise ValueError(f"`split` must be in (0, 1), or `None`; got {split}.")
 
 

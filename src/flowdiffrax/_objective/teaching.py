@@ -35,7 +35,8 @@ def data_residual(
     """
     if isinstance(args, GuidanceArgs):
         args = at_scale_one(args.condition, args)
-    I_t, dI_t = path.evaluate(t), path.derivative(t)
+    I_t = path.evaluate(t)
+    dI_t = check_like(path.derivative(t), I_t, "`path.derivative`")
     return subtract(flow_map.velocity(t, I_t, args), dI_t)
 
 
@@ -74,11 +75,12 @@ def own_map(flow_map: AbstractFlowMap, teacher: Any) -> AbstractFlowMap:
 
 
 def own_velocity(
-    flow_map: AbstractFlowMap, teacher: Any, guidance: GuidanceRule | None = None
+    flow_map: AbstractFlowMap, teacher: Any, guidance: GuidanceRule | None
 ) -> VectorField:
     """The velocity that self-distillation follows, by a rule of guidance if any.
 
-    **Raises:** `TypeError` if the teacher is neither `None` nor a flow map.
+    **Raises:** `TypeError` if the teacher is neither `None` nor a flow map; when called,
+    `ValueError` for a scale of guidance without a rule.
     """
     if isinstance(guidance, MeanFlowGuidance):
         raise TypeError(
@@ -86,7 +88,27 @@ def own_velocity(
             "`ClassifierFreeGuidance`; `MeanFlowGuidance` is for what learns from data."
         )
     own = own_map(flow_map, teacher).velocity
-    return own if guidance is None else GuidedVelocity(own, guidance)
+    if guidance is not None:
+        return GuidedVelocity(own, guidance)
+
+    def velocity(t, x, args):
+        check_unguided(args)
+        return own(t, x, args)
+
+    return velocity
+
+
+def check_unguided(args: Args) -> None:
+    """**Raises:** `ValueError` for a scale of guidance, which would mean nothing.
+
+    Data teach the diagonal at scale 1; at other scales, jumps need a rule to follow.
+    """
+    if isinstance(args, GuidanceArgs):
+        raise ValueError(
+            "The conditions have a guidance scale (`GuidanceArgs`), and this objective "
+            "has no rule that gives it a meaning: set `guidance=ClassifierFreeGuidance"
+            "(...)` where the objective has that field, or train without scales."
+        )
 
 
 def data_direction(
@@ -97,7 +119,8 @@ def data_direction(
     guidance: Callable | None,
 ) -> State:
     r"""The rate $\dot I_t$ of the data, guided by the map's own velocity if asked for."""
-    dI_t = path.derivative(t)
+    I_t = path.evaluate(t)
+    dI_t = check_like(path.derivative(t), I_t, "`path.derivative`")
     if guidance is None:
         return dI_t
     if isinstance(guidance, ClassifierFreeGuidance):
@@ -105,4 +128,5 @@ def data_direction(
             "This objective is guided by a rule for the rate of the data, such as "
             "`MeanFlowGuidance`; got `ClassifierFreeGuidance`, a rule for velocities."
         )
-    return freeze(guidance(flow_map.velocity, dI_t, t, path.evaluate(t), args))
+    guided = guidance(flow_map.velocity, dI_t, t, I_t, args)
+    return freeze(check_like(guided, I_t, "`guidance`"))

@@ -6,6 +6,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from .._custom_types import Scalar, Time
+from .._misc import is_concrete
 
 
 class AbstractWeight(eqx.Module):
@@ -109,7 +110,7 @@ class DataEndWeight(AbstractWeight):
     width: float = 0.1
 
     def __check_init__(self):
-        if not 0 < self.width <= 1:
+        if is_concrete(self.width) and not 0 < self.width <= 1:
             raise ValueError(f"`width` must be in (0, 1]; got {self.width}.")
 
     def __call__(self, s: Time, t: Time, squared_error: Scalar) -> Scalar:
@@ -122,9 +123,11 @@ class PowerWeight(AbstractWeight):
     r"""The squared error $e$ over $\mathrm{sg}(e + c)^p$, the adaptive weight.
 
     It takes from examples with large errors; $p = 1/2$ resembles a Huber loss, and with
-    $p = 1$ every example has a gradient of about the same size. The divisor is held
-    fixed. The loss is close to 1 for every error much above $c$: watch the samples, not
-    the loss.
+    $p = 1$ every example has a gradient of about the same size. Along data, whose rate is
+    scattered around its mean, that moves the minimiser towards the most frequent rates:
+    little in high dimensions, where all errors are of one size, and much in few. The
+    divisor is held fixed. The loss is close to 1 for every error much above $c$: watch
+    the samples, not the loss.
 
     **Arguments:**
 
@@ -143,7 +146,7 @@ class PowerWeight(AbstractWeight):
 
     def __check_init__(self):
         _check_positive("floor", self.floor)
-        if self.power < 0:
+        if is_concrete(self.power) and self.power < 0:
             raise ValueError(f"`power` must be at least 0; got {self.power}.")
 
     def __call__(self, s: Time, t: Time, squared_error: Scalar) -> Scalar:
@@ -180,6 +183,8 @@ class NormalisedTangent(AbstractWeight):
 
 class PseudoHuber(AbstractWeight):
     r"""The metric $\sqrt{|e|^2 + c^2} - c$: quadratic for small errors, linear for large.
+
+    Along scattered data it moves the minimiser from the mean towards the median.
 
     **Arguments:**
 
@@ -256,5 +261,5 @@ class LearnedWeight(AbstractLearnedWeight):
 
 
 def _check_positive(name: str, value: float) -> None:
-    if value <= 0:
+    if is_concrete(value) and value <= 0:
         raise ValueError(f"`{name}` must be positive; got {value}.")

@@ -112,7 +112,7 @@ class MLP(eqx.Module):
             features.append(jnp.cos(math.pi * frequency * times).astype(x.dtype))
         if self.args_size > 0:
             is_array = isinstance(args, jax.Array | np.ndarray | list | tuple)
-            found = jnp.shape(args) if is_array else type(args).__name__
+            found = np.shape(args) if is_array else type(args).__name__
             if found != (self.args_size,):
                 raise ValueError(
                     f"This network takes `args` of shape ({self.args_size},); got "

@@ -1,0 +1,20 @@
+"""The code of the pages runs, as one script a page, with fewer steps."""
+
+import pathlib
+import re
+
+import jax
+import pytest
+
+DOCS = pathlib.Path(__file__).parent.parent / "docs"
+
+
+@pytest.mark.parametrize("page", ["objectives"])
+def test_code_of_page(page):
+    text = (DOCS / f"{page}.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    assert blocks
+    code = re.sub(r"num_steps=\d+", "num_steps=2", "\n".join(blocks))
+    # Pages are written for JAX's own settings, not for those of the tests.
+    with jax.enable_x64(False), jax.numpy_dtype_promotion("standard"):
+        exec(compile(code, f"{page}.md", "exec"), {})
