@@ -74,7 +74,10 @@ class HybridSolver(diffrax.AbstractImplicitSolver, diffrax.AbstractAdaptiveSolve
 
     The term must be the exact vector field: it is what the map is judged by. Start with
     more than the whole interval, which Diffrax cuts at `t1`: `t1 - t0` may by rounding
-    end just before it, and Diffrax's own guess, `dt0=None`, starts at 0.01.
+    end just before it, and Diffrax's own guess, `dt0=None`, starts at 0.01. With an
+    implicit fallback, start with the step that it would start with, from where jumps grow
+    tenfold: after a long one that was refused, it would be tried at far too long a step
+    itself, at which implicit solvers can take a wrong solution for the right one.
 
     !!! info "What decides"
 
@@ -92,10 +95,9 @@ class HybridSolver(diffrax.AbstractImplicitSolver, diffrax.AbstractAdaptiveSolve
         The promise is as good as the estimate. By default it has the vector field for
         its witness: [`flowdiffrax.LinearisedError`][] for states of up to 32 entries,
         and for larger ones beside an implicit fallback, since most errors of stiff
-        systems die out at once; [`flowdiffrax.ResidualIntegral`][] for others. The
-        classical solver is tried at long steps too: a root finder given to an implicit
-        one should solve more exactly than the tolerance, as
-        `optimistix.Newton(1e-6, 1e-12)` does, or it may converge to a wrong solution.
+        systems die out at once; [`flowdiffrax.ResidualIntegral`][] for others. A root
+        finder that is given to an implicit fallback should solve more exactly than the
+        tolerance, as `optimistix.Newton(1e-6, 1e-12)` does.
 
     !!! info "Cost"
 

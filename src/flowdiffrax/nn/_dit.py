@@ -1,0 +1,218 @@
+from collections.abc import Sequence
+from typing import Any
+
+import einops
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+from jaxtyping import Array, Float, Key
+
+from .._custom_types import Args, Time
+from ._condition import Condition
+from ._images import (
+    check_dtype,
+    check_image,
+    check_shape,
+    num_heads_for,
+    precise,
+    run,
+)
+from ._layers import Linear, attend, modulate, standardise, unit_rms
+
+
+class DiT(eqx.Module):
+    """A transformer on patches of an image, `net(s, t, x, args)`.
+
+    Square patches become tokens, with sines and cosines of their places added. Times and
+    class give every block factors and shifts of its normalised tokens, and gates of what
+    it adds. Queries and keys have root mean square 1, times a learned factor for each
+    channel: without that, attention can have any slope in time.
+
+    Gates and the last layer start at zero, so that every block starts as the identity,
+    and so does a [`flowdiffrax.FlowMap`][] of the network.
+
+    !!! info "Numerics"
+
+        Precision is that of [`flowdiffrax.nn.UNet`][], and there is no dropout here
+        either. Blocks are one compiled block in a loop: their weights have an axis for
+        the depth in front.
+
+    **Arguments:**
+
+    - `shape`: of one image, (height, width, channels).
+    - `patch`: side of a patch, in pixels.
+    - `width`, `depth`: entries of a token, a multiple of 4; and number of blocks.
+    - `num_heads`: of attention; `None` for one each 64 entries.
+    - `ratio`: width of a block's hidden layer, over `width`.
+    - `num_classes`, `guidance`, `scale`, `max_frequency`, `two_times`, `dtype`, `remat`,
+      `key`: as for [`flowdiffrax.nn.UNet`][].
+
+    **Raises:** `ValueError` for settings that do not go together; when called,
+    `ValueError` or `TypeError` for a state or `args` of another kind.
+
+    ??? cite "Reference"
+
+        DiT, [arXiv:2212.09748](https://arxiv.org/abs/2212.09748).
+    """
+
+    condition: Condition
+    first: Linear
+    blocks: "_Block"
+    last_modulation: Linear
+    last: Linear
+    shape: tuple[int, int, int] = eqx.field(static=True)
+    patch: int = eqx.field(static=True)
+    scale: float = eqx.field(static=True)
+    dtype: jnp.dtype | None = eqx.field(static=True)
+    remat: bool = eqx.field(static=True)
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        patch: int = 2,
+        width: int = 768,
+        depth: int = 12,
+        *,
+        num_heads: int | None = None,
+        ratio: int = 4,
+        num_classes: int = 0,
+        guidance: bool = False,
+        scale: float = 1.0,
+        max_frequency: float = 1.0,
+        two_times: bool = True,
+        dtype: Any = None,
+        remat: bool = False,
+        key: Key[Array, ""],
+    ):
+        self.shape = check_shape(shape)
+        height, image_width, channels = self.shape
+        if min(patch, width, depth, ratio) < 1 or width % 4 != 0:
+            raise ValueError(
+                "`patch`, `width`, `depth` and `ratio` must be at least 1, and `width` a "
+                f"multiple of 4; got {patch}, {width}, {depth}, {ratio}."
+            )
+        if height % patch != 0 or image_width % patch != 0:
+            raise ValueError(
+                f"Images of {height} by {image_width} cannot be cut into patches of "
+                f"{patch} by {patch}. Give a `patch` that divides both, or pad them."
+            )
+        num_heads = num_heads_for(width, num_heads)
+        first_key, condition_key, block_key = jr.split(key, 3)
+        self.condition = Condition(
+            width,
+            256,
+            num_classes=num_classes,
+            guidance=guidance,
+            two_times=two_times,
+            max_frequency=max_frequency,
+            key=condition_key,
+        )
+        self.first = Linear(patch**2 * channels, width, key=first_key)
+        block = lambda key: _Block(width, num_heads, ratio, key=key)
+        self.blocks = eqx.filter_vmap(block)(jr.split(block_key, depth))
+        self.last_modulation = Linear(width, 2 * width, key=None)
+        self.last = Linear(width, patch**2 * channels, key=None)
+        self.patch = patch
+        # A number of NumPy or JAX, such as `data.std()`, could not be static.
+        self.scale = float(scale)
+        self.dtype = check_dtype(dtype)
+        self.remat = remat
+
+    def __call__(
+        self,
+        s: Time,
+        t: Time,
+        x: Float[Array, "height width channels"],
+        args: Args = None,
+    ) -> Float[Array, "height width channels"]:
+        check_image(x, self.shape)
+        out_dtype = x.dtype
+        s, t, x = precise(s, t, x)
+        vector = jax.nn.silu(self.condition(s, t, args))
+        patches = einops.rearrange(
+            x / self.scale, "(h a) (w b) c -> (h w) (a b c)", a=self.patch, b=self.patch
+        )
+        tokens = self.first(patches, self.dtype)
+        rows, columns = self.shape[0] // self.patch, self.shape[1] // self.patch
+        tokens = tokens + _places(rows, columns, tokens)
+        weights, static = eqx.partition(self.blocks, eqx.is_array)
+
+        def step(tokens, weights):
+            block = eqx.combine(weights, static)
+            return run(block, self.remat, tokens, vector, self.dtype), None
+
+        tokens, _ = jax.lax.scan(step, tokens, weights)
+        factor, shift = jnp.split(self.last_modulation(vector), 2)
+        tokens = _modulated(tokens, factor, shift)
+        y = einops.rearrange(
+            self.last(tokens),
+            "(h w) (a b c) -> (h a) (w b) c",
+            h=rows,
+            a=self.patch,
+            b=self.patch,
+        )
+        return (self.scale * y).astype(out_dtype)
+
+
+class _Block(eqx.Module):
+    """Attention, then a hidden layer for each token; both gated."""
+
+    modulation: Linear
+    qkv: Linear
+    q_factor: Float[Array, " channels"]
+    k_factor: Float[Array, " channels"]
+    mixed: Linear
+    hidden: Linear
+    last: Linear
+    num_heads: int = eqx.field(static=True)
+
+    def __init__(self, width: int, num_heads: int, ratio: int, *, key: Key[Array, ""]):
+        qkv_key, mixed_key, hidden_key, last_key = jr.split(key, 4)
+        self.modulation = Linear(width, 6 * width, key=None)
+        self.qkv = Linear(width, 3 * width, key=qkv_key)
+        self.q_factor = jnp.ones(width // num_heads)
+        self.k_factor = jnp.ones(width // num_heads)
+        self.mixed = Linear(width, width, key=mixed_key)
+        self.hidden = Linear(width, ratio * width, key=hidden_key)
+        self.last = Linear(ratio * width, width, key=last_key)
+        self.num_heads = num_heads
+
+    def __call__(self, tokens, vector, dtype):
+        numbers = jnp.split(self.modulation(vector), 6)
+        h = self._mix(_modulated(tokens, *numbers[:2]), dtype)
+        tokens = tokens + modulate(h, numbers[2])
+        h = self.hidden(_modulated(tokens, *numbers[3:5]), dtype)
+        h = self.last(jax.nn.gelu(h), dtype)
+        return tokens + modulate(h, numbers[5])
+
+    def _mix(self, tokens, dtype):
+        q, k, v = einops.rearrange(
+            self.qkv(tokens, dtype),
+            "m (three n c) -> three n m c",
+            three=3,
+            n=self.num_heads,
+        )
+        q = modulate(unit_rms(q, -1), self.q_factor)
+        k = modulate(unit_rms(k, -1), self.k_factor)
+        h = einops.rearrange(attend(q, k, v, dtype), "n m c -> m (n c)")
+        return self.mixed(h, dtype)
+
+
+def _modulated(tokens, factor, shift):
+    """Each token to mean 0 and variance 1, then the factor and the shift."""
+    return modulate(standardise(tokens, -1, 1e-6), 1 + factor, shift)
+
+
+def _places(
+    height: int, width: int, tokens: Float[Array, "tokens size"]
+) -> Float[Array, "tokens size"]:
+    """Sines and cosines of row and column, a quarter of the entries each."""
+    number = tokens.shape[-1] // 4
+    # Frequencies of the paper on attention, as DiT takes them.
+    falling = jnp.arange(number, dtype=tokens.dtype) / number
+    wave = lambda length: jnp.outer(jnp.arange(length, dtype=tokens.dtype), 1e4**-falling)
+    both = lambda angles: jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], -1)
+    rows = einops.repeat(both(wave(height)), "h c -> (h w) c", w=width)
+    columns = einops.repeat(both(wave(width)), "w c -> (h w) c", h=height)
+    return jnp.concatenate([rows, columns], -1)

@@ -1,0 +1,137 @@
+"""What image networks have in common: shapes, precision, levels of a U-Net."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from .._custom_types import Time
+from .._misc import time_dtype, times_like
+from ._layers import double, halve
+
+Shape = tuple[int, int, int]
+
+
+class Level(NamedTuple):
+    """One block of a U-Net: its widths, and what it does beside its convolutions."""
+
+    inputs: int
+    outputs: int
+    resample: Callable[[Array], Array] | None = None
+    attention: bool = False
+    # Channels that come from the other side of the U, part of `inputs`.
+    skip: int = 0
+
+
+def levels(
+    shape: Shape,
+    channels: int,
+    multipliers: Sequence[int],
+    num_blocks: int,
+    attention: Sequence[int],
+) -> tuple[list[Level], list[Level]]:
+    """The blocks down, after a first convolution, and the blocks up again.
+
+    There are two at the bottom, of which the first has attention.
+    """
+    numbers = (channels, num_blocks, *multipliers)
+    if len(multipliers) == 0 or min(numbers) < 1:
+        raise ValueError(
+            "`channels`, `num_blocks` and `multipliers` must be at least 1, and there "
+            "must be a multiplier for each resolution; got "
+            f"{channels}, {num_blocks}, {tuple(multipliers)}."
+        )
+    height, width, _ = shape
+    factor = 2 ** (len(multipliers) - 1)
+    if height % factor != 0 or width % factor != 0:
+        raise ValueError(
+            f"{len(multipliers)} resolutions, each half of the one before, need images "
+            f"whose sides are multiples of {factor}; got {height} by {width}. Pad them, "
+            "or give fewer `multipliers`."
+        )
+    heights = [height // 2**level for level in range(len(multipliers))]
+    if not set(attention) <= set(heights):
+        raise ValueError(
+            f"`attention` lists image heights at which to attend, of {heights}; got "
+            f"{tuple(attention)}."
+        )
+    widths = [channels * multiplier for multiplier in multipliers]
+    down, skips, now = [], [widths[0]], widths[0]
+    for level, (height, width) in enumerate(zip(heights, widths, strict=True)):
+        if level > 0:
+            down.append(Level(now, now, halve))
+            skips.append(now)
+        for _ in range(num_blocks):
+            down.append(Level(now, width, None, height in attention))
+            skips.append(width)
+            now = width
+    up = [Level(now, now, None, True), Level(now, now)]
+    for level in reversed(range(len(widths))):
+        if level < len(widths) - 1:
+            up.append(Level(now, now, double))
+        for _ in range(num_blocks + 1):
+            skip, width = skips.pop(), widths[level]
+            up.append(Level(now + skip, width, None, heights[level] in attention, skip))
+            now = width
+    return down, up
+
+
+def num_heads_for(channels: int, num_heads: int | None) -> int:
+    """The given number, or a head for each 64 channels.
+
+    **Raises:** `ValueError` if it does not divide them.
+    """
+    number = max(1, channels // 64) if num_heads is None else num_heads
+    if number < 1 or channels % number != 0:
+        raise ValueError(
+            f"{channels} channels cannot be divided among {number} heads of attention. "
+            "Give a `num_heads` that divides them."
+        )
+    return number
+
+
+def check_shape(shape: Sequence[int]) -> Shape:
+    """**Raises:** `ValueError` unless it is one of an image, the channels last."""
+    if len(shape) != 3 or min(shape) < 1:
+        raise ValueError(
+            "`shape` must be that of one image, (height, width, channels); got "
+            f"{tuple(shape)}."
+        )
+    height, width, channels = shape
+    return int(height), int(width), int(channels)
+
+
+def check_dtype(dtype: Any) -> jnp.dtype | None:
+    """**Raises:** `TypeError` for a dtype that is not of floating point."""
+    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"`dtype` must be a floating-point dtype; got {dtype}.")
+    return None if dtype is None else jnp.dtype(dtype)
+
+
+def check_image(x: Array, shape: Shape) -> None:
+    """**Raises:** `ValueError` for another shape, `TypeError` for another dtype."""
+    if jnp.shape(x) != shape:
+        raise ValueError(
+            f"This network takes one image of shape {shape}, the channels last; got "
+            f"{jnp.shape(x)}. For a batch, use `jax.vmap`."
+        )
+    if not jnp.issubdtype(jnp.result_type(x), jnp.floating):
+        raise TypeError(
+            f"This network takes images of floating point; got {jnp.result_type(x)}. For "
+            "8-bit values, see `data.from_uint8`."
+        )
+
+
+def precise(
+    s: Time, t: Time, x: Float[Array, "height width channels"]
+) -> tuple[Array, Array, Array]:
+    """Times and state in the precision of the state, and in float32 at least."""
+    s, t = times_like(x, s, t)
+    return s, t, x.astype(time_dtype(x))
+
+
+def run(block: Callable, remat: bool, *args: Any) -> Any:
+    """Calls a block; with `remat`, a reverse pass computes it again."""
+    return (eqx.filter_checkpoint(block) if remat else block)(*args)

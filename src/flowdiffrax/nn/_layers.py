@@ -1,0 +1,160 @@
+"""Layers of image networks: channels last, one example, any floating dtype.
+
+Matrix products and convolutions round their operands to a dtype they are given, and give
+the dtype that came. So what lies between them, and all tangents there, can keep float32.
+"""
+
+import math
+
+import einops
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+from jaxtyping import Array, Float, Key
+
+
+class Linear(eqx.Module):
+    """An affine map of the last axis, so a convolution by one pixel too.
+
+    Without a key, it starts at zero; so does `Conv`.
+    """
+
+    weight: Float[Array, "inputs outputs"]
+    bias: Float[Array, " outputs"] | None
+
+    def __init__(
+        self, inputs: int, outputs: int, bias: bool = True, *, key: Key[Array, ""] | None
+    ):
+        self.weight = _random_weight(key, (inputs, outputs))
+        self.bias = jnp.zeros(outputs) if bias else None
+
+    def __call__(
+        self, x: Float[Array, "*shape inputs"], dtype: jnp.dtype | None = None
+    ) -> Float[Array, "*shape outputs"]:
+        y = product(x, self.weight, dtype)
+        if self.bias is None:
+            return y
+        return y + jnp.broadcast_to(self.bias.astype(x.dtype), y.shape)
+
+
+class Conv(eqx.Module):
+    """A convolution by three pixels, with zeros around the image."""
+
+    weight: Float[Array, "3 3 inputs outputs"]
+    bias: Float[Array, " outputs"]
+
+    def __init__(self, inputs: int, outputs: int, *, key: Key[Array, ""] | None):
+        self.weight = _random_weight(key, (3, 3, inputs, outputs))
+        self.bias = jnp.zeros(outputs)
+
+    def __call__(
+        self, x: Float[Array, "height width inputs"], dtype: jnp.dtype | None = None
+    ) -> Float[Array, "height width outputs"]:
+        y = convolve(x, self.weight, dtype)
+        return y + jnp.broadcast_to(self.bias.astype(x.dtype), y.shape)
+
+
+class GroupNorm(eqx.Module):
+    """Groups of channels to mean 0 and variance 1, then a factor and a shift for each."""
+
+    factor: Float[Array, " channels"]
+    shift: Float[Array, " channels"]
+    num_groups: int = eqx.field(static=True)
+
+    def __init__(self, channels: int):
+        self.factor = jnp.ones(channels)
+        self.shift = jnp.zeros(channels)
+        # 32 groups, or fewer so that each has four channels at least.
+        most = max(1, min(32, channels // 4))
+        self.num_groups = max(n for n in range(1, most + 1) if channels % n == 0)
+
+    def __call__(
+        self, x: Float[Array, "height width channels"]
+    ) -> Float[Array, "height width channels"]:
+        groups = einops.rearrange(x, "h w (g c) -> h w g c", g=self.num_groups)
+        groups = standardise(groups, (0, 1, 3), 1e-5)
+        y = einops.rearrange(groups, "h w g c -> h w (g c)")
+        return modulate(y, self.factor, self.shift)
+
+
+def _random_weight(key: Key[Array, ""] | None, shape: tuple[int, ...]) -> Array:
+    if key is None:
+        return jnp.zeros(shape)
+    # Keeps the variance of independent inputs.
+    return jr.normal(key, shape) / math.sqrt(math.prod(shape[:-1]))
+
+
+def product(
+    x: Float[Array, "*shape inputs"],
+    weight: Float[Array, "inputs outputs"],
+    dtype: jnp.dtype | None = None,
+) -> Float[Array, "*shape outputs"]:
+    """`x @ weight`, computed in a dtype, by default that of `x`."""
+    dtype = x.dtype if dtype is None else dtype
+    return jnp.tensordot(x.astype(dtype), weight.astype(dtype), 1).astype(x.dtype)
+
+
+def convolve(
+    x: Float[Array, "height width inputs"],
+    weight: Float[Array, "3 3 inputs outputs"],
+    dtype: jnp.dtype | None = None,
+) -> Float[Array, "height width outputs"]:
+    """Computed in a dtype. Under `jax.vmap` this is one convolution of the batch."""
+    dtype = x.dtype if dtype is None else dtype
+    y = jax.lax.conv_general_dilated(
+        x[None].astype(dtype),
+        weight.astype(dtype),
+        window_strides=(1, 1),
+        padding="SAME",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+    return y[0].astype(x.dtype)
+
+
+def standardise(
+    x: Float[Array, "*shape"], axes: int | tuple[int, ...], epsilon: float
+) -> Float[Array, "*shape"]:
+    """Mean 0 and variance 1 over some axes."""
+    x = x - jnp.mean(x, axes, keepdims=True)
+    return x * jax.lax.rsqrt(jnp.mean(x * x, axes, keepdims=True) + epsilon)
+
+
+def unit_rms(
+    x: Float[Array, "*shape"], axes: int | tuple[int, ...], epsilon: float = 1e-8
+) -> Float[Array, "*shape"]:
+    """Root mean square 1 over some axes."""
+    return x * jax.lax.rsqrt(jnp.mean(x * x, axes, keepdims=True) + epsilon)
+
+
+def modulate(
+    x: Float[Array, "*shape channels"],
+    factor: Float[Array, " channels"],
+    shift: Float[Array, " channels"] | None = None,
+) -> Float[Array, "*shape channels"]:
+    """`factor * x + shift`, channel by channel, in the precision of `x`."""
+    along = lambda vector: jnp.broadcast_to(vector.astype(x.dtype), x.shape)
+    return x * along(factor) if shift is None else x * along(factor) + along(shift)
+
+
+def attend(
+    q: Float[Array, "heads tokens channels"],
+    k: Float[Array, "heads tokens channels"],
+    v: Float[Array, "heads tokens channels"],
+    dtype: jnp.dtype | None = None,
+) -> Float[Array, "heads tokens channels"]:
+    """Attention, written out: kernels that fuse it have no forward mode."""
+    low = lambda value: value.astype(value.dtype if dtype is None else dtype)
+    logits = jnp.einsum("nqc,nkc->nqk", low(q), low(k), preferred_element_type=q.dtype)
+    weights = jax.nn.softmax(logits / math.sqrt(q.shape[-1]))
+    return jnp.einsum("nqk,nkc->nqc", low(weights), low(v)).astype(v.dtype)
+
+
+def halve(x: Float[Array, "height width channels"]) -> Float[Array, "h w channels"]:
+    """Means of squares of four pixels."""
+    return einops.reduce(x, "(h a) (w b) c -> h w c", "mean", a=2, b=2)
+
+
+def double(x: Float[Array, "height width channels"]) -> Float[Array, "h w channels"]:
+    """Each pixel four times."""
+    return einops.repeat(x, "h w c -> (h a) (w b) c", a=2, b=2)

@@ -1,0 +1,129 @@
+r"""Layers that keep the magnitude of what passes through them.
+
+Where inputs have independent entries of mean square 1, so have outputs. Weights count by
+their direction alone: each output's have norm 1, whatever an optimiser has made of them.
+
+??? cite "Reference"
+
+    EDM2, [arXiv:2312.02696](https://arxiv.org/abs/2312.02696), section 2 and appendix B.
+"""
+
+import math
+from typing import TypeVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import jax.tree_util as jtu
+from jaxtyping import Array, Float, Key, PyTree
+
+from ._layers import convolve, product, unit_rms
+
+_Tree = TypeVar("_Tree", bound=PyTree)
+
+
+class ForcedWeight(eqx.Module):
+    """A weight of which only the directions count, one for each index of the last axis.
+
+    Called, it gives them with root mean square 1, as computed in its own dtype.
+    """
+
+    value: Float[Array, "*inputs outputs"]
+
+    def __init__(self, *shape: int, key: Key[Array, ""]):
+        self.value = _directions(jr.normal(key, shape))
+
+    def __call__(self, dtype: jnp.dtype) -> Float[Array, "*inputs outputs"]:
+        return _directions(self.value).astype(dtype)
+
+
+class ForcedLinear(eqx.Module):
+    """A linear map of the last axis, without bias."""
+
+    weight: ForcedWeight
+
+    def __init__(self, inputs: int, outputs: int, *, key: Key[Array, ""]):
+        self.weight = ForcedWeight(inputs, outputs, key=key)
+
+    def __call__(
+        self, x: Float[Array, "*shape inputs"], dtype: jnp.dtype | None = None
+    ) -> Float[Array, "*shape outputs"]:
+        return product(x, self.weight(x.dtype) / math.sqrt(x.shape[-1]), dtype)
+
+
+class ForcedConv(eqx.Module):
+    """A convolution by three pixels, without bias."""
+
+    weight: ForcedWeight
+
+    def __init__(self, inputs: int, outputs: int, *, key: Key[Array, ""]):
+        self.weight = ForcedWeight(3, 3, inputs, outputs, key=key)
+
+    def __call__(
+        self, x: Float[Array, "height width inputs"], dtype: jnp.dtype | None = None
+    ) -> Float[Array, "height width outputs"]:
+        return convolve(x, self.weight(x.dtype) / math.sqrt(9 * x.shape[-1]), dtype)
+
+
+def normalise_weights(tree: _Tree) -> _Tree:
+    """Puts the weights of magnitude-preserving layers back to their magnitude.
+
+    Such layers use the directions of their weights only, so this changes no output. It
+    changes training: gradients are orthogonal to the weights, which therefore grow with
+    every step, and a longer weight turns more slowly. Called after each step, it keeps
+    the learning rate the one that was asked for.
+
+    All other leaves stay as they are, gains among them.
+
+    **Arguments:**
+
+    - `tree`: a network, a map, a training state, or their weights alone as an optimiser
+      sees them: any PyTree.
+
+    **Returns:** the same PyTree, the weights of each output having root mean square 1.
+
+    ??? cite "Reference"
+
+        Forced weight normalisation in EDM2,
+        [arXiv:2312.02696](https://arxiv.org/abs/2312.02696), section 2.3.
+    """
+    is_forced = lambda node: isinstance(node, ForcedWeight)
+
+    def normalise(node):
+        if not is_forced(node) or not eqx.is_inexact_array(node.value):
+            return node
+        return eqx.tree_at(lambda node: node.value, node, _directions(node.value))
+
+    return jtu.tree_map(normalise, tree, is_leaf=is_forced)
+
+
+def _directions(weight: Float[Array, "*inputs outputs"]):
+    return unit_rms(weight, tuple(range(weight.ndim - 1)))
+
+
+def silu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    # The root mean square of SiLU of a normal variable, 0.596.
+    return jax.nn.silu(x) / 0.596
+
+
+def balanced(
+    x: Float[Array, "*shape"], y: Float[Array, "*shape"], share: float
+) -> Float[Array, "*shape"]:
+    """The sum of two, of which the second has this share, over its magnitude."""
+    norm = math.hypot(1 - share, share)
+    return x * ((1 - share) / norm) + y * (share / norm)
+
+
+def joined(
+    x: Float[Array, "*shape xs"], y: Float[Array, "*shape ys"]
+) -> Float[Array, "*shape both"]:
+    """Both, one after the other along the last axis, with equal influence."""
+    nx, ny = x.shape[-1], y.shape[-1]
+    factor = lambda n: math.sqrt((nx + ny) / (2 * n))
+    return jnp.concatenate([x * factor(nx), y * factor(ny)], -1)
+
+
+def gained(x: Float[Array, "*shape"], gain: Float[Array, ""]) -> Float[Array, "*shape"]:
+    """A learned factor, in the precision of `x`."""
+    return x * gain.astype(x.dtype)

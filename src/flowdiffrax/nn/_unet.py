@@ -1,0 +1,219 @@
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import einops
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+from jaxtyping import Array, Float, Key
+
+from .._custom_types import Args, Time
+from ._condition import Condition
+from ._images import (
+    Level,
+    check_dtype,
+    check_image,
+    check_shape,
+    levels,
+    num_heads_for,
+    precise,
+    run,
+)
+from ._layers import Conv, GroupNorm, Linear, attend, modulate
+
+
+class UNet(eqx.Module):
+    """A convolutional network for images, `net(s, t, x, args)`, of ADM's kind.
+
+    Residual blocks at several resolutions, each half of the one before, down and up
+    again, with connections across. Times and class give each block factors and shifts of
+    its normalised channels.
+
+    The last convolution starts at zero, so that a [`flowdiffrax.FlowMap`][] of it starts
+    as the identity; as in the paper, so does the last one of every block.
+
+    !!! info "Numerics"
+
+        There is no dropout: objectives evaluate a network more than once and compare, so
+        it has to be one function of its inputs.
+
+        With `dtype`, convolutions and matrix products of activations round their operands
+        to it. All between them keeps the precision of the state, and float32 at least:
+        times, embeddings, sums, statistics of normalisation, attention weights, and the
+        tangents of all these. So does the last convolution. Weights keep their own, and
+        are cast where they are used.
+
+    **Arguments:**
+
+    - `shape`: of one image, (height, width, channels).
+    - `channels`: channels of the first resolution, times its multiplier.
+    - `multipliers`: of the channels, one for each resolution.
+    - `num_blocks`: residual blocks at each resolution on the way down; one more on the
+      way up.
+    - `attention`: the image heights at which the blocks attend. One block at the bottom
+      attends in any case.
+    - `num_heads`: of attention; `None` for one each 64 channels.
+    - `num_classes`: for labels 0 to `num_classes - 1` as `args`. `None` and
+      `num_classes` stand for no class. A traced label beyond gives NaN.
+    - `guidance`: whether `args` may be [`flowdiffrax.GuidanceArgs`][], a label and a
+      guidance scale. Without them the scale is 1.
+    - `scale`: typical size of the state's entries; outputs are multiplied by it.
+    - `max_frequency`: of the embedding, see [`flowdiffrax.nn.TwoTimeEmbedding`][].
+    - `two_times`: `False` for a velocity, that ignores the end time; see
+      [`flowdiffrax.nn.two_times`][].
+    - `dtype`: the dtype of products, such as `jnp.bfloat16`; `None` for the state's.
+    - `remat`: whether the reverse pass computes each block again, to save memory.
+    - `key`: for the initial weights.
+
+    **Raises:** `ValueError` for settings that do not go together; when called,
+    `ValueError` or `TypeError` for a state or `args` of another kind.
+
+    ??? cite "Reference"
+
+        ADM, [arXiv:2105.05233](https://arxiv.org/abs/2105.05233).
+    """
+
+    condition: Condition
+    first: Conv
+    down: list["_Block"]
+    up: list["_Block"]
+    last_norm: GroupNorm
+    last: Conv
+    shape: tuple[int, int, int] = eqx.field(static=True)
+    scale: float = eqx.field(static=True)
+    dtype: jnp.dtype | None = eqx.field(static=True)
+    remat: bool = eqx.field(static=True)
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        channels: int = 128,
+        multipliers: Sequence[int] = (2, 2, 2),
+        num_blocks: int = 3,
+        *,
+        attention: Sequence[int] = (),
+        num_heads: int | None = None,
+        num_classes: int = 0,
+        guidance: bool = False,
+        scale: float = 1.0,
+        max_frequency: float = 1.0,
+        two_times: bool = True,
+        dtype: Any = None,
+        remat: bool = False,
+        key: Key[Array, ""],
+    ):
+        self.shape = check_shape(shape)
+        down, up = levels(self.shape, channels, multipliers, num_blocks, attention)
+        first_key, condition_key, down_key, up_key = jr.split(key, 4)
+        size = 4 * channels
+        self.condition = Condition(
+            size,
+            2 * ((channels + 1) // 2),
+            num_classes=num_classes,
+            guidance=guidance,
+            two_times=two_times,
+            max_frequency=max_frequency,
+            key=condition_key,
+        )
+        self.first = Conv(self.shape[-1], down[0].inputs, key=first_key)
+        block = lambda key, index, level: _Block(
+            level, size, num_heads, key=jr.fold_in(key, index)
+        )
+        self.down = [block(down_key, *item) for item in enumerate(down)]
+        self.up = [block(up_key, *item) for item in enumerate(up)]
+        self.last_norm = GroupNorm(up[-1].outputs)
+        self.last = Conv(up[-1].outputs, self.shape[-1], key=None)
+        # A number of NumPy or JAX, such as `data.std()`, could not be static.
+        self.scale = float(scale)
+        self.dtype = check_dtype(dtype)
+        self.remat = remat
+
+    def __call__(
+        self,
+        s: Time,
+        t: Time,
+        x: Float[Array, "height width channels"],
+        args: Args = None,
+    ) -> Float[Array, "height width channels"]:
+        check_image(x, self.shape)
+        out_dtype = x.dtype
+        s, t, x = precise(s, t, x)
+        vector = jax.nn.silu(self.condition(s, t, args))
+        h = self.first(x / self.scale, self.dtype)
+        skips = [h]
+        for block in self.down:
+            h = run(block, self.remat, h, vector, self.dtype)
+            skips.append(h)
+        for block in self.up:
+            if block.skip > 0:
+                h = jnp.concatenate([h, skips.pop()], -1)
+            h = run(block, self.remat, h, vector, self.dtype)
+        h = jax.nn.silu(self.last_norm(h))
+        return (self.scale * self.last(h)).astype(out_dtype)
+
+
+class _Block(eqx.Module):
+    """A residual block, and attention after it."""
+
+    first_norm: GroupNorm
+    first: Conv
+    modulation: Linear
+    last_norm: GroupNorm
+    last: Conv
+    across: Linear | None
+    attention: "_Attention | None"
+    resample: Callable[[Array], Array] | None = eqx.field(static=True)
+    skip: int = eqx.field(static=True)
+
+    def __init__(
+        self, level: Level, size: int, num_heads: int | None, *, key: Key[Array, ""]
+    ):
+        inputs, outputs = level.inputs, level.outputs
+        first_key, modulation_key, across_key, attention_key = jr.split(key, 4)
+        self.first_norm = GroupNorm(inputs)
+        self.first = Conv(inputs, outputs, key=first_key)
+        self.modulation = Linear(size, 2 * outputs, key=modulation_key)
+        self.last_norm = GroupNorm(outputs)
+        self.last = Conv(outputs, outputs, key=None)
+        same = inputs == outputs
+        self.across = None if same else Linear(inputs, outputs, key=across_key)
+        self.attention = None
+        if level.attention:
+            self.attention = _Attention(outputs, num_heads, key=attention_key)
+        self.resample = level.resample
+        self.skip = level.skip
+
+    def __call__(self, x, vector, dtype):
+        h = jax.nn.silu(self.first_norm(x))
+        if self.resample is not None:
+            h, x = self.resample(h), self.resample(x)
+        factor, shift = jnp.split(self.modulation(vector), 2)
+        h = modulate(self.last_norm(self.first(h, dtype)), 1 + factor, shift)
+        h = self.last(jax.nn.silu(h), dtype)
+        x = (x if self.across is None else self.across(x, dtype)) + h
+        return x if self.attention is None else self.attention(x, dtype)
+
+
+class _Attention(eqx.Module):
+    """Each pixel attends to all."""
+
+    norm: GroupNorm
+    first: Linear
+    last: Linear
+    num_heads: int = eqx.field(static=True)
+
+    def __init__(self, channels: int, num_heads: int | None, *, key: Key[Array, ""]):
+        self.num_heads = num_heads_for(channels, num_heads)
+        self.norm = GroupNorm(channels)
+        self.first = Linear(channels, 3 * channels, key=key)
+        self.last = Linear(channels, channels, key=None)
+
+    def __call__(self, x, dtype):
+        height = x.shape[0]
+        qkv = self.first(self.norm(x), dtype)
+        q, k, v = einops.rearrange(
+            qkv, "h w (three n c) -> three n (h w) c", three=3, n=self.num_heads
+        )
+        h = einops.rearrange(attend(q, k, v, dtype), "n (h w) c -> h w (n c)", h=height)
+        return x + self.last(h, dtype)

@@ -1,0 +1,595 @@
+"""Image networks: at the start, differentiated, conditioned, in low precision."""
+
+import functools
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import jax.tree_util as jtu
+import numpy as np
+import optax
+import pytest
+from helpers import assert_close, finite_difference, max_abs, without_type_checks
+
+import flowdiffrax as fd
+from flowdiffrax.nn import _layers as layers
+from flowdiffrax.nn import _magnitude as magnitude
+
+SHAPE = (4, 4, 2)
+# With one attending block each, at the bottom; tests have to compile them.
+LEVELS = {"channels": 8, "multipliers": (1, 2), "num_blocks": 1, "num_heads": 2}
+KINDS = {
+    "UNet": functools.partial(fd.nn.UNet, SHAPE, **LEVELS),
+    "MagnitudePreservingUNet": functools.partial(
+        fd.nn.MagnitudePreservingUNet, SHAPE, **LEVELS
+    ),
+    "DiT": functools.partial(fd.nn.DiT, SHAPE, 2, 16, 2, num_heads=2),
+}
+every_network = pytest.mark.parametrize("kind", KINDS)
+
+S, T = jnp.asarray(0.2), jnp.asarray(0.9)
+X = jr.normal(jr.key(5), SHAPE)
+ARGS = fd.GuidanceArgs(jnp.asarray(1), jnp.asarray(2.5))
+
+
+@functools.cache
+def fresh(kind, **kwargs):
+    """A network with all inputs that there are, at its start."""
+    options = {"num_classes": 3, "guidance": True, "key": jr.key(0), **kwargs}
+    return KINDS[kind](**options)
+
+
+@functools.cache
+def shaken(kind, **kwargs):
+    """The network somewhere else, where nothing is zero."""
+    net = eqx.filter_eval_shape(functools.partial(fresh.__wrapped__, kind, **kwargs))
+    rng = np.random.default_rng(1)
+
+    def draw(leaf):
+        value = 0.2 * rng.standard_normal(leaf.shape)
+        return jnp.asarray(value + (leaf.ndim == 0), leaf.dtype)
+
+    is_shape = lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct)
+    return jtu.tree_map(lambda leaf: draw(leaf) if is_shape(leaf) else leaf, net)
+
+
+def smaller(kind, make=shaken, **kwargs):
+    """Half as deep, for what takes long to compile."""
+    return make(kind, **({} if kind == "DiT" else {"multipliers": (1,)}), **kwargs)
+
+
+def cast(tree, dtype):
+    return jtu.tree_map(lambda leaf: leaf.astype(dtype), tree)
+
+
+@eqx.filter_jit
+def value(net, s, t, x, args=ARGS):
+    return net(s, t, x, args)
+
+
+@eqx.filter_jit
+def pushed(net, inputs, direction):
+    """The output, and its derivative along a direction of (s, t, x)."""
+    return jax.jvp(lambda *inputs: net(*inputs, ARGS), inputs, direction)
+
+
+@eqx.filter_jit
+def gradient(net):
+    """Of a loss with a derivative in time in it, over two labels."""
+
+    def loss(net, label):
+        args = fd.GuidanceArgs(label, ARGS.scale)
+        end = lambda t: net(S, t, X, args)
+        v, dv = jax.jvp(end, (T,), (jnp.ones_like(T),))
+        return jnp.mean((v + 0.7 * dv - jnp.sin(3 * X)) ** 2)
+
+    mean = lambda net: jnp.mean(jax.vmap(loss, (None, 0))(net, jnp.asarray([1, 3])))
+    return eqx.filter_grad(mean)(net)
+
+
+def equations(jaxpr):
+    """Those of a jaxpr, and of all within."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in jtu.tree_leaves(list(equation.params.values())):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from equations(inner)
+
+
+# --- at the start ---------------------------------------------------------------------
+
+
+@every_network
+def test_starts_as_the_identity(kind):
+    # Jitted inside, so that other tests need not compile it again.
+    flow_map = fd.FlowMap(functools.partial(value, smaller(kind, fresh)))
+    assert_close(flow_map(S, T, X, ARGS), X, 0, 0)
+
+
+@every_network
+def test_arguments_keep_their_kind(kind):
+    # An array in a static field, such as `data.std()`, would break `jit`.
+    with without_type_checks():
+        net = shaken(kind, scale=np.float32(2), max_frequency=np.float32(0.5))
+    assert all(isinstance(leaf, jax.Array) for leaf in jtu.tree_leaves(net))
+    assert hash(jtu.tree_structure(net)) == hash(jtu.tree_structure(net))
+
+
+@pytest.mark.parametrize("kind", ["UNet", "MagnitudePreservingUNet"])
+def test_blocks_differ(kind):
+    first, second = (block.first.weight for block in smaller(kind, fresh).up[:2])
+    assert max_abs(jtu.tree_map(lambda a, b: a - b, first, second)) > 0
+
+
+def test_blocks_of_a_transformer_differ():
+    weight = fresh("DiT").blocks.hidden.weight
+    assert max_abs(weight[0] - weight[1]) > 0
+
+
+# The counts, of the networks in the papers: 54.67 and 124.3 million in arXiv:2505.18825,
+# where gaps have no learned gain; 130 and 675 in arXiv:2212.09748, of one time.
+@pytest.mark.parametrize(
+    "millions, make",
+    [
+        (54.67, lambda key: edm2((32, 32, 3), 128, attention=(16,), key=key)),
+        (
+            124.26,
+            lambda key: edm2(
+                (64, 64, 3), 128, (1, 2, 3, 4), 3, attention=(16, 8), key=key
+            ),
+        ),
+        (130.31, lambda key: dit((32, 32, 4), key=key)),
+        (674.82, lambda key: dit((32, 32, 4), 2, 1152, 28, num_heads=16, key=key)),
+    ],
+)
+def test_sizes_of_papers(millions, make):
+    net = eqx.filter_eval_shape(make, jr.key(0))
+    count = sum(leaf.size for leaf in jtu.tree_leaves(net) if hasattr(leaf, "size"))
+    assert round(count / 1e6, 2) == millions
+
+
+edm2 = fd.nn.MagnitudePreservingUNet
+dit = functools.partial(fd.nn.DiT, num_classes=1000, two_times=False)
+
+
+# --- derivatives ----------------------------------------------------------------------
+
+
+@every_network
+def test_forward_mode(kind):
+    net, inputs = shaken(kind), (S, T, X)
+    of_inputs = lambda inputs: value(net, *inputs)
+    for index in range(3):
+        direction = [jnp.zeros_like(value) for value in inputs]
+        direction[index] = jnp.cos(1 + inputs[index])
+        expected = finite_difference(of_inputs, inputs, tuple(direction))
+        assert max_abs(expected) > 1e-3
+        _, tangent = pushed(net, inputs, tuple(direction))
+        assert_close(tangent, expected, 1e-8, 1e-6)
+
+
+@every_network
+def test_every_weight_learns(kind):
+    grads = gradient(smaller(kind))
+    for leaf in jtu.tree_leaves(grads):
+        assert max_abs(leaf) > 0
+    if kind == "DiT":
+        for leaf in jtu.tree_leaves(grads.blocks):
+            assert jnp.all(jnp.max(jnp.abs(leaf), range(1, leaf.ndim)) > 0)
+
+
+@pytest.mark.parametrize("kind", ["MagnitudePreservingUNet", "DiT"])
+def test_gradient_of_blocks_computed_again(kind):
+    made, expected = gradient(smaller(kind, remat=True)), gradient(smaller(kind))
+    assert_close(jtu.tree_leaves(made), jtu.tree_leaves(expected), 1e-12)
+
+
+@every_network
+@pytest.mark.parametrize("remat", [False, True])
+def test_every_block_is_computed_again(kind, remat):
+    net = shaken(kind, remat=remat)
+    jaxpr = jax.make_jaxpr(lambda x: net(S, T, x, ARGS))(X)
+    names = [equation.primitive.name for equation in equations(jaxpr.jaxpr)]
+    number = sum("remat" in name or "checkpoint" in name for name in names)
+    blocks = 1 if kind == "DiT" else len(net.down) + len(net.up)
+    assert number == remat * blocks
+
+
+@every_network
+def test_one_convolution_a_batch(kind):
+    net, batch = shaken(kind), jnp.stack([X, 2 * X, -X])
+    many = jax.vmap(lambda x: net(S, T, x, ARGS))
+    found = equations(jax.make_jaxpr(many)(batch).jaxpr)
+    convolutions = [
+        equation for equation in found if equation.primitive.name.startswith("conv_")
+    ]
+    assert (kind == "DiT") == (len(convolutions) == 0)
+    for equation in convolutions:
+        assert equation.invars[0].aval.shape[0] == 3
+        assert equation.params["feature_group_count"] == 1
+        assert equation.params["batch_group_count"] == 1
+    expected = jnp.stack([value(net, S, T, x) for x in batch])
+    assert_close(jax.jit(many)(batch), expected, 1e-12)
+
+
+@every_network
+def test_lowers_for_cuda(kind):
+    weights, static = eqx.partition(shaken(kind), eqx.is_array)
+
+    def step(weights):
+        grads = gradient(eqx.combine(weights, static))
+        return jtu.tree_map(lambda weight, grad: weight - 0.1 * grad, weights, grads)
+
+    lowered = jax.jit(step).trace(weights).lower(lowering_platforms=("cuda",))
+    assert "custom_call" not in lowered.as_text()
+
+
+# --- conditions -----------------------------------------------------------------------
+
+
+@every_network
+def test_conditions_matter(kind):
+    net = shaken(kind)
+    for args in (fd.GuidanceArgs(jnp.asarray(0), ARGS.scale), ARGS._replace(scale=T)):
+        assert max_abs(value(net, S, T, X, args) - value(net, S, T, X)) > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["UNet", "MagnitudePreservingUNet"])
+def test_no_class_and_no_scale(kind):
+    condition = shaken(kind).condition
+    null = condition(S, T, None)
+    # As by `ConditionDropout`, and as guidance calls the network without a condition.
+    for args in (3, jnp.asarray(3), fd.GuidanceArgs(None, 1.0), fd.GuidanceArgs(3, 1)):
+        assert_close(condition(S, T, args), null, 0, 0)
+    for args in (0, jnp.asarray(2, jnp.uint8), fd.GuidanceArgs(None, 0.0)):
+        assert max_abs(condition(S, T, args) - null) > 1e-3
+
+
+@pytest.mark.parametrize("label", [-1, 4])
+def test_label_beyond_the_classes(label):
+    net = shaken("DiT")
+    args = ARGS._replace(condition=jnp.asarray(label))
+    assert jnp.all(jnp.isnan(value(net, S, T, X, args)))
+    with pytest.raises(ValueError, match=f"Labels go from 0 to 3.*got {label}"):
+        net(S, T, X, label)
+
+
+@pytest.mark.parametrize("scale", [None, lambda key, number: jnp.full(number, 2.0)])
+def test_dropped_conditions(scale):
+    images = np.zeros((5, *SHAPE), np.uint8)
+    data = fd.data.DeviceImages(images, np.arange(5) % 3)
+    batches = fd.data.InterpolantBatches(fd.LinearInterpolant(), data, 8)
+    dropped = fd.data.ConditionDropout(batches, null=3, rate=0.5, scale=scale)
+    _, args = dropped(jr.key(0))
+    condition = shaken("DiT").condition
+    vectors = jax.vmap(lambda args: condition(S, T, args))(args)
+    labels = args if scale is None else args.condition
+    assert set(np.asarray(labels)) >= {1, 3}
+    for label, vector in zip(labels, vectors, strict=True):
+        single = condition(S, T, None if label == 3 else label)
+        if label == 3 or scale is None:
+            assert_close(vector, single, 1e-12)
+        else:
+            assert max_abs(vector - single) > 1e-3
+
+
+@pytest.mark.parametrize("make", [fd.nn.UNet, fd.nn.MagnitudePreservingUNet])
+def test_where_blocks_attend(make):
+    make = functools.partial(make, (8, 8, 1), 8, (1, 1), 2, attention=(8,))
+    net = eqx.filter_eval_shape(lambda key: make(key=key), jr.key(0))
+    attends = lambda blocks: [block.attention is not None for block in blocks]
+    assert attends(net.down) == [True, True, False, False, False]
+    assert attends(net.up) == [True, False, *3 * [False], False, *3 * [True]]
+
+
+# --- precision ------------------------------------------------------------------------
+
+
+@every_network
+def test_low_precision(kind):
+    direction = (0 * S, jnp.ones_like(T), 0 * X)
+    high, high_dt = pushed(shaken(kind), (S, T, X), direction)
+    # Weights of float64, which follow the state.
+    inputs, direction = cast(((S, T, X), direction), jnp.float32)
+    low, low_dt = pushed(shaken(kind, dtype=jnp.bfloat16), inputs, direction)
+    assert low.dtype == low_dt.dtype == jnp.float32
+    error = lambda a, b: jnp.linalg.norm(a.astype(b.dtype) - b) / jnp.linalg.norm(b)
+    assert 1e-4 < error(low, high) < 0.02
+    assert 1e-4 < error(low_dt, high_dt) < 0.02
+
+
+def test_state_of_float32():
+    net, x = shaken("DiT"), X.astype(jnp.float32)
+    made = value(net, S, T, x)
+    assert made.dtype == jnp.float32
+    assert_close(made.astype(float), value(net, S, T, X), 1e-5, 1e-5)
+
+
+def test_state_of_bfloat16():
+    # Computed in float32, and rounded once.
+    net, x = shaken("DiT"), X.astype(jnp.bfloat16)
+    made, expected = value(net, S, T, x), value(net, S, T, x.astype(float))
+    assert made.dtype == jnp.bfloat16
+    assert_close(made.astype(float), expected, 1e-5, 2**-8)
+
+
+@every_network
+def test_only_products_are_of_bfloat16(kind):
+    net = shaken(kind, dtype=jnp.bfloat16)
+    inputs = cast((S, T, X), jnp.float32)
+    end = lambda t: net(inputs[0], t, inputs[2], ARGS.condition)
+    tangent = lambda t: jax.jvp(end, (t,), (jnp.ones_like(t),))
+    names = []
+    for equation in equations(jax.make_jaxpr(tangent)(inputs[1]).jaxpr):
+        dtypes = [getattr(var.aval, "dtype", None) for var in equation.invars]
+        if jnp.dtype(jnp.bfloat16) in dtypes:
+            names.append(equation.primitive.name)
+    assert names.count("conv_general_dilated") + names.count("dot_general") >= 10
+    # Inside attention, a sum of two tangents; all else only moves numbers.
+    rest = {*names} - {"conv_general_dilated", "dot_general", "add_any"}
+    rest -= {
+        "convert_element_type",
+        "reshape",
+        "broadcast_in_dim",
+        "transpose",
+        "squeeze",
+    }
+    assert rest <= {"jit", "pjit"}
+
+
+# --- two times from one ---------------------------------------------------------------
+
+
+@every_network
+def test_two_times_from_one(kind):
+    velocity = smaller(kind, two_times=False)
+    teacher = value(velocity, T, T, X)
+    assert_close(value(velocity, T, S, X), teacher, 0, 0)
+    net = fd.nn.two_times(velocity, key=jr.key(3))
+    assert jtu.tree_structure(net) == jtu.tree_structure(smaller(kind))
+    for t in (S, T):
+        assert_close(value(net, t, t, X), value(velocity, t, t, X), 0, 0)
+    # Off the diagonal, a map of it makes Euler steps.
+    step = fd.FlowMap(functools.partial(value, net))(T, S, X, ARGS)
+    assert_close(step, X + (S - T) * teacher, 1e-14)
+    # The new part learns: at once, or once its gain has.
+    grads = gradient(net).condition.times
+    gap = grads.gap if kind != "MagnitudePreservingUNet" else grads.gain
+    assert max_abs(gap) > 0
+
+
+def test_two_times_in_any_tree():
+    velocity = cast(shaken("DiT", two_times=False), jnp.float32)
+    tree = {"map": fd.FlowMap(velocity), "embedding": embedding(two_times=False), "n": 3}
+    made = fd.nn.two_times(tree, key=jr.key(0))
+    assert made["map"].net.condition.times.gap.weight.dtype == jnp.float32
+    assert made["embedding"].gap is not None and made["n"] == 3
+    with pytest.raises(ValueError, match="no embedding of one time"):
+        fd.nn.two_times(made, key=jr.key(0))
+
+
+# --- embeddings -----------------------------------------------------------------------
+
+KINDS_OF_EMBEDDING = [fd.nn.TwoTimeEmbedding, fd.nn.MagnitudePreservingEmbedding]
+
+
+def embedding(kind=fd.nn.TwoTimeEmbedding, **kwargs):
+    return kind(6, 8, **{"key": jr.key(0), **kwargs})
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_EMBEDDING)
+def test_embedding_tells_times_apart(kind):
+    embed = embedding(kind)
+    start = embed(0.2, 0.9)
+    assert start.shape == (6,)
+    for s, t in [(0.9, 0.2), (0.2, 0.2), (0.9, 0.9), (0.2, 0.8)]:
+        assert max_abs(embed(s, t) - start) > 1e-3
+    # The largest frequency is in units of one over time.
+    slow = embedding(kind, max_frequency=0.1)
+    assert_close(slow(2.0, 9.0), start, 1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_EMBEDDING)
+def test_times_keep_their_digits(kind):
+    embed = cast(embedding(kind), jnp.bfloat16)
+    times = jnp.asarray([0.5, 0.50001], jnp.float32)
+    low, high = embed(times[0], times[0]), embed(times[0], times[1])
+    assert low.dtype == jnp.float32 and max_abs(low - high) > 0
+    assert embed(jnp.bfloat16(0.5), jnp.bfloat16(1)).dtype == jnp.float32
+
+
+def test_features_multiply_derivatives_by_frequencies():
+    features = lambda t: fd.nn._embedding.waves(t, 64)
+    made, derivative = jax.jvp(features, (T,), (jnp.ones_like(T),))
+    frequencies = 10_000 ** (-jnp.arange(32) / 32)
+    assert_close(jnp.mean(made**2), 1.0, 1e-12)
+    assert_close(jnp.sum(derivative**2), 2 * jnp.sum(frequencies**2), 1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_EMBEDDING)
+@pytest.mark.parametrize("sizes", [(0, 2), (4, 3), (3, None), (4, 0)])
+def test_bad_embedding(kind, sizes):
+    with pytest.raises(ValueError, match="`num_features`.*even"):
+        kind(*sizes, key=jr.key(0))
+    with pytest.raises(ValueError, match="`max_frequency` must be positive"):
+        kind(4, max_frequency=0.0, key=jr.key(0))
+
+
+# --- magnitudes -----------------------------------------------------------------------
+
+
+def rms(x):
+    return float(jnp.sqrt(jnp.mean(x**2)))
+
+
+def normal(seed, channels=64):
+    return jr.normal(jr.key(seed), (16, 16, channels))
+
+
+def hard_attention():
+    # A mean of many values is small; of one value, it is that value.
+    heads = layers.unit_rms(normal(0).reshape(1, 256, 64), -1)
+    return layers.attend(60 * heads, heads, heads)
+
+
+OUTPUTS = {
+    "linear": lambda: magnitude.ForcedLinear(64, 96, key=jr.key(2))(normal(0)),
+    "convolution": lambda: magnitude.ForcedConv(64, 48, key=jr.key(2))(normal(0))[1:-1],
+    "silu": lambda: magnitude.silu(normal(0)),
+    "sum": lambda: magnitude.balanced(normal(0), normal(1), 0.3),
+    "join": lambda: magnitude.joined(normal(0), normal(1, 32)),
+    "norm": lambda: layers.unit_rms(5 * normal(0), -1),
+    "table": lambda: magnitude.ForcedWeight(9, 64, key=jr.key(2))(jnp.dtype(float)),
+    "attention": hard_attention,
+    "embedding": lambda: fd.nn.MagnitudePreservingEmbedding(512, 64, key=jr.key(2))(S, T),
+}
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_magnitude_of_a_layer(name):
+    # The features of times that an embedding mixes are all much alike.
+    tolerance = 0.25 if name == "embedding" else 0.05
+    assert abs(rms(OUTPUTS[name]()) - 1) < tolerance
+
+
+def test_both_parts_of_a_join_count_alike():
+    x, y = jnp.ones((2, 2, 96)), jnp.ones((2, 2, 32))
+    made = magnitude.joined(x, y)
+    assert_close(jnp.sum(made[..., :96] ** 2), jnp.sum(made[..., 96:] ** 2), 1e-12)
+
+
+def test_magnitude_of_a_network():
+    net = edm2((16, 16, 3), 16, (1,), 1, scale=0.5, key=jr.key(0))
+    net = eqx.tree_at(lambda net: net.last_gain, net, jnp.ones(()))
+    v = value(net, S, T, 0.5 * jr.normal(jr.key(1), (16, 16, 3)), None)
+    assert 0.4 < rms(v) < 0.6
+
+
+def test_weights_back_to_their_magnitude():
+    net = shaken("MagnitudePreservingUNet")
+    longer = jtu.tree_map(lambda leaf: 3 * leaf if leaf.ndim > 0 else leaf, net)
+    made = fd.nn.normalise_weights({"net": longer, "step": 3})["net"]
+    assert_close(
+        made.last.weight.value, fd.nn.normalise_weights(made).last.weight.value, 1e-7
+    )
+    assert_close(jnp.mean(made.last.weight.value**2, (0, 1, 2)), jnp.ones(2), 1e-7)
+    # The outputs are those of the directions, which are the same.
+    assert_close(value(made, S, T, X), value(net, S, T, X), 1e-6, 1e-6)
+    assert_close(made.last_gain, net.last_gain, 0, 0)
+    # An optimiser sees the weights alone.
+    weights = eqx.filter(longer, eqx.is_inexact_array)
+    assert_close(fd.nn.normalise_weights(weights).first, made.first, 0, 0)
+
+
+def test_weights_kept_by_an_optimiser():
+    # As docs/networks.md has it.
+    def to_length(updates, weights):
+        new = fd.nn.normalise_weights(optax.apply_updates(weights, updates))
+        return jtu.tree_map(lambda new, old: new - old, new, weights)
+
+    optim = optax.chain(optax.sgd(0.5), optax.stateless(to_length))
+    layer = magnitude.ForcedLinear(6, 3, key=jr.key(0))
+    grads = jtu.tree_map(jnp.cos, layer)
+    with jax.numpy_dtype_promotion("standard"):
+        updates, _ = optim.update(grads, optim.init(layer), layer)
+        made = optax.apply_updates(layer, updates).weight.value
+    moved = layer.weight.value - 0.5 * grads.weight.value
+    assert_close(jnp.mean(made**2, 0), jnp.ones(3), 1e-7)
+    assert_close(made * jnp.linalg.norm(moved, axis=0)[None] / 6**0.5, moved, 1e-6, 1e-6)
+
+
+def test_gradients_are_orthogonal_to_the_weights():
+    net = smaller("MagnitudePreservingUNet")
+    weight, grad = net.last.weight.value, gradient(net).last.weight.value
+    along = jnp.sum(weight * grad, (0, 1, 2))
+    across = jnp.linalg.norm(weight.reshape(-1, 2), axis=0)
+    across = across * jnp.linalg.norm(grad.reshape(-1, 2), axis=0)
+    assert max_abs(along / across) < 1e-6
+
+
+def test_other_networks_have_no_forced_weights():
+    net = shaken("UNet")
+    assert_close(
+        jtu.tree_leaves(fd.nn.normalise_weights(net)), jtu.tree_leaves(net), 0, 0
+    )
+
+
+# --- errors ---------------------------------------------------------------------------
+
+
+@every_network
+@pytest.mark.parametrize("x", [X[:3], X[:, :, :1], X[None], X.transpose(2, 0, 1)])
+def test_wrong_image(kind, x):
+    match = r"one image of shape \(4, 4, 2\), the channels last; got.*`jax.vmap`"
+    with without_type_checks(), pytest.raises(ValueError, match=match):
+        shaken(kind)(S, T, x, None)
+
+
+def test_image_of_integers():
+    with without_type_checks(), pytest.raises(TypeError, match="`data.from_uint8`"):
+        shaken("UNet")(S, T, jnp.zeros(SHAPE, jnp.uint8), None)
+
+
+@pytest.mark.parametrize(
+    "args", [1.0, jnp.ones(()), {"label": 1}, "cat", True, fd.GuidanceArgs(0.5, 1.0)]
+)
+def test_args_of_a_wrong_kind(args):
+    with pytest.raises(TypeError, match=r"must be a label, an integer from 0 to 3"):
+        shaken("UNet")(S, T, X, args)
+
+
+def test_args_of_a_wrong_shape():
+    with pytest.raises(
+        ValueError, match=r"one label; got int64 of shape \(4,\).*`jax.vmap`"
+    ):
+        shaken("UNet")(S, T, X, jnp.arange(4))
+    with pytest.raises(ValueError, match=r"scale must be one number; got shape \(2,\)"):
+        shaken("UNet")(S, T, X, fd.GuidanceArgs(1, jnp.ones(2)))
+
+
+def test_args_for_a_network_without():
+    net = shaken("DiT", num_classes=0, guidance=False)
+    with pytest.raises(ValueError, match="without classes.*`num_classes`"):
+        net(S, T, X, jnp.asarray(1))
+    with pytest.raises(TypeError, match="`guidance=True`"):
+        net(S, T, X, fd.GuidanceArgs(None, 2.0))
+
+
+@pytest.mark.parametrize("make", [fd.nn.UNet, fd.nn.MagnitudePreservingUNet])
+@pytest.mark.parametrize(
+    "args, kwargs, match",
+    [
+        (((6, 8, 1), 8, (1, 2, 2)), {}, "multiples of 4; got 6 by 8"),
+        (((8, 8),), {}, r"\(height, width, channels\); got \(8, 8\)"),
+        (((8, 8, 1), 8, (1, 2)), {"attention": (16,)}, r"of \[8, 4\]; got \(16,\)"),
+        (((8, 8, 1), 8, (1,)), {"num_heads": 3}, "8 channels.*among 3 heads"),
+        (((8, 8, 1), 96, (1,)), {"num_heads": 0}, "among 0 heads"),
+        (((8, 8, 1), 8, ()), {}, "a multiplier for each"),
+        (((8, 8, 1), 8, (1,), 0), {}, "must be at least 1"),
+        (((8, 8, 1), 8, (1,)), {"num_classes": -1}, "`num_classes` must not be"),
+    ],
+)
+def test_bad_settings(make, args, kwargs, match):
+    with pytest.raises(ValueError, match=match):
+        eqx.filter_eval_shape(lambda key: make(*args, **kwargs, key=key), jr.key(0))
+
+
+@pytest.mark.parametrize(
+    "args, kwargs, match",
+    [
+        (((6, 8, 1), 4, 16), {}, "6 by 8 cannot be cut into patches of 4 by 4"),
+        (((8, 8, 1), 2, 6), {}, "`width` a multiple of 4"),
+        (((8, 8, 1), 2, 16, 0), {}, "must be at least 1"),
+        (((8, 8, 1), 2, 16), {"num_heads": 5}, "16 channels.*among 5 heads"),
+    ],
+)
+def test_bad_settings_of_a_transformer(args, kwargs, match):
+    with pytest.raises(ValueError, match=match):
+        fd.nn.DiT(*args, **kwargs, key=jr.key(0))
+
+
+def test_bad_dtype():
+    with pytest.raises(TypeError, match="`dtype` must be a floating-point dtype; got"):
+        fresh("DiT", dtype=jnp.int32)
