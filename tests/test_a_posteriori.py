@@ -94,6 +94,14 @@ def test_bound_takes_a_rate():
         assert bound == pytest.approx(0.5 * (np.exp(3.0) - 1) / 1.5, rel=1e-9)
 
 
+def test_bound_of_no_residual_is_zero():
+    field = lambda t, x, args: -x
+    exact = lambda s, t, x, args: x * jnp.exp(s - t)
+    assert fd.lagrangian_bound(exact, field, 0.0, 0.0, X, growth=1e6) == 0
+    still, none = lambda s, t, x, args: x, lambda t, x, args: 0 * x
+    assert fd.lagrangian_bound(still, none, 0.0, 2.0, X, growth=1e6) == 0
+
+
 def test_logarithmic_norm_is_the_fastest_growth():
     # Over all directions, of the length of a small difference.
     t, step = 0.3, 1e-6

@@ -206,8 +206,7 @@ def error_in_kaps(wild, off, tol, estimate=None):
     def flow_map(s, t, x, args):
         # From any state on the slow solution through its second entry.
         y = x[1] * jnp.exp(s - t)
-        right = jnp.stack([y**2, y])
-        return jnp.where(t == s, x, right) + off * (wild(s, t, x, args) - x)
+        return jnp.stack([y**2, y]) + off * (wild(s, t, x, args) - x)
 
     sol = solve(
         flow_map,
@@ -223,6 +222,45 @@ def error_in_kaps(wild, off, tol, estimate=None):
     state = sol.solver_state
     error = jnp.max(jnp.abs(sol.ys[0] - truth))
     return error, (state.num_learned, state.num_classical)
+
+
+SHORTCUTS = {
+    "fast": lambda h, x: (x + 0.1 * jnp.tanh(10 * h)) * jnp.exp(-h),
+    "faster": lambda h, x: (x + 0.1 * jnp.tanh(50 * h)) * jnp.exp(-h),
+    "no identity": lambda h, x: (x + 0.1) * jnp.exp(-h),
+}
+
+
+@pytest.mark.parametrize("size", [1, 40])
+@pytest.mark.parametrize("name", SHORTCUTS)
+def test_wrong_from_the_start(name, size):
+    # They follow x' = -x from soon after the start on, a tenth off.
+    flow_map = lambda s, t, x, args: SHORTCUTS[name](t - s, x)
+    field = lambda t, x, args: -x
+    sol = solve(flow_map, 0.0, 2.0, jnp.ones(size), field=field, tol=1e-4)
+    assert_close(sol.ys[0], np.full(size, np.exp(-2.0)), 1e-3)
+
+
+def test_layer_with_a_wrong_effect():
+    # The first entry falls within 1e-3, and leaves half of itself with the second.
+    field = lambda t, x, args: jnp.stack([-1e3 * x[0], 500 * x[0] - 0.1 * x[1]])
+
+    def flow_map(s, t, x, args):
+        fallen = jnp.exp(-1e3 * (t - s))
+        second = x[1] + 0.45 * x[0] * (1 - fallen)  # should be 0.50005
+        return jnp.stack([x[0] * fallen, second * jnp.exp(-0.1 * (t - s))])
+
+    sol = solve(
+        flow_map,
+        0.0,
+        5.0,
+        jnp.ones(2),
+        field=field,
+        fallback=diffrax.Kvaerno5(),
+        tol=1e-4,
+    )
+    end = (1 + 500 / (1e3 - 0.1)) * np.exp(-0.5)
+    assert_close(sol.ys[0], np.asarray([0.0, end]), 1e-3)
 
 
 @pytest.mark.parametrize("size, learned", [(1e-7, True), (1e-2, False)])
@@ -593,7 +631,11 @@ def test_short_jumps_do_not_hold_up_the_classical_solver():
 def test_range_of_steps_of_an_autonomous_map():
     # Beyond it the map knows nothing, and the fallback steps in.
     field = lambda t, x, args: -x
-    decay = lambda s, t, x, args: x * jnp.expm1(s - t) / jnp.where(t == s, 1, t - s)
+
+    def decay(s, t, x, args):
+        h = jnp.where(t == s, 1, s - t)
+        return -x * jnp.where(t == s, 1, jnp.expm1(h) / h)
+
     flow_map = fd.AutonomousFlowMap(fd.FlowMap(decay, time_range=(0.0, 0.5)))
     sol = solve(flow_map, 3.0, 7.0, field=field)
     assert counts(sol)[0] > 0

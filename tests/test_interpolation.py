@@ -147,3 +147,8 @@ def test_bad_solutions():
     dense = jump_solve(EXACT, 0.1, 0.9, X, saveat=diffrax.SaveAt(dense=True))
     with pytest.raises(ValueError, match="no saved steps"):
         fd.FlowMapInterpolation.of(dense, EXACT)
+    late = jump_solve(
+        EXACT, 0.1, 0.9, X, saveat=diffrax.SaveAt(ts=ts.at[0].set(0.2)), steps=4
+    )
+    with pytest.raises(ValueError, match="first saved state is at 0.2"):
+        fd.FlowMapInterpolation.of(late, EXACT)

@@ -1,7 +1,9 @@
 r"""How far a jump is from the truth, computed without knowing the truth.
 
 Each function takes a map $\hat X$, the vector field $b$ it should follow and a jump, and
-speaks of its error $e = \hat X_{s,t}(x) - X_{s,t}(x)$.
+speaks of its error $e = \hat X_{s,t}(x) - X_{s,t}(x)$. What is an identity or a bound is
+so up to the quadrature: what a map does between two nodes, leaving no trace at them, is
+seen by none.
 """
 
 import functools
@@ -20,7 +22,7 @@ from ._flow_map import AbstractFlowMap, ODEFlowMap
 from ._flow_map.wrappers import check_composable
 from ._identities import end_and_residual, eulerian_residual
 from ._leaves import ravel
-from ._misc import check_callable, scale, squared_norm, subtract, times_like
+from ._misc import add_scaled, check_callable, scale, squared_norm, subtract, times_like
 
 
 def lagrangian_bound(
@@ -50,7 +52,8 @@ def lagrangian_bound(
         one forward-mode pass through the teacher for each entry of the state and each
         node, if `growth` is left out. The rate is then that of the path itself, so
         that for a nonlinear ODE the bound is one to first order in the error; for a
-        rigorous one, give a number that bounds the rate wherever both can be.
+        rigorous one, give a number that bounds the rate wherever both can be. Either is
+        up to the quadrature: a residual of short duration can slip between its nodes.
 
     **Arguments:**
 
@@ -83,10 +86,12 @@ def lagrangian_bound(
     else:
         rate = lambda u, y: jnp.asarray(growth, s.dtype)
     rates = jax.vmap(rate)(us, path).astype(s.dtype)
-    _, weights, to_end = radau(num_nodes)
+    weights, to_end = radau(num_nodes)[1:3]
     exponents = jnp.asarray(to_end, s.dtype) @ rates
     h = jnp.abs(t - s)
-    return h * jnp.sum(jnp.asarray(weights, s.dtype) * jnp.exp(h * exponents) * lengths)
+    # No residual has no part, however fast it would grow.
+    grown = jnp.where(lengths == 0, 0, jnp.exp(h * exponents) * lengths)
+    return h * jnp.sum(jnp.asarray(weights, s.dtype) * grown)
 
 
 def logarithmic_norm(
@@ -148,7 +153,7 @@ def eulerian_error(
     """
     s, t = times_like(x, s, t)
     exact = ODEFlowMap(teacher) if exact is None else exact
-    fractions, weights, _ = radau(num_nodes)
+    fractions, weights = radau(num_nodes)[:2]
 
     def residual(u):
         x_u = exact(s, u, x, args)
@@ -209,7 +214,7 @@ def end_and_error(
     def to_end(u, y, r):
         return jax.jvp(lambda y: flow_map(u, t, y, args), (y,), (r,))[1]
 
-    _, weights, _ = radau(num_nodes)
+    weights = radau(num_nodes)[1]
     carried = integral(jax.vmap(to_end)(us, path, residuals), weights)
     return last(path), scale(t - s, carried)
 
@@ -236,9 +241,10 @@ def linearised_error(
 
     !!! info "Numerics"
 
-        `num_nodes` forward-mode passes through the map and calls of the teacher, a
+        `num_nodes + 1` forward-mode passes through the map and calls of the teacher, a
         forward-mode pass through the teacher for each entry of the state and each
-        node, and a linear solve for all of them at once: for states of few entries.
+        node, and a linear solve for all of them at once: for states of few entries. The
+        pass at the start shows a fast layer there, which the nodes would miss.
 
     **Arguments:** as for [`flowdiffrax.lagrangian_bound`][].
 
@@ -270,13 +276,15 @@ def path_and_errors(
     flat = lambda y: ravel(y, "`linearised_error`")[0]
     field = lambda u, y: flat(teacher(u, unravel(y), args))
     r = jax.vmap(flat)(residuals)
+    start = flat(start_error(flow_map, teacher, s, t, x, args, residuals, num_nodes))
     jacobians = jax.vmap(jax.jacfwd(field, argnums=1))(us, jax.vmap(flat)(path))
-    _, weights, to_end = radau(num_nodes)
+    weights, to_end = radau(num_nodes)[1:3]
     # Weights from the start to each node, times the length of the jump.
     collocation = (t - s).astype(r.dtype) * jnp.asarray(weights - to_end, r.dtype)
     coupling = jnp.einsum("ij,jkl->ikjl", collocation, jacobians).reshape(r.size, r.size)
     identity = jnp.eye(r.size, dtype=r.dtype)
-    errors = _solve(identity - coupling, (collocation @ r).reshape(-1))
+    forcing = start[None, :] + collocation @ r
+    errors = _solve(identity - coupling, forcing.reshape(-1))
     return path, jax.vmap(unravel)(errors.reshape(r.shape))
 
 
@@ -365,6 +373,27 @@ def path_residuals(
     return us, path, residuals
 
 
+def start_error(
+    flow_map: TwoTimeMap,
+    teacher: VectorField,
+    s: Time,
+    t: Time,
+    x: State,
+    args: Args,
+    residuals: State,
+    num_nodes: int,
+) -> State:
+    """What the start adds to the error: the map's own at `s`, and that of a fast layer.
+
+    Where the residual at `s` is not that of the polynomial through the nodes, the
+    difference is taken to fade by the first of them.
+    """
+    X_ss, r_s = end_and_residual(flow_map, teacher, s, s, x, args)
+    nodes, _, _, at_start = radau(num_nodes)
+    layer = subtract(r_s, integral(residuals, at_start))
+    return add_scaled(subtract(X_ss, x), (t - s) * float(nodes[0] / 2), layer)
+
+
 def _between(s: Time, t: Time, fractions: np.ndarray) -> Float[Array, " nodes"]:
     share = jnp.asarray(fractions, jnp.result_type(t))
     # This way round the last node is `t` to the bit.
@@ -383,8 +412,9 @@ def last(values: State) -> State:
 
 
 @functools.cache
-def radau(num_nodes: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Right Radau quadrature on [0, 1]: nodes, weights, and weights from nodes to 1.
+def radau(num_nodes: int) -> tuple[np.ndarray, ...]:
+    """Right Radau quadrature on [0, 1]: nodes, weights, weights from nodes to 1, and
+    weights of the value at 0 of the polynomial through the nodes.
 
     The last node is 1, so that the end of a jump is one of them.
     """
@@ -399,7 +429,9 @@ def radau(num_nodes: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     values = nodes[:, None] ** powers
     whole = 1 / (powers + 1)
     to_end = (1 - nodes[:, None] ** (powers + 1)) / (powers + 1)
-    return nodes, np.linalg.solve(values.T, whole), np.linalg.solve(values.T, to_end.T).T
+    rules = np.stack([whole, 0.0**powers, *to_end], axis=1)
+    weights, at_start, *ends = np.linalg.solve(values.T, rules).T
+    return nodes, weights, np.stack(ends), at_start
 
 
 def check_num_nodes(num_nodes: int) -> None:

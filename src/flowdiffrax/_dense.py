@@ -8,7 +8,7 @@ from jaxtyping import Array, Inexact, Real
 from ._custom_types import Args, State, Time, TwoTimeMap
 from ._flow_map.wrappers import check_composable
 from ._identities import end_derivative
-from ._misc import subtract, time_dtype
+from ._misc import is_concrete, subtract, time_dtype
 
 
 class FlowMapInterpolation(diffrax.AbstractPath):
@@ -63,12 +63,19 @@ class FlowMapInterpolation(diffrax.AbstractPath):
     def of(cls, solution: diffrax.Solution, flow_map: TwoTimeMap, args: Args = None):
         """Of a solution that was saved with `SaveAt(t0=True, steps=True)`.
 
-        **Raises:** `ValueError` for a solution without saved steps.
+        **Raises:** `ValueError` for a solution without saved steps, or whose start is
+        known not to be among them.
         """
         if solution.ts is None or solution.ys is None:
             raise ValueError(
                 "The solution has no saved steps. Save with "
                 "`SaveAt(t0=True, steps=True)`."
+            )
+        first = solution.ts[..., 0]
+        if is_concrete((first, solution.t0)) and not jnp.all(first == solution.t0):
+            raise ValueError(
+                f"The solution starts at {solution.t0} and its first saved state is at "
+                f"{first}. Save with `SaveAt(t0=True, steps=True)`."
             )
         return cls(solution.ts, solution.ys, flow_map, args)
 

@@ -12,10 +12,11 @@ from ._a_posteriori import (
     path_and_errors,
     path_residuals,
     radau,
+    start_error,
 )
 from ._custom_types import Args, State, Time, TwoTimeMap, VectorField
 from ._identities import end_and_residual, semigroup_residual
-from ._misc import check_like, scale, times_like
+from ._misc import add_scaled, check_like, scale, times_like
 
 
 class AbstractErrorEstimate(eqx.Module):
@@ -111,13 +112,12 @@ class ResidualIntegral(AbstractErrorEstimate):
     estimates the error of a step. Unlike [`flowdiffrax.LagrangianDefect`][] it cannot be
     deceived by a map that is right at the end of the jump alone.
 
-    `num_nodes` forward-mode passes through the map and calls of the teacher, with the
-    jump among them.
+    `num_nodes + 1` forward-mode passes through the map and calls of the teacher, with the
+    jump among them. The one at the start shows a fast layer there.
 
     **Arguments:**
 
-    - `num_nodes`: nodes of the Radau quadrature, at least 1; one is the Lagrangian
-      defect.
+    - `num_nodes`: nodes of the Radau quadrature, at least 1.
 
     **Raises:** `ValueError` for fewer nodes than one.
     """
@@ -144,8 +144,10 @@ class ResidualIntegral(AbstractErrorEstimate):
         _, path, residuals = path_residuals(
             flow_map, teacher, s, t, x, args, self.num_nodes
         )
-        lengths = jtu.tree_map(lambda r: jnp.abs(r).astype(r.dtype), residuals)
-        return last(path), scale(t - s, integral(lengths, radau(self.num_nodes)[1]))
+        start = start_error(flow_map, teacher, s, t, x, args, residuals, self.num_nodes)
+        size = lambda tree: jtu.tree_map(lambda r: jnp.abs(r).astype(r.dtype), tree)
+        whole = integral(size(residuals), radau(self.num_nodes)[1])
+        return last(path), add_scaled(size(start), jnp.abs(t - s), whole)
 
 
 class AlekseevGroebner(AbstractErrorEstimate):
@@ -187,8 +189,8 @@ class LinearisedError(AbstractErrorEstimate):
     [`flowdiffrax.linearised_error`][].
 
     The estimate for stiff systems, and for small ones the sharpest: it knows what the ODE
-    makes of a residual. `num_nodes` forward-mode passes through the map and calls of the
-    teacher, as many Jacobians of the teacher, and a linear solve for
+    makes of a residual. `num_nodes + 1` forward-mode passes through the map and calls of
+    the teacher, `num_nodes` Jacobians of the teacher, and a linear solve for
     `num_nodes * entries` unknowns.
 
     **Arguments:**

@@ -57,9 +57,9 @@ class HybridSolver(diffrax.AbstractImplicitSolver, diffrax.AbstractAdaptiveSolve
     r"""Takes the learned jump where its estimated error meets the tolerance, and a step
     of a classical solver where it does not.
 
-    The answer keeps the tolerance as a classical solver keeps it, whatever the map does:
-    an untrained map, or one that returns NaN, costs time and no accuracy. With a good
-    map, most of the interval is one jump.
+    The answer keeps the tolerance as a classical solver keeps it, as far as the estimate
+    sees: an untrained map, or one that returns NaN, costs time and no accuracy. With a
+    good map, most of the interval is one jump.
 
     ```python
     sol = diffrax.diffeqsolve(
@@ -92,17 +92,19 @@ class HybridSolver(diffrax.AbstractImplicitSolver, diffrax.AbstractAdaptiveSolve
         `diffrax.ClipStepSizeController(controller, step_ts=ts)` makes ends of the times
         that are saved.
 
-        The promise is as good as the estimate. By default it has the vector field for
-        its witness: [`flowdiffrax.LinearisedError`][] for states of up to 32 entries,
-        and for larger ones beside an implicit fallback, since most errors of stiff
-        systems die out at once; [`flowdiffrax.ResidualIntegral`][] for others. A root
-        finder that is given to an implicit fallback should solve more exactly than the
-        tolerance, as `optimistix.Newton(1e-6, 1e-12)` does.
+        The promise is as good as the estimate, which looks at the start and at three
+        more times within the jump: a map that follows the ODE at all of them can still
+        take a wrong step in between. By default it has the vector field for its witness:
+        [`flowdiffrax.LinearisedError`][] for states of up to 32 entries, and for larger
+        ones beside an implicit fallback, since most errors of stiff systems die out at
+        once; [`flowdiffrax.ResidualIntegral`][] for others. A root finder that is given
+        to an implicit fallback should solve more exactly than the tolerance, as
+        `optimistix.Newton(1e-6, 1e-12)` does.
 
     !!! info "Cost"
 
-        Where the map is tried, its estimate: by default three forward-mode passes through
-        it, of which the jump is part, and three calls of the vector field, with their
+        Where the map is tried, its estimate: by default four forward-mode passes through
+        it, of which the jump is part, and four calls of the vector field, with their
         Jacobians in a small system. Where it is
         not taken, a step of the classical solver. Under `jax.vmap` all examples step
         together until the last is done, and each turn pays for the map if any example
@@ -136,7 +138,8 @@ class HybridSolver(diffrax.AbstractImplicitSolver, diffrax.AbstractAdaptiveSolve
 
     **Raises:** when it is built, `TypeError` for a map that is not callable or a fallback
     that is no solver of ODE terms, `ValueError` for a fallback without error estimate or
-    a bad `safety` or `max_wait`; in the solve, `ValueError` without tolerances. One that
+    a bad `safety` or `max_wait`; in the solve, `ValueError` without tolerances, by
+    Diffrax itself for a fixed step size, in words for implicit solvers. A tolerance that
     neither can meet ends with Diffrax's own result.
     """
 
