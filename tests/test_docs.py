@@ -9,6 +9,7 @@ import pytest
 DOCS = pathlib.Path(__file__).parent.parent / "docs"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", ["objectives"])
 def test_code_of_page(page):
     text = (DOCS / f"{page}.md").read_text()

@@ -95,7 +95,13 @@ FALLBACKS = {
 }
 
 
-@pytest.mark.parametrize("name", FALLBACKS)
+SLOW = {"dopri8", "bosh3", "implicit", "half"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(k, marks=[pytest.mark.slow] * (k in SLOW)) for k in FALLBACKS],
+)
 @pytest.mark.parametrize("t0, t1", SPANS[1:])
 def test_useless_map_leaves_the_classical_solution(name, t0, t1):
     # Step for step, to the last bit: nothing of the map's attempts remains.

@@ -180,6 +180,7 @@ def test_every_weight_learns(kind):
             assert jnp.all(jnp.max(jnp.abs(leaf), range(1, leaf.ndim)) > 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["MagnitudePreservingUNet", "DiT"])
 def test_gradient_of_blocks_computed_again(kind):
     made, expected = gradient(smaller(kind, remat=True)), gradient(smaller(kind))
@@ -256,6 +257,7 @@ def test_label_beyond_the_classes(label):
         net(S, T, X, label)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [None, lambda key, number: jnp.full(number, 2.0)])
 def test_dropped_conditions(scale):
     images = np.zeros((5, *SHAPE), np.uint8)
@@ -460,6 +462,7 @@ def test_both_parts_of_a_join_count_alike():
     assert_close(jnp.sum(made[..., :96] ** 2), jnp.sum(made[..., 96:] ** 2), 1e-12)
 
 
+@pytest.mark.slow
 def test_magnitude_of_a_network():
     net = edm2((16, 16, 3), 16, (1,), 1, scale=0.5, key=jr.key(0))
     net = eqx.tree_at(lambda net: net.last_gain, net, jnp.ones(()))
