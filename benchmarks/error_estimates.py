@@ -27,10 +27,10 @@ import flowdiffrax as fd
 ESTIMATES = {
     "semigroup defect": (lambda *jump: fd.SemigroupDefect()(*jump)[1], "3, 0"),
     "Lagrangian defect": (lambda *jump: fd.LagrangianDefect()(*jump)[1], "2, 1"),
-    "residual integral": (lambda *jump: fd.ResidualIntegral()(*jump)[1], "6, 3"),
+    "residual integral": (lambda *jump: fd.ResidualIntegral()(*jump)[1], "8, 4"),
     "linearised error, 3 nodes": (
         lambda *jump: fd.LinearisedError(3)(*jump)[1],
-        "6, 3 + 6d",
+        "8, 4 + 6d",
     ),
     "Alekseev-Gröbner, 3 nodes": (
         lambda *jump: fd.AlekseevGroebner(3)(*jump)[1],

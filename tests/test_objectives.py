@@ -642,19 +642,24 @@ def test_network_in_the_place_of_a_map():
         fd.batch_loss(fd.FlowMatching(), net, None, batch(), key=jr.key(0))
 
 
-def test_consistency_distillation_of_a_denoiser():
-    # Its velocity is infinite where the last step ends. An exact map has no loss there
-    # but for that step's error.
+def test_teachers_at_the_end_where_they_are_infinite():
+    # Objectives ask there: the last step of a consistency grid, the first dyadic time.
     exact = gaussian_map()
-    interpolant = fd.LinearInterpolant()
-    denoiser = lambda t, x, args: x + (1 - t) * exact.velocity(t, x, args)
-    teacher = fd.VelocityFromDenoiser(denoiser, interpolant)
-    objective, s = fd.ConsistencyDistillation(), jnp.asarray(0.98)
-    assert not np.all(np.isfinite(teacher(jnp.asarray(1.0), X0, None)))
-    loss = lambda teacher: objective(exact, teacher, PATH, s, jnp.asarray(1.0))
-    assert loss(teacher) < 1e-5
-    early = lambda teacher: objective(exact, teacher, PATH, S, T)
-    assert_close(early(teacher), early(exact.velocity), 1e-12)
+    linear, velocity = fd.LinearInterpolant(), exact.velocity
+    denoiser = lambda t, x, args: x + (1 - t) * velocity(t, x, args)
+    noise = lambda t, x, args: x - t * velocity(t, x, args)
+    at_data = fd.VelocityFromDenoiser(denoiser, linear)
+    at_base = fd.VelocityFromNoise(noise, linear)
+    for teacher, end in ((at_data, 1.0), (at_base, 0.0)):
+        exactly = eqx.tree_at(lambda teacher: teacher.margin, teacher, 0.0)
+        assert not np.all(np.isfinite(exactly(jnp.asarray(end), X0)))
+        inside = jnp.asarray(abs(end - 2e-3))
+        assert_close(teacher(inside, X0), velocity(inside, X0), 1e-9, 1e-9)
+        assert_close(teacher(jnp.asarray(end), X0), velocity(end, X0), 1e-2, 1e-2)
+    distillation, s = fd.ConsistencyDistillation(), jnp.asarray(0.98)
+    assert distillation(exact, at_data, PATH, s, jnp.asarray(1.0)) < 1e-6
+    with pytest.raises(ValueError, match="`margin` must not be negative; got -1"):
+        fd.VelocityFromScore(noise, linear, margin=-1.0)
 
 
 def test_settings_may_be_traced():

@@ -255,9 +255,18 @@ def test_accumulated_batches_are_others():
     assert 2.4 < spread(1) / spread(16) < 6.5
 
 
-def test_bad_accumulation():
-    with pytest.raises(ValueError, match="`accumulate` must be at least 1; got 0"):
-        fd.train.make_step(fd.FlowMatching(), OPTIM, accumulate=0)
+@pytest.mark.parametrize("number", [0, 1.5])
+def test_bad_accumulation(number):
+    with (
+        without_type_checks(),
+        pytest.raises(ValueError, match=f"at least 1, and whole; got {number}"),
+    ):
+        fd.train.make_step(fd.FlowMatching(), OPTIM, accumulate=number)
+
+
+def test_no_average():
+    with pytest.raises(ValueError, match="at least one decay"):
+        run(ema_decay=())
 
 
 # --- step ---------------------------------------------------------------------------

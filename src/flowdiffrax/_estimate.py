@@ -103,7 +103,20 @@ class LagrangianDefect(AbstractErrorEstimate):
         return X_st, scale(t - s, residual)
 
 
-class ResidualIntegral(AbstractErrorEstimate):
+class _AtNodes(AbstractErrorEstimate):
+    """An estimate from residuals at the nodes of a quadrature over the jump."""
+
+    num_nodes: int = eqx.field(static=True, default=3)
+
+    def __check_init__(self):
+        check_num_nodes(self.num_nodes)
+
+    @property
+    def order(self) -> int:
+        return 1
+
+
+class ResidualIntegral(_AtNodes):
     r"""The residuals along the whole jump, $\int_s^t |\partial_u X_{s,u}(x) -
     b_u(X_{s,u}(x))|\,du$, entry by entry.
 
@@ -121,15 +134,6 @@ class ResidualIntegral(AbstractErrorEstimate):
 
     **Raises:** `ValueError` for fewer nodes than one.
     """
-
-    num_nodes: int = eqx.field(static=True, default=3)
-
-    def __check_init__(self):
-        check_num_nodes(self.num_nodes)
-
-    @property
-    def order(self) -> int:
-        return 1
 
     def __call__(
         self,
@@ -150,7 +154,7 @@ class ResidualIntegral(AbstractErrorEstimate):
         return last(path), add_scaled(size(start), jnp.abs(t - s), whole)
 
 
-class AlekseevGroebner(AbstractErrorEstimate):
+class AlekseevGroebner(_AtNodes):
     """The error to first order, [`flowdiffrax.alekseev_groebner_error`][].
 
     The sharpest estimate, as far as the map's own Jacobian can be trusted.
@@ -162,15 +166,6 @@ class AlekseevGroebner(AbstractErrorEstimate):
 
     **Raises:** `ValueError` for fewer nodes than one.
     """
-
-    num_nodes: int = eqx.field(static=True, default=3)
-
-    def __check_init__(self):
-        check_num_nodes(self.num_nodes)
-
-    @property
-    def order(self) -> int:
-        return 1
 
     def __call__(
         self,
@@ -184,7 +179,7 @@ class AlekseevGroebner(AbstractErrorEstimate):
         return end_and_error(flow_map, teacher, s, t, x, args, self.num_nodes)
 
 
-class LinearisedError(AbstractErrorEstimate):
+class LinearisedError(_AtNodes):
     """The error to first order by the ODE's own Jacobian,
     [`flowdiffrax.linearised_error`][].
 
@@ -200,15 +195,6 @@ class LinearisedError(AbstractErrorEstimate):
     **Raises:** `ValueError` for fewer nodes than one; when called, `TypeError` for a
     complex state.
     """
-
-    num_nodes: int = eqx.field(static=True, default=3)
-
-    def __check_init__(self):
-        check_num_nodes(self.num_nodes)
-
-    @property
-    def order(self) -> int:
-        return 1
 
     def __call__(
         self,

@@ -8,10 +8,11 @@ interpolants without latent; the score needs a Gaussian base besides.
 """
 
 import equinox as eqx
+import jax.numpy as jnp
 
 from ._custom_types import Args, Scalar, State, Time, VectorField
 from ._interpolant import AbstractInterpolant
-from ._misc import add_scaled, scale, times_like
+from ._misc import add_scaled, is_concrete, scale, times_like
 
 
 def noise_from_velocity(
@@ -113,12 +114,21 @@ class VelocityFromNoise(eqx.Module):
 
     - `predictor`: a callable `(t, x, args) -> E[x0 | I_t = x]`.
     - `interpolant`: the interpolant it was trained under, without latent.
+    - `margin`: times closer than this to the base end, where the velocity is infinite,
+      are taken for that far from it. Not negative.
+
+    **Raises:** `ValueError` for a negative `margin`.
     """
 
     predictor: VectorField
     interpolant: AbstractInterpolant
+    margin: float = 1e-3
+
+    def __check_init__(self):
+        _check_margin(self.margin)
 
     def __call__(self, t: Time, x: State, args: Args = None) -> State:
+        t = _after(self.margin, t, x)
         return velocity_from_noise(self.interpolant, t, x, self.predictor(t, x, args))
 
 
@@ -129,12 +139,21 @@ class VelocityFromDenoiser(eqx.Module):
 
     - `predictor`: a callable `(t, x, args) -> E[x1 | I_t = x]`.
     - `interpolant`: the interpolant it was trained under, without latent.
+    - `margin`: times closer than this to the data end, where the velocity is infinite,
+      are taken for that far from it. Not negative.
+
+    **Raises:** `ValueError` for a negative `margin`.
     """
 
     predictor: VectorField
     interpolant: AbstractInterpolant
+    margin: float = 1e-3
+
+    def __check_init__(self):
+        _check_margin(self.margin)
 
     def __call__(self, t: Time, x: State, args: Args = None) -> State:
+        t = _before(1 - self.margin, t, x)
         return velocity_from_denoiser(self.interpolant, t, x, self.predictor(t, x, args))
 
 
@@ -146,16 +165,40 @@ class VelocityFromScore(eqx.Module):
     - `predictor`: a callable `(t, x, args) -> grad log rho_t(x)`.
     - `interpolant`: the interpolant it was trained under, without latent.
     - `base_std`: standard deviation of the Gaussian base.
+    - `margin`: times closer than this to the base end, where the velocity is infinite,
+      are taken for that far from it. Not negative.
+
+    **Raises:** `ValueError` for a negative `margin`.
     """
 
     predictor: VectorField
     interpolant: AbstractInterpolant
     base_std: float = 1.0
+    margin: float = 1e-3
+
+    def __check_init__(self):
+        _check_margin(self.margin)
 
     def __call__(self, t: Time, x: State, args: Args = None) -> State:
+        t = _after(self.margin, t, x)
         return velocity_from_score(
             self.interpolant, t, x, self.predictor(t, x, args), self.base_std
         )
+
+
+def _after(first: float, t: Time, x: State) -> Time:
+    (t,) = times_like(x, t)
+    return jnp.maximum(t, first)
+
+
+def _before(last: float, t: Time, x: State) -> Time:
+    (t,) = times_like(x, t)
+    return jnp.minimum(t, last)
+
+
+def _check_margin(margin: float) -> None:
+    if is_concrete(margin) and margin < 0:
+        raise ValueError(f"`margin` must not be negative; got {margin}.")
 
 
 def _weights(

@@ -1,13 +1,11 @@
 import diffrax
 import equinox as eqx
 import jax
-import jax.numpy as jnp
-import jax.tree_util as jtu
 from jaxtyping import ArrayLike
 
 from .._custom_types import Args, State, Time, VectorField
 from .._derivative import Derivative
-from .._misc import add_scaled, all_finite, subtract, times_like
+from .._misc import subtract, times_like
 from .._times import AbstractTimes, EndAt, LogitNormal, Neighbours, karras_times
 from .._trajectory import StatePath
 from .base import AbstractResidualObjective, StopGradient
@@ -64,9 +62,7 @@ class ConsistencyDistillation(AbstractResidualObjective):
     r"""CD: a point and where the teacher takes it must have the same end.
 
     $|X_{s,1}(I_s) - \mathrm{sg}(X_{u,1}(\Phi_{s,u}(I_s)))|^2$ with $\Phi$ one step of a
-    Diffrax solver on the teacher, to the next time $u$ of a grid. Where that is not
-    finite, as at the data end for a velocity made of a denoiser, a step of Euler's method
-    takes its place.
+    Diffrax solver on the teacher, to the next time $u$ of a grid.
 
     **Arguments:**
 
@@ -94,9 +90,6 @@ class ConsistencyDistillation(AbstractResidualObjective):
         s, t = times_like(I_s, s, t)
         velocity = lambda t, x, args: teacher_velocity(teacher, t, x, args)
         x_u = _solver_step(self.solver, velocity, s, t, I_s, args)
-        euler = add_scaled(I_s, t - s, velocity(s, I_s, args))
-        choose = lambda x, y: jnp.where(all_finite(x_u), x, y)
-        x_u = freeze(jtu.tree_map(choose, x_u, euler))
         target = flow_map(t, self.end, x_u, args)
         return subtract(flow_map(s, self.end, I_s, args), freeze(target))
 

@@ -8,20 +8,12 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, Key
 
-from .._custom_types import Args, Time
 from ._condition import Condition
-from ._images import (
-    check_dtype,
-    check_image,
-    check_shape,
-    num_heads_for,
-    precise,
-    run,
-)
+from ._images import AbstractImageNetwork, num_heads_for, run
 from ._layers import Linear, attend, modulate, standardise, unit_rms
 
 
-class DiT(eqx.Module):
+class DiT(AbstractImageNetwork):
     """A transformer on patches of an image, `net(s, t, x, args)`.
 
     Square patches become tokens, with sines and cosines of their places added. Times and
@@ -56,16 +48,11 @@ class DiT(eqx.Module):
         DiT, [arXiv:2212.09748](https://arxiv.org/abs/2212.09748).
     """
 
-    condition: Condition
     first: Linear
     blocks: "_Block"
     last_modulation: Linear
     last: Linear
-    shape: tuple[int, int, int] = eqx.field(static=True)
     patch: int = eqx.field(static=True)
-    scale: float = eqx.field(static=True)
-    dtype: jnp.dtype | None = eqx.field(static=True)
-    remat: bool = eqx.field(static=True)
 
     def __init__(
         self,
@@ -85,7 +72,7 @@ class DiT(eqx.Module):
         remat: bool = False,
         key: Key[Array, ""],
     ):
-        self.shape = check_shape(shape)
+        super().__init__(shape, scale, dtype, remat)
         height, image_width, channels = self.shape
         if min(patch, width, depth, ratio) < 1 or width % 4 != 0:
             raise ValueError(
@@ -114,24 +101,11 @@ class DiT(eqx.Module):
         self.last_modulation = Linear(width, 2 * width, key=None)
         self.last = Linear(width, patch**2 * channels, key=None)
         self.patch = patch
-        # A number of NumPy or JAX, such as `data.std()`, could not be static.
-        self.scale = float(scale)
-        self.dtype = check_dtype(dtype)
-        self.remat = remat
 
-    def __call__(
-        self,
-        s: Time,
-        t: Time,
-        x: Float[Array, "height width channels"],
-        args: Args = None,
-    ) -> Float[Array, "height width channels"]:
-        check_image(x, self.shape)
-        out_dtype = x.dtype
-        s, t, x = precise(s, t, x)
-        vector = jax.nn.silu(self.condition(s, t, args))
+    def normalised(self, x, vector):
+        vector = jax.nn.silu(vector)
         patches = einops.rearrange(
-            x / self.scale, "(h a) (w b) c -> (h w) (a b c)", a=self.patch, b=self.patch
+            x, "(h a) (w b) c -> (h w) (a b c)", a=self.patch, b=self.patch
         )
         tokens = self.first(patches, self.dtype)
         rows, columns = self.shape[0] // self.patch, self.shape[1] // self.patch
@@ -145,14 +119,13 @@ class DiT(eqx.Module):
         tokens, _ = jax.lax.scan(step, tokens, weights)
         factor, shift = jnp.split(self.last_modulation(vector), 2)
         tokens = _modulated(tokens, factor, shift)
-        y = einops.rearrange(
+        return einops.rearrange(
             self.last(tokens),
             "(h w) (a b c) -> (h a) (w b) c",
             h=rows,
             a=self.patch,
             b=self.patch,
         )
-        return (self.scale * y).astype(out_dtype)
 
 
 class _Block(eqx.Module):

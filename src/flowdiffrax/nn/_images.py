@@ -1,5 +1,6 @@
 """What image networks have in common: shapes, precision, levels of a U-Net."""
 
+import abc
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -7,8 +8,9 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .._custom_types import Time
+from .._custom_types import Args, Time
 from .._misc import time_dtype, times_like
+from ._condition import Condition
 from ._layers import double, halve
 
 Shape = tuple[int, int, int]
@@ -23,6 +25,42 @@ class Level(NamedTuple):
     attention: bool = False
     # Channels that come from the other side of the U, part of `inputs`.
     skip: int = 0
+
+
+class AbstractImageNetwork(eqx.Module):
+    """What is the same around every image network: checks, precision, and scales."""
+
+    condition: Condition
+    shape: Shape = eqx.field(static=True)
+    scale: float = eqx.field(static=True)
+    dtype: jnp.dtype | None = eqx.field(static=True)
+    remat: bool = eqx.field(static=True)
+
+    def __init__(self, shape: Sequence[int], scale: float, dtype: Any, remat: bool):
+        self.shape = check_shape(shape)
+        # A number of NumPy or JAX, such as `data.std()`, could not be static.
+        self.scale = float(scale)
+        self.dtype = check_dtype(dtype)
+        self.remat = remat
+
+    def __call__(
+        self,
+        s: Time,
+        t: Time,
+        x: Float[Array, "height width channels"],
+        args: Args = None,
+    ) -> Float[Array, "height width channels"]:
+        check_image(x, self.shape)
+        s, t = times_like(x, s, t)
+        precise = x.astype(time_dtype(x))
+        y = self.normalised(precise / self.scale, self.condition(s, t, args))
+        return (self.scale * y).astype(x.dtype)
+
+    @abc.abstractmethod
+    def normalised(
+        self, x: Float[Array, "height width channels"], vector: Float[Array, " size"]
+    ) -> Float[Array, "height width channels"]:
+        """The network between states of unit scale, given the vector of its condition."""
 
 
 def levels(
@@ -122,14 +160,6 @@ def check_image(x: Array, shape: Shape) -> None:
             f"This network takes images of floating point; got {jnp.result_type(x)}. For "
             "8-bit values, see `data.from_uint8`."
         )
-
-
-def precise(
-    s: Time, t: Time, x: Float[Array, "height width channels"]
-) -> tuple[Array, Array, Array]:
-    """Times and state in the precision of the state, and in float32 at least."""
-    s, t = times_like(x, s, t)
-    return s, t, x.astype(time_dtype(x))
 
 
 def run(block: Callable, remat: bool, *args: Any) -> Any:

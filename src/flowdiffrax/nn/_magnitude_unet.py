@@ -7,23 +7,13 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, Key
 
-from .._custom_types import Args, Time
 from ._condition import Condition
-from ._images import (
-    Level,
-    check_dtype,
-    check_image,
-    check_shape,
-    levels,
-    num_heads_for,
-    precise,
-    run,
-)
+from ._images import AbstractImageNetwork, Level, levels, num_heads_for, run
 from ._layers import attend, modulate, unit_rms
 from ._magnitude import ForcedConv, ForcedLinear, balanced, gained, joined, silu
 
 
-class MagnitudePreservingUNet(eqx.Module):
+class MagnitudePreservingUNet(AbstractImageNetwork):
     r"""A U-Net that keeps the magnitude of its activations, `net(s, t, x, args)`.
 
     Configuration G of EDM2. Weights count by their directions; sums, joins and
@@ -58,16 +48,11 @@ class MagnitudePreservingUNet(eqx.Module):
         [arXiv:2505.18825](https://arxiv.org/abs/2505.18825).
     """
 
-    condition: Condition
     first: ForcedConv
     down: list["_Block"]
     up: list["_Block"]
     last: ForcedConv
     last_gain: Float[Array, ""]
-    shape: tuple[int, int, int] = eqx.field(static=True)
-    scale: float = eqx.field(static=True)
-    dtype: jnp.dtype | None = eqx.field(static=True)
-    remat: bool = eqx.field(static=True)
 
     def __init__(
         self,
@@ -87,7 +72,7 @@ class MagnitudePreservingUNet(eqx.Module):
         remat: bool = False,
         key: Key[Array, ""],
     ):
-        self.shape = check_shape(shape)
+        super().__init__(shape, scale, dtype, remat)
         down, up = levels(self.shape, channels, multipliers, num_blocks, attention)
         keys = jr.split(key, 5)
         first_key, condition_key, down_key, up_key, last_key = keys
@@ -110,24 +95,11 @@ class MagnitudePreservingUNet(eqx.Module):
         self.up = [block(up_key, *item, False) for item in enumerate(up)]
         self.last = ForcedConv(up[-1].outputs, self.shape[-1], key=last_key)
         self.last_gain = jnp.zeros(())
-        # A number of NumPy or JAX, such as `data.std()`, could not be static.
-        self.scale = float(scale)
-        self.dtype = check_dtype(dtype)
-        self.remat = remat
 
-    def __call__(
-        self,
-        s: Time,
-        t: Time,
-        x: Float[Array, "height width channels"],
-        args: Args = None,
-    ) -> Float[Array, "height width channels"]:
-        check_image(x, self.shape)
-        out_dtype = x.dtype
-        s, t, x = precise(s, t, x)
-        vector = silu(self.condition(s, t, args))
+    def normalised(self, x, vector):
+        vector = silu(vector)
         ones = jnp.ones((*self.shape[:2], 1), x.dtype)
-        h = self.first(jnp.concatenate([x / self.scale, ones], -1), self.dtype)
+        h = self.first(jnp.concatenate([x, ones], -1), self.dtype)
         skips = [h]
         for block in self.down:
             h = run(block, self.remat, h, vector, self.dtype)
@@ -136,8 +108,7 @@ class MagnitudePreservingUNet(eqx.Module):
             if block.skip > 0:
                 h = joined(h, skips.pop())
             h = run(block, self.remat, h, vector, self.dtype)
-        h = gained(self.last(h), self.last_gain)
-        return (self.scale * h).astype(out_dtype)
+        return gained(self.last(h), self.last_gain)
 
 
 class _Block(eqx.Module):

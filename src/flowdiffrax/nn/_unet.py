@@ -6,24 +6,14 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Key
 
-from .._custom_types import Args, Time
 from ._condition import Condition
-from ._images import (
-    Level,
-    check_dtype,
-    check_image,
-    check_shape,
-    levels,
-    num_heads_for,
-    precise,
-    run,
-)
+from ._images import AbstractImageNetwork, Level, levels, num_heads_for, run
 from ._layers import Conv, GroupNorm, Linear, attend, modulate
 
 
-class UNet(eqx.Module):
+class UNet(AbstractImageNetwork):
     """A convolutional network for images, `net(s, t, x, args)`, of ADM's kind.
 
     Residual blocks at several resolutions, each half of the one before, down and up
@@ -74,16 +64,11 @@ class UNet(eqx.Module):
         ADM, [arXiv:2105.05233](https://arxiv.org/abs/2105.05233).
     """
 
-    condition: Condition
     first: Conv
     down: list["_Block"]
     up: list["_Block"]
     last_norm: GroupNorm
     last: Conv
-    shape: tuple[int, int, int] = eqx.field(static=True)
-    scale: float = eqx.field(static=True)
-    dtype: jnp.dtype | None = eqx.field(static=True)
-    remat: bool = eqx.field(static=True)
 
     def __init__(
         self,
@@ -103,7 +88,7 @@ class UNet(eqx.Module):
         remat: bool = False,
         key: Key[Array, ""],
     ):
-        self.shape = check_shape(shape)
+        super().__init__(shape, scale, dtype, remat)
         down, up = levels(self.shape, channels, multipliers, num_blocks, attention)
         first_key, condition_key, down_key, up_key = jr.split(key, 4)
         size = 4 * channels
@@ -124,23 +109,10 @@ class UNet(eqx.Module):
         self.up = [block(up_key, *item) for item in enumerate(up)]
         self.last_norm = GroupNorm(up[-1].outputs)
         self.last = Conv(up[-1].outputs, self.shape[-1], key=None)
-        # A number of NumPy or JAX, such as `data.std()`, could not be static.
-        self.scale = float(scale)
-        self.dtype = check_dtype(dtype)
-        self.remat = remat
 
-    def __call__(
-        self,
-        s: Time,
-        t: Time,
-        x: Float[Array, "height width channels"],
-        args: Args = None,
-    ) -> Float[Array, "height width channels"]:
-        check_image(x, self.shape)
-        out_dtype = x.dtype
-        s, t, x = precise(s, t, x)
-        vector = jax.nn.silu(self.condition(s, t, args))
-        h = self.first(x / self.scale, self.dtype)
+    def normalised(self, x, vector):
+        vector = jax.nn.silu(vector)
+        h = self.first(x, self.dtype)
         skips = [h]
         for block in self.down:
             h = run(block, self.remat, h, vector, self.dtype)
@@ -150,7 +122,7 @@ class UNet(eqx.Module):
                 h = jnp.concatenate([h, skips.pop()], -1)
             h = run(block, self.remat, h, vector, self.dtype)
         h = jax.nn.silu(self.last_norm(h))
-        return (self.scale * self.last(h)).astype(out_dtype)
+        return self.last(h)
 
 
 class _Block(eqx.Module):

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
+import numpy as np
 import optax
 from jax import lax
 from jaxtyping import Array, Int, Key, PyTree
@@ -167,8 +168,8 @@ def make_step(
         for decay in () if decays is None else _decays(decays):
             if not 0 <= decay < 1:
                 raise ValueError(f"`{name}` must be in [0, 1); got {decay}.")
-    if accumulate < 1:
-        raise ValueError(f"`accumulate` must be at least 1; got {accumulate}.")
+    if not isinstance(accumulate, int) or accumulate < 1:
+        raise ValueError(f"`accumulate` must be at least 1, and whole; got {accumulate}.")
 
     @eqx.filter_jit(donate="all-except-first")
     def step(
@@ -311,7 +312,12 @@ def _trained(state: TrainState) -> Any:
 
 
 def _decays(ema_decay: float | Sequence[float]) -> tuple[float, ...]:
-    return tuple(ema_decay) if isinstance(ema_decay, Sequence) else (ema_decay,)
+    decays = tuple(np.atleast_1d(ema_decay).tolist())
+    if len(decays) == 0:
+        raise ValueError(
+            "`ema_decay` must have at least one decay; 0 keeps the last weights."
+        )
+    return decays
 
 
 def _drawn(batches: Any, key: Key[Array, ""]) -> tuple[diffrax.AbstractPath, Args]:
