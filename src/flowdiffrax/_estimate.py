@@ -103,7 +103,7 @@ class LagrangianDefect(AbstractErrorEstimate):
         return X_st, scale(t - s, residual)
 
 
-class _AtNodes(AbstractErrorEstimate):
+class _AbstractAtNodes(AbstractErrorEstimate):
     """An estimate from residuals at the nodes of a quadrature over the jump."""
 
     num_nodes: int = eqx.field(static=True, default=3)
@@ -116,7 +116,7 @@ class _AtNodes(AbstractErrorEstimate):
         return 1
 
 
-class ResidualIntegral(_AtNodes):
+class ResidualIntegral(_AbstractAtNodes):
     r"""The residuals along the whole jump, $\int_s^t |\partial_u X_{s,u}(x) -
     b_u(X_{s,u}(x))|\,du$, entry by entry.
 
@@ -154,7 +154,7 @@ class ResidualIntegral(_AtNodes):
         return last(path), add_scaled(size(start), jnp.abs(t - s), whole)
 
 
-class AlekseevGroebner(_AtNodes):
+class AlekseevGroebner(_AbstractAtNodes):
     """The error to first order, [`flowdiffrax.alekseev_groebner_error`][].
 
     The sharpest estimate, as far as the map's own Jacobian can be trusted.
@@ -179,7 +179,7 @@ class AlekseevGroebner(_AtNodes):
         return end_and_error(flow_map, teacher, s, t, x, args, self.num_nodes)
 
 
-class LinearisedError(_AtNodes):
+class LinearisedError(_AbstractAtNodes):
     """The error to first order by the ODE's own Jacobian,
     [`flowdiffrax.linearised_error`][].
 
