@@ -129,9 +129,9 @@ def test_one_bit_flipped(saved):
         fd.train.load(saved, make)
 
 
-def test_other_format(saved):
+def test_newer_format(saved):
     saved.write_bytes(saved.read_bytes().replace(b'"format": 1', b'"format": 9', 1))
-    with pytest.raises(ValueError, match="of another format"):
+    with pytest.raises(ValueError, match="has format 9, .* Update flowdiffrax"):
         fd.train.load(saved, make)
 
 

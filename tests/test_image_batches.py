@@ -224,6 +224,108 @@ def test_training_on_a_stream_compiles_once_and_resumes():
     assert_close(weights(broken), weights(unbroken), 0, 0)
 
 
+def fit_to_stream(num_steps, *, batch_size=4, begun=None, **settings):
+    """The same run by `fit`, from a stream of its own."""
+    make = lambda source: batches_of(source, batch_size)
+    traced = []
+    settings = {"num_threads": 2} | settings
+    accumulate = settings.pop("accumulate", 1)
+    batches = fd.data.StreamBatches(
+        labelled(), batch_size, make, seed=3, flip=True, **settings
+    )
+
+    class Counted(fd.FlowMatching):
+        def on_diagonal(self, *args, **kwargs):
+            traced.append(1)
+            return super().on_diagonal(*args, **kwargs)
+
+    state = fd.train.fit(
+        image_map() if begun is None else begun,
+        Counted(),
+        batches,
+        optax.adam(1e-3),
+        num_steps=num_steps,
+        key=jr.key(1),
+        accumulate=accumulate,
+        progress=False,
+        report_every=num_steps,
+    )
+    return ravel_pytree(eqx.filter(state.flow_map, eqx.is_array))[0], state, len(traced)
+
+
+def test_fit_on_a_stream():
+    optim = optax.adam(1e-3)
+    step = fd.train.make_step(fd.FlowMatching(), optim)
+    state = fd.train.TrainState.create(image_map(), optim, key=jr.key(1))
+    by_hand = train_on_stream(labelled(), 6, state, step)
+    weights, _, traces = fit_to_stream(6)
+    assert_close(
+        weights, ravel_pytree(eqx.filter(by_hand.flow_map, eqx.is_array))[0], 0, 0
+    )
+    assert traces == 1
+    _, begun, _ = fit_to_stream(2)
+    assert_close(fit_to_stream(6, begun=begun)[0], weights, 0, 0)
+
+
+def test_accumulated_stream_gives_each_batch_once():
+    # Each of the two parts of a step sees images of its own: all seven in three steps of
+    # two, were one batch seen twice, would not have their turn.
+    seen = []
+
+    def make(source):
+        seen.append(np.asarray(source.labels))
+        return batches_of(source, 1)
+
+    batches = fd.data.StreamBatches(labelled(), 1, make, seed=3)
+    steps = batches.each_step(2, accumulate=2)
+    pairs = [next(steps) for _ in range(3)]
+    assert all(len(pair) == 2 for pair in pairs)
+    expected = first(fd.data.stream(labelled(), 1, seed=3, start=4), 6)
+    np.testing.assert_array_equal(np.stack(seen[:6]), expected)
+    found = [[one.data.labels[0] for one in pair] for pair in pairs]
+    np.testing.assert_array_equal(np.ravel(found), np.ravel(expected))
+
+
+def test_accumulated_stream_trains_like_one_batch():
+    # No randomness, so that only the split of the batch differs.
+    base = lambda key, x1: jnp.zeros_like(x1)
+    objective = fd.LagrangianMapDistillation(times=fd.GridTimes([0.0, 1.0]))
+
+    def weights(batch_size, accumulate):
+        interpolant = fd.LinearInterpolant()
+        make = lambda source: fd.data.InterpolantBatches(
+            interpolant, source, batch_size, base=base
+        )
+        batches = fd.data.StreamBatches(labelled(), batch_size, make, seed=3)
+        state = fd.train.fit(
+            image_map(),
+            objective,
+            batches,
+            optax.sgd(0.1),
+            num_steps=2,
+            teacher=lambda t, x, args: -x,
+            key=jr.key(1),
+            accumulate=accumulate,
+            progress=False,
+        )
+        return ravel_pytree(eqx.filter(state.flow_map, eqx.is_array))[0]
+
+    assert_close(weights(2, 3), weights(6, 1), 1e-6, 1e-6)
+
+
+def test_tuple_of_another_length():
+    step = fd.train.make_step(fd.FlowMatching(), optax.adam(1e-3), accumulate=3)
+    state = fd.train.TrainState.create(image_map(), optax.adam(1e-3), key=jr.key(1))
+    batches = (batches_of(fd.data.DeviceImages(labelled()), 4),) * 2
+    with pytest.raises(ValueError, match="`accumulate` is 3, and a tuple of 2 came"):
+        step(state, batches)
+
+
+def test_stream_batches_of_nothing():
+    with without_type_checks(), pytest.raises(TypeError, match="`make` must be"):
+        fd.data.StreamBatches(labelled(), 4, None)
+
+
 # --- streams --------------------------------------------------------------------------
 
 

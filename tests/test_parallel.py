@@ -2,6 +2,8 @@
 
 import json
 import pathlib
+import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -9,6 +11,7 @@ import sys
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from parallel_train import LONG, summary, train
 
 import flowdiffrax as fd
 
@@ -22,9 +25,9 @@ def start(*arguments):
     )
 
 
-def found(process):
+def found(process, status=0):
     out, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
+    assert process.returncode == status, errors
     return json.loads(out.splitlines()[-1])
 
 
@@ -53,17 +56,44 @@ def test_batch_that_does_not_divide(devices):
     assert "32 rows does not divide among 3 devices" in devices["error"]
 
 
-def test_two_processes_equal_one(devices):
+def two_processes(folder, status=0):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
-    runs = [start(2, address, 2, index) for index in (0, 1)]
-    for process in map(found, runs):
+    runs = [start(2, address, 2, index, folder) for index in (0, 1)]
+    return [found(run, status) for run in runs]
+
+
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory):
+    """What two processes print, and the folder of the run that a SIGTERM then ends."""
+    folder = tmp_path_factory.mktemp("processes")
+    return two_processes(folder, 128 + signal.SIGTERM), folder
+
+
+def test_two_processes_equal_one(devices, processes):
+    for process in processes[0]:
         assert process["share"] == 1 / 4
         for many, one in (("whole", "alone"), ("parts", "alone")):
             np.testing.assert_allclose(
                 process[many], devices[one], rtol=1e-12, atol=1e-13
             )
+
+
+def test_two_processes_are_stopped_and_go_on(devices, processes, tmp_path):
+    run = fd.train.Run(processes[1])
+    (step,) = run.steps
+    assert 2 <= step < LONG
+    shutil.copytree(processes[1], tmp_path / "copy")
+    # The losses of the steps that are left, and the weights.
+    expected = devices["alone, long"][step:]
+    for process in two_processes(processes[1]):
+        np.testing.assert_allclose(process["resumed"], expected, rtol=1e-12, atol=1e-13)
+    assert [line["step"] for line in run.metrics()] == [*range(1, LONG + 1)]
+    # Parts of weights on four devices, read by one.
+    copy = fd.train.Run(tmp_path / "copy")
+    alone = summary(train(None, num_steps=LONG, run=copy))
+    np.testing.assert_allclose(alone, expected, rtol=1e-12, atol=1e-13)
 
 
 def test_one_device_is_a_device():

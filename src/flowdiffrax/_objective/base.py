@@ -1,14 +1,14 @@
 import abc
 import enum
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import diffrax
 import equinox as eqx
 import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
-from jaxtyping import Array, ArrayLike, Int, Key
+from jaxtyping import Array, ArrayLike, Float, Int, Key
 
 from .._custom_types import AbstractVar, Args, Scalar, State, Time
 from .._flow_map import AbstractFlowMap
@@ -301,6 +301,52 @@ def batch_loss(
     not one for each objective, and for self-distillation with nothing on the diagonal to
     learn from; `TypeError` for a map that is no flow map.
     """
+    mixture = as_mixture(objective)
+    parts = example_losses(mixture, flow_map, teacher, paths, args, key=key)
+    total: Any = 0.0
+    terms: dict[str, Scalar] = {}
+    for index, (part, examples) in enumerate(zip(mixture.objectives, parts, strict=True)):
+        losses = [rows.loss for rows in examples]
+        name = type(part).__name__
+        # Two objectives of one class stay two terms.
+        name = name if name not in terms else f"{name}_{index}"
+        terms[name] = jnp.mean(losses[0])
+        if len(losses) == 2:
+            terms[f"{name}_diagonal"] = jnp.mean(losses[1])
+        mean: Any = sum(map(jnp.sum, losses)) / sum(map(len, losses))
+        total = total + jnp.asarray(mixture.weights[index], mean.dtype) * mean
+    return total, terms
+
+
+def as_mixture(objective: AbstractObjective | Mixture) -> Mixture:
+    """The objective itself, or a mixture of it alone."""
+    return objective if isinstance(objective, Mixture) else Mixture((objective,), (1.0,))
+
+
+class ExampleLosses(NamedTuple):
+    """The losses of some examples, and the times that were drawn for them."""
+
+    s: Float[Array, " batch"]
+    t: Float[Array, " batch"]
+    loss: Float[Array, " batch"]
+
+
+def example_losses(
+    mixture: Mixture,
+    flow_map: AbstractFlowMap,
+    teacher: Any,
+    paths: diffrax.AbstractPath,
+    args: Args,
+    *,
+    key: Key[Array, ""],
+) -> list[list[ExampleLosses]]:
+    """The losses that [`flowdiffrax.batch_loss`][] takes the mean of.
+
+    Arguments and errors as there.
+
+    **Returns:** for each objective, the examples off the diagonal, then those on it, as
+    far as there are any.
+    """
     if not isinstance(flow_map, AbstractFlowMap):
         raise TypeError(
             f"Objectives train a flow map; got {type(flow_map).__name__}. Wrap a network "
@@ -308,9 +354,6 @@ def batch_loss(
         )
     only_arrays = eqx.filter((paths, args), eqx.is_array)
     batch_size = num_rows(only_arrays, "Paths and conditions")
-    mixture = (
-        objective if isinstance(objective, Mixture) else Mixture((objective,), (1.0,))
-    )
     slices = split_by_shares(batch_size, mixture.shares)
     num_parts = len(mixture.objectives)
     sizes = [rows.stop - rows.start for rows in slices]
@@ -329,10 +372,8 @@ def batch_loss(
             "A tuple of teachers has one for each objective; got "
             f"{len(teachers)} teachers and {num_parts} objectives."
         )
-    total: Any = 0.0
-    terms: dict[str, Scalar] = {}
-    for index, (part, rows) in enumerate(zip(mixture.objectives, slices, strict=True)):
-        losses = _losses(
+    return [
+        _losses(
             part,
             flow_map,
             teachers[index],
@@ -341,15 +382,8 @@ def batch_loss(
             rows.stop - rows.start,
             jr.fold_in(key, index),
         )
-        name = type(part).__name__
-        # Two objectives of one class stay two terms.
-        name = name if name not in terms else f"{name}_{index}"
-        terms[name] = jnp.mean(losses[0])
-        if len(losses) == 2:
-            terms[f"{name}_diagonal"] = jnp.mean(losses[1])
-        mean = sum(map(jnp.sum, losses)) / (rows.stop - rows.start)
-        total = total + jnp.asarray(mixture.weights[index], mean.dtype) * mean
-    return total, terms
+        for index, (part, rows) in enumerate(zip(mixture.objectives, slices, strict=True))
+    ]
 
 
 def _losses(objective, flow_map, teacher, paths, args, batch_size, key):
@@ -368,12 +402,14 @@ def _losses(objective, flow_map, teacher, paths, args, batch_size, key):
 
     axes = eqx.if_array(0)
     over_rows = lambda one: eqx.filter_vmap(one, in_axes=(axes, 0, 0, axes, 0))
-    losses = []
+    parts = []
     if cut < batch_size:
-        losses.append(over_rows(off_diagonal)(*_rows(rows, slice(cut, None))))
+        off = _rows(rows, slice(cut, None))
+        parts.append(ExampleLosses(off[1], off[2], over_rows(off_diagonal)(*off)))
     if cut > 0:
-        losses.append(over_rows(on_diagonal)(*_rows(rows, slice(0, cut))))
-    return losses
+        on = _rows(rows, slice(0, cut))
+        parts.append(ExampleLosses(on[1], on[2], over_rows(on_diagonal)(*on)))
+    return parts
 
 
 def _rows(tree, rows):

@@ -20,6 +20,7 @@ from ._pictures import image_folder as image_folder
 from ._pictures import parquet_images as parquet_images
 from ._small import digits as digits
 from ._small import twemoji as twemoji
+from ._stream import StreamBatches as StreamBatches
 from ._stream import stream as stream
 from ._toy import checkerboard as checkerboard
 from ._toy import checkerboard_boxes as checkerboard_boxes

@@ -1,14 +1,21 @@
+import collections
 import functools
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import numpy as np
 from jaxtyping import Int32, UInt8
 
+from .._misc import check_callable
 from .._times import check_batch_size
+from ._device import DeviceImages
 from ._files import import_extra
 from ._images import Images
+
+# Batches on their way to the device besides those of the step.
+_AHEAD = 2
 
 
 def stream(
@@ -112,3 +119,78 @@ def _order(seed: int, num_rows: int, epoch: int) -> np.ndarray:
     # `permutation` makes of them.
     bits = np.random.PCG64([seed, epoch]).random_raw(num_rows)
     return np.argsort(bits, kind="stable")
+
+
+class StreamBatches:
+    """Batches of a stream, one for each step of [`flowdiffrax.train.fit`][].
+
+    While a step runs, grain's threads read the next batches, and the next two are on
+    their way to the device.
+
+    ```python
+    make = lambda source: fd.data.InterpolantBatches(fd.LinearInterpolant(), source, 256)
+    batches = fd.data.StreamBatches(images, 256, make, flip=True)
+    ```
+
+    **Arguments:**
+
+    - `images`: the set, as for [`flowdiffrax.data.stream`][].
+    - `batch_size`: images a batch, over all processes.
+    - `make`: called with the [`flowdiffrax.data.DeviceImages`][] of a batch, returns the
+      function of a key that draws paths and conditions. It must build the same
+      functions each time: a lambda made inside would be compiled anew for each step.
+    - `seed`: of the orders, not negative.
+    - `flip`: as for [`flowdiffrax.data.DeviceImages`][].
+    - `num_threads`, `prefetch`: as for [`flowdiffrax.data.stream`][].
+
+    **Raises:** as [`flowdiffrax.data.stream`][], when training begins; `TypeError` if
+    `make` cannot be called.
+    """
+
+    def __init__(
+        self,
+        images: Images,
+        batch_size: int,
+        make: Callable[[DeviceImages], Callable],
+        *,
+        seed: int = 0,
+        flip: bool = False,
+        num_threads: int = 4,
+        prefetch: int = 8,
+    ):
+        check_callable(make, "make", "make(source)")
+        self._make = make
+        self._flip = flip
+        self._stream = functools.partial(
+            stream,
+            images,
+            batch_size,
+            seed=seed,
+            num_threads=num_threads,
+            prefetch=prefetch,
+        )
+
+    def each_step(
+        self, step: int, accumulate: int = 1, place: Callable[[Any], Any] = jax.device_put
+    ) -> Iterator[Callable | tuple[Callable, ...]]:
+        """What each step draws from, without end.
+
+        **Arguments:**
+
+        - `step`: the first step.
+        - `accumulate`: batches a step; above 1, a tuple of as many.
+        - `place`: puts the arrays of a batch on the devices.
+        """
+
+        def load():
+            images, labels = next(batches)
+            source = DeviceImages(*place((images, labels)), flip=self._flip, draw=False)
+            return self._make(source)
+
+        batches = self._stream(start=step * accumulate)
+        ahead = collections.deque()
+        while True:
+            while len(ahead) < _AHEAD + accumulate:
+                ahead.append(load())
+            now = tuple(ahead.popleft() for _ in range(accumulate))
+            yield now[0] if accumulate == 1 else now

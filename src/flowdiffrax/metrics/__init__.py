@@ -5,3 +5,5 @@ from ._defect import defects as defects
 from ._density import HistogramKL as HistogramKL
 from ._density import histogram_kl as histogram_kl
 from ._density import rms_distance as rms_distance
+from ._loss import BinnedLoss as BinnedLoss
+from ._loss import loss_by_times as loss_by_times

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import PyTree
 
+from ._files import write_whole
+
 _FORMAT = 1
 
 
@@ -42,17 +44,7 @@ def save(path: str | os.PathLike, config: Any, tree: PyTree) -> None:
         "sha256": hashlib.sha256(body).hexdigest(),
     }
     line = json.dumps(header).encode() + b"\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(line + body)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    write_whole(path, line + body)
 
 
 def load(path: str | os.PathLike, make: Callable[[Any], PyTree]) -> tuple[Any, PyTree]:
@@ -67,9 +59,9 @@ def load(path: str | os.PathLike, make: Callable[[Any], PyTree]) -> tuple[Any, P
     **Returns:** the configuration and the tree.
 
     **Raises:** `FileNotFoundError` if there is no such file, and `ValueError` if it is
-    no checkpoint, is damaged, or holds arrays of other shapes or dtypes than `make`
-    returns. What is no array, such as a network's scale, is for `make` to rebuild: keep
-    it in the configuration.
+    no checkpoint, is damaged, is of a newer version, or holds arrays of other shapes or
+    dtypes than `make` returns. What is no array, such as a network's scale, is for
+    `make` to rebuild: keep it in the configuration.
     """
     path = pathlib.Path(path)
     if not path.is_file():
@@ -77,14 +69,19 @@ def load(path: str | os.PathLike, make: Callable[[Any], PyTree]) -> tuple[Any, P
     line, newline, body = path.read_bytes().partition(b"\n")
     try:
         header = json.loads(line)
-        expected = header["format"], header["bytes"], header["sha256"]
+        file_format = int(header["format"])
+        expected = header["bytes"], header["sha256"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not a checkpoint of flowdiffrax.") from error
-    found = _FORMAT, len(body), hashlib.sha256(body).hexdigest()
+    if file_format > _FORMAT:
+        raise ValueError(
+            f"{path} has format {file_format}, and this version of flowdiffrax reads up "
+            f"to {_FORMAT}. Update flowdiffrax."
+        )
+    found = len(body), hashlib.sha256(body).hexdigest()
     if not newline or found != expected:
         raise ValueError(
-            f"{path} is damaged or of another format: expected (format, bytes, sha256) "
-            f"{expected}; found {found}."
+            f"{path} is damaged: expected (bytes, sha256) {expected}; found {found}."
         )
     like = make(header["config"])
     leaves = _describe(like)

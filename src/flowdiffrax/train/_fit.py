@@ -1,5 +1,7 @@
+import contextlib
+import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import equinox as eqx
@@ -8,8 +10,12 @@ import optax
 from jaxtyping import Array, Key
 
 from .._flow_map import AbstractFlowMap
+from .._misc import num_rows
 from .._objective import AbstractObjective, Mixture, Scheduled
+from ..data import StreamBatches
 from ._parallel import DataParallel
+from ._run import Run
+from ._signals import StopRequests
 from ._step import StepInfo, TrainState, make_step
 
 
@@ -26,10 +32,14 @@ class TrainingDiverged(RuntimeError):
         self.state = state
 
 
+# Called at a report, it may return more numbers, which join the report.
+_OnReport = Callable[[TrainState, dict[str, Any]], Any]
+
+
 def fit(
     flow_map: AbstractFlowMap | TrainState,
     objective: AbstractObjective | Mixture | Scheduled,
-    batches: Callable,
+    batches: Callable | StreamBatches,
     optim: optax.GradientTransformation,
     *,
     num_steps: int,
@@ -39,8 +49,10 @@ def fit(
     teacher_decay: float | None = None,
     accumulate: int = 1,
     parallel: DataParallel | None = None,
+    run: Run | None = None,
     report_every: int = 100,
-    on_report: Callable[[TrainState, dict[str, float]], None] | None = None,
+    on_report: _OnReport | Sequence[_OnReport] = (),
+    max_skipped: int = 100,
     progress: bool = True,
 ) -> TrainState:
     """Trains a flow map: a short loop around [`flowdiffrax.train.make_step`][].
@@ -52,7 +64,8 @@ def fit(
     - `objective`: what to minimise, a [`flowdiffrax.Mixture`][], or an objective that is
       [`flowdiffrax.Scheduled`][].
     - `batches`: a function of a key that returns paths and conditions, for example
-      [`flowdiffrax.data.InterpolantBatches`][].
+      [`flowdiffrax.data.InterpolantBatches`][]; or
+      [`flowdiffrax.data.StreamBatches`][], which has one for each step.
     - `optim`: an Optax optimiser.
     - `num_steps`: the number of steps the run has when it ends, at least 1. A state
       that has made some of them makes only the rest.
@@ -63,25 +76,31 @@ def fit(
     - `teacher_decay`: if given, the decay of a second average, which is the teacher.
     - `accumulate`: batches a step, whose gradients are averaged.
     - `parallel`: the devices to train on, [`flowdiffrax.train.DataParallel`][].
+    - `run`: the folder of the run, [`flowdiffrax.train.Run`][]. The same call goes on
+      from its newest checkpoint, be it begun with a map or with a state. SIGTERM and
+      Ctrl-C wait for the step that is being made, save, and end the program.
     - `report_every`: how many steps lie between reports.
     - `on_report`: called with the state and a dictionary of numbers: `step`, `loss`,
       one entry for each objective, `grad_norm`, `skipped` (how many steps so far were
-      not finite) and `seconds` since the start. Save checkpoints here, or keep the
-      state: it is a copy, and a run that is interrupted goes on from it.
+      not finite), `examples_per_second` since the last report, and `seconds` since the
+      start. Or several such functions. A dictionary that one returns joins the report
+      that the next ones and `run` see. The state is a copy, to keep or to save.
+    - `max_skipped`: how many steps may be skipped in this call, because something was
+      not finite, before the run counts as diverged.
     - `progress`: whether to show a bar. It needs tqdm, from the `train` extra, and is
       left out without it.
 
     **Returns:** the final state; `state.ema_map` is the map to use.
 
-    **Raises:** `ValueError` for a number of steps below 1 or a missing key, `TypeError`
-    for what is no flow map, and
-    [`flowdiffrax.train.TrainingDiverged`][] if the loss or its gradient stops being
-    finite, with the last good state.
+    **Raises:** `ValueError` for a number of steps below 1, a missing key, or checkpoints
+    of another run; `TypeError` for what is no flow map; `OSError` if a checkpoint cannot
+    be written; and [`flowdiffrax.train.TrainingDiverged`][], with the last good state, if
+    more than `max_skipped` steps were skipped, or all since the last report.
     """
-    if num_steps < 1 or report_every < 1:
+    if min(num_steps, report_every) < 1 or max_skipped < 0:
         raise ValueError(
-            "`num_steps` and `report_every` must be at least 1; got "
-            f"{num_steps} and {report_every}."
+            "`num_steps` and `report_every` must be at least 1, `max_skipped` not "
+            f"negative; got {num_steps}, {report_every} and {max_skipped}."
         )
     if not isinstance(flow_map, AbstractFlowMap | TrainState):
         raise TypeError(
@@ -107,6 +126,8 @@ def fit(
     if parallel is not None:
         state = parallel.place(state)
         batches, teacher = parallel.replicate((batches, teacher))
+    if run is not None:
+        state = run.resume(state)
     step = make_step(
         objective,
         optim,
@@ -115,28 +136,104 @@ def fit(
         accumulate=accumulate,
         parallel=parallel,
     )
-    start = time.perf_counter()
-    bar = _steps(int(state.step), num_steps, progress)
-    for index in bar:
-        state, info = step(state, batches, teacher)
-        # Reading a number waits for the device, so only reports do.
-        if (index + 1) % report_every == 0 or index + 1 == num_steps:
-            report = _report(state, info, time.perf_counter() - start)
-            if not bool(info.is_finite):
-                raise TrainingDiverged(
-                    f"The loss or its gradient is not finite at step {index + 1}: loss "
-                    f"{report['loss']}, gradient norm {report['grad_norm']}. The weights "
-                    "of the last good step are in `.state`. Lower the learning rate, "
-                    "clip gradients with `optax.clip_by_global_norm`, weigh down "
-                    "times at which the teacher is singular, or draw no times beyond "
-                    "those of the trajectories.",
-                    state,
-                )
-            if hasattr(bar, "set_postfix"):
-                bar.set_postfix(loss=f"{report['loss']:.4g}")
-            if on_report is not None:
-                on_report(_copy(state), report)
+    calls = (on_report,) if callable(on_report) else tuple(on_report)
+    begun = int(state.step)
+    info: Any = None
+    reports = _Reports(state, accumulate)
+    source = _source(batches, begun, accumulate, parallel)
+    with StopRequests(run is not None) as requests, run or contextlib.nullcontext():
+        for index in (bar := _steps(begun, num_steps, progress)):
+            if run is not None:
+                run.profile_at(index - begun, state)
+            drawn = next(source)
+            before = info and info.loss
+            state, info = step(state, drawn, teacher)
+            # The host stays one step ahead of the device, and no more: a signal would
+            # wait for all of them, and their batches would pile up.
+            jax.block_until_ready(before)
+            done = index + 1
+            # Reading a number waits for the device, so only reports do.
+            if done % report_every == 0 or done == num_steps:
+                report = reports.make(state, info, drawn, max_skipped)
+                if hasattr(bar, "set_postfix"):
+                    bar.set_postfix(_short(report, info))
+                for call in calls:
+                    more = call(_copy(state), dict(report))
+                    report |= more if isinstance(more, dict) else {}
+                if run is not None:
+                    run.log(report)
+                    if run.is_due(done) or done == num_steps:
+                        run.save(state, report)
+            if requests.stops(done) and run is not None:
+                run.save(state, {})
+                run.close()
+                requests.stop()
     return state
+
+
+def _source(
+    batches: Callable | StreamBatches,
+    step: int,
+    accumulate: int,
+    parallel: DataParallel | None,
+) -> Iterator[Any]:
+    """What each step draws from."""
+    if isinstance(batches, StreamBatches):
+        place = jax.device_put if parallel is None else parallel.gather_rows
+        return batches.each_step(step, accumulate, place)
+    return itertools.repeat(batches)
+
+
+class _Reports:
+    """Makes reports, and ends a run that has diverged."""
+
+    def __init__(self, state: TrainState, accumulate: int):
+        self._accumulate = accumulate
+        self._num_examples: int | None = None
+        self._skipped = int(state.skipped)
+        self._last = int(state.step), self._skipped, time.perf_counter()
+        self._begun = self._last[2]
+
+    def make(
+        self, state: TrainState, info: StepInfo, drawn: Any, max_skipped: int
+    ) -> dict[str, Any]:
+        report = {"step": int(state.step), "loss": float(info.loss)}
+        report |= {name: float(value) for name, value in info.terms.items()}
+        report |= {"grad_norm": float(info.grad_norm), "skipped": int(state.skipped)}
+        now = report["step"], report["skipped"], time.perf_counter()
+        steps, skipped, seconds = (a - b for a, b in zip(now, self._last, strict=True))
+        self._last = now
+        if report["skipped"] - self._skipped > max_skipped or skipped == steps:
+            raise TrainingDiverged(
+                f"Loss or gradient were not finite in {skipped} of the last {steps} "
+                f"steps, which were skipped; at step {report['step']} the loss is "
+                f"{report['loss']}, the gradient's norm {report['grad_norm']}. The "
+                "weights of the last good step are in `.state`. Lower the learning rate, "
+                "clip gradients with `optax.clip_by_global_norm`, weigh down times at "
+                "which the teacher is singular, or draw no times beyond those of the "
+                "trajectories.",
+                state,
+            )
+        if self._num_examples is None:
+            one = drawn[0] if isinstance(drawn, tuple) else drawn
+            key = jax.eval_shape(jax.random.key, 0)
+            shapes = eqx.filter_eval_shape(one, key)
+            is_shape = lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct)
+            only_arrays = eqx.filter(shapes, is_shape)
+            self._num_examples = num_rows(only_arrays, "A batch") * self._accumulate
+        report["examples_per_second"] = steps * self._num_examples / seconds
+        return report | {"seconds": now[2] - self._begun}
+
+
+def _short(report: dict[str, Any], info: StepInfo) -> dict[str, str]:
+    """What a bar has room for; a single term is the loss again."""
+    terms = info.terms if len(info.terms) > 1 else ()
+    names = ["loss", *terms, "grad_norm", "examples_per_second"]
+    names += ["skipped"] if report["skipped"] > 0 else []
+    return {
+        name.replace("examples_per_second", "examples/s"): f"{report[name]:.3g}"
+        for name in names
+    }
 
 
 def _copy(state: TrainState) -> TrainState:
@@ -154,10 +251,3 @@ def _steps(first: int, last: int, progress: bool) -> Any:
     except ImportError:
         return steps
     return tqdm(steps, initial=first, total=last, unit="step", mininterval=1.0)
-
-
-def _report(state: TrainState, info: StepInfo, seconds: float) -> dict[str, float]:
-    numbers = {"step": int(state.step), "loss": float(info.loss)}
-    numbers |= {name: float(value) for name, value in info.terms.items()}
-    numbers |= {"grad_norm": float(info.grad_norm), "skipped": int(state.skipped)}
-    return numbers | {"seconds": seconds}

@@ -64,6 +64,15 @@ class DataParallel:
         """
         return jtu.tree_map(self._put_rows, batch)
 
+    def gather_rows(self, batch: PyTree) -> PyTree:
+        """A batch on the devices, of the rows that each process brings from its host.
+
+        **Raises:** `ValueError` if the devices do not divide the rows.
+        """
+        sharding = NamedSharding(self._mesh, PartitionSpec("data"))
+        put = jax.make_array_from_process_local_data
+        return jtu.tree_map(lambda leaf: put(sharding, leaf), batch)
+
     def _put_weights(self, leaf: Any) -> Any:
         spec = PartitionSpec()
         if self.shard_weights and eqx.is_array(leaf) and leaf.size >= _MIN_SHARDED:

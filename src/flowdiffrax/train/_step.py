@@ -81,7 +81,7 @@ class TrainState(eqx.Module):
             lambda leaf: jnp.array(leaf) if eqx.is_array(leaf) else leaf, tree
         )
         start = jnp.zeros((), int)
-        learned = () if objective is None else _learned(_at(objective, start))
+        learned = () if objective is None else learned_of(at_step(objective, start))
         trained = (flow_map, learned) if learned else flow_map
         with jax.numpy_dtype_promotion("standard"):
             opt_state = optim.init(eqx.filter(trained, eqx.is_inexact_array))
@@ -151,8 +151,9 @@ def make_step(
     **Returns:** a function `step(state, batches, teacher=None) -> (state, info)`.
     `batches` is called with a key, inside the compiled step, and returns paths and
     conditions with a leading batch axis: [`flowdiffrax.data.InterpolantBatches`][],
-    [`flowdiffrax.data.TrajectoryBatches`][], or your own. The memory of `state` is
-    reused: go on with the one returned.
+    [`flowdiffrax.data.TrajectoryBatches`][], or your own; or a tuple of `accumulate`
+    such functions, of one structure. The memory of `state` is reused: go on with the one
+    returned.
 
     **Raises:** `ValueError` for a decay outside [0, 1) or `accumulate` below 1,
     `TypeError` for what is no objective; in use, `ValueError` for a state that was
@@ -180,23 +181,28 @@ def make_step(
         root_key = jr.wrap_key_data(state.key_data, impl=state.key_impl)
         key = jr.fold_in(root_key, state.step)
 
-        def gradients(key):
+        def gradients(key, batches):
             batch_key, loss_key = jr.split(key)
-            paths, args = _drawn(batches, batch_key)
+            paths, args = draw(batches, batch_key)
             if parallel is not None:
                 paths, args = parallel.split((paths, args))
             return _gradients(
                 state, objective, teacher, paths, args, loss_key, teacher_decay
             )
 
-        means = gradients(key) if accumulate == 1 else _mean(gradients, key, accumulate)
+        if accumulate == 1:
+            means = gradients(key, batches)
+        else:
+            means = _mean(gradients, key, batches, accumulate)
         state, info = _apply(state, optim, means, ema_decay, teacher_decay)
         if parallel is not None:
             state, info = parallel.place(state), parallel.replicate(info)
         return state, info
 
     def public_step(
-        state: TrainState, batches: Callable, teacher: Any = None
+        state: TrainState,
+        batches: Callable | tuple[Callable, ...],
+        teacher: Any = None,
     ) -> tuple[TrainState, StepInfo]:
         return step((batches, teacher, objective), state)
 
@@ -236,13 +242,13 @@ def _gradients(
     key: Key[Array, ""],
     teacher_decay: float | None,
 ) -> _Means:
-    objective = _at(objective, state.step)
+    objective = at_step(objective, state.step)
     _check_state(state, objective, teacher, teacher_decay)
-    teacher = _filled(teacher, state.teacher_map)
+    teacher = filled(teacher, state.teacher_map)
 
     def loss_fn(trained):
         flow_map, learned = trained if state.learned else (trained, ())
-        whole = _with_learned(objective, learned)
+        whole = with_learned(objective, learned)
         return batch_loss(whole, flow_map, teacher, paths, args, key=key)
 
     value_and_grad = eqx.filter_value_and_grad(loss_fn, has_aux=True)
@@ -251,14 +257,31 @@ def _gradients(
 
 
 def _mean(
-    gradients: Callable[[Key[Array, ""]], _Means], key: Key[Array, ""], number: int
+    gradients: Callable[[Key[Array, ""], Any], _Means],
+    key: Key[Array, ""],
+    batches: Any,
+    number: int,
 ) -> _Means:
     """The mean over several batches, one after the other."""
-    keys = jr.split(key, number)
-    add = lambda total, new: jtu.tree_map(jnp.add, total, new)
-    shapes = jax.eval_shape(gradients, jax.ShapeDtypeStruct(key.shape, key.dtype))
+    if isinstance(batches, tuple):
+        if len(batches) != number:
+            raise ValueError(
+                f"`accumulate` is {number}, and a tuple of {len(batches)} came for "
+                "`batches`; give one, or as many."
+            )
+        parts = [eqx.partition(one, eqx.is_array) for one in batches]
+        stacked = jtu.tree_map(
+            lambda *rows: jnp.stack(rows), *[part[0] for part in parts]
+        )
+        one = lambda key, row: gradients(key, eqx.combine(row, parts[0][1]))
+    else:
+        stacked, one = None, lambda key, row: gradients(key, batches)
+    rows = jr.split(key, number), stacked
+    first = lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
+    shapes = jax.eval_shape(one, *jtu.tree_map(first, rows))
     zeros = jtu.tree_map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    total, _ = lax.scan(lambda sum, key: (add(sum, gradients(key)), None), zeros, keys)
+    add = lambda total, new: jtu.tree_map(jnp.add, total, new)
+    total, _ = lax.scan(lambda total, row: (add(total, one(*row)), None), zeros, rows)
     return jtu.tree_map(lambda leaf: leaf / number, total)
 
 
@@ -320,7 +343,7 @@ def _decays(ema_decay: float | Sequence[float]) -> tuple[float, ...]:
     return decays
 
 
-def _drawn(batches: Any, key: Key[Array, ""]) -> tuple[diffrax.AbstractPath, Args]:
+def draw(batches: Any, key: Key[Array, ""]) -> tuple[diffrax.AbstractPath, Args]:
     check_callable(batches, "batches", "batches(key)")
     drawn = batches(key)
     if isinstance(drawn, tuple) and len(drawn) == 2:
@@ -345,14 +368,14 @@ def _average(old: Any, flow_map: AbstractFlowMap, decay: float | None, step: Arr
     return jtu.tree_map(move, old, flow_map)
 
 
-def _filled(teacher: Any, average: Any) -> Any:
+def filled(teacher: Any, average: Any) -> Any:
     """The average in the place of a missing teacher, or of those missing in a tuple."""
     if isinstance(teacher, tuple) and None in teacher:
         return tuple(average if one is None else one for one in teacher)
     return average if teacher is None else teacher
 
 
-def _at(objective: AbstractObjective | Mixture | Scheduled, step: Array):
+def at_step(objective: AbstractObjective | Mixture | Scheduled, step: Array):
     return objective.at(step) if isinstance(objective, Scheduled) else objective
 
 
@@ -360,20 +383,23 @@ def _is_learned(node: Any) -> bool:
     return isinstance(node, AbstractLearnedWeight)
 
 
-def _learned(objective: AbstractObjective | Mixture) -> tuple[AbstractLearnedWeight, ...]:
+def learned_of(
+    objective: AbstractObjective | Mixture,
+) -> tuple[AbstractLearnedWeight, ...]:
     return tuple(filter(_is_learned, jtu.tree_leaves(objective, is_leaf=_is_learned)))
 
 
-def _with_learned(objective: Any, learned: tuple[AbstractLearnedWeight, ...]) -> Any:
+def with_learned(objective: Any, learned: tuple[AbstractLearnedWeight, ...]) -> Any:
     remaining = iter(learned)
     put = lambda node: next(remaining) if _is_learned(node) else node
     return jtu.tree_map(put, objective, is_leaf=_is_learned)
 
 
 def _check_state(state: TrainState, objective, teacher, teacher_decay) -> None:
-    if len(_learned(objective)) != len(state.learned):
+    number = len(learned_of(objective))
+    if number != len(state.learned):
         raise ValueError(
-            f"The objective has {len(_learned(objective))} learned weights and the state "
+            f"The objective has {number} learned weights and the state "
             f"{len(state.learned)}: create it with `TrainState.create(..., "
             "objective=objective)`."
         )
@@ -382,7 +408,7 @@ def _check_state(state: TrainState, objective, teacher, teacher_decay) -> None:
             "A teacher that is an average of the map needs `teacher_decay` both in "
             f"`TrainState.create` and in the step; got {teacher_decay} in the step."
         )
-    if state.teacher_map is not None and _filled(teacher, state) is teacher:
+    if state.teacher_map is not None and filled(teacher, state) is teacher:
         raise ValueError(
             "`teacher_decay` makes an average of the map the teacher; another teacher "
             f"was given too, {type(teacher).__name__}. In a tuple of teachers, leave "

@@ -1,0 +1,121 @@
+from typing import Any, NamedTuple
+
+import diffrax
+import equinox as eqx
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Key
+
+from .._custom_types import Args
+from .._flow_map import AbstractFlowMap
+from .._objective import AbstractObjective, Mixture
+from .._objective.base import ExampleLosses, as_mixture, example_losses
+
+
+class BinnedLoss(NamedTuple):
+    """What [`flowdiffrax.metrics.loss_by_times`][] measures.
+
+    **Attributes:**
+
+    - `means`: the mean loss of each bin, NaN where it is empty. The first axis is the
+      start time `s`, the second the end time `t`.
+    - `counts`: how many examples fell into each bin.
+    - `edges`: the ends of the bins, the same for both times.
+    """
+
+    means: Float[np.ndarray, "bins bins"]
+    counts: Int[np.ndarray, "bins bins"]
+    edges: Float[np.ndarray, " edges"]
+
+
+def loss_by_times(
+    objective: AbstractObjective | Mixture,
+    flow_map: AbstractFlowMap,
+    teacher: Any,
+    paths: diffrax.AbstractPath,
+    args: Args = None,
+    *,
+    key: Key[Array, ""],
+    num_bins: int = 8,
+    time_range: tuple[float, float] | None = None,
+) -> BinnedLoss:
+    """Which jumps an objective finds hard: its mean loss by start and end time.
+
+    The times are those that [`flowdiffrax.batch_loss`][] draws with the same key, and
+    its loss is the mean of the bins, weighted by their counts. Of a mixture, every
+    example has the weight in it that its objective has in the mixture's loss; to see
+    one objective alone, pass that one.
+
+    **Arguments:**
+
+    - `objective`, `flow_map`, `teacher`, `paths`, `args`, `key`: as for
+      [`flowdiffrax.batch_loss`][].
+    - `num_bins`: bins a side, at least 1.
+    - `time_range`: the interval that is divided, for both times; `None` for the map's
+      `time_range`, which is [0, 1] if it declares none.
+
+    **Returns:** means, counts and edges of the bins.
+
+    **Raises:** `ValueError` for no bins, an empty interval, or times outside it; and what
+    [`flowdiffrax.batch_loss`][] raises.
+    """
+    check_bins(num_bins, time_range)
+    losses = _losses(objective, flow_map, teacher, paths, args, key)
+    return bin_losses(losses, flow_map, num_bins, time_range)
+
+
+def check_bins(num_bins: int, time_range: tuple[float, float] | None) -> None:
+    """**Raises:** `ValueError` for no bins or an empty interval."""
+    if num_bins < 1:
+        raise ValueError(f"There must be at least one bin; got {num_bins}.")
+    if time_range is not None and not time_range[0] < time_range[1]:
+        raise ValueError(f"`time_range` must have low < high; got {time_range}.")
+
+
+def weighted_losses(
+    objective: AbstractObjective | Mixture,
+    flow_map: AbstractFlowMap,
+    teacher: Any,
+    paths: diffrax.AbstractPath,
+    args: Args,
+    key: Key[Array, ""],
+) -> ExampleLosses:
+    """The losses of all examples, whose mean is that of `batch_loss`."""
+    mixture = as_mixture(objective)
+    parts = example_losses(mixture, flow_map, teacher, paths, args, key=key)
+    sizes = [sum(rows.loss.shape[0] for rows in part) for part in parts]
+    all_rows = []
+    for part, size, weight in zip(parts, sizes, mixture.weights, strict=True):
+        for rows in part:
+            factor = jnp.asarray(weight, rows.loss.dtype) * (sum(sizes) / size)
+            all_rows.append(rows._replace(loss=factor * rows.loss))
+    return ExampleLosses(*map(jnp.concatenate, zip(*all_rows, strict=True)))
+
+
+_losses = eqx.filter_jit(weighted_losses)
+
+
+def bin_losses(
+    losses: ExampleLosses,
+    flow_map: AbstractFlowMap,
+    num_bins: int,
+    time_range: tuple[float, float] | None,
+) -> BinnedLoss:
+    """The losses by their times; arguments and errors as for `loss_by_times`."""
+    low, high = time_range or flow_map.time_range or (0.0, 1.0)
+    s, t, loss = (np.asarray(leaf, float) for leaf in losses)
+    first, last = min(s.min(), t.min()), max(s.max(), t.max())
+    # Float32 rounds the ends of an interval too, but not by this much.
+    slack = 1e-6 * max(high - low, abs(low), abs(high))
+    if first < low - slack or last > high + slack:
+        raise ValueError(
+            f"The objective drew times from {first:.4g} to {last:.4g}, outside of "
+            f"[{low}, {high}]. Give the interval as `time_range=(low, high)`."
+        )
+    s, t = np.clip(s, low, high), np.clip(t, low, high)
+    edges = np.linspace(low, high, num_bins + 1)
+    counts = np.histogram2d(s, t, (edges, edges))[0]
+    sums = np.histogram2d(s, t, (edges, edges), weights=loss)[0]
+    means = np.full_like(sums, np.nan)
+    np.divide(sums, counts, out=means, where=counts > 0)
+    return BinnedLoss(means, counts.astype(int), edges)

@@ -1,0 +1,341 @@
+"""Recipes of papers: they train, have the papers' numbers, and lower for CUDA at size."""
+
+import dataclasses
+import math
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import jax.tree_util as jtu
+import numpy as np
+import pytest
+from helpers import assert_close, max_abs, without_type_checks
+
+import flowdiffrax as fd
+from flowdiffrax.train import _recipe
+
+NAMES = fd.train.recipes()
+# Their networks have a `dtype`.
+IMAGES = [name for name in NAMES if name != "checkerboard-lsd"]
+
+
+def marked(quick, names=NAMES):
+    """Every recipe, of which CI runs one."""
+    return [
+        pytest.param(name, marks=() if name == quick else pytest.mark.slow)
+        for name in names
+    ]
+
+
+# --- training -------------------------------------------------------------------------
+
+
+def toy(name, seed=0, **settings):
+    recipe = fd.train.recipe(name)
+    if recipe.data == "checkerboard":
+        return fd.FlowMap(recipe.network(width=8, depth=2, key=jr.key(seed)))
+    small = {"shape": (4, 4, 3), "channels": 8, "multipliers": (1,), "num_blocks": 1}
+    net = recipe.network(attention=(), key=jr.key(seed), **small, **settings)
+    return fd.FlowMap(net)
+
+
+def toy_data(recipe):
+    if recipe.data == "checkerboard":
+        return fd.data.checkerboard
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (16, 4, 4, 3), np.uint8)
+    return fd.data.Images(images, rng.integers(0, 10, 16), num_classes=1000)
+
+
+@pytest.mark.parametrize("name", marked("imagenet32-class-lmd"))
+def test_trains(name):
+    recipe = fd.train.recipe(name)
+    flow_map, teacher = toy(name), None
+    if recipe.teacher is not None:
+        # A teacher that has learned something: its output has a gain other than zero.
+        velocity = toy(recipe.teacher, 1)
+        velocity = eqx.tree_at(lambda x: x.net.last_gain, velocity, jnp.ones(()))
+        flow_map = fd.nn.two_times(velocity, key=jr.key(2))
+        teacher = velocity.velocity
+    state = fd.train.fit(
+        flow_map,
+        recipe.objective,
+        recipe.batches(toy_data(recipe), 8),
+        recipe.optim(),
+        num_steps=3,
+        teacher=teacher,
+        ema_decay=recipe.ema_decay,
+        key=jr.key(3),
+        progress=False,
+    )
+    assert int(state.skipped) == 0
+    assert len(state.ema_maps) == len(recipe.ema_decay)
+    weights, start = (
+        jtu.tree_leaves(eqx.filter(tree, eqx.is_array))
+        for tree in (state.flow_map, flow_map)
+    )
+    assert all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in weights)
+    assert max(max_abs(a - b) for a, b in zip(weights, start, strict=True)) > 1e-8
+    # Weights that count by their directions keep their length.
+    normalised = fd.nn.normalise_weights(state.flow_map)
+    assert_close(
+        eqx.filter(normalised, eqx.is_array),
+        eqx.filter(state.flow_map, eqx.is_array),
+        1e-6,
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_teacher(name):
+    recipe = fd.train.recipe(name)
+    if recipe.teacher is None:
+        assert not recipe.starts_from_teacher
+        return
+    teacher = fd.train.recipe(recipe.teacher)
+    same = ("data", "num_classes", "flip", "interpolant", "base_std")
+    assert all(getattr(recipe, field) == getattr(teacher, field) for field in same)
+    make = lambda name: eqx.filter_eval_shape(toy, name)
+    student = fd.nn.two_times
+    grown = eqx.filter_eval_shape(student, make(recipe.teacher), key=jr.key(0))
+    assert jtu.tree_structure(grown) == jtu.tree_structure(make(name))
+
+
+# --- batches --------------------------------------------------------------------------
+
+
+def test_batches():
+    recipe = fd.train.recipe("cifar10-lsd")
+    batches = recipe.batches(toy_data(recipe), 512)
+    assert batches.data.flip and batches.batch_size == 512
+    paths, args = batches(jr.key(0))
+    assert args is None
+    x0 = eqx.filter_vmap(lambda path: path.evaluate(jnp.zeros(())))(paths)
+    assert abs(float(jnp.std(x0)) - recipe.base_std) < 0.01
+    assert recipe.batches(toy_data(recipe)).batch_size == 512
+
+
+def test_batches_of_classes():
+    recipe = fd.train.recipe("imagenet32-class-lmd")
+    _, labels = recipe.batches(toy_data(recipe), 1000)(jr.key(0))
+    # One in ten, within four standard errors.
+    assert abs(float(jnp.mean(labels == 1000)) - 0.1) < 0.04
+    assert int(jnp.min(labels)) >= 0 and int(jnp.sort(labels)[800]) < 10
+
+
+def test_data_without_labels():
+    recipe = fd.train.recipe("imagenet32-class-lmd")
+    images = fd.data.Images(toy_data(recipe).images)
+    with pytest.raises(
+        ValueError, match="'imagenet32-class-lmd' has classes, and images"
+    ):
+        recipe.batches(images)
+    with (
+        without_type_checks(),
+        pytest.raises(TypeError, match="`data` must be a callable"),
+    ):
+        recipe.batches(images.images)
+
+
+# --- the papers' numbers --------------------------------------------------------------
+
+
+# In arXiv:2505.18825, 54.67 million on CIFAR-10, and in its code 1,054,210 on the board.
+@pytest.mark.parametrize(
+    "name, parameters",
+    [
+        ("cifar10-lsd", 54.67),
+        ("cifar10-psd-u", 54.67),
+        ("cifar10-sct", 54.67),
+        ("cifar10-meanflow", 61.52),
+        ("checkerboard-lsd", 1.05421),
+    ],
+)
+def test_size_of_network(name, parameters):
+    net = eqx.filter_eval_shape(fd.train.recipe(name).network, key=jr.key(0))
+    count = sum(leaf.size for leaf in jtu.tree_leaves(net) if is_shape(leaf))
+    assert round(count / 1e6, 2 if parameters > 10 else 6) == parameters
+
+
+@pytest.mark.parametrize(
+    "step, rate",
+    [(0, 0.01), (35_000, 0.01), (140_000, 0.005), (315_000, 0.01 / 3)],
+)
+def test_square_root_decay(step, rate):
+    optimiser = fd.train.recipe("cifar10-lsd").optimiser
+    schedule = _recipe._square_root_decay(
+        *optimiser.args, optimiser.keywords["constant_steps"]
+    )
+    assert_close(schedule(jnp.asarray(step)), jnp.asarray(rate), 1e-12)
+
+
+@pytest.mark.parametrize("size, made", [(0.5, 0.005), (1.0, 0.01), (50.0, 0.01)])
+def test_clipping(size, made):
+    # The first steps of RAdam are along the gradient, clipped to length 1.
+    weights = {"w": jnp.zeros(2)}
+    optim = fd.train.decayed_radam(0.01)
+    gradient = {"w": size * jnp.asarray([0.6, -0.8])}
+    with jax.numpy_dtype_promotion("standard"):
+        updates, _ = optim.update(gradient, optim.init(weights), weights)
+    assert_close(updates["w"], made * jnp.asarray([-0.6, 0.8]), 1e-9)
+
+
+def test_warm_up():
+    recipe = fd.train.recipe("cifar10-meanflow")
+    assert recipe.num_steps == 16_000 * (50_000 // 1024)
+    optim = recipe.optim()
+    weights = jnp.zeros(())
+    opt_state = optim.init(weights)
+    for step in range(4):
+        with jax.numpy_dtype_promotion("standard"):
+            updates, opt_state = optim.update(jnp.ones(()), opt_state, weights)
+        # Along a constant gradient, Adam moves by the rate: 6e-4 after 200 epochs.
+        assert_close(updates, jnp.asarray(-6e-4 * step / (200 * 48)), 1e-12, 1e-3)
+
+
+@pytest.mark.parametrize(
+    "name, steps, scales",
+    [
+        ("cifar10-align-your-flow", (0, 5_000, 9_900, 40_000), (0, 0.5, 0.99, 0.99)),
+        ("cifar10-sct", (0, 2_500, 10_000, 40_000), (0, 0.25, 1, 1)),
+    ],
+)
+def test_tangent_warm_up(name, steps, scales):
+    objective = fd.train.recipe(name).objective
+    for step, scale in zip(steps, scales, strict=True):
+        made = objective.at(jnp.asarray(step)).tangent_scale
+        assert_close(made, jnp.asarray(float(scale)), 1e-12)
+
+
+def test_times_of_mean_flow():
+    times = fd.train.recipe("cifar10-meanflow").objective.times
+    # Three quarters off the diagonal; on the paper's clock, both medians are
+    # sigmoid(-2) = 0.1192, and 0.5 is one standard deviation above.
+    assert times.num_diagonal(1024) == 256
+    high = (1 + math.erf(1 / math.sqrt(2))) / 2
+    s, t = times.times.from_uniform(*jnp.asarray([[0.5, 1 - high], [0.5, 0.5]]))
+    assert_close(1 - s, jnp.asarray([0.119202922, 0.5]), 1e-8)
+    assert_close(1 - t, jnp.asarray([0.119202922, 0.119202922]), 1e-8)
+
+
+def test_noise_of_consistency_training():
+    recipe = fd.train.recipe("cifar10-sct")
+    times = recipe.objective.at(jnp.asarray(0)).times
+    high = (1 + math.erf(1 / math.sqrt(2))) / 2
+    s, t = times.from_uniform(*jnp.asarray([[0.5, high], [0.5, 0.5]]))
+    # exp(-1), and exp(-1 - 1.4) one standard deviation below.
+    noise = recipe.base_std * (1 - s) / s
+    assert_close(noise, jnp.asarray([0.367879441, 0.090717953]), 1e-8)
+    assert_close(t, jnp.ones(2), 0)
+
+
+def test_shares_of_self_distillation():
+    for name in ("cifar10-lsd", "cifar10-psd-m", "cifar10-psd-u"):
+        recipe = fd.train.recipe(name)
+        assert recipe.objective.times.num_diagonal(recipe.batch_size) == 384
+    assert fd.train.recipe("cifar10-psd-u").objective.split is None
+
+
+# --- lowering -------------------------------------------------------------------------
+
+
+def is_shape(leaf):
+    return isinstance(leaf, jax.ShapeDtypeStruct)
+
+
+def traced_step(recipe, **settings):
+    """The training step at its size, from shapes alone."""
+
+    def make(key, images, labels):
+        net_key, state_key, teacher_key = jr.split(key, 3)
+        state = fd.train.TrainState.create(
+            fd.FlowMap(recipe.network(key=net_key, **settings)),
+            recipe.optim(),
+            key=state_key,
+            objective=recipe.objective,
+            ema_decay=recipe.ema_decay,
+        )
+        labels = None if recipe.num_classes is None else labels
+        data = fd.data.checkerboard
+        if recipe.data != "checkerboard":
+            data = fd.data.DeviceImages(images, labels, flip=recipe.flip)
+        teacher = None
+        if recipe.teacher is not None:
+            net = fd.train.recipe(recipe.teacher).network(key=teacher_key, **settings)
+            teacher = fd.FlowMap(net).velocity
+        return state, recipe.batches(data), teacher
+
+    number = {"cifar10": 50_000, "imagenet32": 1_281_167}.get(recipe.data, 1)
+    images = jax.ShapeDtypeStruct((number, 32, 32, 3), jnp.uint8)
+    labels = jax.ShapeDtypeStruct((number,), jnp.int32)
+    inputs = eqx.filter_eval_shape(make, jr.key(0), images, labels)
+    shapes, rest = eqx.partition(inputs, is_shape)
+    step = fd.train.make_step(
+        recipe.objective, recipe.optim(), ema_decay=recipe.ema_decay
+    )
+    run = lambda inputs: eqx.filter(step(*eqx.combine(inputs, rest)), eqx.is_array)
+    return jax.jit(run).trace(shapes)
+
+
+def check_lowering(name, dtype):
+    recipe = fd.train.recipe(name)
+    settings = {} if dtype is None else {"dtype": dtype}
+    # JAX 0.7 has it there only, and later versions warn of it.
+    enable_x64 = getattr(jax, "enable_x64", None) or jax.experimental.enable_x64
+    # Without what tests switch on: float64 and strict promotion.
+    with enable_x64(False), jax.numpy_dtype_promotion("standard"):
+        traced = traced_step(recipe, **settings)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert "custom_call" not in text and "f64" not in text
+    return text
+
+
+@pytest.mark.parametrize("name", marked("cifar10-lsd"))
+def test_lowers_for_cuda(name):
+    text = check_lowering(name, None)
+    assert "bf16" not in text
+    batch = fd.train.recipe(name).batch_size
+    # Batches of whole images, or of the share of them off the diagonal.
+    product = "dot_general" if name == "checkerboard-lsd" else "convolution"
+    assert text.count(f"stablehlo.{product}") >= 10
+    assert f"<{batch}x" in text
+
+
+@pytest.mark.parametrize("name", marked("imagenet32-class-lmd", IMAGES))
+def test_lowers_for_cuda_in_bfloat16(name):
+    text = check_lowering(name, jnp.bfloat16)
+    lines = [line for line in text.splitlines() if "stablehlo.convolution" in line]
+    low = [line for line in lines if "xbf16" in line]
+    # The first convolution and the last keep float32, and so do the derivatives of it.
+    assert len(lines) >= 10 and len(low) > 0.9 * len(lines)
+
+
+# --- names ----------------------------------------------------------------------------
+
+
+def test_unknown_name():
+    with pytest.raises(ValueError, match="did you mean 'cifar10-lsd'.*imagenet32-lmd"):
+        fd.train.recipe("cifar-lsd")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_printed_in_full(name):
+    recipe = fd.train.recipe(name)
+    assert recipe.name == name and name in repr(recipe)
+    text = str(recipe)
+    assert max(map(len, text.splitlines())) <= 90
+    for field in dataclasses.fields(recipe):
+        assert f"\n  {field.name} " in text
+    # Settings at their defaults too.
+    for setting in ("sigma_min=0.0", "weight=", "learning_rate=", "batch_size"):
+        assert setting in text
+
+
+def test_another_recipe():
+    recipe = dataclasses.replace(fd.train.recipe("cifar10-lsd"), batch_size=64)
+    assert recipe.batch_size == 64 and "64" in str(recipe)
+
+
+def test_bad_decay():
+    with pytest.raises(ValueError, match="`constant_steps` must be positive; got 0"):
+        fd.train.decayed_radam(1e-2, constant_steps=0)

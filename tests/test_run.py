@@ -1,0 +1,376 @@
+"""Folders of runs: resumed exactly whatever ends them, and refused where they differ."""
+
+import contextlib
+import json
+import os
+import pathlib
+import random
+import resource
+import signal
+import subprocess
+import sys
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import optax
+import pytest
+from run_train import begin, digest, train
+
+import flowdiffrax as fd
+
+pytest.importorskip("orbax.checkpoint")
+
+SCRIPT = pathlib.Path(__file__).parent / "run_train.py"
+
+
+def make(folder, **settings):
+    return fd.train.Run(folder, {"width": 16}, **{"save_every": 3} | settings)
+
+
+def numbers(run):
+    """Reports without what depends on the clock."""
+    clock = ("seconds", "examples_per_second")
+    return [{k: v for k, v in line.items() if k not in clock} for line in run.metrics()]
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    run = make(tmp_path_factory.mktemp("unbroken"))
+    return digest(train(run)), numbers(run)
+
+
+def test_folder_of_a_run(tmp_path, unbroken):
+    run = make(tmp_path)
+    state = train(run)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"config.json", "metrics.jsonl", "checkpoints"}
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["config"] == {"width": 16}
+    lines = run.metrics()
+    assert [line["step"] for line in lines] == [*range(1, 13)]
+    assert lines[-1]["examples_per_second"] > 0
+    like = eqx.filter_eval_shape(
+        fd.train.TrainState.create, begin(), optax.adam(1e-2), key=jr.key(1)
+    )
+    assert digest(run.restore(like)) == digest(state)
+
+
+# --- what ends a run ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_saves_and_ends(tmp_path, unbroken, number):
+    def kill(state, report):
+        if report["step"] == 5:
+            os.kill(os.getpid(), number)
+
+    ends = SystemExit if number == signal.SIGTERM else KeyboardInterrupt
+    before = signal.getsignal(number)
+    with pytest.raises(ends) as caught:
+        train(make(tmp_path), on_report=kill)
+    assert signal.getsignal(number) is before
+    if number == signal.SIGTERM:
+        assert caught.value.code == 128 + 15
+    run = make(tmp_path)
+    assert run.newest_step == 5
+    assert (digest(train(run)), numbers(run)) == unbroken
+
+
+def test_second_interrupt_does_not_wait(tmp_path):
+    def kill(state, report):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(make(tmp_path), on_report=kill)
+    assert make(tmp_path).steps == ()
+
+
+def test_error_in_a_report(tmp_path, unbroken):
+    def fail(state, report):
+        if report["step"] == 8:
+            raise RuntimeError("a bug of the user's")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        train(make(tmp_path), on_report=fail)
+    run = make(tmp_path)
+    assert run.newest_step == 6
+    assert (digest(train(run)), numbers(run)) == unbroken
+
+
+def started(folder, *arguments):
+    command = [sys.executable, SCRIPT, folder, *map(str, arguments)]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True)
+
+
+def printed(folder, *arguments):
+    """The last line of a run that ends by itself."""
+    with started(folder, *arguments) as process:
+        out, errors = process.communicate(timeout=600)
+    assert process.returncode == 0, errors
+    return out.splitlines()[-1]
+
+
+@pytest.mark.parametrize("num_kills", [1, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_run_ends_in_the_same_weights(tmp_path, num_kills):
+    steps, draws = 20 * num_kills, random.Random(0)
+    for _ in range(num_kills):
+        with started(tmp_path / "killed", steps) as process:
+            # Some reports after it began, so that each life gets somewhere.
+            for _ in range(draws.randrange(4, 16)):
+                assert process.stdout.readline().startswith("report")
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(draws.uniform(0, 0.1))
+            process.kill()
+        assert process.returncode == -signal.SIGKILL
+    found = printed(tmp_path / "killed", steps)
+    assert found == printed(tmp_path / "unbroken", steps)
+    broken, whole = make(tmp_path / "killed"), make(tmp_path / "unbroken")
+    assert numbers(broken) == numbers(whole)
+    assert len(whole.metrics()) == steps
+
+
+@contextlib.contextmanager
+def largest_file(limit):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+# Orbax leaves loops open when it fails.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_full_disk(tmp_path, unbroken):
+    train(make(tmp_path), 3)
+    with pytest.raises(OSError, match="could not be written.*Is the disk full") as caught:
+        with largest_file(6000):
+            train(make(tmp_path))
+    assert "The checkpoints of steps [3] are whole" in str(caught.value)
+    run = make(tmp_path)
+    assert run.newest_step == 3
+    assert (digest(train(run)), numbers(run)) == unbroken
+
+
+# --- what is kept -------------------------------------------------------------------
+
+
+def test_newest_and_best(tmp_path):
+    def score(state, report):
+        return {"score": abs(report["step"] - 4)}
+
+    run = make(tmp_path, save_every=2, newest=2, best=1, best_by="score")
+    train(run, on_report=score)
+    assert run.steps == (4, 10, 12)
+    assert (run.newest_step, run.best_step) == (12, 4)
+    again = make(tmp_path, save_every=2, newest=1, best=2, best_by="score")
+    train(again, 14, on_report=score)
+    assert again.steps == (4, 10, 14) and again.best_step == 4
+
+
+def test_reports_that_are_not_candidates(tmp_path):
+    scores = {3: None, 6: float("nan"), 9: 2.0, 12: 3.0}
+    score = lambda state, report: {"score": scores.get(report["step"])}
+    run = make(tmp_path, newest=1, best_by="score")
+    train(run, on_report=score)
+    assert run.steps == (9, 12) and run.best_step == 9
+    assert run.metrics()[5]["score"] is None
+
+
+def test_each_call_adds_to_the_report(tmp_path):
+    seen = []
+    calls = [
+        lambda state, report: {"double": 2 * report["step"]},
+        lambda state, report: {"four": 2 * report["double"], "list": [1.0, None]},
+        lambda state, report: seen.append(report["four"]),
+        lambda state, report: 5,
+    ]
+    run = make(tmp_path)
+    train(run, 2, on_report=calls)
+    assert seen == [4, 8]
+    assert [line["list"] for line in run.metrics()] == [[1.0, None]] * 2
+
+
+def test_finished_run_makes_no_step(tmp_path, unbroken):
+    train(make(tmp_path))
+    run = make(tmp_path)
+    assert digest(train(run)) == unbroken[0]
+    assert numbers(run) == unbroken[1]
+
+
+def test_torn_last_line(tmp_path, unbroken):
+    train(make(tmp_path), 6)
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 7, "lo')
+    run = make(tmp_path)
+    train(run)
+    assert numbers(run) == unbroken[1]
+
+
+def test_profile(tmp_path):
+    run = make(tmp_path, profile=(1, 3))
+    train(run, 4)
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+
+
+# --- what is refused ----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def six_steps(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("six")
+    train(make(folder), 6)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "other, message",
+    [
+        ({"width": 8}, r"another model.*is float64\[16\] there, float64\[8\] here"),
+        ({"optim": optax.sgd(0.1)}, "another model, optimiser"),
+        ({"ema_decay": (0.9, 0.99)}, r"`.ema_maps\[1\].*is absent there"),
+        ({"key": 2}, "another root key"),
+    ],
+    ids=["model", "optimiser", "averages", "key"],
+)
+def test_checkpoint_of_another_run(six_steps, other, message):
+    before = (six_steps / "metrics.jsonl").read_text()
+    with pytest.raises(ValueError, match=message):
+        train(make(six_steps), **other)
+    assert (six_steps / "metrics.jsonl").read_text() == before
+
+
+def test_another_configuration(six_steps):
+    message = "another configuration: `width` is 16 there, 8 here"
+    with pytest.raises(ValueError, match=message):
+        fd.train.Run(six_steps, {"width": 8})
+
+
+def test_run_that_began_with_a_state(tmp_path, unbroken):
+    begun = train(None, 4)
+    for num_steps in (8, 12):
+        state = train(make(tmp_path), num_steps, flow_map=begun)
+    assert digest(state) == unbroken[0]
+    assert numbers(make(tmp_path)) == unbroken[1][4:]
+
+
+def test_state_beyond_the_checkpoints(six_steps):
+    with pytest.raises(ValueError, match=r"end at step 6, before step 7 of the state"):
+        train(make(six_steps), 8, flow_map=train(None, 7))
+
+
+def test_step_without_a_checkpoint(six_steps):
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint of step 5; .*\[3, 6\]"):
+        make(six_steps).restore(begin(), 5)
+
+
+def edited(folder, change):
+    path = folder / "checkpoints" / "6" / "about" / "about.json"
+    about = json.loads(path.read_text())
+    change(about)
+    path.write_text(json.dumps(about))
+
+
+def test_newer_version(tmp_path):
+    train(make(tmp_path), 6)
+    edited(tmp_path, lambda about: about.update(format=9, version="7.0"))
+    with pytest.raises(ValueError, match=r"flowdiffrax 7\.0, in a newer format.*Update"):
+        train(make(tmp_path))
+
+
+def flip_a_bit(content):
+    return content[:-40] + bytes([content[-40] ^ 1]) + content[-39:]
+
+
+# TensorStore's loops are not closed when it fails.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("change", [flip_a_bit, lambda content: content[:100]])
+def test_damaged_checkpoint(tmp_path, change):
+    train(make(tmp_path), 6)
+    files = (tmp_path / "checkpoints" / "6" / "state").rglob("d/*")
+    for path in files:
+        path.write_bytes(change(path.read_bytes()))
+    with pytest.raises(ValueError, match=r"step 6 .* is damaged.*there are \[3\]"):
+        train(make(tmp_path))
+
+
+def test_wrong_bits_are_noticed(tmp_path):
+    # As a disk that returns other bits than it was given.
+    train(make(tmp_path), 6)
+    edited(tmp_path, lambda about: about["sums"].update({".step": 0}))
+    with pytest.raises(ValueError, match="checksums differ in"):
+        train(make(tmp_path))
+
+
+@pytest.mark.parametrize("dtype", [bool, "int8", "bfloat16", "float32", float, complex])
+def test_checksum_sees_every_bit(dtype):
+    from flowdiffrax.train._run import _sum
+
+    rng = np.random.default_rng(0)
+    array = np.asarray(rng.standard_normal((3, 5, 7)) > 0, jnp.dtype(dtype))
+    if dtype not in (bool, "int8"):
+        array = np.asarray(rng.standard_normal((3, 5, 7)), jnp.dtype(dtype))
+    sums = set()
+    for index in range(0, array.size, 13):
+        for bit in range(1 if dtype is bool else 8 * array.itemsize):
+            content = bytearray(array.tobytes())
+            content[index * array.itemsize + bit // 8] ^= 1 << bit % 8
+            other = np.frombuffer(bytes(content), array.dtype).reshape(array.shape)
+            sums.add(int(jax.jit(_sum)(other)))
+    assert int(_sum(jnp.asarray(array))) not in sums
+    swapped = array[::-1]
+    if not np.array_equal(swapped, array):
+        assert int(_sum(jnp.asarray(swapped))) != int(_sum(jnp.asarray(array)))
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"save_every": 0}, "`save_every` and `newest` must be at least 1"),
+        ({"newest": 0}, "`save_every` and `newest` must be at least 1"),
+        ({"best": -1}, "`best` not negative"),
+        ({"profile": (3, 3)}, "two numbers of steps"),
+    ],
+)
+def test_bad_settings(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        make(tmp_path, **settings)
+
+
+def test_configuration_that_is_not_json(tmp_path):
+    with pytest.raises(TypeError, match="JSON"):
+        fd.train.Run(tmp_path / "run", {"activation": jax.nn.gelu})
+    assert not (tmp_path / "run").exists()
+
+
+# --- skipped steps ------------------------------------------------------------------
+
+
+def sometimes_nan(rate):
+    points = jnp.linspace(-1.0, 1.0, 64).reshape(32, 2)
+
+    def data(key, batch_size):
+        row_key, nan_key = jr.split(key)
+        rows = points[jr.randint(row_key, (batch_size,), 0, 32)]
+        return jnp.where(jr.bernoulli(nan_key, rate), jnp.nan, rows)
+
+    return fd.data.InterpolantBatches(fd.LinearInterpolant(), data, 8)
+
+
+def test_some_skipped_steps_are_borne():
+    reports = []
+    settings = {"batches": sometimes_nan(0.2), "report_every": 10}
+    train(None, 40, on_report=lambda s, r: reports.append(r["skipped"]), **settings)
+    assert 2 <= reports[-1] <= 16
+    with pytest.raises(fd.train.TrainingDiverged, match="not finite in"):
+        train(None, 40, max_skipped=1, **settings)
+
+
+def test_nothing_but_skipped_steps_ends_the_run():
+    with pytest.raises(fd.train.TrainingDiverged, match="in 2 of the last 2"):
+        train(None, 40, batches=sometimes_nan(1.0), report_every=2)
