@@ -10,7 +10,7 @@ DOCS = pathlib.Path(__file__).parent.parent / "docs"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", ["networks", "objectives", "training"])
+@pytest.mark.parametrize("page", ["networks", "objectives", "recipes", "training"])
 def test_code_of_page(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     text = (DOCS / f"{page}.md").read_text()
