@@ -596,3 +596,22 @@ def test_bad_settings_of_a_transformer(args, kwargs, match):
 def test_bad_dtype():
     with pytest.raises(TypeError, match="`dtype` must be a floating-point dtype; got"):
         fresh("DiT", dtype=jnp.int32)
+
+
+# --- layers ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("channels, groups", [(48, 12), (6, 1), (256, 32)])
+def test_group_norm_is_that_of_equinox(channels, groups):
+    rng = np.random.default_rng(0)
+    factor, shift = jnp.asarray(rng.standard_normal((2, channels)))
+    ours = layers.GroupNorm(channels)
+    assert ours.num_groups == groups
+    ours = eqx.tree_at(lambda norm: (norm.factor, norm.shift), ours, (factor, shift))
+    theirs = eqx.nn.GroupNorm(groups, channels)
+    theirs = eqx.tree_at(lambda norm: (norm.weight, norm.bias), theirs, (factor, shift))
+    x = jnp.asarray(3 + 2 * rng.standard_normal((4, 5, channels)))
+    by_theirs = lambda x: jnp.moveaxis(theirs(jnp.moveaxis(x, -1, 0)), 0, -1)
+    assert_close(ours(x), by_theirs(x), 1e-12)
+    dx = jnp.asarray(rng.standard_normal(x.shape))
+    assert_close(jax.jvp(ours, (x,), (dx,))[1], jax.jvp(by_theirs, (x,), (dx,))[1], 1e-12)
