@@ -3,7 +3,7 @@
 A small U-Net learns the flow map from noise to the 1797 images of 8x8 that come with the
 package, by self-distillation; `diffeqsolve` then runs it in the place of Tsit5.
 
-    python examples/digits.py                # ten minutes on two CPU cores
+    python examples/digits.py                # five minutes on two CPU cores
     python examples/digits.py --steps 100    # to see it run
 
 The run keeps its checkpoints, its numbers and a picture of samples now and then in
