@@ -51,7 +51,7 @@ def train(
         source if batches is None else batches,
         optax.adam(1e-2) if optim is None else optim,
         num_steps=num_steps,
-        key=jr.key(key),
+        key=jr.key(key) if isinstance(key, int) else key,
         run=run,
         **{"report_every": 1, "progress": False} | settings,
     )

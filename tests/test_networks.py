@@ -615,3 +615,22 @@ def test_group_norm_is_that_of_equinox(channels, groups):
     assert_close(ours(x), by_theirs(x), 1e-12)
     dx = jnp.asarray(rng.standard_normal(x.shape))
     assert_close(jax.jvp(ours, (x,), (dx,))[1], jax.jvp(by_theirs, (x,), (dx,))[1], 1e-12)
+
+
+def test_attention_is_that_of_jax():
+    q, k, v, dq, dk, dv = 3 * jr.normal(jr.key(0), (6, 2, 5, 4))
+    # JAX wants (batch, tokens, heads, channels).
+    swap = lambda x: jnp.swapaxes(x, 0, 1)[None]
+
+    def by_jax(q, k, v):
+        y = jax.nn.dot_product_attention(swap(q), swap(k), swap(v))
+        return jnp.swapaxes(y[0], 0, 1)
+
+    with jax.numpy_dtype_promotion("standard"):
+        expected = jax.jvp(by_jax, (q, k, v), (dq, dk, dv))
+    found = jax.jvp(layers.attend, (q, k, v), (dq, dk, dv))
+    # Its softmax is in float32.
+    assert_close(found[0], expected[0], 1e-4)
+    assert_close(found[1], expected[1], 1e-4)
+    # Logits that overflow when they are exponentiated as they are.
+    assert jnp.all(jnp.isfinite(layers.attend(1e3 * q, 1e3 * k, v)))

@@ -6,6 +6,7 @@ import os
 import pathlib
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -45,7 +46,7 @@ def unbroken(tmp_path_factory):
 def test_folder_of_a_run(tmp_path, unbroken):
     run = make(tmp_path)
     state = train(run)
-    names = {path.name for path in tmp_path.iterdir()}
+    names = {path.name for path in tmp_path.iterdir() if path.name[0] != "."}
     assert names == {"config.json", "metrics.jsonl", "checkpoints"}
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["config"] == {"width": 16}
@@ -87,6 +88,38 @@ def test_second_interrupt_does_not_wait(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         train(make(tmp_path), on_report=kill)
     assert make(tmp_path).steps == ()
+
+
+def test_signal_while_the_last_checkpoint_is_written(tmp_path, monkeypatch, unbroken):
+    close = fd.train.Run.close
+
+    def kill_and_close(run):
+        os.kill(os.getpid(), signal.SIGTERM)
+        close(run)
+
+    monkeypatch.setattr(fd.train.Run, "close", kill_and_close)
+    with pytest.raises(SystemExit):
+        train(make(tmp_path))
+    monkeypatch.undo()
+    assert digest(train(make(tmp_path))) == unbroken[0]
+
+
+def test_stopped_run_keeps_its_report(tmp_path):
+    kill = lambda state, report: os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(SystemExit):
+        train(make(tmp_path, save_every=100), on_report=kill)
+    assert make(tmp_path).best_step == 1
+
+
+def test_two_processes_in_one_folder(tmp_path, unbroken):
+    def another(state, report):
+        if report["step"] == 4:
+            with pytest.raises(ValueError, match="Another process is training in"):
+                train(make(tmp_path))
+
+    run = make(tmp_path)
+    assert digest(train(run, on_report=another)) == unbroken[0]
+    assert numbers(run) == unbroken[1]
 
 
 def test_error_in_a_report(tmp_path, unbroken):
@@ -148,7 +181,9 @@ def largest_file(limit):
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_full_disk(tmp_path, unbroken):
     train(make(tmp_path), 3)
-    with pytest.raises(OSError, match="could not be written.*Is the disk full") as caught:
+    with pytest.raises(
+        OSError, match="could not be written.*If the disk is full"
+    ) as caught:
         with largest_file(6000):
             train(make(tmp_path))
     assert "The checkpoints of steps [3] are whole" in str(caught.value)
@@ -182,6 +217,52 @@ def test_reports_that_are_not_candidates(tmp_path):
     assert run.metrics()[5]["score"] is None
 
 
+def test_another_number_tells_the_best(tmp_path):
+    train(make(tmp_path), 6)
+    score = lambda state, report: {"score": jnp.asarray(100.0 - report["step"])}
+    run = make(tmp_path, newest=1, best_by="score")
+    train(run, 15, on_report=score)
+    assert run.best_step == 15
+    with pytest.raises(ValueError, match=r"has a number 'scor' .*'score'"):
+        print(make(tmp_path, best_by="scor").best_step)
+
+
+def test_best_by_what_is_no_number(tmp_path):
+    with pytest.raises(ValueError, match="`best_by` must name a number; 'name' is 'x'"):
+        run = make(tmp_path, best_by="name")
+        train(run, on_report=lambda state, report: {"name": "x"})
+
+
+@pytest.mark.parametrize(
+    "value, written",
+    [
+        (np.float32(0.5), 0.5),
+        (np.int64(3), 3),
+        (np.bool_(True), True),
+        (jnp.asarray(0.5, jnp.bfloat16), 0.5),
+        (jnp.arange(2), [0, 1]),
+        ({"a": (1, np.float64("nan"))}, {"a": [1, None]}),
+        ("text", "text"),
+    ],
+)
+def test_values_in_a_report(tmp_path, value, written):
+    run = make(tmp_path)
+    run.log({"step": 1, "value": value})
+    assert run.metrics() == [{"step": 1, "value": written}]
+
+
+@pytest.mark.parametrize("value", [{1, 2}, 1j, b"12", object(), jr.key(0)])
+def test_values_that_no_report_can_hold(tmp_path, value):
+    with pytest.raises(TypeError, match="`value` must be a number|key"):
+        make(tmp_path).log({"step": 1, "value": value})
+
+
+@pytest.mark.parametrize("name", ["step", "loss", "LagrangianSelfDistillation"])
+def test_names_that_are_taken(tmp_path, name):
+    with pytest.raises(ValueError, match=f"'{name}'.*has already"):
+        train(make(tmp_path), on_report=lambda state, report: {name: 0})
+
+
 def test_each_call_adds_to_the_report(tmp_path):
     seen = []
     calls = [
@@ -210,6 +291,73 @@ def test_torn_last_line(tmp_path, unbroken):
     run = make(tmp_path)
     train(run)
     assert numbers(run) == unbroken[1]
+
+
+def test_pinned_checkpoints_and_other_files_stay(tmp_path, unbroken):
+    train(make(tmp_path), 6)
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(folder / "3", folder / "3-keep")
+    (folder / ".DS_Store").touch()
+    (folder / "9.orbax-checkpoint-tmp-1").mkdir()
+    assert digest(train(make(tmp_path))) == unbroken[0]
+    names = {path.name for path in folder.iterdir()}
+    assert {"3-keep", ".DS_Store"} <= names and len(names) <= 5
+
+
+def test_old_damaged_checkpoint_stops_nothing(tmp_path, unbroken):
+    train(make(tmp_path), 6)
+    (tmp_path / "checkpoints" / "3" / "about" / "about.json").write_text("{}")
+    run = make(tmp_path)
+    assert digest(train(run)) == unbroken[0]
+    assert run.newest_step == 12
+
+
+def noisy(seed):
+    return optax.chain(optax.add_noise(1e-3, 0.5, key=jr.key(seed)), optax.adam(1e-2))
+
+
+def test_keys_and_nothing_in_the_state(tmp_path):
+    class Empty(eqx.Module):
+        mlp: fd.nn.MLP
+        nothing: jax.Array
+
+        def __call__(self, s, t, x, args):
+            return self.mlp(s, t, x, args)
+
+    flow_map = fd.FlowMap(Empty(begin().net, jnp.zeros((0, 2))))
+    settings = {"optim": noisy(0), "flow_map": flow_map}
+    # Optax's key is used up in one step and is there again in the next state.
+    with jax.debug_key_reuse(False):
+        train(make(tmp_path), 5, **settings)
+        broken = train(make(tmp_path), **settings)
+        whole = train(None, **settings)
+    plain = lambda state: eqx.filter(state, eqx.is_inexact_array)
+    assert digest(plain(broken)) == digest(plain(whole))
+
+
+@pytest.mark.parametrize("text", ["{}", "", "[1]"])
+def test_garbled_configuration(six_steps, tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match="config.json cannot be read"):
+        make(tmp_path)
+
+
+def test_garbled_report(tmp_path, unbroken):
+    train(make(tmp_path), 6)
+    path = tmp_path / "metrics.jsonl"
+    lines = path.read_text().split("\n")
+    # A blank line, and an end without a line break.
+    path.write_text("\n".join([lines[0], "", *lines[1:6]]))
+    run = make(tmp_path)
+    assert [line["step"] for line in run.metrics()] == [*range(1, 7)]
+    path.write_text("\n".join([lines[0], "garbage", *lines[1:]]))
+    with pytest.raises(ValueError, match=r"Line 2 of .*metrics.jsonl is no report"):
+        train(run)
+
+
+def test_configuration_with_nan(tmp_path):
+    with pytest.raises(ValueError, match="JSON"):
+        fd.train.Run(tmp_path / "run", {"x": float("nan")})
 
 
 def test_profile(tmp_path):
@@ -262,6 +410,12 @@ def test_run_that_began_with_a_state(tmp_path, unbroken):
 def test_state_beyond_the_checkpoints(six_steps):
     with pytest.raises(ValueError, match=r"end at step 6, before step 7 of the state"):
         train(make(six_steps), 8, flow_map=train(None, 7))
+
+
+def test_another_kind_of_key(tmp_path):
+    train(make(tmp_path), 3, key=jr.key(1, impl="rbg"))
+    with pytest.raises(ValueError, match="another root key"):
+        train(make(tmp_path), key=jr.key(1, impl="unsafe_rbg"))
 
 
 def test_step_without_a_checkpoint(six_steps):
@@ -369,6 +523,34 @@ def test_some_skipped_steps_are_borne():
     assert 2 <= reports[-1] <= 16
     with pytest.raises(fd.train.TrainingDiverged, match="not finite in"):
         train(None, 40, max_skipped=1, **settings)
+
+
+def test_skips_do_not_depend_on_where_a_run_was_stopped(tmp_path):
+    points, bad_step = jnp.linspace(-1.0, 1.0, 64).reshape(32, 2), 10
+
+    class Once(eqx.Module):
+        """A batch that is not finite at one step, told by its key."""
+
+        def __call__(self, key, batch_size):
+            step_key = jr.fold_in(jr.key(1), bad_step - 1)
+            data_key = jr.split(jr.split(step_key)[0], 4)[0]
+            bad = jnp.all(jr.key_data(key) == jr.key_data(data_key))
+            return jnp.where(bad, jnp.nan, points[:batch_size])
+
+    batches = fd.data.InterpolantBatches(fd.LinearInterpolant(), Once(), 8)
+    settings = {"batches": batches, "report_every": 5}
+    whole = train(None, 20, **settings)
+    assert int(whole.skipped) == 1
+    train(make(tmp_path), 9, **settings)
+    assert digest(train(make(tmp_path), 20, **settings)) == digest(whole)
+
+
+def test_diverged_run_says_so_in_its_folder(tmp_path):
+    run = make(tmp_path)
+    with pytest.raises(fd.train.TrainingDiverged):
+        train(run, batches=sometimes_nan(1.0), report_every=2)
+    (line,) = run.metrics()
+    assert line["loss"] is None and line["skipped"] == 2
 
 
 def test_nothing_but_skipped_steps_ends_the_run():

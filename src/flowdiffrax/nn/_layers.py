@@ -150,9 +150,13 @@ def attend(
 ) -> Float[Array, "heads tokens channels"]:
     """Attention, written out: kernels that fuse it have no forward mode."""
     low = lambda value: value.astype(value.dtype if dtype is None else dtype)
+    q = q / math.sqrt(q.shape[-1])
     logits = jnp.einsum("nqc,nkc->nqk", low(q), low(k), preferred_element_type=q.dtype)
-    weights = jax.nn.softmax(logits / math.sqrt(q.shape[-1]))
-    return jnp.einsum("nqk,nkc->nqc", low(weights), low(v)).astype(v.dtype)
+    # Whatever is taken off the logits divides out, so it needs no derivative.
+    weights = jnp.exp(logits - jax.lax.stop_gradient(jnp.max(logits, -1, keepdims=True)))
+    # Divided after the product, of which there is less than of weights.
+    y = jnp.einsum("nqk,nkc->nqc", low(weights), low(v)).astype(v.dtype)
+    return y / jnp.sum(weights, -1, keepdims=True)
 
 
 def halve(x: Float[Array, "height width channels"]) -> Float[Array, "h w channels"]:

@@ -1,7 +1,7 @@
 import contextlib
 import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import equinox as eqx
@@ -68,7 +68,8 @@ def fit(
       [`flowdiffrax.data.StreamBatches`][], which has one for each step.
     - `optim`: an Optax optimiser.
     - `num_steps`: the number of steps the run has when it ends, at least 1. A state
-      that has made some of them makes only the rest.
+      that has made some of them makes only the rest, and one that has made more is
+      returned as it is.
     - `teacher`: what the objective learns from, if anything; a tuple for a mixture whose
       objectives learn from different teachers.
     - `key`: the root key; needed unless a state is continued, which has its own.
@@ -78,24 +79,27 @@ def fit(
     - `parallel`: the devices to train on, [`flowdiffrax.train.DataParallel`][].
     - `run`: the folder of the run, [`flowdiffrax.train.Run`][]. The same call goes on
       from its newest checkpoint, be it begun with a map or with a state. SIGTERM and
-      Ctrl-C wait for the step that is being made, save, and end the program.
+      Ctrl-C wait for the step and report that are being made, save, and end the program,
+      if `fit` runs in the main thread. Handlers of your own do not see them.
     - `report_every`: how many steps lie between reports.
     - `on_report`: called with the state and a dictionary of numbers: `step`, `loss`,
       one entry for each objective, `grad_norm`, `skipped` (how many steps so far were
-      not finite), `examples_per_second` since the last report, and `seconds` since the
-      start. Or several such functions. A dictionary that one returns joins the report
-      that the next ones and `run` see. The state is a copy, to keep or to save.
-    - `max_skipped`: how many steps may be skipped in this call, because something was
-      not finite, before the run counts as diverged.
+      not finite), `examples_per_second` since the last report, and `seconds` since this
+      call began. Or several such functions. A dictionary that one returns joins the
+      report that the next ones and `run` see. The state is a copy, to keep or to save.
+    - `max_skipped`: how many steps of the run may be skipped, because something was not
+      finite, before it counts as diverged. It does too when none was good since the
+      report before, if that is several steps ago, or ever.
     - `progress`: whether to show a bar. It needs tqdm, from the `train` extra, and is
       left out without it.
 
     **Returns:** the final state; `state.ema_map` is the map to use.
 
     **Raises:** `ValueError` for a number of steps below 1, a missing key, or checkpoints
-    of another run; `TypeError` for what is no flow map; `OSError` if a checkpoint cannot
-    be written; and [`flowdiffrax.train.TrainingDiverged`][], with the last good state, if
-    more than `max_skipped` steps were skipped, or all since the last report.
+    of another run, or names in the report that it has already; `TypeError` for what is no
+    flow map; `OSError` if a checkpoint cannot be written; and
+    [`flowdiffrax.train.TrainingDiverged`][], with the last good state, if too many steps
+    were skipped.
     """
     if min(num_steps, report_every) < 1 or max_skipped < 0:
         raise ValueError(
@@ -126,8 +130,6 @@ def fit(
     if parallel is not None:
         state = parallel.place(state)
         batches, teacher = parallel.replicate((batches, teacher))
-    if run is not None:
-        state = run.resume(state)
     step = make_step(
         objective,
         optim,
@@ -137,11 +139,13 @@ def fit(
         parallel=parallel,
     )
     calls = (on_report,) if callable(on_report) else tuple(on_report)
-    begun = int(state.step)
     info: Any = None
-    reports = _Reports(state, accumulate)
-    source = _source(batches, begun, accumulate, parallel)
     with StopRequests(run is not None) as requests, run or contextlib.nullcontext():
+        if run is not None:
+            state = run.resume(state)
+        begun = int(state.step)
+        reports = _Reports(state, report_every, max_skipped, accumulate)
+        source = _source(batches, begun, accumulate, parallel)
         for index in (bar := _steps(begun, num_steps, progress)):
             if run is not None:
                 run.profile_at(index - begun, state)
@@ -151,24 +155,39 @@ def fit(
             # The host stays one step ahead of the device, and no more: a signal would
             # wait for all of them, and their batches would pile up.
             jax.block_until_ready(before)
-            done = index + 1
+            done, report = index + 1, {}
             # Reading a number waits for the device, so only reports do.
             if done % report_every == 0 or done == num_steps:
-                report = reports.make(state, info, drawn, max_skipped)
+                report = reports.make(state, info, drawn)
                 if hasattr(bar, "set_postfix"):
                     bar.set_postfix(_short(report, info))
-                for call in calls:
-                    more = call(_copy(state), dict(report))
-                    report |= more if isinstance(more, dict) else {}
-                if run is not None:
-                    run.log(report)
-                    if run.is_due(done) or done == num_steps:
-                        run.save(state, report)
+                try:
+                    reports.check(state, report)
+                    for call in calls:
+                        _join(report, call(_copy(state), dict(report)))
+                finally:
+                    if run is not None:
+                        run.log(report)
+                if run is not None and (run.is_due(done) or done == num_steps):
+                    run.save(state, report)
+                reports.start_clock()
             if requests.stops(done) and run is not None:
-                run.save(state, {})
+                run.save(state, report)
                 run.close()
                 requests.stop()
     return state
+
+
+def _join(report: dict[str, Any], more: Any) -> None:
+    """Adds what a function returned to the report, if it is a dictionary."""
+    if isinstance(more, Mapping):
+        taken = sorted(report.keys() & more.keys())
+        if taken:
+            raise ValueError(
+                f"A function of `on_report` returned {taken}, which the report has "
+                "already. Use other names."
+            )
+        report |= more
 
 
 def _source(
@@ -187,33 +206,26 @@ def _source(
 class _Reports:
     """Makes reports, and ends a run that has diverged."""
 
-    def __init__(self, state: TrainState, accumulate: int):
+    def __init__(
+        self, state: TrainState, report_every: int, max_skipped: int, accumulate: int
+    ):
+        self._report_every = report_every
+        self._max_skipped = max_skipped
         self._accumulate = accumulate
         self._num_examples: int | None = None
-        self._skipped = int(state.skipped)
-        self._last = int(state.step), self._skipped, time.perf_counter()
-        self._begun = self._last[2]
+        self._last = int(state.step), int(state.skipped)
+        self._begun = time.perf_counter()
+        self.start_clock()
 
-    def make(
-        self, state: TrainState, info: StepInfo, drawn: Any, max_skipped: int
-    ) -> dict[str, Any]:
+    def start_clock(self) -> None:
+        """What passes between here and a report is the time of steps."""
+        self._clock = time.perf_counter()
+
+    def make(self, state: TrainState, info: StepInfo, drawn: Any) -> dict[str, Any]:
         report = {"step": int(state.step), "loss": float(info.loss)}
         report |= {name: float(value) for name, value in info.terms.items()}
         report |= {"grad_norm": float(info.grad_norm), "skipped": int(state.skipped)}
-        now = report["step"], report["skipped"], time.perf_counter()
-        steps, skipped, seconds = (a - b for a, b in zip(now, self._last, strict=True))
-        self._last = now
-        if report["skipped"] - self._skipped > max_skipped or skipped == steps:
-            raise TrainingDiverged(
-                f"Loss or gradient were not finite in {skipped} of the last {steps} "
-                f"steps, which were skipped; at step {report['step']} the loss is "
-                f"{report['loss']}, the gradient's norm {report['grad_norm']}. The "
-                "weights of the last good step are in `.state`. Lower the learning rate, "
-                "clip gradients with `optax.clip_by_global_norm`, weigh down times at "
-                "which the teacher is singular, or draw no times beyond those of the "
-                "trajectories.",
-                state,
-            )
+        now = time.perf_counter()
         if self._num_examples is None:
             one = drawn[0] if isinstance(drawn, tuple) else drawn
             key = jax.eval_shape(jax.random.key, 0)
@@ -221,8 +233,29 @@ class _Reports:
             is_shape = lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct)
             only_arrays = eqx.filter(shapes, is_shape)
             self._num_examples = num_rows(only_arrays, "A batch") * self._accumulate
-        report["examples_per_second"] = steps * self._num_examples / seconds
-        return report | {"seconds": now[2] - self._begun}
+        num_examples = (report["step"] - self._last[0]) * self._num_examples
+        report["examples_per_second"] = num_examples / (now - self._clock)
+        return report | {"seconds": now - self._begun}
+
+    def check(self, state: TrainState, report: dict[str, Any]) -> None:
+        """**Raises:** `TrainingDiverged` if too many steps were skipped."""
+        counts = report["step"], report["skipped"]
+        steps, skipped = (a - b for a, b in zip(counts, self._last, strict=True))
+        self._last = counts
+        # Nothing here depends on where a run was stopped and resumed.
+        no_good_step = counts[0] == counts[1]
+        no_good_report = skipped == steps == self._report_every > 1
+        if no_good_step or no_good_report or counts[1] > self._max_skipped:
+            raise TrainingDiverged(
+                f"Loss, gradient or new weights were not finite in {skipped} of the last "
+                f"{steps} steps, which were skipped; at step {report['step']} the loss "
+                f"is {report['loss']}, the gradient's norm {report['grad_norm']}. The "
+                "weights of the last good step are in `.state`. Lower the learning rate, "
+                "clip gradients with `optax.clip_by_global_norm`, weigh down times at "
+                "which the teacher is singular, or draw no times beyond those of the "
+                "trajectories.",
+                state,
+            )
 
 
 def _short(report: dict[str, Any], info: StepInfo) -> dict[str, str]:

@@ -249,7 +249,8 @@ class TensorBoard:
 
     What is no single number is left out. Of several processes the first one writes,
     within a few seconds. Needs tensorboardX: `pip install "flowdiffrax[tensorboard]"`. A
-    run that goes on in the same folder goes on with its curves.
+    run that goes on in the same folder goes on with its curves; steps that it makes again
+    are there twice.
 
     **Arguments:**
 

@@ -1,8 +1,10 @@
+import contextlib
 import importlib.metadata
 import json
 import math
 import os
 import pathlib
+import re
 import shutil
 from collections.abc import Mapping
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import jax.random as jr
 import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, PyTree, UInt32
@@ -46,13 +49,14 @@ class Run:
       reports, when a run ends, and when it is stopped.
     - `newest`: how many of the newest to keep, at least 1.
     - `best`: how many of the best to keep besides.
-    - `best_by`: the number in the report that tells the best; the smallest is.
+    - `best_by`: the number in the report that tells the best; the smallest is. The loss
+      is that of one batch: a distance of samples tells more.
     - `profile`: two numbers: after how many of the steps made here `jax.profiler` begins
       to trace, and after how many it ends.
 
     **Raises:** `ImportError` without orbax; `ValueError` for numbers that are too small,
-    or a folder that belongs to another configuration; `TypeError` for a configuration
-    that JSON cannot hold.
+    NaN in the configuration, or a folder that belongs to another one; `TypeError` for a
+    configuration that JSON cannot hold; `OSError` where there can be no folder.
     """
 
     def __init__(
@@ -78,13 +82,14 @@ class Run:
             )
         self._ocp = import_extra("orbax.checkpoint", "train", "Run")
         self.folder = pathlib.Path(folder).absolute()
-        self.config = json.loads(json.dumps(config))
+        self.config = json.loads(json.dumps(config, allow_nan=False))
         self.save_every = save_every
         self.newest = newest
         self.best = best
         self.best_by = best_by
         self.profile = profile
         self._opened: Any = None
+        self._lock: Any = None
         self._profiling = False
         self._looked = 0
         self._check_folder()
@@ -103,29 +108,51 @@ class Run:
 
     @property
     def best_step(self) -> int | None:
-        """The step of the best checkpoint; `None` if none was better than any."""
-        return next(iter(self._from_the_best()), None)
+        """The step of the best checkpoint; `None` if there is none at all.
+
+        **Raises:** `ValueError` if none has the number that `best_by` names.
+        """
+        best = self._from_the_best()
+        if self.steps and not best:
+            raise ValueError(
+                f"No checkpoint in {self.folder} has a number {self.best_by!r} in its "
+                f"report; the newest has {sorted(self._about(self.steps[-1])['report'])}."
+            )
+        return next(iter(best), None)
 
     def metrics(self) -> list[dict[str, Any]]:
-        """All reports so far, in order."""
+        """All reports so far, in order.
+
+        **Raises:** `ValueError` for a line that is none, other than the last, which
+        may be torn by what ended the run.
+        """
         if not self._metrics.is_file():
             return []
-        lines = self._metrics.read_text().split("\n")
-        # The last is empty, or torn by what ended the run.
-        return [json.loads(line) for line in lines[:-1]]
+        lines, reports = self._metrics.read_text().split("\n"), []
+        for number, line in enumerate(lines, 1):
+            try:
+                reports += [json.loads(line)] if line.strip() else []
+            except ValueError as error:
+                if number < len(lines):
+                    raise ValueError(
+                        f"Line {number} of {self._metrics} is no report: {error}. Remove "
+                        "it to go on."
+                    ) from error
+        return reports
 
     def resume(self, state: TrainState) -> TrainState:
         """The state of the newest checkpoint, or the one given if there is none.
 
-        Cuts the reports that come after it.
+        Cuts the reports that come after it, and keeps others out until `close`.
 
         **Arguments:**
 
         - `state`: the state with which the run began; it says where arrays belong.
 
-        **Raises:** as `restore`, and `ValueError` for another root key, or checkpoints
-        that end before the state.
+        **Raises:** as `restore`, and `ValueError` for another root key, checkpoints that
+        end before the state, or a folder in which another process is training.
         """
+        self._keep_others_out()
         step = self.newest_step
         if step is not None and step < int(state.step):
             raise ValueError(
@@ -134,10 +161,13 @@ class Run:
                 "run. Use another folder."
             )
         resumed = state if step is None else self.restore(state, step)
-        if not np.array_equal(resumed.key_data, state.key_data):
+        impl = str(state.key_impl)
+        same = step is None or self._about(step)["key_impl"] == impl
+        if not (same and np.array_equal(resumed.key_data, state.key_data)):
             raise ValueError(
                 f"The run in {self.folder} began with another root key: "
-                f"{np.asarray(resumed.key_data)}, not {np.asarray(state.key_data)}. "
+                f"{np.asarray(resumed.key_data)}, not {np.asarray(state.key_data)} of "
+                f"{impl}. "
                 "Resume it with its own, or begin another in another folder."
             )
         self._looked = int(resumed.step)
@@ -172,7 +202,7 @@ class Run:
         place = lambda leaf: getattr(leaf, "sharding", None) or here
         wanted = {
             name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place(leaf))
-            for name, leaf in arrays.items()
+            for name, leaf in _without_keys(arrays).items()
         }
         args = self._ocp.args
         try:
@@ -187,6 +217,8 @@ class Run:
         wrong = [name for name, value in about["sums"].items() if sums[name] != value]
         if wrong:
             raise self._damaged(step, f"checksums differ in {wrong[:3]}")
+        for name in _keys(arrays):
+            found[name] = jr.wrap_key_data(found[name], impl=_impl(arrays[name]))
         put = lambda path, leaf: found.get(jtu.keystr(path), leaf)
         return jtu.tree_map_with_path(put, like)
 
@@ -198,25 +230,32 @@ class Run:
         - `state`: what to save.
         - `report`: numbers that belong to it, among them what `best_by` names, or not.
 
-        **Raises:** `OSError` if this checkpoint or the one before could not be written.
+        **Raises:** `OSError` if this checkpoint or the one before could not be written,
+        `ValueError` if `best_by` names what is no number, `TypeError` for a report that
+        JSON cannot hold.
         """
         step = int(state.step)
         # Also waits for the one before.
         self.wait()
         if step in self.steps:
             return
-        # A copy: the next step reuses the memory while Orbax still reads.
+        report = _plain(report, "report")
+        if not isinstance(report.get(self.best_by), float | int | None):
+            raise ValueError(
+                f"`best_by` must name a number; {self.best_by!r} is "
+                f"{report[self.best_by]!r} in the report."
+            )
         arrays, numbers = _by_name(state)
-        arrays = {name: jnp.array(leaf) for name, leaf in arrays.items()}
-        best = report.get(self.best_by)
-        best = best if best is not None and math.isfinite(best) else None
+        leaves = _describe(arrays, numbers)
+        # A copy: the next step reuses the memory while Orbax still reads.
+        arrays = jtu.tree_map(jnp.array, _without_keys(arrays))
         about = {
             "format": _FORMAT,
             "version": importlib.metadata.version("flowdiffrax"),
-            "leaves": _describe(arrays, numbers),
+            "key_impl": str(state.key_impl),
+            "leaves": leaves,
             "sums": _read_sums(arrays),
-            "best": best,
-            "report": _plain(report),
+            "report": report,
         }
         args = self._ocp.args
         items = args.Composite(
@@ -233,10 +272,13 @@ class Run:
         return step // self.save_every > before // self.save_every
 
     def log(self, report: Mapping[str, Any]) -> None:
-        """Adds a line to `metrics.jsonl`; numbers that are not finite become `null`."""
+        """Adds a line to `metrics.jsonl`; numbers that are not finite become `null`.
+
+        **Raises:** `TypeError` for what JSON cannot hold.
+        """
         if jax.process_index() == 0:
             with open(self._metrics, "a") as file:
-                file.write(json.dumps(_plain(report)) + "\n")
+                file.write(json.dumps(_plain(report, "report")) + "\n")
 
     def profile_at(self, made: int, state: PyTree) -> None:
         """Begins or ends the profile, if it is time.
@@ -269,12 +311,17 @@ class Run:
         self._delete_old()
 
     def close(self) -> None:
-        """Waits, and ends the threads that write; a later call begins others."""
-        self._end_profile()
-        self.wait()
-        if self._opened is not None:
-            self._opened.close()
-            self._opened = None
+        """Waits, ends the threads that write, and lets others in."""
+        try:
+            self._end_profile()
+            self.wait()
+        finally:
+            if self._opened is not None:
+                self._opened.close()
+                self._opened = None
+            if self._lock is not None:
+                self._lock.close()
+                self._lock = None
 
     def __enter__(self) -> "Run":
         return self
@@ -306,8 +353,12 @@ class Run:
         return self._opened
 
     def _from_the_best(self) -> list[int]:
-        values = {step: self._about(step)["best"] for step in self.steps}
-        scored = [step for step in values if values[step] is not None]
+        values = {}
+        for step in self.steps:
+            # One that cannot be read is nobody's best, and must not stop a run.
+            with contextlib.suppress(ValueError):
+                values[step] = self._about(step)["report"].get(self.best_by)
+        scored = [step for step in values if isinstance(values[step], float | int)]
         return sorted(scored, key=lambda step: values[step])
 
     def _delete_old(self) -> None:
@@ -323,17 +374,42 @@ class Run:
     def _clean(self, step: int) -> None:
         """Removes what a run that was killed left behind."""
         for path in self._checkpoints.glob("*"):
-            if not path.name.isdigit():
+            if re.fullmatch(r"\d+\.(deleted|orbax-checkpoint-tmp.*)", path.name):
                 shutil.rmtree(path)
         if self._metrics.is_file():
             kept = [line for line in self.metrics() if line["step"] <= step]
             lines = "".join(json.dumps(line) + "\n" for line in kept)
             write_whole(self._metrics, lines.encode())
 
+    def _keep_others_out(self) -> None:
+        if self._lock is not None or jax.process_index() != 0:
+            return
+        try:
+            import fcntl
+        except ImportError:  # Windows has none
+            return
+        lock = open(self.folder / ".lock", "w")
+        try:
+            # The system releases it when the process ends, however it does.
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            lock.close()
+            raise ValueError(
+                f"Another process is training in {self.folder}. Wait for it to end, or "
+                "use another folder."
+            ) from error
+        self._lock = lock
+
     def _check_folder(self) -> None:
         path = self.folder / "config.json"
         if path.is_file():
-            found = json.loads(path.read_text())["config"]
+            try:
+                found = json.loads(path.read_text())["config"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(
+                    f"{path} cannot be read: {error!r}. Put back what it was, or use "
+                    "another folder."
+                ) from error
             if found != self.config:
                 raise ValueError(
                     f"{self.folder} has a run of another configuration: "
@@ -348,9 +424,10 @@ class Run:
         try:
             path = self._checkpoints / str(step) / "about" / _ABOUT
             about = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
+            newer = about["format"] > _FORMAT
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise self._damaged(step, error) from error
-        if about["format"] > _FORMAT:
+        if newer:
             raise ValueError(
                 f"The checkpoint of step {step} in {self.folder} is of flowdiffrax "
                 f"{about['version']}, in a newer format than this version reads. Update "
@@ -376,9 +453,9 @@ class Run:
     def _not_written(self, step: int | None, error: Exception) -> OSError:
         which = "A checkpoint" if step is None else f"The checkpoint of step {step}"
         return OSError(
-            f"{which} could not be written to {self.folder}: {error}. Is the disk full? "
-            f"The checkpoints of steps {list(self.steps)} are whole: make room, and the "
-            "same call goes on from the newest."
+            f"{which} could not be written to {self.folder}: {error}. If the disk is "
+            f"full, make room. The checkpoints of steps {list(self.steps)} are whole: "
+            "the same call goes on from the newest."
         )
 
 
@@ -393,6 +470,31 @@ def _by_name(tree: PyTree) -> tuple[dict[str, Any], dict[str, Any]]:
     number = (bool, int, float, complex)
     return arrays, {
         name: leaf for name, leaf in leaves.items() if isinstance(leaf, number)
+    }
+
+
+def _keys(arrays: Mapping[str, Any]) -> list[str]:
+    is_key = lambda leaf: jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return [name for name, leaf in arrays.items() if is_key(leaf)]
+
+
+def _impl(key: Any) -> Any:
+    # Of an array, or of a shape alone.
+    return key.dtype._impl.name
+
+
+def _without_keys(arrays: Mapping[str, Any]) -> dict[str, Any]:
+    """The arrays that are written: keys as numbers, and none that are empty."""
+    keys = _keys(arrays)
+    numbers = lambda leaf: (
+        jr.key_data(leaf)
+        if isinstance(leaf, jax.Array)
+        else jax.eval_shape(jr.key_data, leaf)
+    )
+    return {
+        name: numbers(leaf) if name in keys else leaf
+        for name, leaf in arrays.items()
+        if leaf.size > 0
     }
 
 
@@ -426,18 +528,24 @@ def _sum(leaf: Array) -> UInt32[Array, ""]:
     return jnp.sum(words * factors, dtype=jnp.uint32)
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Any, name: str) -> Any:
     """What JSON can hold, in every reader of it."""
     if isinstance(value, Mapping):
-        return {str(name): _plain(entry) for name, entry in value.items()}
-    if isinstance(value, np.ndarray | jax.Array):
-        value = value.tolist()
+        return {str(key): _plain(entry, str(key)) for key, entry in value.items()}
+    if isinstance(value, np.ndarray | np.generic | jax.Array):
+        is_float = jnp.issubdtype(value.dtype, jnp.floating)
+        # bfloat16 is none of NumPy's own.
+        value = np.asarray(value, np.float64 if is_float else None).tolist()
     if isinstance(value, list | tuple):
-        return [_plain(entry) for entry in value]
+        return [_plain(entry, name) for entry in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
     if isinstance(value, str | bool | int | None):
         return value
-    number = float(value)
-    return number if math.isfinite(number) else None
+    raise TypeError(
+        f"`{name}` must be a number, a text, or a list or dictionary of these; got "
+        f"{type(value).__name__}."
+    )
 
 
 def _differences(found: Any, own: Any) -> str:

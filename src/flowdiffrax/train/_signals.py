@@ -29,9 +29,12 @@ class StopRequests:
                 self._before[number] = signal.signal(number, self._note)
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, kind: type | None, *exception) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        # One that came while the last checkpoint was being written.
+        if kind is None and self._received is not None:
+            self.stop()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self._received == number:
