@@ -42,12 +42,12 @@ def train(
     batches=None,
     **settings,
 ):
-    """Self-distillation on a few points, saved every third step and at the last."""
+    """Flow matching on a few points, saved every third step and at the last."""
     data = jnp.linspace(-1.0, 1.0, 64).reshape(32, 2)
     source = fd.data.InterpolantBatches(fd.LinearInterpolant(), data, 8)
     return fd.train.fit(
         begin(width) if flow_map is None else flow_map,
-        fd.LagrangianSelfDistillation(),
+        fd.FlowMatching(),
         source if batches is None else batches,
         optax.adam(1e-2) if optim is None else optim,
         num_steps=num_steps,

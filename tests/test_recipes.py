@@ -278,13 +278,12 @@ def traced_step(recipe, **settings):
 
 
 def check_lowering(name, dtype):
-    recipe = fd.train.recipe(name)
     settings = {} if dtype is None else {"dtype": dtype}
     # JAX 0.7 has it there only, and later versions warn of it.
     here = jax if hasattr(jax, "enable_x64") else jax.experimental
     # Without what tests switch on: float64 and strict promotion.
     with here.enable_x64(False), jax.numpy_dtype_promotion("standard"):
-        traced = traced_step(recipe, **settings)
+        traced = traced_step(fd.train.recipe(name), **settings)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert "custom_call" not in text and "f64" not in text
     return text
