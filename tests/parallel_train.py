@@ -45,7 +45,7 @@ def train(parallel, *, num_steps=4, end_at=None, **settings):
             os.kill(os.getpid(), signal.SIGTERM)
         if end_at is not None:
             # The service that passes the signal round takes a moment.
-            time.sleep(0.05)
+            time.sleep(0.1)
 
     state = fd.train.fit(
         fd.FlowMap(fd.nn.MLP(2, 64, 3, key=jr.key(0))),
