@@ -189,6 +189,7 @@ def test_shortest_step_bounds_the_cost():
 
 
 @pytest.mark.parametrize("t0, t1, step_ts", [(0.1, 0.9, [0.3, 0.55]), (0.85, 0.2, [0.6])])
+@pytest.mark.slow
 def test_clipped_controller_steps_to_the_times(t0, t1, step_ts):
     flow_map = mlp_map()
     controller = diffrax.ClipStepSizeController(
@@ -239,6 +240,7 @@ def test_saved_times_after_rejected_steps(t0, t1):
         assert_close(sol.evaluate(t), y)
 
 
+@pytest.mark.slow
 def test_controller_state_continues_a_solve():
     flow_map = Perturbed(gaussian_map(), 0.3, 2)
     solver = fd.AdaptiveFlowMapSolver(flow_map)

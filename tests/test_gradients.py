@@ -153,6 +153,7 @@ def test_gradient_by_other_adjoints(adjoint):
 
 
 @pytest.mark.parametrize("output, adjoint", [("ts", "recursive"), ("dense", "direct")])
+@pytest.mark.slow
 def test_gradient_of_points_between(output, adjoint):
     check_reverse(output, adjoint, 0.85, 0.2)
 
@@ -165,6 +166,7 @@ def test_gradient_of_points_between(output, adjoint):
         ("end", "direct", 0.85, 0.2),
     ],
 )
+@pytest.mark.slow
 def test_forward_derivative(output, adjoint, t0, t1):
     solved, unrolled = OUTPUTS[output]
     inputs, static = point(t0, t1)
@@ -179,6 +181,7 @@ def test_forward_derivative(output, adjoint, t0, t1):
     assert_close(derivative(fn), slope, 1e-7, 1e-7)
 
 
+@pytest.mark.slow
 def test_gradient_along_a_grid():
     flow_map = mlp_map()
 

@@ -196,7 +196,19 @@ def mutate(monkeypatch, name, line, mistake):
                 monkeypatch.setattr(other, key, changed[id(value)])
 
 
-@pytest.mark.parametrize("mutant", MUTANTS, ids=[mutant[0] for mutant in MUTANTS])
+# Each compiles everything anew; a few of them for every day.
+DAILY = 5
+
+
+@pytest.mark.parametrize(
+    "mutant",
+    [
+        pytest.param(
+            mutant, id=mutant[0], marks=pytest.mark.slow if index >= DAILY else ()
+        )
+        for index, mutant in enumerate(MUTANTS)
+    ],
+)
 def test_noticed(mutant, monkeypatch):
     _, name, line, mistake, notices = mutant
     jax.clear_caches()

@@ -118,6 +118,7 @@ def test_arguments_keep_their_kind(kind):
 
 
 @pytest.mark.parametrize("kind", ["UNet", "MagnitudePreservingUNet"])
+@pytest.mark.slow
 def test_blocks_differ(kind):
     first, second = (block.first.weight for block in smaller(kind, fresh).up[:2])
     assert max_abs(jtu.tree_map(lambda a, b: a - b, first, second)) > 0
@@ -182,6 +183,7 @@ def test_every_weight_learns(kind):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["MagnitudePreservingUNet", "DiT"])
+@pytest.mark.slow
 def test_gradient_of_blocks_computed_again(kind):
     made, expected = gradient(smaller(kind, remat=True)), gradient(smaller(kind))
     assert_close(jtu.tree_leaves(made), jtu.tree_leaves(expected), 1e-12)
@@ -189,6 +191,7 @@ def test_gradient_of_blocks_computed_again(kind):
 
 @every_network
 @pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.slow
 def test_every_block_is_computed_again(kind, remat):
     net = shaken(kind, remat=remat)
     jaxpr = jax.make_jaxpr(lambda x: net(S, T, x, ARGS))(X)
@@ -216,6 +219,7 @@ def test_one_convolution_a_batch(kind):
 
 
 @every_network
+@pytest.mark.slow
 def test_lowers_for_cuda(kind):
     weights, static = eqx.partition(shaken(kind), eqx.is_array)
 
@@ -259,6 +263,7 @@ def test_label_beyond_the_classes(label):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("scale", [None, lambda key, number: jnp.full(number, 2.0)])
+@pytest.mark.slow
 def test_dropped_conditions(scale):
     images = np.zeros((5, *SHAPE), np.uint8)
     data = fd.data.DeviceImages(images, np.arange(5) % 3)
@@ -278,6 +283,7 @@ def test_dropped_conditions(scale):
 
 
 @pytest.mark.parametrize("make", [fd.nn.UNet, fd.nn.MagnitudePreservingUNet])
+@pytest.mark.slow
 def test_where_blocks_attend(make):
     make = functools.partial(make, (8, 8, 1), 8, (1, 1), 2, attention=(8,))
     net = eqx.filter_eval_shape(lambda key: make(key=key), jr.key(0))

@@ -49,6 +49,7 @@ def toy_data(recipe):
 
 
 @pytest.mark.parametrize("name", marked("imagenet32-class-lmd"))
+@pytest.mark.slow
 def test_trains(name):
     recipe = fd.train.recipe(name)
     flow_map, teacher = toy(name), None

@@ -90,6 +90,7 @@ def test_signal_saves_and_ends(tmp_path, unbroken, number):
     assert (digest(train(run)), numbers(run)) == unbroken
 
 
+@pytest.mark.slow
 def test_second_interrupt_does_not_wait(tmp_path):
     def kill(state, report):
         os.kill(os.getpid(), signal.SIGINT)
@@ -100,6 +101,7 @@ def test_second_interrupt_does_not_wait(tmp_path):
     assert make(tmp_path).steps == ()
 
 
+@pytest.mark.slow
 def test_signal_while_the_last_checkpoint_is_written(tmp_path, monkeypatch, unbroken):
     close = fd.train.Run.close
 
@@ -114,6 +116,7 @@ def test_signal_while_the_last_checkpoint_is_written(tmp_path, monkeypatch, unbr
     assert digest(train(make(tmp_path))) == unbroken[0]
 
 
+@pytest.mark.slow
 def test_stopped_run_keeps_its_report(tmp_path):
     kill = lambda state, report: os.kill(os.getpid(), signal.SIGTERM)
     with pytest.raises(SystemExit):
@@ -132,6 +135,7 @@ def test_two_processes_in_one_folder(tmp_path, unbroken):
     assert numbers(run) == unbroken[1]
 
 
+@pytest.mark.slow
 def test_error_in_a_report(tmp_path, unbroken):
     def fail(state, report):
         if report["step"] == 8:
@@ -216,6 +220,7 @@ def test_newest_and_best(tmp_path):
     assert again.steps == (4, 10, 14) and again.best_step == 4
 
 
+@pytest.mark.slow
 def test_reports_that_are_not_candidates(tmp_path):
     scores = {3: None, 6: float("nan"), 9: 2.0, 12: 3.0}
     score = lambda state, report: {"score": scores.get(report["step"])}
@@ -225,6 +230,7 @@ def test_reports_that_are_not_candidates(tmp_path):
     assert run.metrics()[5]["score"] is None
 
 
+@pytest.mark.slow
 def test_another_number_tells_the_best(tmp_path):
     train(make(tmp_path), 6)
     score = lambda state, report: {"score": jnp.asarray(100.0 - report["step"])}
@@ -266,6 +272,7 @@ def test_values_that_no_report_can_hold(tmp_path, value):
 
 
 @pytest.mark.parametrize("name", ["step", "loss", "FlowMatching"])
+@pytest.mark.slow
 def test_names_that_are_taken(tmp_path, name):
     with pytest.raises(ValueError, match=f"'{name}'.*has already"):
         train(make(tmp_path), on_report=lambda state, report: {name: 0})
@@ -292,6 +299,7 @@ def test_finished_run_makes_no_step(tmp_path, unbroken):
     assert numbers(run) == unbroken[1]
 
 
+@pytest.mark.slow
 def test_torn_last_line(tmp_path, unbroken):
     train(make(tmp_path), 6)
     with open(tmp_path / "metrics.jsonl", "a") as file:
@@ -301,6 +309,7 @@ def test_torn_last_line(tmp_path, unbroken):
     assert numbers(run) == unbroken[1]
 
 
+@pytest.mark.slow
 def test_pinned_checkpoints_and_other_files_stay(tmp_path, unbroken):
     train(make(tmp_path), 6)
     folder = tmp_path / "checkpoints"
@@ -312,6 +321,7 @@ def test_pinned_checkpoints_and_other_files_stay(tmp_path, unbroken):
     assert {"3-keep", ".DS_Store"} <= names and len(names) <= 5
 
 
+@pytest.mark.slow
 def test_old_damaged_checkpoint_stops_nothing(tmp_path, unbroken):
     train(make(tmp_path), 6)
     (tmp_path / "checkpoints" / "3" / "about" / "about.json").write_text("{}")
@@ -351,6 +361,7 @@ def test_garbled_configuration(six_steps, tmp_path, text):
         make(tmp_path)
 
 
+@pytest.mark.slow
 def test_garbled_report(tmp_path, unbroken):
     train(make(tmp_path), 6)
     path = tmp_path / "metrics.jsonl"
@@ -369,6 +380,7 @@ def test_configuration_with_nan(tmp_path):
         fd.train.Run(tmp_path / "run", {"x": float("nan")})
 
 
+@pytest.mark.slow
 def test_profile(tmp_path):
     run = make(tmp_path, profile=(1, 3))
     train(run, 4)
@@ -417,11 +429,13 @@ def test_run_that_began_with_a_state(tmp_path, unbroken):
     assert numbers(make(tmp_path)) == unbroken[1][4:]
 
 
+@pytest.mark.slow
 def test_state_beyond_the_checkpoints(six_steps):
     with pytest.raises(ValueError, match=r"end at step 6, before step 7 of the state"):
         train(make(six_steps), 8, flow_map=train(None, 7))
 
 
+@pytest.mark.slow
 def test_another_kind_of_key(tmp_path):
     train(make(tmp_path), 3, key=jr.key(1, impl="rbg"))
     with pytest.raises(ValueError, match="another root key"):
@@ -440,6 +454,7 @@ def edited(folder, change):
     path.write_text(json.dumps(about))
 
 
+@pytest.mark.slow
 def test_newer_version(tmp_path):
     train(make(tmp_path), 6)
     edited(tmp_path, lambda about: about.update(format=9, version="7.0"))
@@ -461,6 +476,7 @@ def test_damaged_checkpoint(tmp_path, change):
         train(make(tmp_path))
 
 
+@pytest.mark.slow
 def test_wrong_bits_are_noticed(tmp_path):
     # As a disk that returns other bits than it was given.
     train(make(tmp_path), 6)
@@ -554,6 +570,7 @@ def test_skips_do_not_depend_on_where_a_run_was_stopped(tmp_path):
     assert digest(train(make(tmp_path), 20, **settings)) == digest(whole)
 
 
+@pytest.mark.slow
 def test_diverged_run_says_so_in_its_folder(tmp_path):
     run = make(tmp_path)
     with pytest.raises(fd.train.TrainingDiverged):
