@@ -322,7 +322,8 @@ class WeightsAndBiases:
         """
         del state
         if self.run is not None:
-            self.run.log(_single_numbers(report), step=int(report["step"]))
+            numbers = _single_numbers(report)
+            self.run.log(numbers, step=int(report["step"]), commit=True)
 
 
 def _checked_every(every: int) -> int:
@@ -363,7 +364,14 @@ def _losses(inputs: Any, state: TrainState, key: Key[Array, ""]) -> ExampleLosse
 
 def _beside(state: TrainState, tree: PyTree) -> PyTree:
     """Puts a copy of all arrays on each device of the state."""
-    put = lambda leaf: jax.device_put(leaf, state.step.sharding)
+    sharding = state.step.sharding
+
+    def put(leaf):
+        if sharding.is_fully_addressable:
+            return jax.device_put(leaf, sharding)
+        # `device_put` reaches no devices of other processes, a program does.
+        return jax.jit(lambda x: x, out_shardings=sharding)(leaf)
+
     return jtu.tree_map(lambda leaf: put(leaf) if eqx.is_array(leaf) else leaf, tree)
 
 
