@@ -84,7 +84,7 @@ def inputs_of(recipe, batch, settings):
         )
         teacher = None
         if recipe.teacher is not None:
-            net = fd.train.recipe(recipe.teacher).network(key=teacher_key)
+            net = fd.train.recipe(recipe.teacher).network(key=teacher_key, **settings)
             teacher = fd.FlowMap(net).velocity
         return state, recipe.batches(data_of(recipe, images, labels), batch), teacher
 
@@ -94,7 +94,7 @@ def inputs_of(recipe, batch, settings):
     return eqx.filter_eval_shape(make, jr.key(0), images, labels)
 
 
-def lowered(recipe, inputs):
+def lowered(recipe, inputs, **options):
     """The step that `fit` runs, with the state's memory used again."""
     step = fd.train.make_step(
         recipe.objective, recipe.optim(), ema_decay=recipe.ema_decay
@@ -103,7 +103,7 @@ def lowered(recipe, inputs):
     run = lambda state, others: eqx.filter(
         step(*eqx.combine((state, *others), static)), eqx.is_array
     )
-    return jax.jit(run, donate_argnums=0).trace(state, others).lower()
+    return jax.jit(run, donate_argnums=0).trace(state, others).lower(**options)
 
 
 def products(jaxpr):

@@ -321,9 +321,17 @@ def test_tuple_of_another_length():
         step(state, batches)
 
 
-def test_stream_batches_of_nothing():
-    with without_type_checks(), pytest.raises(TypeError, match="`make` must be"):
-        fd.data.StreamBatches(labelled(), 4, None)
+@pytest.mark.parametrize(
+    "images, batch_size, make, error, match",
+    [
+        (labelled(), 4, None, TypeError, "`make` must be"),
+        (labelled(), 0, len, ValueError, "`batch_size` must be at least 1"),
+        (labelled().images, 4, len, TypeError, "as a loader returns them; got ndarray"),
+    ],
+)
+def test_bad_stream_batches(images, batch_size, make, error, match):
+    with without_type_checks(), pytest.raises(error, match=match):
+        fd.data.StreamBatches(images, batch_size, make)
 
 
 # --- streams --------------------------------------------------------------------------

@@ -1,7 +1,9 @@
 """Recipes of papers: they train, have the papers' numbers, and lower for CUDA at size."""
 
 import dataclasses
+import importlib.util
 import math
+import pathlib
 
 import equinox as eqx
 import jax
@@ -154,7 +156,7 @@ def test_data_without_labels():
 )
 def test_size_of_network(name, parameters):
     net = eqx.filter_eval_shape(fd.train.recipe(name).network, key=jr.key(0))
-    count = sum(leaf.size for leaf in jtu.tree_leaves(net) if is_shape(leaf))
+    count = sum(leaf.size for leaf in jtu.tree_leaves(net) if hasattr(leaf, "size"))
     assert round(count / 1e6, 2 if parameters > 10 else 6) == parameters
 
 
@@ -240,42 +242,13 @@ def test_shares_of_self_distillation():
 # --- lowering -------------------------------------------------------------------------
 
 
-def is_shape(leaf):
-    return isinstance(leaf, jax.ShapeDtypeStruct)
-
-
-def traced_step(recipe, **settings):
-    """The training step at its size, from shapes alone."""
-
-    def make(key, images, labels):
-        net_key, state_key, teacher_key = jr.split(key, 3)
-        state = fd.train.TrainState.create(
-            fd.FlowMap(recipe.network(key=net_key, **settings)),
-            recipe.optim(),
-            key=state_key,
-            objective=recipe.objective,
-            ema_decay=recipe.ema_decay,
-        )
-        labels = None if recipe.num_classes is None else labels
-        data = fd.data.checkerboard
-        if recipe.data != "checkerboard":
-            data = fd.data.DeviceImages(images, labels, flip=recipe.flip)
-        teacher = None
-        if recipe.teacher is not None:
-            net = fd.train.recipe(recipe.teacher).network(key=teacher_key, **settings)
-            teacher = fd.FlowMap(net).velocity
-        return state, recipe.batches(data), teacher
-
-    number = {"cifar10": 50_000, "imagenet32": 1_281_167}.get(recipe.data, 1)
-    images = jax.ShapeDtypeStruct((number, 32, 32, 3), jnp.uint8)
-    labels = jax.ShapeDtypeStruct((number,), jnp.int32)
-    inputs = eqx.filter_eval_shape(make, jr.key(0), images, labels)
-    shapes, rest = eqx.partition(inputs, is_shape)
-    step = fd.train.make_step(
-        recipe.objective, recipe.optim(), ema_decay=recipe.ema_decay
-    )
-    run = lambda inputs: eqx.filter(step(*eqx.combine(inputs, rest)), eqx.is_array)
-    return jax.jit(run).trace(shapes)
+def benchmark():
+    """`benchmarks/recipes.py`, which makes whole steps of shapes alone."""
+    path = pathlib.Path(__file__).parent.parent / "benchmarks" / "recipes.py"
+    spec = importlib.util.spec_from_file_location("benchmark_of_recipes", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def check_lowering(name, dtype):
@@ -284,8 +257,9 @@ def check_lowering(name, dtype):
     here = jax if hasattr(jax, "enable_x64") else jax.experimental
     # Without what tests switch on: float64 and strict promotion.
     with here.enable_x64(False), jax.numpy_dtype_promotion("standard"):
-        traced = traced_step(fd.train.recipe(name), **settings)
-        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+        recipe, costs = fd.train.recipe(name), benchmark()
+        inputs = costs.inputs_of(recipe, recipe.batch_size, settings)
+        text = costs.lowered(recipe, inputs, lowering_platforms=("cuda",)).as_text()
     assert "custom_call" not in text and "f64" not in text
     return text
 

@@ -19,6 +19,7 @@ import jax.random as jr
 import numpy as np
 import optax
 import pytest
+from helpers import without_type_checks
 from run_train import begin, digest, train
 
 import flowdiffrax as fd
@@ -513,10 +514,11 @@ def test_checksum_sees_every_bit(dtype):
         ({"newest": 0}, "`save_every` and `newest` must be at least 1"),
         ({"best": -1}, "`best` not negative"),
         ({"profile": (3, 3)}, "two numbers of steps"),
+        ({"profile": (3,)}, "two numbers of steps"),
     ],
 )
 def test_bad_settings(tmp_path, settings, message):
-    with pytest.raises(ValueError, match=message):
+    with without_type_checks(), pytest.raises(ValueError, match=message):
         make(tmp_path, **settings)
 
 

@@ -143,8 +143,9 @@ class StreamBatches:
     - `flip`: as for [`flowdiffrax.data.DeviceImages`][].
     - `num_threads`, `prefetch`: as for [`flowdiffrax.data.stream`][].
 
-    **Raises:** as [`flowdiffrax.data.stream`][], when training begins; `TypeError` if
-    `make` cannot be called.
+    **Raises:** `ValueError` for a batch size below 1, `TypeError` for what are no images
+    or if `make` cannot be called; and as [`flowdiffrax.data.stream`][], when training
+    begins.
     """
 
     def __init__(
@@ -159,6 +160,12 @@ class StreamBatches:
         prefetch: int = 8,
     ):
         check_callable(make, "make", "make(source)")
+        check_batch_size(batch_size)
+        if not isinstance(images, Images):
+            raise TypeError(
+                "`images` must be `Images`, as a loader returns them; got "
+                f"{type(images).__name__}. Of an array: `Images(array, labels)`."
+            )
         self._make = make
         self._flip = flip
         self._stream = functools.partial(

@@ -346,38 +346,38 @@ def _without_figure(data: str, num_classes: int | None) -> tuple[str, ...]:
     return same, classes, _NO_FIGURE
 
 
-def _lsd(name: str) -> Recipe:
+def _self_distillation(
+    name: str, objective: AbstractObjective, figures: Mapping[int, float], *notes: str
+) -> Recipe:
     return _images(
         name,
         source=f"{_SELF_DISTILLATION}, tables 1 and 2",
         precision="float32",
-        objective=LagrangianSelfDistillation(weight=LearnedWeight()),
-        figures={1: 8.10, 2: 4.37, 4: 3.34, 8: 3.33, 16: 3.57},
+        objective=objective,
+        figures=figures,
         notes=(
-            "Three quarters of a batch are on the diagonal, as in table 2. A run in the "
-            "authors' notebook is named for nine tenths.",
+            *notes,
             _NO_DROPOUT,
             _LEARNED_WEIGHT,
             _FLIPPED,
             "The figures are each of the best checkpoint for its number of jumps.",
         ),
+    )
+
+
+def _lsd(name: str) -> Recipe:
+    return _self_distillation(
+        name,
+        LagrangianSelfDistillation(weight=LearnedWeight()),
+        {1: 8.10, 2: 4.37, 4: 3.34, 8: 3.33, 16: 3.57},
+        "Three quarters of a batch are on the diagonal, as in table 2. A run in the "
+        "authors' notebook is named for nine tenths.",
     )
 
 
 def _psd(name: str, split: float | None, figures: Mapping[int, float]) -> Recipe:
-    return _images(
-        name,
-        source=f"{_SELF_DISTILLATION}, tables 1 and 2",
-        precision="float32",
-        objective=ProgressiveSelfDistillation(weight=LearnedWeight(), split=split),
-        figures=figures,
-        notes=(
-            _NO_DROPOUT,
-            _LEARNED_WEIGHT,
-            _FLIPPED,
-            "The figures are each of the best checkpoint for its number of jumps.",
-        ),
-    )
+    objective = ProgressiveSelfDistillation(weight=LearnedWeight(), split=split)
+    return _self_distillation(name, objective, figures)
 
 
 def _mean_flow_images(name: str, **settings: Any) -> Recipe:

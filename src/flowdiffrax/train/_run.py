@@ -75,7 +75,9 @@ class Run:
                 "`save_every` and `newest` must be at least 1, `best` not negative; got "
                 f"{save_every}, {newest} and {best}."
             )
-        if profile is not None and not 0 <= profile[0] < profile[1]:
+        if profile is not None and not (
+            len(profile) == 2 and 0 <= profile[0] < profile[1]
+        ):
             raise ValueError(
                 "`profile` must be two numbers of steps, the first not negative and "
                 f"smaller than the second; got {profile}."
@@ -392,12 +394,15 @@ class Run:
         try:
             # The system releases it when the process ends, however it does.
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             lock.close()
             raise ValueError(
                 f"Another process is training in {self.folder}. Wait for it to end, or "
                 "use another folder."
             ) from error
+        except OSError:  # some network drives have none
+            lock.close()
+            return
         self._lock = lock
 
     def _check_folder(self) -> None:
