@@ -121,6 +121,7 @@ from ._objective import WeightChain as WeightChain
 from ._objective import batch_loss as batch_loss
 from ._objective import sigmoid_schedule as sigmoid_schedule
 from ._sample import sample as sample
+from ._sample import sample_with_restarts as sample_with_restarts
 from ._solver import AdaptiveFlowMapSolver as AdaptiveFlowMapSolver
 from ._solver import FlowMapSolver as FlowMapSolver
 from ._teacher import VelocityFromDenoiser as VelocityFromDenoiser

@@ -1,14 +1,19 @@
+from collections.abc import Callable
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import jax.random as jr
 import jax.tree_util as jtu
 import numpy as np
+import optax
 from jax import lax
-from jaxtyping import ArrayLike, Real
+from jaxtyping import Array, ArrayLike, Key, Real
 
 from ._custom_types import Args, State, TwoTimeMap
 from ._flow_map.base import out_of_range_message, times_out_of_range
 from ._flow_map.wrappers import check_composable
+from ._interpolant import AbstractInterpolant
 from ._misc import all_finite, check_like, is_concrete, time_dtype
 
 
@@ -74,6 +79,76 @@ def sample(
         x1, _ = jump(x0, (grid[0], grid[1]))  # a scan would loop, if only once
     else:
         x1, _ = lax.scan(jump, x0, (grid[:-1], grid[1:]), unroll=unroll)
+    return x1
+
+
+def sample_with_restarts(
+    flow_map: TwoTimeMap,
+    interpolant: AbstractInterpolant,
+    x0: State,
+    times: Real[ArrayLike, " restarts"],
+    args: Args = None,
+    *,
+    base: Callable[[Key[Array, ""], State], State],
+    key: Key[Array, ""],
+    unroll: int | bool = 1,
+) -> State:
+    r"""Jumps to the data, and from there back to earlier times by fresh noise.
+
+    One jump from 0 to 1, and for each time $t$ another one from $t$ to 1, of a point
+    that the interpolant makes of the last sample and a new draw of the base. Samples are
+    of the right law at all times if the jumps are; unlike jumps along the flow, these
+    forget the errors of earlier ones. Maps that know only jumps to the data, of
+    consistency training, take several steps like this.
+
+    **Arguments:**
+
+    - `flow_map`: a [`flowdiffrax.AbstractFlowMap`][] or any callable
+      `(s, t, x, args) -> x_t`.
+    - `interpolant`: that of the training.
+    - `x0`: one draw of the base; use `jax.vmap` for a batch, with a key for each.
+    - `times`: the times to restart from, in [0, 1), as a rule rising.
+    - `args`: passed on to the map.
+    - `base`: a function of a key and of a sample that draws from the base, such as
+      [`flowdiffrax.data.GaussianBase`][].
+    - `key`: a random key.
+    - `unroll`: as for [`flowdiffrax.sample`][].
+
+    **Returns:** the sample at time 1, like `x0`.
+
+    **Raises:** `ValueError` for times that are not in one row, or if known, outside
+    [0, 1); what [`flowdiffrax.sample`][] raises.
+
+    ??? cite "Reference"
+
+        Consistency models, [arXiv:2303.01469](https://arxiv.org/abs/2303.01469),
+        algorithm 1.
+    """
+    times = jnp.asarray(times, time_dtype(x0))
+    if times.ndim != 1:
+        raise ValueError(
+            f"`times` must be one row of times to restart from; got shape {times.shape}."
+        )
+    if is_concrete(times):
+        with jax.ensure_compile_time_eval():
+            inside = bool(jnp.all((times >= 0) & (times < 1)))
+        if not inside:
+            raise ValueError(
+                f"`times` must be in [0, 1), with 0 the base and 1 the data; got {times}."
+            )
+    to_data = lambda s, x: sample(flow_map, x, jnp.stack([s, jnp.ones_like(s)]), args)
+
+    def restart(x1, inputs):
+        t, index = inputs
+        base_key, latent_key = jr.split(jr.fold_in(key, index))
+        z = None
+        if interpolant.has_latent:
+            z = optax.tree.random_like(latent_key, x1)
+        return to_data(t, interpolant(base(base_key, x1), x1, z).evaluate(t)), None
+
+    x1 = to_data(jnp.zeros((), times.dtype), x0)
+    turns = times, jnp.arange(times.shape[0])
+    x1, _ = lax.scan(restart, x1, turns, unroll=unroll)
     return x1
 
 
