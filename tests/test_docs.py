@@ -1,24 +1,85 @@
-"""The code of the pages runs, as one script a page, with fewer steps."""
+"""The code of the pages runs, one script a page, with fewer steps where it trains."""
 
+import contextlib
+import io
 import pathlib
 import re
 
 import jax
+import numpy as np
 import pytest
 
-DOCS = pathlib.Path(__file__).parent.parent / "docs"
+import flowdiffrax as fd
+
+ROOT = pathlib.Path(__file__).parent.parent
+BLOCK = re.compile(
+    r"^```python\n(.*?)^```\n(?:\n(?:</div>\n\n)?```text\n(.*?)^```\n)?", re.M | re.S
+)
+# The page says why, and readers of the site don't see it.
+NOT_RUN = re.compile(r"^<!-- not run: .*? -->\n\n?```python\n.*?^```\n", re.M | re.S)
+# These print the same however long they train, and that is compared with the page.
+QUICK = {
+    *("README", "index", "flow-maps", "choosing", "notation", "theory"),
+    *("extending", "coming-from"),
+    *("flow-matching", "trajectories", "lagrangian", "eulerian", "progressive"),
+    *("self-distillation", "mean-flow", "consistency"),
+}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("page", ["networks", "objectives", "recipes", "training"])
-def test_code_of_page(page, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    text = (DOCS / f"{page}.md").read_text()
-    blocks = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+def blocks(path):
+    """The blocks of Python that are to run, each with what it prints on the page."""
+    text = NOT_RUN.sub("", path.read_text())
+    found = [match.groups() for match in BLOCK.finditer(text)]
     # Those with an ellipsis are there to be read.
-    blocks = [block for block in blocks if "..." not in block]
-    assert blocks
-    code = re.sub(r"steps( ?= ?)\d+", r"steps\1 2", "\n".join(blocks))
-    # Pages are written for JAX's own settings, not for those of the tests.
-    with jax.enable_x64(False), jax.numpy_dtype_promotion("standard"):
-        exec(compile(code, f"{page}.md", "exec"), {})
+    return [(code, printed) for code, printed in found if "..." not in code]
+
+
+def is_quick(path):
+    return path.stem in QUICK and path.parent.name != "tutorials"
+
+
+PAGES = {
+    str(path.relative_to(ROOT)): path
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    if blocks(path)
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if is_quick(path) else pytest.param(name, marks=pytest.mark.slow)
+        for name, path in PAGES.items()
+    ],
+)
+def test_code_of_page(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    # Files that nobody has at hand.
+    monkeypatch.setattr(fd.data, "imagenet32", lambda path: fd.data.digits())
+    path, names = PAGES[name], {}
+    with contextlib.ExitStack() as stack:
+        # Pages are written for JAX's own settings, not for those of the tests.
+        stack.enter_context(jax.enable_x64(False))
+        stack.enter_context(jax.numpy_dtype_promotion("standard"))
+        stack.enter_context(jax.numpy_rank_promotion("allow"))
+        stack.enter_context(np.printoptions())
+        for code, printed in blocks(path):
+            code = re.sub(r"(?<!max_)steps( ?= ?)\d+", r"steps\1 2", code)
+            with contextlib.redirect_stdout(io.StringIO()) as out:
+                exec(compile(code, name, "exec"), names)
+            if is_quick(path):
+                assert out.getvalue() == (printed or "")
+
+
+def test_quick_pages_are_there():
+    assert {path.stem for path in PAGES.values() if is_quick(path)} == QUICK
+
+
+@pytest.mark.parametrize("path", PAGES.values(), ids=PAGES)
+def test_no_block_is_missed(path):
+    text = path.read_text()
+    # An indented one, say, within a list.
+    assert text.count("```python") == len(BLOCK.findall(text))
+    assert not re.search(
+        r"^\s*```\n\s*\S", re.sub(r"```\w+\n.*?```\n", "", text, flags=re.S)
+    )

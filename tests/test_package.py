@@ -36,7 +36,7 @@ MODULES = {
 
 def test_import_is_light():
     extras = {"tqdm", "matplotlib", "scipy.stats", "ott", "orbax", "pandas", "torch"}
-    extras |= {"grain", "PIL", "pyarrow", "tensorboardX", "wandb"}
+    extras |= {"grain", "PIL", "pyarrow", "tensorboardX", "wandb", "hypothesis", "tyro"}
     code = f"import sys, flowdiffrax; print(sorted({extras!r} & set(sys.modules)))"
     # `python -c` would otherwise find whatever lies in the working directory.
     done = subprocess.run(

