@@ -341,6 +341,8 @@ def batches_of(recipe, options, images):
     size = recipe.batch_size // options.accumulate
     if not options.stream:
         return recipe.batches(images, size)
+    if recipe.num_classes is None:
+        images = dataclasses.replace(images, labels=None)
     make = lambda source: recipe.batches(source, size)
     return fd.data.StreamBatches(images, size, make, flip=recipe.flip)
 

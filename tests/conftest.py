@@ -1,3 +1,5 @@
+import os
+
 import hypothesis
 import jax
 
@@ -11,11 +13,16 @@ jax.config.update("jax_debug_key_reuse", jax.__version_info__ >= (0, 8))
 # Tests compile far more than they compute.
 jax.config.update("jax_disable_most_optimizations", True)
 
+# The first example of a shape compiles.
+_COMPILES = {
+    "deadline": None,
+    "suppress_health_check": [hypothesis.HealthCheck.too_slow],
+}
+# Pick one by `--hypothesis-profile`, or by the environment.
 hypothesis.settings.register_profile(
-    "default",
-    deadline=None,  # the first example of a shape compiles
-    derandomize=True,
-    max_examples=25,
-    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+    "quick", derandomize=True, max_examples=25, **_COMPILES
 )
-hypothesis.settings.load_profile("default")
+hypothesis.settings.register_profile(
+    "thorough", max_examples=200, print_blob=True, **_COMPILES
+)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))

@@ -48,6 +48,14 @@ def test_default_average_velocity(s, t):
     np.testing.assert_allclose(Plain().average_velocity(s, t, X), expected, rtol=1e-7)
 
 
+def test_default_average_velocity_over_a_gap_below_the_precision_of_the_state():
+    x = X.astype(jnp.float32)
+    flow_map = Plain()
+    found = flow_map.average_velocity(jnp.asarray(0.0), jnp.asarray(1e-234), x)
+    np.testing.assert_array_equal(found, flow_map.velocity(jnp.asarray(1e-234), x))
+    assert np.isfinite(found).all()
+
+
 def test_default_average_velocity_on_diagonal_has_finite_gradients():
     gradient = jax.grad(lambda x: jnp.sum(Plain().average_velocity(0.3, 0.3, x)))(X)
     np.testing.assert_allclose(gradient, np.cos(np.asarray(X) + 0.3), rtol=1e-12)

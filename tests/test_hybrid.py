@@ -95,7 +95,11 @@ FALLBACKS = {
 }
 
 
-SLOW = {"dopri8", "bosh3", "implicit", "half"}
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+SLOW = {"dopri8", "bosh3", "implicit", "half", "kvaerno5"}
 
 
 @pytest.mark.parametrize(
@@ -122,7 +126,7 @@ def test_useless_map_leaves_the_classical_solution(name, t0, t1):
 
 @pytest.mark.parametrize(
     "name, t0, t1",
-    [("tsit5", 0.1, 0.9), ("tsit5", 0.85, 0.2), ("kvaerno5", 0.1, 0.9)]
+    [("tsit5", 0.1, 0.9), ("tsit5", 0.85, 0.2), slow("kvaerno5", 0.1, 0.9)]
     + [("reversible", 0.1, 0.9), ("half", 0.85, 0.2)],
 )
 def test_classical_solver_starts_anew_after_a_jump(name, t0, t1):
@@ -313,7 +317,7 @@ def test_refused_map_is_left_alone_for_longer_and_longer():
 # Tolerances
 
 
-@pytest.mark.parametrize("name", ["tsit5", "kvaerno5"])
+@pytest.mark.parametrize("name", ["tsit5", slow("kvaerno5")])
 def test_tolerances_with_fixed_steps(name):
     given = {"rtol": 1e-6, "atol": 1e-6}
     controller = diffrax.ConstantStepSize()
@@ -350,7 +354,7 @@ def test_manual_steps():
     [
         (2, diffrax.Tsit5(), fd.LinearisedError()),
         (40, diffrax.Tsit5(), fd.ResidualIntegral()),
-        (40, diffrax.Kvaerno3(), fd.LinearisedError()),
+        slow(40, diffrax.Kvaerno3(), fd.LinearisedError()),
     ],
     ids=["small", "large", "implicit"],
 )
@@ -399,8 +403,8 @@ def test_other_estimates(estimate):
 
 @pytest.mark.parametrize(
     "name, t0, t1",
-    [("exact", 0.1, 0.9), ("nan", 0.85, 0.2)]
-    + [("nan-early", 0.1, 0.9), ("nan-early", 0.85, 0.2)],
+    [("exact", 0.1, 0.9), slow("nan", 0.85, 0.2)]
+    + [slow("nan-early", 0.1, 0.9), ("nan-early", 0.85, 0.2)],
 )
 def test_saved_times_and_dense_output(name, t0, t1):
     ts = jnp.linspace(t0, t1, 6)
@@ -412,7 +416,7 @@ def test_saved_times_and_dense_output(name, t0, t1):
     assert_close(dense, sol.ys, 1e-6, 1e-6)
 
 
-@pytest.mark.parametrize("name", ["exact", "nan", "nan-early"])
+@pytest.mark.parametrize("name", ["exact", slow("nan"), "nan-early"])
 def test_event_within_a_step(name):
     # It moves steadily, so that the first entry takes every value once.
     x = jnp.asarray([-1.5, 0.7])
@@ -450,8 +454,8 @@ def test_batch_does_not_copy_the_weights():
 
 @pytest.mark.parametrize(
     "name, adjoint",
-    [("exact", "recursive"), ("untrained", "direct")]
-    + [("nan-early", kind) for kind in ("recursive", "direct", "forward")],
+    [("exact", "recursive"), slow("untrained", "direct")]
+    + [("nan-early", "recursive"), slow("nan-early", "direct"), ("nan-early", "forward")],
 )
 def test_gradients(name, adjoint):
     kind = {
@@ -490,7 +494,7 @@ def test_state_goes_in_again():
 
 
 @pytest.mark.filterwarnings("ignore:Complex dtype support in Diffrax:UserWarning")
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.complex128])
+@pytest.mark.parametrize("dtype", [jnp.float32, slow(jnp.complex128)])
 def test_other_states(dtype):
     field = lambda t, y, args: {"a": -y["a"], "b": (y["b"][0] * 0.5,)}
     exact = lambda s, t, y, args: {

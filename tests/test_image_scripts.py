@@ -227,12 +227,14 @@ def test_teacher_then_distillation_then_scores_again(tmp_path):
 def test_siblings_train(preset, tmp_path):
     words = [*SHORT, "--preset", preset, "--out", str(tmp_path), "--do", "train"]
     digits.main(words)
-    state = fd.train.Run(tmp_path).metrics()
-    assert np.isfinite([report["loss"] for report in state]).all()
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert len(lines) == 2
+    assert np.isfinite([json.loads(line)["loss"] for line in lines]).all()
 
 
 @pytest.mark.slow
 def test_smoke_with_stream_and_both_directions(tmp_path):
     words = [*SHORT, "--stream", "--both-directions", "--out", str(tmp_path)]
-    rows = cifar10.main([*words, "--do", "train", "scores", "inversion"])
+    # A solve is a loop, in which XLA's convolutions for CPUs are slow.
+    rows = cifar10.main([*words, "--ode", "None", "--do", "train", "scores", "inversion"])
     assert np.isfinite(rows[0]["frechet"])

@@ -197,7 +197,7 @@ def mutate(monkeypatch, name, line, mistake):
 
 
 # Each compiles everything anew; a few of them for every day.
-DAILY = 5
+DAILY = 3
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,11 @@ import equinox as eqx
 import pytest
 
 import flowdiffrax as fd
+import flowdiffrax.testing
 
 ROOMS = {
     name: getattr(fd, name)
-    for name in ("data", "exact", "metrics", "nn", "plot", "train")
+    for name in ("data", "exact", "metrics", "nn", "plot", "testing", "train")
 }
 
 

@@ -75,8 +75,10 @@ class AbstractFlowMap(eqx.Module):
         v_tt = self.velocity(t, x, args)
 
         def slope(end: Array, start: Array, v: Array) -> Array:
+            # A gap of float64 may be zero in the precision of the leaf.
             width = safe.astype(jnp.finfo(end.dtype).dtype).astype(end.dtype)
-            return jnp.where(h == 0, v, (end - start) / width)
+            at_rest = (h == 0) | (width == 0)
+            return jnp.where(at_rest, v, (end - start) / jnp.where(width == 0, 1, width))
 
         return jtu.tree_map(slope, X_st, x, v_tt)
 

@@ -13,7 +13,7 @@ class AbstractWeight(eqx.Module):
     """What an objective makes of the squared norm of its residual.
 
     Weights receive the squared error and return the loss, so that they may depend on the
-    error itself. Any callable with this signature serves as well.
+    error itself.
     """
 
     @abc.abstractmethod

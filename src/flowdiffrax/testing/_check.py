@@ -1,0 +1,161 @@
+"""All identities of a map over random times and states."""
+
+import secrets
+from collections.abc import Callable, Sequence
+
+from .._custom_types import Args, State
+from .._derivative import Derivative
+from ._assert import Prepared, assess, check_names, jacobian_is_cheap, prepare
+from ._failure import Failure, IdentityError, Tolerance, literal
+from ._identity import IDENTITIES
+from ._strategies import Strategy, hypothesis_module, states_like, time_triples
+
+# A flow backwards in time is asked for by these.
+_BACKWARDS = {"inverse", "both_directions"}
+
+
+def check(
+    flow_map: Callable,
+    vector_field: Callable | None = None,
+    *,
+    state: State | Strategy,
+    identities: Sequence[str] | None = None,
+    t0: float | None = None,
+    t1: float | None = None,
+    ordered: bool = False,
+    args: Args = None,
+    rtol: Tolerance = None,
+    atol: Tolerance = None,
+    jvp: Derivative | None = None,
+    max_examples: int | None = None,
+    seed: int | None = None,
+) -> dict[str, float]:
+    """Looks for times and states at which an identity does not hold.
+
+    Hypothesis draws them; what it finds is shrunk to the simplest numbers that still
+    fail. It needs no pytest:
+
+    ```python
+    check(lambda s, t, x: my_network(x, s, t), state=jnp.zeros(2))
+    ```
+
+    **Arguments:**
+
+    - `flow_map`, `vector_field`, `args`, `jvp`: as for
+      [`flowdiffrax.testing.assert_starts_as_identity`][]. Without a field, the map is
+      compared with its own velocity.
+    - `state`: a state like those of the map, of entries up to 2; or a strategy.
+    - `identities`: names of identities, those of the assertions without `assert_`;
+      `None` for all that apply. `tangent` needs a field, and `positive_jacobian` a real
+      state of at most 64 entries.
+    - `t0`, `t1`: the interval of times; `None` for the map's `time_range`, which is
+      [0, 1] if it declares none.
+    - `ordered`: whether times only rise, for maps of one direction; without `inverse`
+      and `both_directions`, then.
+    - `rtol`, `atol`: as for [`flowdiffrax.testing.assert_identities`][].
+    - `max_examples`: how many jumps; `None` for the Hypothesis profile's number, 100 if
+      there is none.
+    - `seed`: other examples for each; `None` for a random one, and the same one always
+      in a profile that is derandomised. A failure says which it was.
+
+    **Returns:** the largest defect that was seen of each identity.
+
+    **Raises:** [`flowdiffrax.testing.IdentityError`][], with one failure for each
+    identity that is broken; `ImportError` without Hypothesis; `ValueError` for unknown
+    names.
+    """
+    hypothesis = hypothesis_module()
+    st = hypothesis_module(".strategies")
+    draws = state if isinstance(state, st.SearchStrategy) else states_like(state)
+    low, high = getattr(flow_map, "time_range", None) or (0.0, 1.0)
+    low, high = low if t0 is None else t0, high if t1 is None else t1
+    points = time_triples(low, high, ordered=True if ordered else None)
+    all_names = tuple(IDENTITIES) if identities is None else tuple(identities)
+    check_names(all_names)
+    if identities is None:
+        left_out = {"tangent"} if vector_field is None else set()
+        left_out |= _BACKWARDS if ordered else set()
+        all_names = tuple(name for name in all_names if name not in left_out)
+    if seed is None:
+        seed = 0 if hypothesis.settings().derandomize else secrets.randbits(32)
+    settings = hypothesis.settings(
+        max_examples=max_examples or hypothesis.settings().max_examples,
+        deadline=None,
+        database=None,
+        derandomize=False,
+        phases=[hypothesis.Phase.generate, hypothesis.Phase.shrink],
+        suppress_health_check=list(hypothesis.HealthCheck),
+    )
+    leave_out_jacobian = identities is None
+
+    prepared: Prepared | None = None
+    defects: dict[str, float] = {}
+
+    def failures_at(times: tuple[float, float, float], x: State) -> list[Failure]:
+        nonlocal prepared
+        s, u, t = times
+        if prepared is None:
+            prepared = prepare(flow_map, vector_field, x, s, args, jvp, once=False)
+        asked = all_names
+        if leave_out_jacobian and not jacobian_is_cheap(x):
+            asked = tuple(name for name in asked if name != "positive_jacobian")
+        failures, found = assess(prepared, asked, s, u, t, x, args, rtol, atol)
+        for name, defect in found.items():
+            defects[name] = max(defect, defects.get(name, 0.0))
+        return failures
+
+    def search(test: Callable) -> None:
+        test = hypothesis.given(points, draws)(test)
+        hypothesis.seed(seed)(settings(test))()
+
+    # First what is broken at all. Then each is shrunk by itself, from the same examples.
+    simplest = _find_broken(search, failures_at)
+    for name in simplest:
+
+        def fail(times, x):
+            for failure in failures_at(times, x):
+                if failure.identity == name:  # noqa: B023
+                    raise IdentityError(failure)
+
+        try:
+            search(fail)
+        except IdentityError as error:
+            (simplest[name],) = error.failures
+        except hypothesis.errors.Flaky:
+            pass  # the map is not one function of its inputs: what was seen is said
+    if simplest:
+        note = (
+            f"{len(simplest)} of {len(defects)} identities do not hold. To repeat the "
+            f"search: `check(..., seed={seed})`."
+        )
+        in_order = [
+            simplest[name]._replace(largest=defects[name])
+            for name in all_names
+            if name in simplest
+        ]
+        raise IdentityError(*in_order, note=note)
+    return defects
+
+
+def _find_broken(search: Callable, failures_at: Callable) -> dict[str, Failure]:
+    """For each identity that is broken, the first failure that was met."""
+    first: dict[str, Failure] = {}
+    crash: Exception | None = None
+
+    def collect(times, x):
+        nonlocal crash
+        if crash is not None:
+            return
+        try:
+            for failure in failures_at(times, x):
+                first.setdefault(failure.identity, failure)
+        except Exception as error:
+            # A map that cannot be called fails alike everywhere, and slowly: Hypothesis
+            # would look for the simplest point at which it does.
+            error.add_note(f"At (s, u, t) = {times} and x = {literal(x)}.")
+            crash = error
+
+    search(collect)
+    if crash is not None:
+        raise crash
+    return first

@@ -1,0 +1,135 @@
+"""What is said when an identity does not hold."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+
+from .._custom_types import Args, State
+from .._derivative import FiniteDifference
+from ._identity import IDENTITIES, rounding_unit
+
+# A number for all identities, or one for each by name.
+Tolerance = float | Mapping[str, float] | None
+
+
+class Failure(NamedTuple):
+    """One identity that does not hold, at one point.
+
+    **Attributes:**
+
+    - `identity`: its name, as in `assert_<name>`.
+    - `times`: its times by name.
+    - `x`, `args`: the state, and what goes with it.
+    - `defect`: the largest entry of the residual, by magnitude; for
+      `positive_jacobian` the determinant.
+    - `tolerance`: what it may be at most.
+    - `entry`: which entry of the state is off most.
+    - `row`: which row of a batch it was, `None` for a single point.
+    - `has_field`: whether it was compared with a vector field, or with its own velocity.
+    - `largest`: the largest defect of a search, `None` if there was none.
+    """
+
+    identity: str
+    times: dict[str, Any]
+    x: State
+    args: Args
+    defect: float
+    tolerance: float
+    entry: str = ""
+    row: int | None = None
+    has_field: bool = True
+    largest: float | None = None
+
+    def __str__(self) -> str:
+        identity = IDENTITIES[self.identity]
+        if self.identity == "positive_jacobian":
+            said = "the determinant is zero or undefined"
+            if not np.isnan(self.defect):
+                said = f"the determinant is {self.defect:.3g}"
+        else:
+            said = f"off by {self.defect:.3g}"
+            if self.largest is not None and self.largest > self.defect:
+                said += f" here and by {self.largest:.3g} elsewhere"
+            said += f", where {self.tolerance:.2g} is allowed"
+        place = "" if self.row is None else f"row {self.row}, "
+        place += ", ".join(f"{name} = {value!s}" for name, value in self.times.items())
+        entry = f", at entry {self.entry}" if self.entry else ""
+        lines = [
+            f"The identity `{self.identity}` does not hold: {identity.formula}",
+            f"  by how much: {said}{entry}",
+            f"  where:       {place}",
+            f"               x = {literal(self.x)}",
+            f"  often it is: {identity.causes}",
+            f"  to repeat:   {self.command()}",
+        ]
+        return "\n".join(lines)
+
+    def command(self) -> str:
+        """A line of Python that repeats the failure."""
+        field = ["vector_field" if self.has_field else "None"]
+        field = field if IDENTITIES[self.identity].needs_field else []
+        point = [str(value) for value in self.times.values()] + [literal(self.x)]
+        args = [] if self.args is None else [f"args={literal(self.args)}"]
+        inputs = ", ".join(["flow_map", *field, *point, *args])
+        return f"assert_{self.identity}({inputs})"
+
+
+class IdentityError(AssertionError):
+    """An identity of flow maps does not hold.
+
+    **Attributes:**
+
+    - `failures`: one [`flowdiffrax.testing.Failure`][] for each identity that is broken.
+    """
+
+    def __init__(self, *failures: Failure, note: str = ""):
+        self.failures = failures
+        super().__init__("\n\n".join([*map(str, failures), *([note] if note else [])]))
+
+
+class _Code(str):
+    """Text that stands for itself in the `repr` of a PyTree."""
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+def literal(tree: Any) -> str:
+    """A PyTree as Python code; arrays of more than 64 entries are abridged."""
+
+    def write(leaf: Any) -> Any:
+        if not isinstance(leaf, jax.Array | np.ndarray | np.generic):
+            return leaf
+        dtype, values = jnp.result_type(leaf), np.asarray(leaf)
+        # NumPy does not know how many digits the other floats of eight or sixteen bits
+        # are worth.
+        if values.dtype.kind == "V":
+            values = values.astype(np.float32)
+        text = np.array2string(
+            values, separator=", ", floatmode="unique", threshold=64, max_line_width=10**6
+        )
+        return _Code(f"jnp.asarray({' '.join(text.split())}, jnp.{dtype})")
+
+    return repr(jtu.tree_map(write, tree))
+
+
+def tolerances(
+    name: str, x: State, jvp: Callable, rtol: Tolerance, atol: Tolerance
+) -> tuple[float, float]:
+    """The relative and the absolute tolerance of an identity, given or by default."""
+    pick = lambda tol: tol.get(name) if isinstance(tol, Mapping) else tol
+    relative, absolute = pick(rtol), pick(atol)
+    if relative is None:
+        relative = _default_rtol(name, x, jvp)
+    return relative, relative if absolute is None else absolute
+
+
+def _default_rtol(name: str, x: State, jvp: Callable) -> float:
+    identity = IDENTITIES[name]
+    by_differences = identity.differentiates and isinstance(jvp, FiniteDifference)
+    # The third derivative of a smooth map may well be a hundred times its value.
+    return rounding_unit(x) ** identity.accuracy * (100 if by_differences else 1)

@@ -1,0 +1,207 @@
+"""How far a map is from each identity, over a grid of times."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import equinox as eqx
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+from jaxtyping import Float
+
+from .._custom_types import Args, State
+from .._misc import num_rows, time_dtype
+from ..data._files import import_extra
+from ._assert import check_names, prepare
+from ._identity import IDENTITIES, Jump
+
+_REPORTED = (
+    "starts_as_identity",
+    "semigroup",
+    "inverse",
+    "tangent",
+    "lagrangian",
+    "eulerian",
+)
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class DefectReport:
+    """The defects of a flow map; printed, it is a table.
+
+    A defect is the norm of an identity's residual, over all entries of a state.
+
+    **Attributes:**
+
+    - `times`: the grid of times.
+    - `by_times`: for each identity its root mean square over the states, by start time
+      and end time. Identities of one time have the diagonal only, and NaN beside it.
+    - `worst_by_times`: likewise, of the state with the largest defect.
+    """
+
+    times: Float[np.ndarray, " times"]
+    by_times: dict[str, np.ndarray]
+    worst_by_times: dict[str, np.ndarray]
+
+    @property
+    def rms(self) -> dict[str, float]:
+        """For each identity the root mean square over times and states."""
+        return {
+            name: float(np.sqrt(np.mean(_asked(name, values) ** 2)))
+            for name, values in self.by_times.items()
+        }
+
+    def table(self) -> str:
+        """A row for each identity: rms, the largest defect, and the times it is at."""
+        lines = [f"{'identity':<20}{'rms':>11}{'worst':>11}{'s':>8}{'t':>8}"]
+        for name, rms in self.rms.items():
+            values = self.worst_by_times[name]
+            order = np.nan_to_num(_asked(name, values), nan=np.inf)
+            index = int(np.argmax(order))
+            is_alone = order.ndim == 1
+            i, j = (index, index) if is_alone else np.unravel_index(index, values.shape)
+            lines.append(
+                f"{name:<20}{rms:>11.2e}{values[i, j]:>11.2e}"
+                f"{self.times[i]:>8.3g}{self.times[j]:>8.3g}"
+            )
+        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        return self.table()
+
+    __repr__ = __str__
+
+    def plot(self, axes: Any = None) -> Any:
+        """A heat-map for each identity: start times to the right, end times upwards.
+
+        Colours are logarithmic, and bright where the map is bad.
+
+        **Arguments:**
+
+        - `axes`: Matplotlib axes, one for each identity, as `plt.subplots` makes them;
+          `None` for a new figure.
+
+        **Returns:** the figure.
+
+        **Raises:** `ImportError` without Matplotlib; `ValueError` for fewer axes than
+        identities.
+        """
+        colours = import_extra("matplotlib.colors", "plot", "DefectReport.plot")
+        if axes is None:
+            # Not of `pyplot`, which keeps figures and may open windows.
+            figures = import_extra("matplotlib.figure", "plot", "DefectReport.plot")
+            rows = 1 + (len(self.by_times) > 3)
+            columns = -(-len(self.by_times) // rows)
+            figure = figures.Figure(
+                figsize=(3.2 * columns, 2.8 * rows), layout="constrained"
+            )
+            axes = figure.subplots(rows, columns, squeeze=False)
+        axes = np.ravel(np.asarray(axes, object))
+        if len(axes) < len(self.by_times):
+            raise ValueError(
+                f"There must be axes for {len(self.by_times)} identities; got "
+                f"{len(axes)}."
+            )
+        for panel, (name, values) in zip(axes, self.by_times.items(), strict=False):
+            # Zero, an identity that holds exactly, has a colour too.
+            values = np.maximum(values, np.finfo(np.float32).tiny)
+            finite = values[np.isfinite(values)]
+            high = max(np.max(finite, initial=0.0), 1e-30)
+            low = min(max(np.min(finite, initial=high), 1e-8 * high), 0.1 * high)
+            mesh = panel.pcolormesh(
+                self.times,
+                self.times,
+                values.T,
+                norm=colours.LogNorm(low, high),
+                cmap="magma",
+                shading="nearest",
+            )
+            panel.figure.colorbar(mesh, ax=panel)
+            panel.set(title=name, xlabel="start s", ylabel="end t", aspect="equal")
+        for panel in axes[len(self.by_times) :]:
+            panel.set_axis_off()
+        return axes[0].figure
+
+
+def defect_report(
+    flow_map: Callable,
+    vector_field: Callable | None = None,
+    *,
+    states: State | Callable[[float], State],
+    t0: float | None = None,
+    t1: float | None = None,
+    num_times: int = 9,
+    identities: Sequence[str] = _REPORTED,
+    args: Args = None,
+) -> DefectReport:
+    """How far a map is from its identities, by start and end time.
+
+    The stop-over of the semigroup identity is in the middle. On the same jumps, the root
+    mean squares are those of [`flowdiffrax.metrics.defects`][].
+
+    **Arguments:**
+
+    - `flow_map`, `vector_field`: as for
+      [`flowdiffrax.testing.assert_starts_as_identity`][]. Without a field, the map is
+      compared with its own velocity, and `tangent` is left out.
+    - `states`: a batch of states at time `t0`, every leaf with the batch axis, which the
+      map itself takes to the other times; or a function `t -> batch`, such as the
+      samples of an interpolant at `t`, of one shape for all times.
+    - `t0`, `t1`: the interval of times; `None` for the map's `time_range`, which is
+      [0, 1] if it declares none.
+    - `num_times`: times along each side of the grid, at least 2, the ends among them.
+    - `identities`: names of identities, those of the assertions without `assert_`.
+    - `args`: conditions with the batch axis, or `None`.
+
+    **Raises:** `ValueError` for fewer than two times, unknown names, or a batch that is
+    none.
+    """
+    check_names(identities)
+    if num_times < 2:
+        raise ValueError(f"`num_times` must be at least 2; got {num_times}.")
+    low, high = getattr(flow_map, "time_range", None) or (0.0, 1.0)
+    low, high = low if t0 is None else t0, high if t1 is None else t1
+    times = np.linspace(low, high, num_times)
+    start = states(low) if callable(states) else states
+    start = jtu.tree_map(jnp.asarray, start)
+    batch = num_rows((start, eqx.filter(args, eqx.is_array)), "States and conditions")
+    spread = lambda time: jnp.full(batch, time, time_dtype(start))
+    prepared = prepare(flow_map, vector_field, start, spread(low), args, once=False)
+    compute, known_map, field, settings, _ = prepared
+    if callable(states):
+        clouds = [jtu.tree_map(jnp.asarray, states(float(time))) for time in times]
+    else:
+        axes = eqx.if_array(0)
+        move = eqx.filter_jit(eqx.filter_vmap(known_map, in_axes=(0, 0, axes, axes)))
+        clouds = [move(spread(low), spread(time), start, args) for time in times]
+    names = [name for name in identities if name != "tangent" or vector_field is not None]
+    alone = tuple(name for name in names if len(IDENTITIES[name].times) == 1)
+    paired = tuple(name for name in names if len(IDENTITIES[name].times) > 1)
+    shape = (num_times, num_times)
+    rms = {name: np.full(shape, np.nan) for name in names}
+    worst = {name: np.full(shape, np.nan) for name in names}
+    for i, x in enumerate(clouds):
+        for j in range(num_times):
+            s, t = spread(times[i]), spread(times[j])
+            jump = Jump(known_map, field, s, (s + t) / 2, t, x, args, settings)
+            for asked in (alone,) * (i == j) + (paired,):
+                for name, (residual, _) in compute(asked, jump).items():
+                    norms = _squared_norms(residual)
+                    rms[name][i, j] = np.sqrt(np.mean(norms))
+                    worst[name][i, j] = np.sqrt(np.max(norms))
+    return DefectReport(times, rms, worst)
+
+
+def _asked(name: str, values: np.ndarray) -> np.ndarray:
+    """Without the entries beside the diagonal, where an identity has none."""
+    return np.diagonal(values) if len(IDENTITIES[name].times) == 1 else values
+
+
+def _squared_norms(residual: State) -> np.ndarray:
+    """For each row of a batch."""
+    total: Any = 0.0
+    for leaf in jtu.tree_leaves(residual):
+        magnitude = np.asarray(jnp.abs(leaf).astype(float))
+        total = total + np.sum(magnitude.reshape(len(magnitude), -1) ** 2, axis=1)
+    return total

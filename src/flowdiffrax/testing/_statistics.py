@@ -1,0 +1,109 @@
+"""What estimators and random draws should satisfy, told from many of them."""
+
+from collections.abc import Callable
+
+import jax
+import jax.random as jr
+import jax.tree_util as jtu
+import numpy as np
+from jaxtyping import Array, ArrayLike, Key, PyTree
+
+
+def assert_unbiased(
+    estimator: Callable,
+    expected: PyTree[ArrayLike],
+    key: Key[Array, ""],
+    *,
+    num_draws: int = 4096,
+    sigmas: float = 5.0,
+) -> None:
+    """Asserts that the mean of an estimator is what it estimates.
+
+    **Arguments:**
+
+    - `estimator`: a function `key -> estimate`, in JAX.
+    - `expected`: what the mean should be, like an estimate in structure and shapes.
+    - `key`: a random key.
+    - `num_draws`: the number of draws $n$.
+    - `sigmas`: how many standard errors the mean may be off. A bias of this many times
+      the standard deviation over $\\sqrt n$ is found half of the time, and one twice as
+      large nearly always. Five are exceeded by chance once in two million draws of the
+      key, for each entry.
+
+    **Raises:** `AssertionError`.
+    """
+    draws = jax.jit(jax.vmap(estimator))(jr.split(key, num_draws))
+    estimates, structure = jtu.tree_flatten_with_path(draws)
+    if structure != jtu.tree_structure(expected):
+        raise ValueError(
+            f"`expected` must be a PyTree like an estimate, {structure}; got "
+            f"{jtu.tree_structure(expected)}."
+        )
+    for (path, values), truth in zip(estimates, jtu.tree_leaves(expected), strict=True):
+        values, truth = np.asarray(values, float), np.asarray(truth, float)
+        mean, error = values.mean(axis=0), values.std(axis=0) / np.sqrt(num_draws)
+        # An estimator without variance is right to rounding.
+        error = error + 1e-6 * np.maximum(np.abs(truth), np.abs(mean)) / sigmas
+        off = np.abs(mean - truth) / np.maximum(error, np.finfo(float).tiny)
+        if not np.all(off <= sigmas):
+            worst = np.unravel_index(np.argmax(np.nan_to_num(off, nan=np.inf)), off.shape)
+            entry = jtu.keystr(path) + (str([*map(int, worst)]) if worst else "")
+            raise AssertionError(
+                f"The estimator is biased: the mean of {num_draws} draws is "
+                f"{mean[worst]:.5g} ± {error[worst]:.1g}, where {truth[worst]:.5g} is "
+                f"expected, {off[worst]:.3g} standard errors away; {sigmas:g} are "
+                f"allowed{', at entry ' + entry if entry else ''}.\n"
+                "  often it is: a product or a power of estimates that share their "
+                "draws, or a factor of the variance of the draws"
+            )
+
+
+def assert_independent(
+    draw: Callable,
+    key: Key[Array, ""],
+    *,
+    num_draws: int = 4096,
+    sigmas: float = 5.5,
+) -> None:
+    """Asserts that random draws which should be independent share no key.
+
+    Compares every entry of each part with every entry of the others: correlations of the
+    values and of their distances from the mean.
+
+    **Arguments:**
+
+    - `draw`: a function from a key to two or more arrays that should be independent,
+      `key -> (a, b, ...)`, in JAX.
+    - `key`: a random key.
+    - `num_draws`: the number of draws.
+    - `sigmas`: how many standard errors a correlation may be from zero.
+
+    **Raises:** `AssertionError`; `ValueError` for fewer than
+    two parts.
+    """
+    parts = jax.jit(jax.vmap(draw))(jr.split(key, num_draws))
+    if not isinstance(parts, tuple | list) or len(parts) < 2:
+        raise ValueError("`draw` must return a tuple of two arrays or more.")
+    columns = [np.asarray(part, float).reshape(num_draws, -1) for part in parts]
+    for i in range(len(columns)):
+        for j in range(i):
+            for of, transform in (("values", lambda x: x), ("sizes", np.abs)):
+                found = _correlations(columns[j], columns[i], transform)
+                if found.size and np.max(np.abs(found)) > sigmas / np.sqrt(num_draws):
+                    a, b = np.unravel_index(np.argmax(np.abs(found)), found.shape)
+                    raise AssertionError(
+                        f"Parts {j} and {i} are not independent: the {of} of entries "
+                        f"{a} and {b} are correlated by {found[a, b]:.3g} over "
+                        f"{num_draws} draws; chance allows "
+                        f"{sigmas / np.sqrt(num_draws):.2g}.\n"
+                        "  often it is: one key for two draws; split it"
+                    )
+
+
+def _correlations(a: np.ndarray, b: np.ndarray, transform: Callable) -> np.ndarray:
+    def standardise(x):
+        x = transform(x - x.mean(axis=0))
+        x = x - x.mean(axis=0)
+        return x / np.maximum(x.std(axis=0), np.finfo(float).tiny)
+
+    return standardise(a).T @ standardise(b) / len(a)

@@ -1,0 +1,317 @@
+"""Hypothesis strategies for times, states, vector fields and flows."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+
+from .._custom_types import State
+from .._interpolant import (
+    AbstractInterpolant,
+    LinearInterpolant,
+    SineSquaredLatent,
+    TrigonometricInterpolant,
+    VariancePreservingInterpolant,
+)
+from ..data._files import import_extra
+from ..exact import GaussianFlowMap
+from ._fields import KnownField
+
+# A `hypothesis.strategies.SearchStrategy`, of an extra.
+Strategy: TypeAlias = Any
+
+
+def hypothesis_module(name: str = "") -> Any:
+    """A module of Hypothesis.
+
+    **Raises:** `ImportError`, naming the extra that brings it.
+    """
+    return import_extra(f"hypothesis{name}", "testing", "flowdiffrax.testing")
+
+
+def times(t0: float = 0.0, t1: float = 1.0) -> Strategy:
+    """Times of an interval, both ends included.
+
+    Most are thousandths of the interval, so that a counterexample can be read; the
+    others are any floats.
+
+    **Arguments:**
+
+    - `t0`, `t1`: the interval, `t0 < t1`.
+
+    **Raises:** `ValueError` for an empty interval; `ImportError` without Hypothesis, as
+    all strategies do.
+    """
+    return _time_tuples(1, t0, t1).map(lambda drawn: drawn[0])
+
+
+def time_pairs(
+    t0: float = 0.0, t1: float = 1.0, *, ordered: bool | None = None, gap: float = 0.0
+) -> Strategy:
+    """Pairs `(s, t)` of start and end: far apart, equal, and nearly equal.
+
+    **Arguments:**
+
+    - `t0`, `t1`: the interval, `t0 < t1`.
+    - `ordered`: `True` for `s <= t`, `False` for `s >= t`, `None` for either.
+    - `gap`: how far apart they are at least; then "equal" pairs are so far apart.
+
+    **Raises:** `ValueError` for an empty interval, or a gap it has no room for.
+    """
+    st = hypothesis_module(".strategies")
+    _check_interval(t0, t1)
+    if not 0 <= gap < t1 - t0:
+        raise ValueError(
+            f"`gap` must be at least 0 and below the length of [{t0}, {t1}]; got {gap}."
+        )
+    # What is drawn are pairs without the gap.
+    last = t1 - gap
+    nearby = st.sampled_from([1e-2, 1e-4, 1e-6]).map(lambda share: share * (t1 - t0))
+    time = times(t0, last)
+    close = st.tuples(time, nearby).map(lambda p: (p[0], min(p[0] + p[1], last)))
+    # Twice, and so half of all: Hypothesis draws branches alike.
+    apart, far_apart = _time_tuples(2, t0, last), _time_tuples(2, t0, last)
+    both = apart | far_apart | time.map(lambda t: (t, t)) | close
+    falls = st.just(ordered is False) if ordered is not None else st.booleans()
+
+    def arrange(drawn: tuple[tuple[float, float], bool]) -> tuple[float, float]:
+        pair, falling = drawn
+        low, high = min(pair), min(max(pair) + gap, t1)
+        return (high, low) if falling else (low, high)
+
+    return st.tuples(both, falls).map(arrange)
+
+
+def time_triples(
+    t0: float = 0.0, t1: float = 1.0, *, ordered: bool | None = None, gap: float = 0.0
+) -> Strategy:
+    """Triples `(s, u, t)` of start, stop-over and end.
+
+    **Arguments:** as for [`flowdiffrax.testing.time_pairs`][], whose pairs the ends are.
+    The stop-over is between them if they are `ordered`, and any time of the interval if
+    not; it is at an end often enough.
+
+    **Raises:** `ValueError` as there.
+    """
+    st = hypothesis_module(".strategies")
+    pairs = time_pairs(t0, t1, ordered=ordered, gap=gap)
+
+    def between(drawn: tuple[tuple[float, float], float]) -> tuple[float, float, float]:
+        (s, t), share = drawn
+        u = _tidy(s + share * (t - s), min(s, t), max(s, t))
+        return s, u, t
+
+    inside = st.tuples(pairs, st.integers(0, 10).map(lambda k: k / 10)).map(between)
+    if ordered is not None:
+        return inside
+    anywhere = st.tuples(pairs, times(t0, t1)).map(lambda p: (p[0][0], p[1], p[0][1]))
+    return inside | anywhere
+
+
+def dtypes() -> Strategy:
+    """The floating-point and complex dtypes of JAX; those of 64 bits if they are enabled.
+
+    **Raises:** `ImportError` without Hypothesis.
+    """
+    st = hypothesis_module(".strategies")
+    found = [jnp.float32, jnp.bfloat16, jnp.float16, jnp.complex64]
+    if jax.config.jax_enable_x64:  # pyright: ignore
+        found += [jnp.float64, jnp.complex128]
+    return st.sampled_from([jnp.dtype(dtype) for dtype in found])
+
+
+def states(
+    shape: int | Sequence[int] | Strategy = None,
+    dtype: Any = None,
+    *,
+    bound: float = 2.0,
+) -> Strategy:
+    """States that are arrays.
+
+    Most entries are tenths, so that a counterexample can be read; the others are any
+    floats of single precision.
+
+    **Arguments:**
+
+    - `shape`: the shape, or a strategy of shapes; `None` for any of at most three axes
+      and three entries along each, scalars and empty arrays among them. Every shape
+      compiles what is tested anew.
+    - `dtype`: the dtype, or a strategy of dtypes such as
+      [`flowdiffrax.testing.dtypes`][]; `None` for JAX's default.
+    - `bound`: no entry is larger by magnitude, nor is its imaginary part.
+
+    **Raises:** `ImportError` without Hypothesis.
+    """
+    st = hypothesis_module(".strategies")
+    hnp = hypothesis_module(".extra.numpy")
+    if shape is None:
+        shape = hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=3)
+    if isinstance(shape, int):
+        shape = (shape,)
+    shape = st.just(tuple(shape)) if isinstance(shape, Sequence) else shape
+    dtype = dtype if isinstance(dtype, st.SearchStrategy) else st.just(dtype)
+
+    def arrays(drawn: tuple) -> Strategy:
+        dtype, shape = drawn
+        dtype = jnp.result_type(float) if dtype is None else jnp.dtype(dtype)
+        if not jnp.issubdtype(dtype, jnp.complexfloating):
+            return _numbers(shape, bound).map(lambda x: jnp.asarray(x, dtype))
+        parts = st.tuples(_numbers(shape, bound), _numbers(shape, bound))
+        return parts.map(lambda x: jnp.asarray(x[0] + 1j * x[1], dtype))
+
+    return st.tuples(dtype, shape).flatmap(arrays)
+
+
+def states_like(example: State, *, bound: float = 2.0) -> Strategy:
+    """States of the structure, shapes and dtypes of an example.
+
+    **Arguments:**
+
+    - `example`: an array, a `jax.ShapeDtypeStruct`, or a PyTree of them.
+    - `bound`: as for [`flowdiffrax.testing.states`][].
+
+    **Raises:** `ImportError` without Hypothesis.
+    """
+    st = hypothesis_module(".strategies")
+    like = jax.eval_shape(lambda x: jtu.tree_map(jnp.asarray, x), example)
+    leaves, structure = jtu.tree_flatten(like)
+    draws = [states(leaf.shape, leaf.dtype, bound=bound) for leaf in leaves]
+    return st.tuples(*draws).map(lambda leaves: jtu.tree_unflatten(structure, leaves))
+
+
+def pytrees(dtype: Any = None, *, bound: float = 2.0, max_leaves: int = 4) -> Strategy:
+    """States of any structure: lists, tuples and dictionaries of small arrays.
+
+    **Arguments:**
+
+    - `dtype`, `bound`: as for [`flowdiffrax.testing.states`][]; each leaf has its own
+      draw of a strategy of dtypes.
+    - `max_leaves`: how many arrays at most.
+
+    **Raises:** `ImportError` without Hypothesis.
+    """
+    st = hypothesis_module(".strategies")
+
+    def containers(children: Strategy) -> Strategy:
+        lists = st.lists(children, min_size=1, max_size=3)
+        by_name = st.dictionaries(st.sampled_from("abc"), children, min_size=1)
+        return lists | lists.map(tuple) | by_name
+
+    leaf = states(dtype=dtype, bound=bound)
+    return st.recursive(leaf, containers, max_leaves=max_leaves)
+
+
+def vector_fields(shape: int | Sequence[int] = (2,)) -> Strategy:
+    """Smooth random vector fields with a known flow.
+
+    Each is a [`flowdiffrax.testing.KnownField`][]: `field(t, x, args)` is the velocity,
+    `field.flow_map(s, t, x)` its flow. All are alike to `jax.jit`: what takes the field
+    as an argument compiles once.
+
+    **Arguments:**
+
+    - `shape`: the shape of the states.
+
+    **Raises:** `ImportError` without Hypothesis.
+    """
+    st = hypothesis_module(".strategies")
+    size = math.prod((shape,) if isinstance(shape, int) else shape)
+    number = st.integers(-10, 10).map(lambda k: k / 10)
+    numbers = st.lists(number, min_size=size, max_size=size)
+    small = st.integers(-5, 5).map(lambda k: k / 10)
+    return st.builds(KnownField, numbers, numbers, shear=number, warp=small)
+
+
+def gaussian_flows(
+    shape: int | Sequence[int] = (2,),
+    interpolants: Sequence[AbstractInterpolant] = (
+        LinearInterpolant(),
+        TrigonometricInterpolant(),
+        VariancePreservingInterpolant(),
+        LinearInterpolant(latent=SineSquaredLatent(0.5)),
+    ),
+) -> Strategy:
+    """Exact flow maps from one random Gaussian to another.
+
+    Each is a [`flowdiffrax.exact.GaussianFlowMap`][], with a mean and a standard
+    deviation for each entry; its `velocity` is the vector field.
+
+    **Arguments:**
+
+    - `shape`: the shape of the states.
+    - `interpolants`: one of them is drawn.
+
+    **Raises:** `ImportError` without Hypothesis.
+    """
+    st = hypothesis_module(".strategies")
+    hnp = hypothesis_module(".extra.numpy")
+    shape = (shape,) if isinstance(shape, int) else tuple(shape)
+
+    def arrays(low: int, high: int) -> Strategy:
+        tenths = st.integers(low, high).map(lambda k: k / 10)
+        return hnp.arrays(np.float64, shape, elements=tenths)
+
+    return st.builds(
+        GaussianFlowMap,
+        st.sampled_from(list(interpolants)),
+        base_std=arrays(5, 15),
+        target_std=arrays(3, 20),
+        base_mean=arrays(-10, 10),
+        target_mean=arrays(-10, 10),
+    )
+
+
+# Hypothesis likes to repeat a draw in the place of another of its kind: of times and of
+# entries that are drawn one by one, most would be equal. Those of one string of bytes are
+# not, and shrink one by one all the same.
+
+
+def _time_tuples(number: int, t0: float, t1: float) -> Strategy:
+    """So many times of an interval, independent of each other."""
+    st = hypothesis_module(".strategies")
+    _check_interval(t0, t1)
+
+    def decode(drawn: bytes) -> tuple:
+        shares = np.frombuffer(drawn, ">u2") * (1000 / 65535)
+        thousandths = np.round(shares) / 1000
+        return tuple(_tidy(t0 + (t1 - t0) * k, t0, t1) for k in thousandths.tolist())
+
+    # Hypothesis likes 1e-234, which no clock tells from zero.
+    snap = lambda time: t0 if time - t0 < 1e-12 * (t1 - t0) else time
+    size = 2 * number
+    tidy = st.binary(min_size=size, max_size=size).map(decode)
+    any_float = st.floats(t0, t1, allow_subnormal=False).map(snap)
+    return tidy | st.tuples(*[any_float] * number)
+
+
+def _numbers(shape: tuple, bound: float) -> Strategy:
+    """Arrays of float64."""
+    st = hypothesis_module(".strategies")
+    hnp = hypothesis_module(".extra.numpy")
+
+    def decode(drawn: bytes) -> np.ndarray:
+        codes = np.frombuffer(drawn, np.uint8).astype(int)
+        # Zero first, then the positive ones, then the negative ones.
+        tenths = np.floor((codes % 128) * (10 * bound / 127)) / 10
+        return np.where(codes < 128, tenths, -tenths).reshape(shape)
+
+    size = math.prod(shape)
+    limit = np.float32(bound)
+    limit = float(limit if limit <= bound else np.nextafter(limit, np.float32(0)))
+    any_float = st.floats(-limit, limit, width=32, allow_subnormal=False)
+    tidy = st.binary(min_size=size, max_size=size).map(decode)
+    return tidy | hnp.arrays(np.float64, shape, elements=any_float)
+
+
+def _tidy(time: float, low: float, high: float) -> float:
+    """Without the last digits, which are rounding: 0.3 and not 0.30000000000000004."""
+    return min(max(float(f"{time:.12g}"), low), high)
+
+
+def _check_interval(t0: float, t1: float) -> None:
+    if not t0 < t1:
+        raise ValueError(f"Times need an interval with t0 < t1; got [{t0}, {t1}].")
