@@ -1,6 +1,6 @@
 """Learn to draw handwritten digits in one to four jumps, on a CPU, without a download.
 
-    python examples/digits.py                      # under ten minutes on two CPU cores
+    python examples/digits.py                      # some ten minutes on two CPU cores
     python examples/digits.py --steps 100          # to see it run
     python examples/digits.py --preset teacher     # a velocity, by flow matching
     python examples/digits.py --preset lmd --teacher out/digits-teacher
@@ -81,7 +81,10 @@ def by_diffrax(flow_map, number=10):
 
 def main(line=None):
     """Does what the command line says; returns the scores."""
-    options = image_runs.parse("digits", __doc__, presets(), "lsd", line)
+    options = image_runs.parse(
+        "digits", __doc__, presets(), "lsd", line, num_samples=2000, jumps=(1, 2, 4),
+        report_every=50, save_every=300, grid_every=300,
+    )  # fmt: skip
     rows = image_runs.main("digits", options, presets(), *load())
     by_diffrax(image_runs.load_map(options.out, presets())[0])
     return rows

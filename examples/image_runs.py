@@ -124,8 +124,11 @@ class Options:
     training images."""
 
 
-def parse(script, doc, presets, default, line=None):
-    """The options with the preset's name, from the command line or a list of words."""
+def parse(script, doc, presets, default, line=None, **defaults):
+    """The options with the preset's name, from the command line or a list of words.
+
+    `defaults` are those that the script has in the place of the common ones.
+    """
     names = Annotated[
         Literal[tuple(presets)],  # type: ignore
         tyro.conf.arg(help="Everything that fixes the run; printed before it starts."),
@@ -133,8 +136,13 @@ def parse(script, doc, presets, default, line=None):
     with_preset = dataclasses.make_dataclass(
         "WithPreset", [("preset", names, default)], bases=(Options,), kw_only=True
     )
-    prog = f"python examples/{script}.py"
-    return tyro.cli(with_preset, prog=prog, description=doc, args=line)
+    return tyro.cli(
+        with_preset,
+        default=with_preset(**defaults),
+        prog=f"python examples/{script}.py",
+        description=doc,
+        args=line,
+    )
 
 
 def siblings(lsd):
@@ -508,49 +516,50 @@ def rms(x, y):
 # --- interpolation and inversion ------------------------------------------------------
 
 
-def inversion(recipe, options, flow_map, images, number=8):
+def inversion(recipe, options, flow_map, images, number=8, num_jumps=16):
     """Images to noise and back, and images between two of them: a picture, and errors.
 
-    Goes back by the map itself where it learned to, and otherwise solves for the noise
-    of each jump.
+    Goes back by the map itself where it learned to, and otherwise solves for the start of
+    each jump, of which short ones are easier.
     """
-    jumps = max(options.jumps)
     x1 = fd.data.from_uint8(jnp.asarray(images.images[:number]))
     labels = None
     if recipe.num_classes is not None:
         labels = jnp.asarray(images.labels[:number])
-    times = np.linspace(1.0, 0.0, jumps + 1, dtype=np.float32)
-    x0, contraction = x1, 0.0
+    times = np.linspace(1.0, 0.0, num_jumps + 1, dtype=np.float32)
+    x0, contraction, solved = x1, 0.0, True
     for t, s in zip(times[:-1], times[1:], strict=True):
         if options.both_directions:
             x0 = jump(flow_map, t, s, x0, labels)
         else:
-            x0, contractions = solve_for_start(flow_map, s, t, x0, labels)
-            contraction = max(contraction, float(jnp.max(contractions)))
-    draw = by_jumps(flow_map, jumps)
+            found = solve_for_start(flow_map, s, t, x0, labels)
+            x0, solved = found.x, solved & found.success
+            contraction = max(contraction, float(jnp.max(found.contraction)))
+    draw = by_jumps(flow_map, num_jumps)
     back, _ = draw(x0, labels, None)
-    other, turn = jnp.roll(x0, 1, axis=0), lambda a: None if a is None else jnp.roll(a, 1)
-    angle = 0.25 * jnp.pi
-    between, _ = draw(jnp.cos(angle) * x0 + jnp.sin(angle) * other, turn(labels), None)
-    rows = jnp.stack([x1, x0 / recipe.base_std / 2, back, between])
+    before = jnp.roll(x0, 1, axis=0)
+    half_way, _ = draw((x0 + before) / jnp.sqrt(2.0), labels, None)
     _, axes = plt.subplots(figsize=(number, 4.4), layout="constrained")
-    names = ["images", "their noise", "and back", "half way to\nthe one before"]
+    names = ["images", "their noise", "and back", "half way to the\nnoise before"]
+    rows = jnp.stack([x1, x0 / recipe.base_std / 2, back, half_way])
     fd.plot.image_grid(axes, rows, row_labels=names)
-    plt.savefig(options.out / "inversion.png", dpi=100)
+    plt.savefig(options.out / "inversion.png", dpi=100, bbox_inches="tight")
     plt.close()
     error = float(jnp.sqrt(jnp.mean((back - x1) ** 2)))
-    how = "the backward map" if options.both_directions else "a solve for each jump"
-    print(f"{jumps} jumps back by {how}, and forth: rms error {error:.3f}")
+    how = "the backward map" if options.both_directions else "a solve for each"
+    print(f"{num_jumps} jumps back by {how}, and forth: rms error {error:.2g}")
     if not options.both_directions:
-        print(f"(t - s) Lip(v) up to {contraction:.2f}; below 1 a jump is invertible")
+        print(
+            f"{int(jnp.sum(solved))} of {number} images were solved for at every jump; "
+            f"(t - s) Lip(v) is up to {contraction:.2f}, and below 1 that always works"
+        )
     return error
 
 
 @eqx.filter_jit
 def solve_for_start(flow_map, s, t, y, labels):
-    one = lambda y, label: fd.invert(flow_map, s, t, y, label)
-    found = jax.vmap(one)(y, labels)
-    return found.x, found.contraction
+    one = lambda y, label: fd.invert(flow_map, s, t, y, label, throw=False)
+    return jax.vmap(one)(y, labels)
 
 
 # --- everything -----------------------------------------------------------------------
@@ -613,7 +622,7 @@ def grid(recipe, options, flow_map, teacher, images, number=20):
     x0, labels = noise(recipe, options, number, images)
     named = samplers(recipe, options, flow_map, teacher)
     rows = [draw(x0, labels, jr.key(options.seed))[0] for draw in named.values()]
-    _, axes = plt.subplots(figsize=(10, 0.6 * len(rows) + 0.4), layout="constrained")
+    _, axes = plt.subplots(figsize=(10, 0.43 * len(rows) + 0.1), layout="constrained")
     fd.plot.image_grid(axes, jnp.stack(rows), row_labels=[*named])
-    plt.savefig(options.out / "samples.png", dpi=120)
+    plt.savefig(options.out / "samples.png", dpi=120, bbox_inches="tight")
     plt.close()

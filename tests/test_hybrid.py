@@ -353,7 +353,7 @@ def test_manual_steps():
     "size, fallback, estimate",
     [
         (2, diffrax.Tsit5(), fd.LinearisedError()),
-        (40, diffrax.Tsit5(), fd.ResidualIntegral()),
+        slow(40, diffrax.Tsit5(), fd.ResidualIntegral()),
         slow(40, diffrax.Kvaerno3(), fd.LinearisedError()),
     ],
     ids=["small", "large", "implicit"],

@@ -275,7 +275,8 @@ def test_lowers_for_cuda(name):
     assert f"<{batch}x" in text
 
 
-@pytest.mark.parametrize("name", marked("imagenet32-class-lmd", IMAGES))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", IMAGES)
 def test_lowers_for_cuda_in_bfloat16(name):
     text = check_lowering(name, jnp.bfloat16)
     lines = [line for line in text.splitlines() if "stablehlo.convolution" in line]
