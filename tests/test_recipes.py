@@ -22,11 +22,11 @@ NAMES = fd.train.recipes()
 IMAGES = [name for name in NAMES if name != "checkerboard-lsd"]
 
 
-def marked(quick, names=NAMES):
+def marked(quick):
     """Every recipe, of which CI runs one."""
     return [
         pytest.param(name, marks=() if name == quick else pytest.mark.slow)
-        for name in names
+        for name in NAMES
     ]
 
 
