@@ -41,11 +41,12 @@ def test_pages_are_in_navigation():
     assert pages == set(re.findall(r"[\w/-]+\.md", NAVIGATION))
 
 
-# Figures that are the outcome of a long run, each of the example that a page names.
-EXAMPLES = {
-    "checkerboard.png": "checkerboard.py",
-    "digits.png": "digits.py",
-    "objectives.png": "compare_objectives.py",
+# Figures that are the outcome of a long run, each of a script that a page names.
+SCRIPTS = {
+    "checkerboard.png": "examples/checkerboard.py",
+    "digits.png": "examples/digits.py",
+    "error_estimates.png": "benchmarks/error_estimates.py",
+    "objectives.png": "examples/compare_objectives.py",
 }
 
 
@@ -56,8 +57,7 @@ def test_figure_has_script(path):
         page for page in pages if f"/{path.name})" in page or f"({path.name})" in page
     ]
     assert pages
-    if path.name in EXAMPLES:
-        script = ROOT / "examples" / EXAMPLES[path.name]
-    else:
-        script = path.with_suffix(".py")
+    script = path.with_suffix(".py")
+    if path.name in SCRIPTS:
+        script = ROOT / SCRIPTS[path.name]
     assert script.exists() and any(script.name in page for page in pages)
