@@ -135,7 +135,7 @@ def train(options, presets, images, method, seed):
 # --- scores ---------------------------------------------------------------------------
 
 
-def measure(options, presets, images, held_out, features, seed):
+def measure(options, presets, images, held_out, features, reference, seed):
     """Scores of every method by the number of jumps, and the first samples."""
     sampling = image_runs.Options(seed=seed)
     noise = image_runs.noise(presets["lsd"], sampling, options.num_samples, images)
@@ -149,7 +149,7 @@ def measure(options, presets, images, held_out, features, seed):
     for (method, jumps), draw in samplers.items():
         samples, calls, seconds = image_runs.draw_all(draw, *noise, 250)
         exact = samples if exact is None else exact
-        scores = fd.metrics.score_images(samples, images, features, seed=seed)
+        scores = fd.metrics.score_images(samples, reference, features, seed=seed)
         near = fd.metrics.nearest_neighbours(samples, images.images, held_out.images)
         config, _ = load_map(options, presets, method, seed)
         rows.append(
@@ -243,10 +243,15 @@ def main(options):
     if options.only_train:
         return
     features = fd.metrics.fit_classifier(images.images, images.labels, key=jr.key(0))
-    floor = fd.metrics.score_images(held_out.images, images, features, seed=0).as_dict()
+    reference = fd.metrics.ImageReference.of(features, images)
+    held_out = held_out[: options.num_samples]
+    floor = fd.metrics.score_images(held_out.images, reference, features, seed=0)
+    floor = floor.as_dict()
     rows, pictures = [], {}
     for seed in range(options.seeds):
-        more, drawn = measure(options, presets, images, held_out, features, seed)
+        more, drawn = measure(
+            options, presets, images, held_out, features, reference, seed
+        )
         rows += more
         pictures = pictures or drawn
     text = report(rows, floor)

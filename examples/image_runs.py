@@ -204,9 +204,8 @@ def _one_in_ten(images):
 
 def adam_to_zero(learning_rate, *, num_steps):
     """Adam with clipped gradients, whose rate falls to zero over the run."""
-    rate = optax.warmup_cosine_decay_schedule(
-        0.0, learning_rate, max(num_steps // 20, 1), num_steps
-    )
+    warm_up = num_steps // 20
+    rate = optax.warmup_cosine_decay_schedule(0.0, learning_rate, warm_up, num_steps)
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate, b2=0.99))
 
 
@@ -252,6 +251,16 @@ def check(recipe, options, images):
     needs = recipe.num_classes
     if needs is not None and images.num_classes != needs:
         raise SystemExit(f"The preset has {needs} classes; these are {images!r}")
+    for name, values in {
+        "steps": (recipe.num_steps,),
+        "batch-size": (recipe.batch_size,),
+        "accumulate": (options.accumulate,),
+        "jumps": options.jumps,
+        "num-samples": (options.num_samples,),
+        "sample-batch": (options.sample_batch,),
+    }.items():
+        if min(values, default=0) < 1:
+            raise SystemExit(f"--{name} must be at least 1; got {values}")
     if recipe.batch_size % options.accumulate != 0:
         raise SystemExit(
             f"--accumulate must divide the batch of {recipe.batch_size}; got "
@@ -476,9 +485,10 @@ def features_of(options, images):
 def score(recipe, options, flow_map, teacher, images, held_out):
     """A row for each sampler; the last two say what real images would score."""
     features = features_of(options, images)
-    reference = images
     if options.statistics is not None:
         reference = fd.metrics.FeatureStatistics.load(options.statistics)
+    else:
+        reference = fd.metrics.ImageReference.of(features, images)
     measure = functools.partial(
         fd.metrics.score_images, reference=reference, features=features
     )

@@ -379,6 +379,15 @@ def test_kernel_distance_of_bad_sets(sizes, settings, match):
         METRICS.kernel_distance(*map(np.zeros, sizes), **settings)
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_kernel_distance_of_vectors_that_are_not_finite(bad):
+    x = np.zeros((2, 10, 3))
+    x[1, 4, 2] = bad
+    for pair in (x, x[::-1]):
+        with pytest.raises(ValueError, match="must be finite"):
+            METRICS.kernel_distance(*pair)
+
+
 @pytest.mark.parametrize("n, m", [(6, 6), (4, 6), (1, 5), (7, 3)])
 def test_wasserstein_distance_in_one_dimension(n, m):
     rng = np.random.default_rng(n)
@@ -500,6 +509,7 @@ def test_classifier_is_a_function_of_its_key():
         (np.zeros(5, int), {}, "one label an image"),
         (np.zeros(12, int), {"num_steps": 0}, "one step"),
         (np.zeros(12, int), {"width": 0}, "`width`"),
+        (np.zeros(12, int), {}, "two classes at least; all 12 labels are 0"),
     ],
 )
 def test_classifiers_that_cannot_be_fitted(labels, settings, match):
@@ -572,6 +582,21 @@ def test_scores_against_statistics():
         METRICS.score_images(samples, known, random_features(seed=1), seed=0)
     with pytest.raises(ValueError, match="Say which images"):
         METRICS.score_images(samples, pictures(1, 50), features, seed=0)
+
+
+def test_a_reference_is_used_again():
+    features, samples = random_features(), pictures(0, 40)
+    images = fd.data.Images(pictures(1, 50), name="b")
+    reference = METRICS.ImageReference.of(features, images)
+    score = lambda reference: METRICS.score_images(samples, reference, features, seed=0)
+    assert score(reference) == score(images)
+    other = METRICS.ImageReference.of(random_features(seed=1), images)
+    with pytest.raises(ValueError, match="different features"):
+        score(other)
+    # Of other features of another length, too.
+    other = METRICS.ImageReference.of(random_features(width=9), images)
+    with pytest.raises(ValueError, match="different features"):
+        score(other)
 
 
 # --- files of weights -------------------------------------------------------------------

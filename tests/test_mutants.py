@@ -196,6 +196,16 @@ def mutate(monkeypatch, name, line, mistake):
                 monkeypatch.setattr(other, key, changed[id(value)])
 
 
+def assert_noticed(monkeypatch, name, line, mistake, notices):
+    """Compiles everything anew, with the mistake and after it."""
+    jax.clear_caches()
+    mutate(monkeypatch, name, line, mistake)
+    with pytest.raises(AssertionError):
+        notices()
+    monkeypatch.undo()
+    jax.clear_caches()
+
+
 # Each compiles everything anew; a few of them for every day.
 DAILY = 3
 
@@ -211,12 +221,7 @@ DAILY = 3
 )
 def test_noticed(mutant, monkeypatch):
     _, name, line, mistake, notices = mutant
-    jax.clear_caches()
-    mutate(monkeypatch, name, line, mistake)
-    with pytest.raises(AssertionError):
-        notices()
-    monkeypatch.undo()
-    jax.clear_caches()
+    assert_noticed(monkeypatch, name, line, mistake, notices)
 
 
 def test_clones_are_allowed_to_be_reused():

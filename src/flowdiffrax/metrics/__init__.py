@@ -22,5 +22,6 @@ from ._frechet import frechet_distance as frechet_distance
 from ._inception import InceptionFeatures as InceptionFeatures
 from ._loss import BinnedLoss as BinnedLoss
 from ._loss import loss_by_times as loss_by_times
+from ._scores import ImageReference as ImageReference
 from ._scores import ImageScores as ImageScores
 from ._scores import score_images as score_images

@@ -103,8 +103,8 @@ def fit_classifier(
     - `width`: the number of features, at least 1.
     - `learning_rate`: the largest.
 
-    **Raises:** `TypeError` and `ValueError` for images and labels that are none, or
-    settings below 1.
+    **Raises:** `TypeError` and `ValueError` for images and labels that are none, labels
+    of one class only, or settings below 1.
     """
     rows, labels, num_classes = _with_labels(images, labels)
     if min(num_steps, batch_size) < 1:
@@ -113,6 +113,12 @@ def fit_classifier(
             f"{batch_size}."
         )
     shape = check_shape(rows.shape[1:], width)
+    if labels.min() == labels.max():
+        raise ValueError(
+            "A classifier needs images of two classes at least; all "
+            f"{len(labels)} labels are {labels[0]}. Without classes, take "
+            "`RandomFeatures`."
+        )
     stack_key, rows_key = jr.split(key)
     name = images.name if isinstance(images, Images) else "images"
     training = f"{num_steps} steps of {batch_size} of {len(rows)} {name}"

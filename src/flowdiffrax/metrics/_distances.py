@@ -48,7 +48,8 @@ def kernel_distance(
       set, if that is less.
     - `seed`: for the subsets.
 
-    **Raises:** `ValueError` for sets of other shapes, or too small ones.
+    **Raises:** `ValueError` for sets of other shapes, too small ones, or vectors that
+    are not finite.
 
     ??? cite "Reference"
 
@@ -59,12 +60,14 @@ def kernel_distance(
         raise ValueError(
             f"Expected two sets of vectors of one length; got {x.shape}, {y.shape}."
         )
+    if not (np.isfinite(x).all() and np.isfinite(y).all()):
+        raise ValueError("Vectors of features must be finite.")
     smaller = min(len(x), len(y))
     size = min(1000, max(2, smaller // 2)) if subset_size is None else subset_size
     if not 2 <= size <= smaller or num_subsets < 1:
         raise ValueError(
-            f"Subsets must have from 2 to all {smaller} vectors of the smaller set, and "
-            f"there must be one; got {num_subsets} of {size}."
+            "There must be at least one subset, of 2 vectors or more, and no more than "
+            f"the {smaller} of the smaller set; got {num_subsets} subsets of {size}."
         )
     rng = np.random.default_rng(seed)
     values = []

@@ -8,10 +8,10 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 from jaxtyping import Array, Float, Float64, UInt8
 
+from .._files import write_whole
 from ..data import Images
 from ..data._arrays import read_npz
 from ..data._files import StrPath, damaged
-from ..train._files import write_whole
 from ._features import AbstractFeatures, feature_batches
 
 # The names of ours, EDM's, pytorch-fid's, clean-fid's and ADM's; then MeanFlow's.

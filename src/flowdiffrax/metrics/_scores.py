@@ -2,7 +2,7 @@ import dataclasses
 from typing import Any
 
 import numpy as np
-from jaxtyping import Array, UInt8
+from jaxtyping import Array, Float, UInt8
 
 from .. import data
 from ..data import Images
@@ -12,6 +12,44 @@ from ._frechet import FeatureStatistics, frechet_distance, source_of
 from ._inception import InceptionFeatures
 
 _Pictures = Images | UInt8[np.ndarray | Array, "_ height width channels"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class ImageReference:
+    """The images that samples are compared with, and their features, computed once.
+
+    For [`flowdiffrax.metrics.score_images`][] of several samplers.
+
+    **Attributes:**
+
+    - `images`: the images.
+    - `vectors`: the features of each.
+    - `statistics`: those of the features.
+    """
+
+    images: UInt8[np.ndarray, "n height width channels"]
+    vectors: Float[np.ndarray, "n features"]
+    statistics: FeatureStatistics
+
+    @classmethod
+    def of(
+        cls,
+        features: AbstractFeatures,
+        images: _Pictures,
+        *,
+        source: str | None = None,
+        batch_size: int = 256,
+    ) -> "ImageReference":
+        """**Arguments:** as for [`flowdiffrax.metrics.FeatureStatistics`][]`.of`.
+
+        **Raises:** likewise.
+        """
+        rows = as_images(images)
+        vectors = image_features(features, rows, batch_size=batch_size)
+        statistics = FeatureStatistics.of_vectors(
+            vectors, features=features, source=source_of(images, source)
+        )
+        return cls(rows, vectors, statistics)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +114,7 @@ class ImageScores:
 
 def score_images(
     samples: _Pictures,
-    reference: _Pictures | FeatureStatistics,
+    reference: _Pictures | ImageReference | FeatureStatistics,
     features: AbstractFeatures,
     *,
     seed: int,
@@ -91,14 +129,15 @@ def score_images(
     **Arguments:**
 
     - `samples`: 8-bit images, from [`flowdiffrax.metrics.to_uint8`][].
-    - `reference`: the images to come near to, usually the training set; or their
-      statistics, [`flowdiffrax.metrics.FeatureStatistics`][], of which there is a Fréchet
-      distance alone.
+    - `reference`: the images to come near to, usually the training set;
+      [`flowdiffrax.metrics.ImageReference`][], which has their features already; or
+      their statistics, [`flowdiffrax.metrics.FeatureStatistics`][], of which there is a
+      Fréchet distance alone.
     - `features`: the network.
     - `seed`: with which the samples were drawn. It is written down, and draws the
       subsets and projections.
-    - `source`: which images are the reference, with their split. Statistics and
-      [`flowdiffrax.data.Images`][] have a name of their own.
+    - `source`: which images are the reference, with their split; `None` for the name
+      that all but arrays have of their own.
     - `held_out`: images of the same kind that are not in the reference, for the floor;
       as many as there are samples, or the floor is not for this number of samples.
     - `batch_size`: as for [`flowdiffrax.metrics.image_features`][].
@@ -111,22 +150,23 @@ def score_images(
     rows = as_images(samples)
     vectors = image_features(features, rows, batch_size=batch_size)
     made = FeatureStatistics.of_vectors(vectors, features=features, source="samples")
-    kernel = sliced = None
-    if isinstance(reference, FeatureStatistics):
-        target = reference
-        if source is not None:
-            target = dataclasses.replace(reference, source=source)
-    else:
-        others = as_images(reference)
-        other_vectors = image_features(features, others, batch_size=batch_size)
-        target = FeatureStatistics.of_vectors(
-            other_vectors, features=features, source=source_of(reference, source)
+    if not isinstance(reference, ImageReference | FeatureStatistics):
+        reference = ImageReference.of(
+            features, reference, source=source, batch_size=batch_size
         )
+    with_images = isinstance(reference, ImageReference)
+    target = reference.statistics if with_images else reference
+    if source is not None:
+        target = dataclasses.replace(target, source=source)
+    # Refuses the features of another network, before anything is made of their vectors.
+    frechet = frechet_distance(made, target)
+    kernel = sliced = None
+    if with_images:
         kernel = kernel_distance(
-            vectors, other_vectors, num_subsets=num_subsets, seed=seed
+            vectors, reference.vectors, num_subsets=num_subsets, seed=seed
         )
         sliced = sliced_wasserstein(
-            *(np.asarray(data.from_uint8(images)) for images in (rows, others)),
+            *(np.asarray(data.from_uint8(images)) for images in (rows, reference.images)),
             num_projections=num_projections,
             seed=seed,
         )
@@ -138,7 +178,7 @@ def score_images(
         floor = frechet_distance(kept, target)
     is_inception = isinstance(features, InceptionFeatures)
     return ImageScores(
-        frechet=frechet_distance(made, target),
+        frechet=frechet,
         frechet_name="FID" if is_inception else f"Fréchet {features.name} distance",
         kernel=None if kernel is None else kernel.mean,
         kernel_std=None if kernel is None else kernel.std,

@@ -3,6 +3,9 @@
 import secrets
 from collections.abc import Callable, Sequence
 
+import jax.numpy as jnp
+import jax.tree_util as jtu
+
 from .._custom_types import Args, State
 from .._derivative import Derivative
 from ._assert import Prepared, assess, check_names, jacobian_is_cheap, prepare
@@ -62,11 +65,16 @@ def check(
 
     **Raises:** [`flowdiffrax.testing.IdentityError`][], with one failure for each
     identity that is broken; `ImportError` without Hypothesis; `ValueError` for unknown
-    names.
+    names, or a state without entries.
     """
     hypothesis = hypothesis_module()
     st = hypothesis_module(".strategies")
-    draws = state if isinstance(state, st.SearchStrategy) else states_like(state)
+    is_strategy = isinstance(state, st.SearchStrategy)
+    if not is_strategy and sum(map(jnp.size, jtu.tree_leaves(state))) == 0:
+        raise ValueError(
+            "A state without entries satisfies everything: give one as the map takes it."
+        )
+    draws = state if is_strategy else states_like(state)
     low, high = getattr(flow_map, "time_range", None) or (0.0, 1.0)
     low, high = low if t0 is None else t0, high if t1 is None else t1
     points = time_triples(low, high, ordered=True if ordered else None)
@@ -122,7 +130,9 @@ def check(
         except IdentityError as error:
             (simplest[name],) = error.failures
         except hypothesis.errors.Flaky:
-            pass  # the map is not one function of its inputs: what was seen is said
+            # The map is no function of its inputs, and nothing simpler fails alike again:
+            # the failure that was met first is reported.
+            continue
     if simplest:
         note = (
             f"{len(simplest)} of {len(defects)} identities do not hold. To repeat the "

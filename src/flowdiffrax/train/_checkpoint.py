@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import PyTree
 
-from ._files import write_whole
+from .._files import write_whole
 
 _FORMAT = 1
 

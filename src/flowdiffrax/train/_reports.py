@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Key, PyTree
 
 from .._custom_types import Args, State
+from .._files import write_whole
 from .._flow_map import AbstractFlowMap
 from .._misc import check_callable, num_rows
 from .._objective import AbstractObjective, Mixture, Scheduled
@@ -24,7 +25,6 @@ from ..data._files import StrPath, import_extra
 from ..metrics._loss import bin_losses, check_bins, weighted_losses
 from ..plot import image_grid
 from ..plot._panels import join_tiles, tile_images
-from ._files import write_whole
 from ._step import TrainState, at_step, draw, filled, learned_of, with_learned
 
 
