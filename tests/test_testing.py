@@ -527,6 +527,23 @@ def test_states_are_as_asked(x, like, tree):
     assert leaves and all(leaf.dtype == jnp.float32 for leaf in leaves)
 
 
+def two_parts(size, bad=jnp.inf):
+    """A draw of two parts, the second one `bad` where the first is large."""
+
+    def draw(key):
+        first, second = jr.split(key)
+        a = jr.normal(first)
+        return a, jnp.where(a > 2, bad, jr.normal(second, (size,)))
+
+    return draw
+
+
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+def test_draws_that_are_not_finite_are_not_independent(bad):
+    with pytest.raises(AssertionError, match=r"Part 1 is not finite in \d+ of 4096"):
+        testing.assert_independent(two_parts(3, bad), jr.key(0))
+
+
 @pytest.mark.parametrize(
     "make, match",
     [
@@ -538,6 +555,9 @@ def test_states_are_as_asked(x, like, tree):
         (lambda: testing.assert_inverse(EXACT, jnp.zeros(3), 1.0, X), "leading axis"),
         (lambda: testing.defect_report(EXACT, states=X[None], num_times=1), "least 2"),
         (lambda: testing.assert_independent(jr.normal, jr.key(0)), "tuple of two"),
+        (lambda: testing.assert_independent(two_parts(0), jr.key(0)), "1 .* no entries"),
+        (lambda: testing.assert_independent(two_parts(2), jr.key(0), num_draws=1), "2;"),
+        (lambda: testing.assert_unbiased(jr.normal, 0.0, jr.key(0), num_draws=0), "2;"),
     ],
 )
 def test_bad_settings(make, match):

@@ -30,8 +30,10 @@ def assert_unbiased(
       large nearly always. Five are exceeded by chance once in two million draws of the
       key, for each entry.
 
-    **Raises:** `AssertionError`.
+    **Raises:** `AssertionError`; `ValueError` for an expectation unlike the estimates,
+    or fewer than two draws.
     """
+    _check_number(num_draws)
     draws = jax.jit(jax.vmap(estimator))(jr.split(key, num_draws))
     estimates, structure = jtu.tree_flatten_with_path(draws)
     if structure != jtu.tree_structure(expected):
@@ -78,18 +80,27 @@ def assert_independent(
     - `num_draws`: the number of draws.
     - `sigmas`: how many standard errors a correlation may be from zero.
 
-    **Raises:** `AssertionError`; `ValueError` for fewer than
-    two parts.
+    **Raises:** `AssertionError`, for draws that are not finite too; `ValueError` for
+    fewer than two parts, a part without entries, or fewer than two draws.
     """
+    _check_number(num_draws)
     parts = jax.jit(jax.vmap(draw))(jr.split(key, num_draws))
     if not isinstance(parts, tuple | list) or len(parts) < 2:
         raise ValueError("`draw` must return a tuple of two arrays or more.")
     columns = [np.asarray(part, float).reshape(num_draws, -1) for part in parts]
+    for index, column in enumerate(columns):
+        if column.size == 0:
+            raise ValueError(f"Part {index} of a draw has no entries.")
+        if not np.isfinite(column).all():
+            wrong = int((~np.isfinite(column).all(axis=1)).sum())
+            raise AssertionError(
+                f"Part {index} is not finite in {wrong} of {num_draws} draws."
+            )
     for i in range(len(columns)):
         for j in range(i):
             for of, transform in (("values", lambda x: x), ("sizes", np.abs)):
                 found = _correlations(columns[j], columns[i], transform)
-                if found.size and np.max(np.abs(found)) > sigmas / np.sqrt(num_draws):
+                if np.max(np.abs(found)) > sigmas / np.sqrt(num_draws):
                     a, b = np.unravel_index(np.argmax(np.abs(found)), found.shape)
                     raise AssertionError(
                         f"Parts {j} and {i} are not independent: the {of} of entries "
@@ -98,6 +109,11 @@ def assert_independent(
                         f"{sigmas / np.sqrt(num_draws):.2g}.\n"
                         "  often it is: one key for two draws; split it"
                     )
+
+
+def _check_number(num_draws: int) -> None:
+    if num_draws < 2:
+        raise ValueError(f"`num_draws` must be at least 2; got {num_draws}.")
 
 
 def _correlations(a: np.ndarray, b: np.ndarray, transform: Callable) -> np.ndarray:
