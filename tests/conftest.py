@@ -18,11 +18,12 @@ _COMPILES = {
     "deadline": None,
     "suppress_health_check": [hypothesis.HealthCheck.too_slow],
 }
-# Pick one by `--hypothesis-profile`, or by the environment.
+# Pick one by `--hypothesis-profile`, or by the environment. What is not said here takes
+# other values where the environment says `CI`.
 hypothesis.settings.register_profile(
     "quick", derandomize=True, max_examples=25, **_COMPILES
 )
 hypothesis.settings.register_profile(
-    "thorough", max_examples=200, print_blob=True, **_COMPILES
+    "thorough", derandomize=False, max_examples=200, print_blob=True, **_COMPILES
 )
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))

@@ -49,7 +49,6 @@ CASES = {
         lambda: fd.exact.GaussianFlowMap(target_std=jnp.asarray([0.5, 1.5, 2])),
         (2, 3),
     ),
-    "gaussian-empty": (lambda: fd.exact.GaussianFlowMap(target_std=0.3), (0,)),
     "linear": (linear_map, (2,)),
     # Thirty integrations of derivatives take half a minute.
     "ode": (lambda: fd.ODEFlowMap(nonlinear_field, rtol=1e-11, atol=1e-11), (2,)),
@@ -72,6 +71,13 @@ def test_identities_float64(name):
         identities=IDENTITIES,
         atol=ATOL.get(name),
     )
+
+
+def test_state_without_entries():
+    flow_map = fd.exact.GaussianFlowMap(target_std=0.3)
+    for at in (0.7, 0.2):
+        assert flow_map(jnp.asarray(0.2), jnp.asarray(at), jnp.zeros(0)).shape == (0,)
+    assert flow_map.velocity(jnp.asarray(0.2), jnp.zeros(0)).shape == (0,)
 
 
 @pytest.mark.parametrize("name", ["gaussian", "gaussian-matrix", "linear"])
