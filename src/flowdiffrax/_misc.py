@@ -1,5 +1,9 @@
 """Small helpers with two callers or more."""
 
+import inspect
+import operator
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
@@ -13,7 +17,15 @@ def as_times(*times: Time) -> tuple[Inexact[Array, ""], ...]:
     """The times as scalar arrays of one floating dtype, ready for `jax.jvp`.
 
     Python numbers adopt the dtype of the arrays beside them, as they do in JAX.
+
+    **Raises:** `ValueError` for times that are no single numbers.
     """
+    shapes = [jnp.shape(time) for time in times]
+    if any(shape != () for shape in shapes):
+        raise ValueError(
+            f"Times are single numbers, and come before the state; got shapes {shapes}. "
+            "For a batch of times, use `jax.vmap`."
+        )
     with jax.numpy_dtype_promotion("standard"):
         dtype = jnp.result_type(*times)
         if not jnp.issubdtype(dtype, jnp.floating):
@@ -110,10 +122,13 @@ def check_like(out: State, x: State, name: str) -> State:
         )
     for got_leaf, leaf in zip(jtu.tree_leaves(out), jtu.tree_leaves(x), strict=True):
         if jnp.shape(got_leaf) != jnp.shape(leaf):
+            if jnp.shape(got_leaf) == ():
+                cure = "Look at the order of its arguments: times, state, `args`."
+            else:
+                cure = "A state is one example: to work on a batch, use `jax.vmap`."
             raise ValueError(
                 f"{name} must return the shape of the state, {jnp.shape(leaf)}; got "
-                f"{jnp.shape(got_leaf)}. A state is one example: to work on a batch, "
-                "use `jax.vmap`."
+                f"{jnp.shape(got_leaf)}. {cure}"
             )
         if jnp.result_type(got_leaf) != jnp.result_type(leaf):
             raise TypeError(
@@ -201,8 +216,62 @@ def null_like(null: PyTree, condition: PyTree) -> PyTree:
 
 
 def check_callable(fn: object, name: str, signature: str) -> None:
-    """**Raises:** `TypeError` if `fn` cannot be called."""
-    if not callable(fn):
+    """**Raises:** `TypeError` for what cannot be called with as many arguments."""
+    if inspect.isclass(fn):
         raise TypeError(
-            f"`{name}` must be a callable `{signature}`; got {type(fn).__name__}."
+            f"`{name}` must be a callable `{signature}`; got the class {fn.__name__}, "
+            "not an instance of it."
         )
+    if not callable(fn):
+        # A `TrainState` has the one, a term of Diffrax the other.
+        parts = [part for part in ("ema_map", "vector_field") if hasattr(fn, part)]
+        cure = f" Pass its `.{parts[0]}`." if parts else ""
+        raise TypeError(
+            f"`{name}` must be a callable `{signature}`; got {type(fn).__name__}.{cure}"
+        )
+    try:
+        own = inspect.signature(fn)
+    except (TypeError, ValueError):  # some built-in functions have none
+        return
+    arguments = signature[signature.index("(") + 1 : -1].split(", ")
+    try:
+        own.bind(*arguments)
+    except TypeError as error:
+        what = getattr(fn, "__name__", type(fn).__name__)
+        bare = [part.replace(annotation=part.empty) for part in own.parameters.values()]
+        own = inspect.Signature(bare)
+        raise TypeError(
+            f"`{name}` is called as `{signature}`, which `{what}{own}` does not allow. "
+            "Wrap it in a function, or an `eqx.Module`, of these arguments."
+        ) from error
+
+
+def check_optimiser(optim: object) -> None:
+    """**Raises:** `TypeError` for what is no optimiser of Optax."""
+    if not (hasattr(optim, "init") and hasattr(optim, "update")):
+        raise TypeError(
+            "`optim` must be an Optax optimiser, for example `optax.adam(1e-3)`; got "
+            f"{getattr(optim, '__name__', optim)!r}."
+        )
+
+
+def check_key(key: Any) -> None:
+    """**Raises:** `TypeError` for what is no key, `ValueError` for several."""
+    try:
+        shape = jax.random.key_data(key).shape[:-1]
+    except (TypeError, AttributeError) as error:
+        raise TypeError(
+            f"`key` must be a key of JAX, for example `jax.random.key(0)`; got {key!r}."
+        ) from error
+    if shape != ():
+        raise ValueError(
+            f"`key` must be a single key; got an array of them, of shape {shape}."
+        )
+
+
+def check_whole(number: object, name: str) -> None:
+    """**Raises:** `TypeError` for a number that is no integer."""
+    try:
+        operator.index(number)
+    except TypeError as error:
+        raise TypeError(f"`{name}` must be an integer; got {number!r}.") from error

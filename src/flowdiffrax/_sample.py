@@ -161,8 +161,8 @@ def make_grid(flow_map: TwoTimeMap, ts) -> Real[ArrayLike, " times"]:
     shape = jnp.shape(ts)
     if len(shape) != 1 or shape[0] < 2:
         raise ValueError(
-            "`ts` must be a number of jumps, or a one-dimensional grid of at least two "
-            f"times; got shape {shape}."
+            "`ts` must be a number of jumps, an integer, or a one-dimensional grid of at "
+            f"least two times; got {f'shape {shape}' if shape else ts}."
         )
     return ts if isinstance(ts, np.ndarray) else jnp.asarray(ts)
 

@@ -7,7 +7,15 @@ from jax import lax
 from jaxtyping import Array, Float, PyTree, Real
 
 from ._custom_types import Args, State, Time, VectorField
-from ._misc import is_concrete, num_rows, real_dtype, subtract, time_dtype, times_like
+from ._misc import (
+    check_callable,
+    is_concrete,
+    num_rows,
+    real_dtype,
+    subtract,
+    time_dtype,
+    times_like,
+)
 
 
 class StatePath(diffrax.AbstractPath):
@@ -124,8 +132,10 @@ def solve_trajectories(
 
     **Raises:** `ValueError` for times that are too few or, if known, not monotone, for
     a `chunk_size` below 1, for an `x0` that is no batch, and for rows of `ts` or `args`
-    that are not one for each of its examples.
+    that are not one for each of its examples; `TypeError` for a `vector_field` of other
+    arguments.
     """
+    check_callable(vector_field, "vector_field", "vector_field(t, x, args)")
     batch_size = num_rows(x0, "`x0` is a batch of states: its leaves")
     if chunk_size < 1:
         raise ValueError(f"`chunk_size` must be at least 1; got {chunk_size}.")

@@ -9,7 +9,7 @@ from jaxtyping import Array, ArrayLike, Key
 from .._custom_types import State
 from .._flow_map import ComposedFlowMap
 from .._identities import two_piece_target
-from .._misc import is_concrete, subtract
+from .._misc import check_callable, is_concrete, subtract
 from .._times import AbstractTimes, DiagonalMixture, Dyadic, UniformTriangle
 from .base import AbstractResidualObjective
 from .teaching import check_unguided, data_residual, freeze, own_map
@@ -53,6 +53,8 @@ class ProgressiveFlowMapMatching(AbstractResidualObjective):
 
     def residual(self, flow_map, teacher, path, s, t, args, key) -> State:
         del key
+        if teacher is not None:
+            check_callable(teacher, "teacher", "teacher(s, t, x, args)")
         frozen = freeze(flow_map if teacher is None else teacher)
         I_s = path.evaluate(s)
         target = freeze(ComposedFlowMap(frozen, self.num_jumps)(s, t, I_s, args))

@@ -12,7 +12,7 @@ from jaxtyping import Array, Key
 from .._coupling import AbstractCoupling, IndependentCoupling
 from .._custom_types import Args, State
 from .._interpolant import AbstractInterpolant
-from .._misc import is_concrete, num_rows
+from .._misc import check_callable, is_concrete, num_rows
 from .._times import check_batch_size
 from .._trajectory import StatePath, TrajectoryPath
 
@@ -73,7 +73,8 @@ class InterpolantBatches(eqx.Module):
     - `args`: conditions, one row for each data point, or `None`. Only with array data.
 
     **Raises:** `ValueError` for a batch size below 1, data without points, or conditions
-    that do not go with the data; `TypeError` for data of integers.
+    that do not go with the data; `TypeError` for data of integers, for what is no
+    interpolant, and for functions of other arguments.
     """
 
     interpolant: AbstractInterpolant
@@ -87,7 +88,14 @@ class InterpolantBatches(eqx.Module):
 
     def __check_init__(self):
         check_batch_size(self.batch_size)
+        if not isinstance(self.interpolant, AbstractInterpolant):
+            raise TypeError(
+                "`interpolant` comes first, an instance such as `LinearInterpolant()`; "
+                f"got {self.interpolant!r}."
+            )
+        check_callable(self.base, "base", "base(key, x1)")
         if callable(self.data):
+            check_callable(self.data, "data", "data(key, batch_size)")
             if self.args is not None:
                 raise ValueError(
                     "`args` needs data given as arrays, row for row. A function may "
@@ -189,7 +197,7 @@ class StateBatches(eqx.Module):
       arrays, one row for each row of states, if those are arrays; or `None`.
 
     **Raises:** `ValueError` for a batch size below 1, arrays without rows, or conditions
-    that do not go with the states.
+    that do not go with the states; `TypeError` for functions of other arguments.
     """
 
     draw: State | Callable[[Key[Array, ""], int], State] = eqx.field(converter=_as_jax)
@@ -201,6 +209,9 @@ class StateBatches(eqx.Module):
     def __check_init__(self):
         check_batch_size(self.batch_size)
         rows = None if callable(self.args) else self.args
+        for name, fn in (("draw", self.draw), ("args", self.args)):
+            if callable(fn):
+                check_callable(fn, name, f"{name}(key, batch_size)")
         if not callable(self.draw):
             _num_rows((self.draw, rows))
         elif rows is not None:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, Key
 
+from .._misc import check_key
 from ._condition import Condition
 from ._images import AbstractImageNetwork, num_heads_for, run
 from ._layers import Linear, attend, modulate, standardise, unit_rms
@@ -85,6 +86,7 @@ class DiT(AbstractImageNetwork):
                 f"{patch} by {patch}. Give a `patch` that divides both, or pad them."
             )
         num_heads = num_heads_for(width, num_heads)
+        check_key(key)
         first_key, condition_key, block_key = jr.split(key, 3)
         self.condition = Condition(
             width,

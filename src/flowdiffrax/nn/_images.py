@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from .._custom_types import Args, Time
@@ -132,10 +133,9 @@ def num_heads_for(channels: int, num_heads: int | None) -> int:
 
 def check_shape(shape: Sequence[int]) -> Shape:
     """**Raises:** `ValueError` unless it is one of an image, the channels last."""
-    if len(shape) != 3 or min(shape) < 1:
+    if np.shape(shape) != (3,) or min(shape) < 1:
         raise ValueError(
-            "`shape` must be that of one image, (height, width, channels); got "
-            f"{tuple(shape)}."
+            f"`shape` must be that of one image, (height, width, channels); got {shape}."
         )
     height, width, channels = shape
     return int(height), int(width), int(channels)

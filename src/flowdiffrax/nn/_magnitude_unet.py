@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, Key
 
+from .._misc import check_key
 from ._condition import Condition
 from ._images import AbstractImageNetwork, Level, levels, num_heads_for, run
 from ._layers import attend, modulate, unit_rms
@@ -74,6 +75,7 @@ class MagnitudePreservingUNet(AbstractImageNetwork):
     ):
         super().__init__(shape, scale, dtype, remat)
         down, up = levels(self.shape, channels, multipliers, num_blocks, attention)
+        check_key(key)
         keys = jr.split(key, 5)
         first_key, condition_key, down_key, up_key, last_key = keys
         size = channels * max(multipliers)

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from .._custom_types import Args, Time
-from .._misc import times_like
+from .._misc import check_key, times_like
 
 
 class MLP(eqx.Module):
@@ -68,6 +68,7 @@ class MLP(eqx.Module):
                 "`size`, `width` and `depth` must be at least 1; got "
                 f"{size}, {width}, {depth}."
             )
+        check_key(key)
         first_key, hidden_key, last_key = jr.split(key, 3)
         num_inputs = size * (1 + 2 * len(frequencies))
         num_inputs += 2 * (1 + len(time_frequencies)) + args_size
@@ -89,10 +90,11 @@ class MLP(eqx.Module):
     def __call__(
         self, s: Time, t: Time, x: Float[Array, " size"], args: Args = None
     ) -> Float[Array, " size"]:
-        if x.shape != (self.size,):
+        found = getattr(x, "shape", type(x).__name__)
+        if found != (self.size,):
             raise ValueError(
-                f"This network takes one state of shape ({self.size},); got {x.shape}. "
-                "For a batch, use `jax.vmap`."
+                f"This network takes one state, an array of shape ({self.size},); got "
+                f"{found}. For a batch, use `jax.vmap`; for a PyTree, `nn.Ravelled`."
             )
         h = self._features(s, t, x, args)
         h = self.activation(self.first(h))

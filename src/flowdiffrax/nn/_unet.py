@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Key
 
+from .._misc import check_key
 from ._condition import Condition
 from ._images import AbstractImageNetwork, Level, levels, num_heads_for, run
 from ._layers import Conv, GroupNorm, Linear, attend, modulate
@@ -90,6 +91,7 @@ class UNet(AbstractImageNetwork):
     ):
         super().__init__(shape, scale, dtype, remat)
         down, up = levels(self.shape, channels, multipliers, num_blocks, attention)
+        check_key(key)
         first_key, condition_key, down_key, up_key = jr.split(key, 4)
         size = 4 * channels
         self.condition = Condition(

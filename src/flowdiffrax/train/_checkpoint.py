@@ -12,6 +12,7 @@ import jax.tree_util as jtu
 from jaxtyping import PyTree
 
 from .._files import write_whole
+from .._misc import check_callable
 
 _FORMAT = 1
 
@@ -43,7 +44,12 @@ def save(path: str | os.PathLike, config: Any, tree: PyTree) -> None:
         "bytes": len(body),
         "sha256": hashlib.sha256(body).hexdigest(),
     }
-    line = json.dumps(header).encode() + b"\n"
+    try:
+        line = json.dumps(header).encode() + b"\n"
+    except TypeError as error:
+        raise TypeError(
+            f"`config` must be what JSON can hold, and comes before the tree: {error}."
+        ) from error
     write_whole(path, line + body)
 
 
@@ -63,6 +69,7 @@ def load(path: str | os.PathLike, make: Callable[[Any], PyTree]) -> tuple[Any, P
     dtypes than `make` returns. What is no array, such as a network's scale, is for
     `make` to rebuild: keep it in the configuration.
     """
+    check_callable(make, "make", "make(config)")
     path = pathlib.Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"There is no checkpoint at {path}.")

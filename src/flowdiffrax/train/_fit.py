@@ -10,7 +10,7 @@ import optax
 from jaxtyping import Array, Key
 
 from .._flow_map import AbstractFlowMap
-from .._misc import num_rows
+from .._misc import check_whole, num_rows
 from .._objective import AbstractObjective, Mixture, Scheduled
 from ..data import StreamBatches
 from ._parallel import DataParallel
@@ -95,12 +95,15 @@ def fit(
 
     **Returns:** the final state; `state.ema_map` is the map to use.
 
-    **Raises:** `ValueError` for a number of steps below 1, a missing key, or checkpoints
-    of another run, or names in the report that it has already; `TypeError` for what is no
-    flow map; `OSError` if a checkpoint cannot be written; and
+    **Raises:** `ValueError` for a number of steps below 1, a missing key or several, or
+    checkpoints of another run, or names in the report that it has already; `TypeError`
+    for what is no flow map, objective, optimiser, key, whole number of steps, or batches;
+    `OSError` if a checkpoint cannot be written; and
     [`flowdiffrax.train.TrainingDiverged`][], with the last good state, if too many steps
     were skipped.
     """
+    check_whole(num_steps, "num_steps")
+    check_whole(report_every, "report_every")
     if min(num_steps, report_every) < 1 or max_skipped < 0:
         raise ValueError(
             "`num_steps` and `report_every` must be at least 1, `max_skipped` not "

@@ -14,7 +14,13 @@ from jaxtyping import Array, Int, Key, PyTree
 
 from .._custom_types import Args, Scalar
 from .._flow_map import AbstractFlowMap
-from .._misc import all_finite, check_callable, squared_norm
+from .._misc import (
+    all_finite,
+    check_callable,
+    check_key,
+    check_optimiser,
+    squared_norm,
+)
 from .._objective import (
     AbstractLearnedWeight,
     AbstractObjective,
@@ -76,7 +82,12 @@ class TrainState(eqx.Module):
         - `key`: the root key of the run.
         - `objective`: the objective of the run; needed if it has learned weights.
         - `ema_decay`, `teacher_decay`: as for [`flowdiffrax.train.make_step`][].
+
+        **Raises:** `TypeError` for what is no optimiser or no key, `ValueError` for
+        several keys.
         """
+        check_optimiser(optim)
+        check_key(key)
         copy = lambda tree: jtu.tree_map(
             lambda leaf: jnp.array(leaf) if eqx.is_array(leaf) else leaf, tree
         )
@@ -156,15 +167,16 @@ def make_step(
     returned.
 
     **Raises:** `ValueError` for a decay outside [0, 1) or `accumulate` below 1,
-    `TypeError` for what is no objective; in use, `ValueError` for a state that was
-    created without what the objective needs, or a batch that does not divide among the
-    devices, `TypeError` for batches that are none.
+    `TypeError` for what is no objective or optimiser; in use, `ValueError` for a state
+    that was created without what the objective needs, or a batch that does not divide
+    among the devices, `TypeError` for batches that are none.
     """
     if not isinstance(objective, AbstractObjective | Mixture | Scheduled):
         raise TypeError(
             "`objective` must be an instance such as `FlowMatching()`; got "
             f"{objective!r}."
         )
+    check_optimiser(optim)
     for name, decays in (("ema_decay", ema_decay), ("teacher_decay", teacher_decay)):
         for decay in () if decays is None else _decays(decays):
             if not 0 <= decay < 1:
