@@ -380,6 +380,7 @@ def test_default_estimate(size, fallback, estimate):
     assert not eqx.tree_equal(error(None), error(other))
 
 
+@pytest.mark.slow
 def test_share_of_the_tolerance():
     off = lambda s, t, x, args: EXACT(s, t, x) + 3e-5 * jnp.sin(t - s)
     learned = lambda **options: counts(solve(off, tol=1e-4, options=options))
@@ -403,7 +404,7 @@ def test_other_estimates(estimate):
 
 @pytest.mark.parametrize(
     "name, t0, t1",
-    [("exact", 0.1, 0.9), slow("nan", 0.85, 0.2)]
+    [slow("exact", 0.1, 0.9), slow("nan", 0.85, 0.2)]
     + [slow("nan-early", 0.1, 0.9), ("nan-early", 0.85, 0.2)],
 )
 def test_saved_times_and_dense_output(name, t0, t1):
@@ -416,7 +417,7 @@ def test_saved_times_and_dense_output(name, t0, t1):
     assert_close(dense, sol.ys, 1e-6, 1e-6)
 
 
-@pytest.mark.parametrize("name", ["exact", slow("nan"), "nan-early"])
+@pytest.mark.parametrize("name", ["exact", slow("nan"), slow("nan-early")])
 def test_event_within_a_step(name):
     # It moves steadily, so that the first entry takes every value once.
     x = jnp.asarray([-1.5, 0.7])
@@ -455,7 +456,11 @@ def test_batch_does_not_copy_the_weights():
 @pytest.mark.parametrize(
     "name, adjoint",
     [("exact", "recursive"), slow("untrained", "direct")]
-    + [("nan-early", "recursive"), slow("nan-early", "direct"), ("nan-early", "forward")],
+    + [
+        slow("nan-early", "recursive"),
+        slow("nan-early", "direct"),
+        ("nan-early", "forward"),
+    ],
 )
 def test_gradients(name, adjoint):
     kind = {
@@ -592,6 +597,7 @@ def test_other_bad_arguments():
 # Batches of unlike examples
 
 
+@pytest.mark.slow
 def test_sorted_chunks():
     field, xs = nonlinear_field, jr.normal(jr.key(1), (10, 2))
     run = lambda x: solve(MAPS["identity"], x=x, field=field, tol=1e-4).ys[0]

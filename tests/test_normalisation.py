@@ -315,6 +315,7 @@ def learned():
     return made, made.flow_map(state.ema_map)
 
 
+@pytest.mark.slow
 def test_learned_map_in_a_solve(learned):
     made, flow_map = learned
     x0 = {"q": jnp.asarray([900.0, -500.0]), "p": jnp.asarray([-0.004, 0.012])}

@@ -681,6 +681,7 @@ def test_settings_may_be_traced():
         assert_close(jax.jit(loss)(jnp.asarray(0.3)), loss(0.3), 1e-12)
 
 
+@pytest.mark.slow
 def test_mixture_weights_may_be_traced():
     def loss(weight):
         mixture = fd.Mixture(
@@ -692,7 +693,7 @@ def test_mixture_weights_may_be_traced():
     assert_close(slope, loss(jnp.asarray(1.0)) - loss(jnp.asarray(0.0)), 1e-9)
 
 
-@pytest.mark.parametrize("saved", [2, 5])
+@pytest.mark.parametrize("saved", [pytest.param(2, marks=pytest.mark.slow), 5])
 def test_trajectories_with_times_of_their_own(saved):
     # Non-autonomous, each trajectory over an interval of its own.
     field = lambda t, x, args: -(1 + 2 * t) * x

@@ -44,6 +44,7 @@ def devices():
         ("accumulated", "alone, accumulated"),
     ],
 )
+@pytest.mark.slow
 def test_eight_devices_equal_one(devices, many, one):
     np.testing.assert_allclose(devices[many], devices[one], rtol=1e-12, atol=1e-13)
 

@@ -98,7 +98,9 @@ def test_default_solver_of_a_pytree():
     assert_close(flow_map(0.7, 0.3, SWING, 1.2), expected, 1e-14)
 
 
-@pytest.mark.parametrize("t0, t1", [(0.2, 1.4), (1.4, 0.2)])
+@pytest.mark.parametrize(
+    "t0, t1", [pytest.param(0.2, 1.4, marks=pytest.mark.slow), (1.4, 0.2)]
+)
 def test_untrained_hypersolver_in_a_solve(t0, t1):
     flow_map = fd.HypersolverFlowMap(nonlinear_field, zero_net)
     solve = lambda solver: (

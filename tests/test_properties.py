@@ -93,7 +93,7 @@ def test_identities_float32(name):
         (-1.5, (jnp.float64, jnp.float64)),
         (-1.5, (jnp.float32, jnp.float32)),
         (-1.5, (jnp.float64, jnp.float32)),
-        (1.5j, (jnp.complex128, jnp.complex64)),
+        pytest.param(1.5j, (jnp.complex128, jnp.complex64), marks=pytest.mark.slow),
         (1.5j, (jnp.complex128, jnp.complex128)),
     ],
 )

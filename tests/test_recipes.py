@@ -50,7 +50,8 @@ def toy_data(recipe):
     return fd.data.Images(images, rng.integers(0, 10, 16), num_classes=1000)
 
 
-@pytest.mark.parametrize("name", marked("imagenet32-class-lmd"))
+# All of them, in CI too, but not among the quick tests.
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.slow
 def test_trains(name):
     recipe = fd.train.recipe(name)

@@ -244,7 +244,12 @@ STATES = {
 
 @pytest.mark.parametrize(
     "name, t0, t1",
-    [("nested", 0.85, 0.2), ("scalar", 0.1, 0.9), ("integer", 0.9, 0.0), ("empty", 0, 1)],
+    [
+        ("nested", 0.85, 0.2),
+        ("scalar", 0.1, 0.9),
+        pytest.param("integer", 0.9, 0.0, marks=pytest.mark.slow),
+        ("empty", 0, 1),
+    ],
 )
 def test_states_equal_diffrax(name, t0, t1):
     ts = jnp.linspace(t0, t1, 4)

@@ -58,6 +58,7 @@ MAPS = {
 
 # Solved by Diffrax, and so slow to compile.
 ODES = ("mixture", "nonlinear")
+SLOW = (*ODES, "gaussian-vp")
 
 STOPS = fd.StopGradient
 # name -> (objective, what it takes for a teacher: a velocity, a map, or nothing)
@@ -118,7 +119,7 @@ def losses(name):
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=pytest.mark.slow if name in ODES else ()) for name in MAPS],
+    [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in MAPS],
 )
 def test_zero_at_the_exact_map_only(name):
     compute = losses(name)
