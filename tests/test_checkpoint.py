@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 
 import equinox as eqx
 import jax
@@ -14,14 +15,20 @@ import pytest
 
 import flowdiffrax as fd
 
+# In JSON, and in JSON within JSON.
+FORMATS = {
+    ".fdx": (b'"format": 1', b'"format": 9'),
+    ".safetensors": (rb"\"format\": 1", rb"\"format\": 9"),
+}
+
 
 def network(width=8, seed=0):
     return fd.nn.MLP(2, width, 2, key=jr.key(seed))
 
 
-@pytest.fixture
-def saved(tmp_path):
-    path = tmp_path / "run" / "map.ckpt"
+@pytest.fixture(params=["map.fdx", "map.safetensors"])
+def saved(tmp_path, request):
+    path = tmp_path / "run" / request.param
     fd.train.save(path, {"width": 8}, network())
     return path
 
@@ -43,32 +50,35 @@ def test_round_trip(saved):
     assert_same(loaded, network())
 
 
-def test_round_trip_of_all_kinds_of_leaves(tmp_path):
+@pytest.mark.parametrize("name", ["tree", "tree.safetensors"])
+def test_round_trip_of_all_kinds_of_leaves(tmp_path, name):
     tree = {
         "bfloat16": jnp.asarray([1.5, -2.0], jnp.bfloat16),
-        "complex": jnp.asarray([1 + 2j]),
         "integers": jnp.arange(3, dtype=jnp.int32),
         "flags": jnp.asarray([True, False]),
         "empty": jnp.zeros((0, 3)),
         "numpy": np.arange(2.0),
         "python": (1.25, 3, True),
     }
+    if name == "tree":  # safetensors has no double complex numbers
+        tree["complex"] = jnp.asarray([1 + 2j])
     numbers = {key: tree[key] for key in tree if key not in ("flags", "python")}
     blank = jtu.tree_map(lambda leaf: 0 * leaf, numbers)
     blank |= {"flags": jnp.zeros(2, bool), "python": (0.0, 0, False)}
-    fd.train.save(tmp_path / "tree", None, tree)
-    _, loaded = fd.train.load(tmp_path / "tree", lambda config: blank)
+    fd.train.save(tmp_path / name, None, tree)
+    _, loaded = fd.train.load(tmp_path / name, lambda config: blank)
     assert_same(loaded, tree)
     assert [type(leaf) for leaf in loaded["python"]] == [float, int, bool]
 
 
-def test_round_trip_of_a_state(tmp_path):
+@pytest.mark.parametrize("name", ["state", "state.safetensors"])
+def test_round_trip_of_a_state(tmp_path, name):
     optim = optax.adam(1e-3)
     create = lambda seed: fd.train.TrainState.create(
         fd.FlowMap(network(seed=seed)), optim, key=jr.key(seed)
     )
-    fd.train.save(tmp_path / "state", {}, create(0))
-    _, loaded = fd.train.load(tmp_path / "state", lambda config: create(1))
+    fd.train.save(tmp_path / name, {}, create(0))
+    _, loaded = fd.train.load(tmp_path / name, lambda config: create(1))
     assert_same(loaded, create(0))
 
 
@@ -79,7 +89,9 @@ def test_load_without_memory(saved):
     assert_same(fd.train.load(saved, shape_only)[1], network())
 
 
-def test_first_line_is_json(saved):
+def test_first_line_is_json(tmp_path):
+    saved = tmp_path / "map.fdx"
+    fd.train.save(saved, {"width": 8}, network())
     header = json.loads(saved.read_bytes().split(b"\n")[0])
     assert header["config"] == {"width": 8}
     assert "float64[8, 2]" not in header["leaves"] and "float64[2, 8]" in header["leaves"]
@@ -91,7 +103,7 @@ def test_saving_again_replaces(saved):
 
 
 def test_no_other_files(saved):
-    assert [p.name for p in saved.parent.iterdir()] == ["map.ckpt"]
+    assert [p.name for p in saved.parent.iterdir()] == [saved.name]
 
 
 def test_missing_file(tmp_path):
@@ -102,16 +114,17 @@ def test_missing_file(tmp_path):
 @pytest.mark.parametrize(
     "content", [b"", b"weights", b"[1, 2]\n", b"{}\n", b"\x80\n\x00"]
 )
-def test_not_a_checkpoint(tmp_path, content):
-    (tmp_path / "file").write_bytes(content)
+@pytest.mark.parametrize("name", ["file", "file.safetensors"])
+def test_not_a_checkpoint(tmp_path, content, name):
+    (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match="is not a checkpoint"):
-        fd.train.load(tmp_path / "file", make)
+        fd.train.load(tmp_path / name, make)
 
 
 @pytest.mark.parametrize("keep", [-1, -100])
 def test_truncated(saved, keep):
     saved.write_bytes(saved.read_bytes()[:keep])
-    with pytest.raises(ValueError, match="is damaged"):
+    with pytest.raises(ValueError, match="is damaged|is not a checkpoint"):
         fd.train.load(saved, make)
 
 
@@ -130,7 +143,7 @@ def test_one_bit_flipped(saved):
 
 
 def test_newer_format(saved):
-    saved.write_bytes(saved.read_bytes().replace(b'"format": 1', b'"format": 9', 1))
+    saved.write_bytes(saved.read_bytes().replace(*FORMATS[saved.suffix], 1))
     with pytest.raises(ValueError, match="has format 9, .* Update flowdiffrax"):
         fd.train.load(saved, make)
 
@@ -166,7 +179,7 @@ def test_failing_save_leaves_the_old_file(saved, monkeypatch, step):
     with pytest.raises(OSError, match="disk full"):
         fd.train.save(saved, {"width": 4}, network(4))
     monkeypatch.undo()
-    assert [p.name for p in saved.parent.iterdir()] == ["map.ckpt"]
+    assert [p.name for p in saved.parent.iterdir()] == [saved.name]
     assert_same(fd.train.load(saved, make)[1], network())
 
 
@@ -177,4 +190,44 @@ def test_interrupted_save_leaves_the_old_file(saved, monkeypatch):
     monkeypatch.setattr(os, "replace", interrupt)
     with pytest.raises(KeyboardInterrupt):
         fd.train.save(saved, {"width": 4}, network(4))
-    assert [p.name for p in saved.parent.iterdir()] == ["map.ckpt"]
+    assert [p.name for p in saved.parent.iterdir()] == [saved.name]
+
+
+def test_safetensors_are_read_by_others(tmp_path):
+    from safetensors import numpy as others
+
+    fd.train.save(tmp_path / "map.safetensors", {}, fd.FlowMap(network()))
+    arrays = others.load_file(tmp_path / "map.safetensors")
+    assert {*arrays} == {
+        f"net.{layer}.{kind}"
+        for layer in ("first", "hidden.0", "last")
+        for kind in ("weight", "bias")
+    }
+    weight = network().first.weight
+    np.testing.assert_array_equal(arrays["net.first.weight"], weight)
+
+
+def test_safetensors_of_others(tmp_path):
+    from safetensors import numpy as others
+
+    others.save_file({"weight": np.ones(2)}, tmp_path / "theirs.safetensors")
+    with pytest.raises(ValueError, match="is not a checkpoint of flowdiffrax"):
+        fd.train.load(tmp_path / "theirs.safetensors", make)
+
+
+def test_safetensors_under_other_names(tmp_path):
+    fd.train.save(tmp_path / "map.safetensors", {}, {"a": jnp.ones(2)})
+    with pytest.raises(ValueError, match=r"no array named b; it has \['a'\]"):
+        fd.train.load(tmp_path / "map.safetensors", lambda config: {"b": jnp.ones(2)})
+
+
+def test_safetensors_without_complex_numbers(tmp_path):
+    with pytest.raises(TypeError, match="Cast, or save under a name"):
+        fd.train.save(tmp_path / "map.safetensors", {}, jnp.asarray([1 + 2j]))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_safetensors(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors.numpy", None)
+    with pytest.raises(ImportError, match=r'pip install "flowdiffrax\[safetensors\]"'):
+        fd.train.save(tmp_path / "map.safetensors", {}, network())

@@ -308,6 +308,19 @@ def test_rows_that_do_not_go_together(ts, args, match):
         )
 
 
+def test_solves_that_fail():
+    # x' = x^2 from 2 is infinite at 1/2.
+    ts = jnp.asarray([0.0, 0.5, 1.0])
+    solve = lambda **options: fd.solve_trajectories(
+        lambda t, x, args: x**2, jnp.asarray([[0.1], [2.0]]), ts, **options
+    )
+    with pytest.raises(Exception, match="maximum number of solver steps"):
+        solve()
+    good, bad = solve(throw=False)
+    assert_close(good[:, 0], 0.1 / (1 - 0.1 * ts), 1e-6)
+    assert jnp.all(jnp.isnan(bad))
+
+
 def test_solved_trajectories_keep_no_gradient():
     solve = lambda x: jnp.sum(
         fd.solve_trajectories(linear_map().velocity, x, jnp.asarray([0.0, 1.0]))

@@ -19,7 +19,7 @@ BLOCK = re.compile(
 NOT_RUN = re.compile(r"^<!-- not run: .*? -->\n\n?```python\n.*?^```\n", re.M | re.S)
 # These print the same however long they train, and that is compared with the page.
 QUICK = {
-    *("README", "index", "flow-maps", "notation", "theory"),
+    *("README", "index", "flow-maps", "notation", "theory", "interoperability"),
     *("flow-matching", "trajectories", "lagrangian", "eulerian", "progressive"),
     *("self-distillation", "mean-flow", "consistency"),
 }
@@ -69,6 +69,9 @@ def test_code_of_page(name, tmp_path, monkeypatch):
     # Files that nobody has at hand.
     monkeypatch.setattr(fd.data, "imagenet32", lambda path: fd.data.digits())
     path, names = PAGES[name], {}
+    if path.stem == "interoperability":
+        pytest.importorskip("distreqx")
+        pytest.importorskip("flowjax")
     with contextlib.ExitStack() as stack:
         # Pages are written for JAX's own settings, not for those of the tests.
         stack.enter_context(jax.enable_x64(False))

@@ -460,6 +460,7 @@ def test_batch_does_not_copy_the_weights():
         slow("nan-early", "recursive"),
         slow("nan-early", "direct"),
         ("nan-early", "forward"),
+        ("nan", "recursive"),
     ],
 )
 def test_gradients(name, adjoint):
@@ -478,6 +479,49 @@ def test_gradients(name, adjoint):
         slope = jax.grad(run)(X) @ direction
     truth = lambda x: jnp.sum(jnp.sin(EXACT(0.1, 0.9, x)))
     assert_close(slope, finite_difference(truth, X, direction), 1e-4, 1e-4)
+
+
+def test_gradients_of_a_batch_in_which_some_maps_fail():
+    # NaN, with derivatives that are: zero cotangents times those would be NaN as well.
+    flow_map = lambda s, t, x, args: EXACT(s, t, x) * jnp.where(x[0] > 0, jnp.nan, 1)
+    run = lambda x: jnp.sum(jnp.sin(solve(flow_map, x=x).ys))
+    xs = jnp.asarray([[0.3, -1.2], [-0.3, 1.2]])
+    slopes = jax.vmap(jax.grad(run))(xs)
+    truth = jax.vmap(jax.grad(lambda x: jnp.sum(jnp.sin(EXACT(0.1, 0.9, x)))))(xs)
+    assert_close(slopes, truth, 1e-4, 1e-4)
+
+
+def test_second_derivatives_of_a_jump():
+    run = lambda x: jnp.sum(
+        jnp.sin(solve(EXACT, x=x, adjoint=diffrax.ForwardMode(), max_steps=32).ys)
+    )
+    truth = lambda x: jnp.sum(jnp.sin(EXACT(0.1, 0.9, x)))
+    made = jax.jacfwd(jax.jacfwd(run))(X)
+    assert_close(made, jax.jacfwd(jax.jacfwd(truth))(X), 1e-8, 1e-8)
+
+
+def test_bad_map_where_the_fallback_is_bound_by_stability():
+    # Tsit5's own errors are then far below the tolerance, and jumps that used all of it
+    # would add up to many times the tolerance.
+    field = lambda t, x, args: jnp.stack([x[1], 1.5 * (1 - x[0] ** 2) * x[1] - x[0]])
+    starts = jnp.stack([jnp.linspace(3, 6, 10), jnp.zeros(10)], axis=1)
+
+    def run(solver, tol):
+        return jax.vmap(
+            lambda x: diffrax.diffeqsolve(
+                diffrax.ODETerm(field),
+                solver,
+                2.0,
+                5.0,
+                6.0,
+                x,
+                stepsize_controller=diffrax.PIDController(rtol=tol, atol=tol),
+            ).ys[0]
+        )(starts)
+
+    identity = lambda s, t, x, args: x
+    error = run(fd.HybridSolver(identity), 1e-2) - run(diffrax.Tsit5(), 1e-10)
+    assert max_abs(error) < 0.03
 
 
 def test_state_goes_in_again():

@@ -344,6 +344,15 @@ def test_rounded_steps_are_within_the_range():
         flow_map(s, t + 1e-3, x)
 
 
+def test_steps_beyond_those_of_an_integrated_map():
+    # The inner solve must not see a step that is not a number.
+    inner = fd.ODEFlowMap(linear_map().velocity, time_range=(-1.0, 1.0))
+    flow_map = fd.AutonomousFlowMap(inner)
+    made = jax.jit(jax.vmap(flow_map, (None, 0, None)))(3.0, jnp.asarray([3.8, 5.0]), X)
+    assert_close(made[0], linear_map()(0.0, 0.8, X), 1e-6, 1e-6)
+    assert jnp.all(jnp.isnan(made[1]))
+
+
 def test_late_times_keep_short_steps():
     # In float32 the two times would be equal.
     s, t = np.float64(1e6), np.float64(1e6 + 1e-3)

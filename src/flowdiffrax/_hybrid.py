@@ -16,7 +16,7 @@ from ._custom_types import Args, State, Time, TwoTimeMap
 from ._estimate import AbstractErrorEstimate, LinearisedError, ResidualIntegral
 from ._flow_map.base import times_out_of_range
 from ._flow_map.wrappers import check_composable
-from ._misc import all_finite, scale, subtract
+from ._misc import all_finite, freeze, scale, subtract
 from ._solver import (
     AbstractFlowMapSolver,
     Jump,
@@ -57,9 +57,10 @@ class HybridSolver(diffrax.AbstractImplicitSolver, diffrax.AbstractAdaptiveSolve
     r"""Takes the learned jump where its estimated error meets the tolerance, and a step
     of a classical solver where it does not.
 
-    The answer keeps the tolerance as a classical solver keeps it, as far as the estimate
-    sees: an untrained map, or one that returns NaN, costs time and no accuracy. With a
-    good map, most of the interval is one jump.
+    The answer keeps the tolerance as a classical solver keeps it, step by step, as far as
+    the estimate sees: a map that returns NaN costs time and no accuracy, and one that is
+    merely bad is taken only where a small share of the tolerance allows it. With a good
+    map, most of the interval is one jump.
 
     ```python
     sol = diffrax.diffeqsolve(
@@ -111,10 +112,8 @@ class HybridSolver(diffrax.AbstractImplicitSolver, diffrax.AbstractAdaptiveSolve
         tries it, and for the classical solver if any needs it. To keep easy examples
         from waiting for hard ones, sort them into chunks: [`flowdiffrax.vmap_sorted`][].
 
-    !!! warning "Gradients"
-
-        Under `jax.vmap`, an example whose map returns NaN has a NaN gradient, though its
-        value is the classical solver's: JAX multiplies it by zero.
+    Gradients are those of the steps that were made: of the map where a jump was taken,
+    and of the classical solver elsewhere, whatever the map returns there.
 
     Events are found at the ends of steps and located within them, on the map itself
     where the step is a jump. One that comes and goes within a long jump is missed.
@@ -127,9 +126,10 @@ class HybridSolver(diffrax.AbstractImplicitSolver, diffrax.AbstractAdaptiveSolve
       or implicit.
     - `estimate`: the error estimate by which a jump is judged; `None` for the one named
       above.
-    - `safety`: the share of the tolerance that a jump may use, in (0, 1]; `None` for 0.1
-      with an implicit fallback, which needs to start close to the slow solution, and 1
-      otherwise.
+    - `safety`: the share of the tolerance that a jump may use, in (0, 1]; `None` for 0.3,
+      since the errors of a classical solver are mostly well below the tolerance, too,
+      and for 0.1 with an implicit fallback, which needs to start close to the slow
+      solution.
     - `rtol`, `atol`: to be given with controllers without tolerances, such as
       `diffrax.ConstantStepSize`, or in manual steps; from the controller otherwise.
     - `norm`: likewise; the root mean square where both tolerances are given.
@@ -161,7 +161,7 @@ class HybridSolver(diffrax.AbstractImplicitSolver, diffrax.AbstractAdaptiveSolve
         if given and self.norm is _FROM_CONTROLLER:
             self.norm = optx.rms_norm
         if self.safety is None:
-            self.safety = 0.1 if _is_implicit(self.fallback) else 1.0
+            self.safety = 0.1 if _is_implicit(self.fallback) else 0.3
 
     def __check_init__(self):
         check_composable(self.flow_map)
@@ -230,7 +230,9 @@ class HybridSolver(diffrax.AbstractImplicitSolver, diffrax.AbstractAdaptiveSolve
         estimate = self._estimate(y0)
         safety = typing.cast(float, self.safety)
 
-        jump = lambda: estimate(self.flow_map, teacher, s, t, y0, args)
+        jump = eqx.filter_closure_convert(
+            lambda: estimate(self.flow_map, teacher, s, t, y0, args)
+        )
 
         def classical():
             # After a jump, what the classical solver remembers is out of date.
@@ -245,7 +247,8 @@ class HybridSolver(diffrax.AbstractImplicitSolver, diffrax.AbstractAdaptiveSolve
         outside = times_out_of_range(self.flow_map, s, t)
         if outside is not None:
             tried = tried & ~outside
-        jump_y1, jump_error = _run_if_any(tried, jump)
+        frozen = freeze(jump)
+        jump_y1, jump_error = _run_if_any(tried, lambda: frozen())
         jump_error = scale(jnp.asarray(1 / safety), jump_error)
         ratio = self._ratio(jump_error, y0, jump_y1)
         # A ratio that is NaN is no success.
@@ -262,7 +265,7 @@ class HybridSolver(diffrax.AbstractImplicitSolver, diffrax.AbstractAdaptiveSolve
             "jump": Jump.start(flow, t0, t1, y0, self.dense_degree),
             "fallback": info,
         }
-        y1 = _where(taken, jump_y1, y1)
+        y1 = _where(taken, _with_derivative(jump_y1, taken, jump), y1)
         error = lax.stop_gradient(_where(taken, jump_error, error))
         # A step that overflowed is refused for sure: an infinity in both would make the
         # controller's ratio of the two, and then its step size, not a number.
@@ -386,6 +389,32 @@ class _HybridInterpolation(diffrax.AbstractLocalInterpolation):
         value = lambda: self.jump.evaluate(t0, self.t0, self.t1)
         classical = self.classical.evaluate(t0, left=left)
         return _where(self.is_jump, _run_if_any(self.is_jump, value), classical)
+
+
+def _with_derivative(y1: State, taken: Bool[Array, ""], jump: Callable) -> State:
+    """The end of a jump, with its derivative if it was taken, and with none if not."""
+    inexact, rest = eqx.partition(y1, eqx.is_inexact_array)
+    return eqx.combine(_jump_end(inexact, taken, jump), rest)
+
+
+@eqx.filter_custom_jvp
+def _jump_end(y1, taken, jump):
+    return y1
+
+
+@_jump_end.def_jvp
+def _jump_end_jvp(primals, tangents):
+    y1, taken, jump = primals
+    # Masked on its way in, too: backwards, that is where the zero cotangents of a refused
+    # jump come out, multiplied by derivatives that may be NaN.
+    mask = lambda tangent: jtu.tree_map(lambda leaf: jnp.where(taken, leaf, 0), tangent)
+
+    def run():
+        end = lambda jump: eqx.filter(jump()[0], eqx.is_inexact_array)
+        return eqx.filter_jvp(end, (jump,), (mask(tangents[2]),))[1]
+
+    # Of the end itself, for the derivatives of higher order.
+    return _jump_end(y1, taken, jump), mask(_run_if_any(taken, run))
 
 
 def _where(condition, x: PyTree, y: PyTree) -> PyTree:

@@ -118,7 +118,7 @@ class LogDensityFlowMap(AbstractFlowMap):
     flow_map: TwoTimeMap
 
     def __check_init__(self):
-        check_callable(self.flow_map, "flow_map", "flow_map(s, t, (x, l), args)")
+        check_callable(self.flow_map, "flow_map", "flow_map(s, t, pair, args)")
 
     @property
     def time_range(self):

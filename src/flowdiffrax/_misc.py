@@ -4,6 +4,7 @@ import inspect
 import operator
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
@@ -106,6 +107,12 @@ def all_finite(x: State) -> Array:
 def is_concrete(x: PyTree) -> bool:
     """Whether no leaf is a tracer, so that its values may decide an `if`."""
     return not any(isinstance(leaf, Tracer) for leaf in jtu.tree_leaves(x))
+
+
+def freeze(tree: PyTree) -> PyTree:
+    """Every array of a PyTree with its gradient stopped; the rest as it is."""
+    stop = lambda leaf: jax.lax.stop_gradient(leaf) if eqx.is_array(leaf) else leaf
+    return jtu.tree_map(stop, tree)
 
 
 def check_like(out: State, x: State, name: str) -> State:

@@ -287,7 +287,10 @@ class AdaptiveFlowMapSolver(AbstractFlowMapSolver, diffrax.AbstractAdaptiveSolve
 
         The error of a learned map does not vanish with the step, so that a tolerance
         below it asks for ever smaller steps. Bound them,
-        `diffrax.PIDController(..., dtmin=abs(t1 - t0) / most_steps)`.
+        `diffrax.PIDController(..., dtmin=abs(t1 - t0) / most_steps)`: steps of that
+        length are then accepted whatever their error. With `force_dtmin=False` beside it,
+        the solve ends there instead, with Diffrax's result for it. Errors of steps add
+        up: what is kept is the tolerance of each, as far as the estimate sees it.
 
     A state that is NaN from the start is rejected by `PIDController` until `max_steps`.
 

@@ -105,6 +105,7 @@ def solve_trajectories(
     atol: float | None = None,
     max_steps: int = 4096,
     chunk_size: int = 4096,
+    throw: bool = True,
 ) -> State:
     """Integrates a batch of initial states with Diffrax and saves them at given times.
 
@@ -125,8 +126,10 @@ def solve_trajectories(
       implicit one, such as `diffrax.Kvaerno5()`.
     - `rtol`, `atol`: tolerances; `None` for 1e-8 in float64 and 1e-5 in float32, where
       an implicit solver gets 1e-3: with less, rounding may let none of its steps pass.
-    - `max_steps`: the most steps a solve may take before it is an error.
+    - `max_steps`: the most steps a solve may take before it has failed.
     - `chunk_size`: how many examples are integrated at a time, which bounds the memory.
+    - `throw`: whether it is an error if a solve fails. If not, all its states are NaN:
+      drop the rows in which some are.
 
     **Returns:** the states, every leaf of shape `(batch, times, ...)`.
 
@@ -155,7 +158,7 @@ def solve_trajectories(
     rows = x0, ts if jnp.ndim(ts) == 2 else None, args if args_per_example else None
     shared = None if jnp.ndim(ts) == 2 else ts, None if args_per_example else args
     return _solve_trajectories(
-        vector_field, rows, shared, solver, rtol, atol, max_steps, chunk_size
+        vector_field, rows, shared, solver, rtol, atol, max_steps, chunk_size, throw
     )
 
 
@@ -171,7 +174,7 @@ def _check_rows(name: str, tree: PyTree, batch_size: int) -> None:
 # The checks stay outside `jit`, in which no time is known.
 @eqx.filter_jit
 def _solve_trajectories(
-    vector_field, rows, shared, solver, rtol, atol, max_steps, chunk_size
+    vector_field, rows, shared, solver, rtol, atol, max_steps, chunk_size, throw
 ):
     dtype = time_dtype(rows[0])
     is_implicit = isinstance(solver, diffrax.AbstractImplicitSolver)
@@ -200,7 +203,11 @@ def _solve_trajectories(
             saveat=diffrax.SaveAt(ts=ts),
             stepsize_controller=controller,
             max_steps=max_steps,
+            throw=throw,
         )
-        return solution.ys
+        if throw:
+            return solution.ys
+        failed = solution.result != diffrax.RESULTS.successful
+        return jtu.tree_map(lambda y: jnp.where(failed, jnp.nan, y), solution.ys)
 
     return lax.stop_gradient(lax.map(solve, rows, batch_size=chunk_size))

@@ -1,5 +1,7 @@
 import jax.numpy as jnp
+import jax.tree_util as jtu
 from jax import lax
+from jaxtyping import Array
 
 from .._custom_types import Args, State, Time
 from .._misc import as_times, check_like, times_like
@@ -17,8 +19,8 @@ class AutonomousFlowMap(AbstractFlowMap):
     The map itself has no time range, since it starts anywhere. That of the inner map is
     one of steps: `(0, 0.5)` allows steps up to a half forwards, `(-0.5, 0.5)` in both
     directions. A longer step is refused; inside `jit`, where there is nobody to refuse
-    it for one example of a batch, the state is NaN, which ends a solve or makes a
-    [`flowdiffrax.HybridSolver`][] step classically.
+    it for one example of a batch, the state is NaN, which ends a solve, as one that
+    diverged, or makes a [`flowdiffrax.HybridSolver`][] step classically.
 
     !!! info "Numerics"
 
@@ -47,16 +49,17 @@ class AutonomousFlowMap(AbstractFlowMap):
             )
 
     def __call__(self, s: Time, t: Time, x: State, args: Args = None) -> State:
-        zero, h = self._step(s, t, x)
-        return check_like(self.flow_map(zero, h, x, args), x, "`flow_map`")
+        zero, h, outside = self._step(s, t, x)
+        out = check_like(self.flow_map(zero, h, x, args), x, "`flow_map`")
+        return _nan_where(outside, out)
 
     def velocity(self, t: Time, x: State, args: Args = None) -> State:
-        zero, _ = self._step(t, t, x)
+        zero, _, _ = self._step(t, t, x)
         return self.flow_map.velocity(zero, x, args)
 
     def average_velocity(self, s: Time, t: Time, x: State, args: Args = None) -> State:
-        zero, h = self._step(s, t, x)
-        return self.flow_map.average_velocity(zero, h, x, args)
+        zero, h, outside = self._step(s, t, x)
+        return _nan_where(outside, self.flow_map.average_velocity(zero, h, x, args))
 
     def _step(self, s, t, x):
         s, t = as_times(s, t)
@@ -74,7 +77,13 @@ class AutonomousFlowMap(AbstractFlowMap):
         outside = times_out_of_range(self.flow_map, zero, h)
         # No solver can check this: it knows the times, which may be any. Diffrax also
         # evaluates beyond the step of an example that is done.
-        return zero, h if outside is None else jnp.where(outside, jnp.nan, h)
+        return zero, h if outside is None else jnp.where(outside, 0, h), outside
+
+
+def _nan_where(outside: Array | None, x: State) -> State:
+    if outside is None:
+        return x
+    return jtu.tree_map(lambda leaf: jnp.where(outside, jnp.nan, leaf), x)
 
 
 def check_inner(flow_map: object) -> None:

@@ -5,12 +5,12 @@ from jaxtyping import ArrayLike
 
 from .._custom_types import Args, State, Time, VectorField
 from .._derivative import Derivative
-from .._misc import subtract, times_like
+from .._misc import freeze, subtract, times_like
 from .._times import AbstractTimes, EndAt, LogitNormal, Neighbours, karras_times
 from .._trajectory import StatePath
 from .base import AbstractResidualObjective, StopGradient
 from .eulerian import AbstractEulerian
-from .teaching import freeze, own_map, teacher_velocity
+from .teaching import own_map, teacher_velocity
 from .weight import (
     AbstractWeight,
     InverseGap,

@@ -13,10 +13,10 @@ from .._derivative import Derivative
 from .._flow_map import AbstractFlowMap
 from .._guidance import GuidanceRule
 from .._identities import transport_derivative
-from .._misc import add_scaled, subtract, times_like
+from .._misc import add_scaled, freeze, subtract, times_like
 from .._times import AbstractTimes, DiagonalMixture, UniformTriangle
 from .base import AbstractResidualObjective, StopGradient, stop_gradient_field
-from .teaching import data_residual, freeze, own_velocity, teacher_velocity
+from .teaching import data_residual, own_velocity, teacher_velocity
 from .weight import AbstractWeight, NoWeight
 
 

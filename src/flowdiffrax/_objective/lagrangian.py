@@ -10,7 +10,7 @@ from .._custom_types import AbstractVar, Args, Scalar, State, Time, VectorField
 from .._derivative import Derivative
 from .._flow_map import AbstractFlowMap
 from .._identities import end_derivative, lagrangian_residual, tangent_residual
-from .._misc import add_scaled, check_like, squared_norm, subtract, times_like
+from .._misc import add_scaled, check_like, freeze, squared_norm, subtract, times_like
 from .._times import (
     AbstractTimes,
     Diagonal,
@@ -25,7 +25,7 @@ from .base import (
     StopGradient,
     stop_gradient_field,
 )
-from .teaching import check_velocity, data_residual, freeze, own_velocity
+from .teaching import check_velocity, data_residual, own_velocity
 from .weight import AbstractWeight, NoWeight
 
 

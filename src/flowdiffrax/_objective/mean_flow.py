@@ -7,11 +7,11 @@ from jaxtyping import Array, ArrayLike, Float, Int
 from .._custom_types import State
 from .._derivative import Derivative
 from .._identities import transport_derivative
-from .._misc import add_scaled, subtract, times_like
+from .._misc import add_scaled, freeze, subtract, times_like
 from .._times import AbstractTimes, Diagonal, DiagonalMixture, LogitNormal
 from .base import AbstractResidualObjective, StopGradient, stop_gradient_field
 from .eulerian import AbstractEulerian
-from .teaching import data_direction, freeze, own_map, teacher_velocity
+from .teaching import data_direction, own_map, teacher_velocity
 from .two_piece import check_share, eulerian_quotient
 from .weight import AbstractWeight, PowerWeight
 

@@ -9,10 +9,10 @@ from jaxtyping import Array, ArrayLike, Key
 from .._custom_types import State
 from .._flow_map import ComposedFlowMap
 from .._identities import two_piece_target
-from .._misc import check_callable, is_concrete, subtract
+from .._misc import check_callable, freeze, is_concrete, subtract
 from .._times import AbstractTimes, DiagonalMixture, Dyadic, UniformTriangle
 from .base import AbstractResidualObjective
-from .teaching import check_unguided, data_residual, freeze, own_map
+from .teaching import check_unguided, data_residual, own_map
 from .weight import AbstractWeight, NoWeight
 
 

@@ -4,9 +4,6 @@ from collections.abc import Callable
 from typing import Any
 
 import diffrax
-import equinox as eqx
-import jax
-import jax.tree_util as jtu
 
 from .._custom_types import Args, GuidanceArgs, State, Time, VectorField
 from .._flow_map import AbstractFlowMap
@@ -17,13 +14,7 @@ from .._guidance import (
     MeanFlowGuidance,
     at_scale_one,
 )
-from .._misc import check_callable, check_like, subtract
-
-
-def freeze(tree):
-    """Every array of a PyTree with its gradient stopped; the rest as it is."""
-    stop = lambda leaf: jax.lax.stop_gradient(leaf) if eqx.is_array(leaf) else leaf
-    return jtu.tree_map(stop, tree)
+from .._misc import check_callable, check_like, freeze, subtract
 
 
 def data_residual(

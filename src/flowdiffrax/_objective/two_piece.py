@@ -10,8 +10,7 @@ from jaxtyping import ArrayLike
 from .._custom_types import Args, State, Time, VectorField
 from .._flow_map import AbstractFlowMap
 from .._identities import two_piece_target
-from .._misc import scale, subtract, times_like
-from .teaching import freeze
+from .._misc import freeze, scale, subtract, times_like
 
 
 def eulerian_quotient(

@@ -9,48 +9,47 @@ from typing import Any
 import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
+import numpy as np
 from jaxtyping import PyTree
 
 from .._files import write_whole
 from .._misc import check_callable
+from ..data._files import import_extra
 
 _FORMAT = 1
+_SAFETENSORS = ".safetensors"
 
 
 def save(path: str | os.PathLike, config: Any, tree: PyTree) -> None:
     """Writes a checkpoint: one line of JSON, then the arrays.
 
     The file appears whole or not at all: it is written beside its place and moved there,
-    so that a run killed while saving keeps its last checkpoint.
+    so that a run killed while saving keeps its last checkpoint. Nothing is pickled.
 
     **Arguments:**
 
-    - `path`: where to write; missing folders are made.
+    - `path`: where to write; missing folders are made. A name that ends in
+      `.safetensors` makes a file of that format, which other libraries read too: arrays
+      are named by their place in the tree, such as `net.first.weight`, and the JSON is
+      metadata. It needs safetensors: `pip install "flowdiffrax[safetensors]"`.
     - `config`: what is needed to rebuild the tree without its arrays; anything that
       JSON can hold.
     - `tree`: a map, a [`flowdiffrax.train.TrainState`][], or any PyTree. Its arrays,
       NumPy arrays and Python numbers are saved.
 
-    **Raises:** `TypeError` for a configuration that JSON cannot hold.
+    **Raises:** `TypeError` for a configuration that JSON cannot hold, or arrays that
+    safetensors cannot, such as of complex128; `ImportError` without that package.
     """
     path = pathlib.Path(path)
-    buffer = io.BytesIO()
-    eqx.tree_serialise_leaves(buffer, tree)
-    body = buffer.getvalue()
-    header = {
-        "format": _FORMAT,
-        "config": config,
-        "leaves": _describe(tree),
-        "bytes": len(body),
-        "sha256": hashlib.sha256(body).hexdigest(),
-    }
+    header = {"format": _FORMAT, "config": config, "leaves": _describe(tree)}
     try:
-        line = json.dumps(header).encode() + b"\n"
+        json.dumps(header)
     except TypeError as error:
         raise TypeError(
             f"`config` must be what JSON can hold, and comes before the tree: {error}."
         ) from error
-    write_whole(path, line + body)
+    to_bytes = _to_safetensors if path.suffix == _SAFETENSORS else _to_lines
+    write_whole(path, to_bytes(header, tree))
 
 
 def load(path: str | os.PathLike, make: Callable[[Any], PyTree]) -> tuple[Any, PyTree]:
@@ -67,29 +66,15 @@ def load(path: str | os.PathLike, make: Callable[[Any], PyTree]) -> tuple[Any, P
     **Raises:** `FileNotFoundError` if there is no such file, and `ValueError` if it is
     no checkpoint, is damaged, is of a newer version, or holds arrays of other shapes or
     dtypes than `make` returns. What is no array, such as a network's scale, is for
-    `make` to rebuild: keep it in the configuration.
+    `make` to rebuild: keep it in the configuration. `ImportError` for a file of
+    safetensors without that package.
     """
     check_callable(make, "make", "make(config)")
     path = pathlib.Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"There is no checkpoint at {path}.")
-    line, newline, body = path.read_bytes().partition(b"\n")
-    try:
-        header = json.loads(line)
-        file_format = int(header["format"])
-        expected = header["bytes"], header["sha256"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not a checkpoint of flowdiffrax.") from error
-    if file_format > _FORMAT:
-        raise ValueError(
-            f"{path} has format {file_format}, and this version of flowdiffrax reads up "
-            f"to {_FORMAT}. Update flowdiffrax."
-        )
-    found = len(body), hashlib.sha256(body).hexdigest()
-    if not newline or found != expected:
-        raise ValueError(
-            f"{path} is damaged: expected (bytes, sha256) {expected}; found {found}."
-        )
+    from_bytes = _from_safetensors if path.suffix == _SAFETENSORS else _from_lines
+    header, fill = from_bytes(path, path.read_bytes())
     like = make(header["config"])
     leaves = _describe(like)
     if leaves != header["leaves"]:
@@ -103,13 +88,122 @@ def load(path: str | os.PathLike, make: Callable[[Any], PyTree]) -> tuple[Any, P
             f"{len(leaves)}; first differences: {differing[:3] or 'in their number'}. "
             "Build the tree with the configuration that it was saved with."
         )
-    return header["config"], eqx.tree_deserialise_leaves(io.BytesIO(body), like)
+    return header["config"], fill(like)
+
+
+def _is_saved(leaf: Any) -> bool:
+    return eqx.is_array_like(leaf) or hasattr(leaf, "dtype")
 
 
 def _describe(tree: PyTree) -> list[str]:
-    saved = (
-        leaf
-        for leaf in jtu.tree_leaves(tree)
-        if eqx.is_array_like(leaf) or hasattr(leaf, "dtype")
-    )
+    saved = filter(_is_saved, jtu.tree_leaves(tree))
     return [f"{jnp.result_type(leaf)}{list(jnp.shape(leaf))}" for leaf in saved]
+
+
+def _read_header(path: pathlib.Path, text: str | bytes) -> dict[str, Any]:
+    """**Raises:** `ValueError` for what is none, or is of a newer version."""
+    try:
+        header = json.loads(text)
+        file_format = int(header["format"])
+        header["bytes"], header["sha256"]  # noqa: B018
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a checkpoint of flowdiffrax.") from error
+    if file_format > _FORMAT:
+        raise ValueError(
+            f"{path} has format {file_format}, and this version of flowdiffrax reads up "
+            f"to {_FORMAT}. Update flowdiffrax."
+        )
+    return header
+
+
+def _digest(body: bytes) -> dict[str, Any]:
+    return {"bytes": len(body), "sha256": hashlib.sha256(body).hexdigest()}
+
+
+def _check_digest(path: pathlib.Path, header: dict[str, Any], body: bytes) -> None:
+    found = _digest(body)
+    expected = {name: header[name] for name in found}
+    if found != expected:
+        raise ValueError(f"{path} is damaged: expected {expected}; found {found}.")
+
+
+# Our own format: Equinox's, after a line of JSON.
+
+
+def _to_lines(header: dict[str, Any], tree: PyTree) -> bytes:
+    buffer = io.BytesIO()
+    eqx.tree_serialise_leaves(buffer, tree)
+    body = buffer.getvalue()
+    return json.dumps({**header, **_digest(body)}).encode() + b"\n" + body
+
+
+def _from_lines(path: pathlib.Path, content: bytes) -> tuple[dict[str, Any], Callable]:
+    line, _, body = content.partition(b"\n")
+    header = _read_header(path, line)
+    _check_digest(path, header, body)
+    return header, lambda like: eqx.tree_deserialise_leaves(io.BytesIO(body), like)
+
+
+# Safetensors. Its own reader for NumPy does not know bfloat16, its bytes are all we need.
+
+
+def _name(path: jtu.KeyPath) -> str:
+    return jtu.keystr(path, simple=True, separator=".") or "array"
+
+
+def _to_safetensors(header: dict[str, Any], tree: PyTree) -> bytes:
+    safetensors = import_extra("safetensors", "safetensors", "save")
+    for_numpy = import_extra("safetensors.numpy", "safetensors", "save")
+    leaves, _ = jtu.tree_flatten_with_path(tree)
+    arrays = {
+        _name(path): np.ascontiguousarray(leaf).reshape(np.shape(leaf))
+        for path, leaf in leaves
+        if _is_saved(leaf)
+    }
+    as_bytes = {name: array.tobytes() for name, array in arrays.items()}
+    header = {**header, **_digest(_in_order(as_bytes))}
+    try:
+        return for_numpy.save(arrays, {"flowdiffrax": json.dumps(header)})
+    except (KeyError, safetensors.SafetensorError) as error:
+        raise TypeError(
+            f"Safetensors does not have all dtypes: {error}. Cast, or save under a name "
+            f"that does not end in `{_SAFETENSORS}`."
+        ) from error
+
+
+def _from_safetensors(
+    path: pathlib.Path, content: bytes
+) -> tuple[dict[str, Any], Callable]:
+    safetensors = import_extra("safetensors", "safetensors", "load")
+    try:
+        arrays = dict(safetensors.deserialize(content))
+        length = int.from_bytes(content[:8], "little")
+        metadata = json.loads(content[8 : 8 + length])["__metadata__"]["flowdiffrax"]
+    except (safetensors.SafetensorError, KeyError) as error:
+        raise ValueError(f"{path} is not a checkpoint of flowdiffrax.") from error
+    header = _read_header(path, metadata)
+    arrays = {name: bytes(array["data"]) for name, array in arrays.items()}
+    _check_digest(path, header, _in_order(arrays))
+
+    def read(key_path, leaf):
+        if not _is_saved(leaf):
+            return leaf
+        name = _name(key_path)
+        if name not in arrays:
+            raise ValueError(
+                f"{path} has no array named {name}; it has {sorted(arrays)[:5]}, ... "
+                "Build the tree with the configuration that it was saved with."
+            )
+        is_number = isinstance(leaf, bool | int | float | complex)
+        dtype = np.asarray(leaf).dtype if is_number else leaf.dtype
+        array = np.frombuffer(arrays[name], dtype).reshape(jnp.shape(leaf))
+        if is_number:
+            return array.item()
+        return array.copy() if isinstance(leaf, np.ndarray) else jnp.asarray(array)
+
+    return header, lambda like: jtu.tree_map_with_path(read, like)
+
+
+def _in_order(arrays: dict[str, bytes]) -> bytes:
+    """All names and arrays, in an order that does not depend on the file's."""
+    return b"".join(name.encode() + arrays[name] for name in sorted(arrays))
