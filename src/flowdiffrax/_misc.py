@@ -1,6 +1,7 @@
 """Small helpers with two callers or more."""
 
 import inspect
+import math
 import operator
 from typing import Any
 
@@ -8,6 +9,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+import wadler_lindig as wl
 from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Inexact, PyTree
 
@@ -107,6 +109,18 @@ def all_finite(x: State) -> Array:
 def is_concrete(x: PyTree) -> bool:
     """Whether no leaf is a tracer, so that its values may decide an `if`."""
     return not any(isinstance(leaf, Tracer) for leaf in jtu.tree_leaves(x))
+
+
+def describe(module: eqx.Module, settings: str) -> wl.AbstractDoc:
+    """One line in the place of all layers, for the `__pdoc__` of a network."""
+    sizes = [math.prod(leaf.shape) for leaf in jtu.tree_leaves(module) if _is_real(leaf)]
+    settings = f"{settings}; " if settings else ""
+    text = f"{type(module).__name__}({settings}{sum(sizes):,} parameters)"
+    return wl.TextDoc(text)
+
+
+def _is_real(leaf: Any) -> bool:
+    return hasattr(leaf, "shape") and jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
 def freeze(tree: PyTree) -> PyTree:
@@ -276,7 +290,7 @@ def check_key(key: Any) -> None:
         )
 
 
-def check_whole(number: object, name: str) -> None:
+def check_whole(number: Any, name: str) -> None:
     """**Raises:** `TypeError` for a number that is no integer."""
     try:
         operator.index(number)

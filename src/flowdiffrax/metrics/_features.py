@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Float32, Key, UInt8
 
 from .. import data
 from .._custom_types import AbstractVar
+from .._misc import describe
 from ..data import Images
 
 
@@ -79,6 +80,9 @@ class AbstractFeatures(eqx.Module):
     @abc.abstractmethod
     def settings(self) -> dict[str, str]:
         """What else decides the features, such as how images are resized."""
+
+    def __pdoc__(self, **kwargs):
+        return describe(self, self.name)
 
     @property
     def fingerprint(self) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from .._custom_types import Args, Time
-from .._misc import time_dtype, times_like
+from .._misc import describe, time_dtype, times_like
 from ._condition import Condition
 from ._layers import double, halve
 
@@ -56,6 +56,11 @@ class AbstractImageNetwork(eqx.Module):
         precise = x.astype(time_dtype(x))
         y = self.normalised(precise / self.scale, self.condition(s, t, args))
         return (self.scale * y).astype(x.dtype)
+
+    def __pdoc__(self, **kwargs):
+        classes = self.condition.num_classes
+        settings = f"{self.shape}" + (f", num_classes={classes}" if classes else "")
+        return describe(self, settings)
 
     @abc.abstractmethod
     def normalised(

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from .._custom_types import Args, Time
-from .._misc import check_key, times_like
+from .._misc import check_key, describe, times_like
 
 
 class MLP(eqx.Module):
@@ -101,6 +101,11 @@ class MLP(eqx.Module):
         for layer in self.hidden:
             h = h + self.activation(layer(h))
         return self.scale * self.last(h)
+
+    def __pdoc__(self, **kwargs):
+        depth = len(self.hidden) + 1
+        settings = f"{self.size}, width={self.first.out_features}, depth={depth}"
+        return describe(self, settings)
 
     def _features(self, s, t, x, args):
         # Times, and waves of them, keep float32 whatever the precision of the state.

@@ -105,7 +105,7 @@ def _read_header(path: pathlib.Path, text: str | bytes) -> dict[str, Any]:
     try:
         header = json.loads(text)
         file_format = int(header["format"])
-        header["bytes"], header["sha256"]  # noqa: B018
+        _ = header["bytes"], header["sha256"], header["config"], header["leaves"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not a checkpoint of flowdiffrax.") from error
     if file_format > _FORMAT:

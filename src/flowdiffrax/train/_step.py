@@ -9,6 +9,7 @@ import jax.random as jr
 import jax.tree_util as jtu
 import numpy as np
 import optax
+import wadler_lindig as wl
 from jax import lax
 from jaxtyping import Array, Int, Key, PyTree
 
@@ -19,6 +20,7 @@ from .._misc import (
     check_callable,
     check_key,
     check_optimiser,
+    is_concrete,
     squared_norm,
 )
 from .._objective import (
@@ -108,6 +110,21 @@ class TrainState(eqx.Module):
             # A copy too, or the first step would take the caller's key with it.
             key_data=copy(jr.key_data(key)),
             key_impl=jr.key_impl(key),
+        )
+
+    def __pdoc__(self, **kwargs):
+        is_known = lambda count: eqx.is_array(count) and is_concrete(count)
+        counts = {"step": self.step, "skipped": self.skipped}
+        shown: dict[str, Any] = {
+            k: int(v) if is_known(v) else v for k, v in counts.items()
+        }
+        shown["flow_map"] = self.flow_map
+        return wl.bracketed(
+            begin=wl.TextDoc("TrainState("),
+            docs=wl.named_objs(shown.items(), **kwargs),
+            sep=wl.comma,
+            end=wl.TextDoc(")"),
+            indent=kwargs["indent"],
         )
 
     @property
