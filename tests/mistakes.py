@@ -74,7 +74,7 @@ MISTAKES = {
         "For a batch, use `jax.vmap`",
     ),
     "batch of images": (
-        lambda: fd.nn.DiT((4, 4, 1), 8, depth=1, patch=2, key=jr.key(0))(
+        lambda: fd.nn.DiT((4, 4, 1), 2, 8, 1, num_heads=1, key=jr.key(0))(
             0.0, 1.0, jnp.ones((3, 4, 4, 1))
         ),
         ValueError,

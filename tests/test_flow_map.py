@@ -176,10 +176,14 @@ def test_rounded_times_are_within_the_range():
 
 
 @pytest.mark.parametrize("time_range", [(1.0, 0.0), (0.5, 0.5)])
-@pytest.mark.parametrize("make", [fd.FlowMap, fd.ODEFlowMap])
-def test_bad_time_range(make, time_range):
+@pytest.mark.parametrize(
+    "make, fn",
+    [(fd.FlowMap, scaling_net), (fd.ODEFlowMap, lambda t, x, args: x)],
+    ids=["FlowMap", "ODEFlowMap"],
+)
+def test_bad_time_range(make, fn, time_range):
     with pytest.raises(ValueError, match="low < high"):
-        make(scaling_net, time_range=time_range)
+        make(fn, time_range=time_range)
 
 
 @pytest.mark.parametrize(

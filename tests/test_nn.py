@@ -87,7 +87,9 @@ def test_layers_differ():
 
 @pytest.mark.parametrize("x", [jnp.ones(2), jnp.ones(4)])
 def test_wrong_state(x):
-    with pytest.raises(ValueError, match=r"one state of shape \(3,\).*`jax.vmap`"):
+    with pytest.raises(
+        ValueError, match=r"one state, an array of shape \(3,\).*`jax.vmap`"
+    ):
         network()(S, T, x, None)
 
 

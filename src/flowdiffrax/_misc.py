@@ -236,8 +236,9 @@ def null_like(null: PyTree, condition: PyTree) -> PyTree:
     return jtu.tree_map(cast, null, condition)
 
 
-def check_callable(fn: object, name: str, signature: str) -> None:
-    """**Raises:** `TypeError` for what cannot be called with as many arguments."""
+def check_callable(fn: object, name: str, *signatures: str) -> None:
+    """**Raises:** `TypeError` for what cannot be called in any of the ways given."""
+    signature = signatures[0]
     if inspect.isclass(fn):
         raise TypeError(
             f"`{name}` must be a callable `{signature}`; got the class {fn.__name__}, "
@@ -254,17 +255,24 @@ def check_callable(fn: object, name: str, signature: str) -> None:
         own = inspect.signature(fn)
     except (TypeError, ValueError):  # some built-in functions have none
         return
+    if not any(_takes(own, signature) for signature in signatures):
+        what = getattr(fn, "__name__", type(fn).__name__)
+        bare = [part.replace(annotation=part.empty) for part in own.parameters.values()]
+        raise TypeError(
+            f"`{name}` is called as `{signature}`, which `{what}"
+            f"{inspect.Signature(bare)}` does not allow. Wrap it in a function, or an "
+            "`eqx.Module`, of these arguments."
+        )
+
+
+def _takes(own: inspect.Signature, signature: str) -> bool:
+    """Whether a call as `name(a, b, c)` is possible."""
     arguments = signature[signature.index("(") + 1 : -1].split(", ")
     try:
         own.bind(*arguments)
-    except TypeError as error:
-        what = getattr(fn, "__name__", type(fn).__name__)
-        bare = [part.replace(annotation=part.empty) for part in own.parameters.values()]
-        own = inspect.Signature(bare)
-        raise TypeError(
-            f"`{name}` is called as `{signature}`, which `{what}{own}` does not allow. "
-            "Wrap it in a function, or an `eqx.Module`, of these arguments."
-        ) from error
+    except TypeError:
+        return False
+    return True
 
 
 def check_optimiser(optim: object) -> None:

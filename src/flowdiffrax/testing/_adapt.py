@@ -61,7 +61,8 @@ def adapt(
     - `jvp`: the user's, or `None` for forward mode, and central differences for
       callables that are not written in JAX.
     """
-    check_callable(flow_map, "flow_map", "flow_map(s, t, x)")
+    signatures = "flow_map(s, t, x)", "flow_map(s, t, x, args)"
+    check_callable(flow_map, "flow_map", *signatures)
     inputs = (*times_like(x, s, s), x)
     if isinstance(flow_map, AbstractFlowMap):
         jvp = jax.jvp if jvp is None else jvp
@@ -73,7 +74,8 @@ def adapt(
         flow_map = _ForeignFlowMap(fn, jvp, outside)
     if vector_field is None:
         return flow_map, flow_map.velocity, jvp
-    check_callable(vector_field, "vector_field", "vector_field(t, x, args)")
+    signatures = "vector_field(t, x, args)", "vector_field(t, x)"
+    check_callable(vector_field, "vector_field", *signatures)
     outside = not _traces(vector_field, inputs[1:], args)
     return flow_map, _ForeignField(vector_field, outside), jvp
 
