@@ -318,6 +318,67 @@ MISTAKES = {
         jax.errors.KeyReuseError,  # JAX's own
         "Previously-consumed key",
     ),
+    "no average": (
+        lambda: fit(ema_decay=None),
+        ValueError,
+        "0 keeps the last weights",
+    ),
+    "density of each entry": (
+        lambda: fd.log_prob(MAP, jax.scipy.stats.norm.logpdf, STATE),
+        ValueError,
+        "Of independent entries, sum",
+    ),
+    "flow map as a vector field": (
+        lambda: fd.ODEFlowMap(MAP),
+        TypeError,
+        "got the flow map FlowMap. Pass its `.velocity`",
+    ),
+    "time range of one number": (
+        lambda: fd.FlowMap(NET, 1.0),
+        TypeError,
+        "must be two numbers, `(low, high)`; got 1.0",
+    ),
+    "class of an estimate": (
+        lambda: fd.AdaptiveFlowMapSolver(MAP, fd.SemigroupDefect),
+        TypeError,
+        "an instance such as `ResidualIntegral()`",
+    ),
+    "class of a coupling": (
+        lambda: fd.data.InterpolantBatches(
+            LINEAR, DRAW, 8, coupling=fd.IndependentCoupling
+        ),
+        TypeError,
+        "got the class IndependentCoupling, not an instance of it",
+    ),
+    "folder as a run": (
+        lambda: fit(run="folder"),
+        TypeError,
+        "`run` must be a `train.Run` or `None`",
+    ),
+    "channels first": (
+        lambda: fd.data.DeviceImages(np.zeros((9, 3, 32, 32), np.uint8)),
+        ValueError,
+        "`images` must have its channels last",
+    ),
+    "more classes than a recipe has": (
+        lambda: fd.train.recipe("imagenet32-class-lmd").batches(
+            fd.data.Images(
+                np.zeros((9, 8, 8, 3), np.uint8), np.arange(9), num_classes=2000
+            )
+        ),
+        ValueError,
+        "num_classes=2000)`",
+    ),
+    "rounding twice": (
+        lambda: fd.data.to_uint8(np.zeros((2, 2), np.uint8)),
+        TypeError,
+        "takes floats in [-1, 1]; got uint8",
+    ),
+    "tolerance of no identity": (
+        lambda: testing.check(MAP, state=STATE, atol={"semi_group": 1.0}),
+        ValueError,
+        "got ['semi_group']",
+    ),
     "map without its state": (
         lambda: testing.check(MAP, state=jnp.zeros(0)),
         ValueError,

@@ -17,8 +17,8 @@ import flowdiffrax as fd
 
 # In JSON, and in JSON within JSON.
 FORMATS = {
-    ".fdx": (b'"format": 1', b'"format": 9'),
-    ".safetensors": (rb"\"format\": 1", rb"\"format\": 9"),
+    ".fdx": (b'"format": 2', b'"format": 9'),
+    ".safetensors": (rb"\"format\": 2", rb"\"format\": 9"),
 }
 
 
@@ -231,3 +231,53 @@ def test_without_safetensors(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors.numpy", None)
     with pytest.raises(ImportError, match=r'pip install "flowdiffrax\[safetensors\]"'):
         fd.train.save(tmp_path / "map.safetensors", {}, network())
+
+
+@pytest.mark.parametrize("tree", [{"a.b": 1.0, "a": {"b": 2.0}}, {"__metadata__": 1.0}])
+def test_safetensors_of_names_that_clash(tmp_path, tree):
+    with pytest.raises(ValueError, match="Two arrays would be named"):
+        fd.train.save(tmp_path / "tree.safetensors", None, tree)
+
+
+def test_safetensors_of_another_dtype(tmp_path):
+    fd.train.save(tmp_path / "map.safetensors", None, {"a": np.arange(3, dtype="f4")})
+    like = {"a": np.zeros(3, "f4")}
+    assert (
+        fd.train.load(tmp_path / "map.safetensors", lambda config: like)[1]["a"][2] == 2
+    )
+
+
+@pytest.mark.parametrize("name", ["map.fdx", "map.safetensors"])
+def test_numbers_of_numpy(tmp_path, name):
+    tree = {"whole": np.int64(2**40), "single": np.float32(1.5)}
+    blank = {"whole": np.int64(0), "single": np.float32(0)}
+    fd.train.save(tmp_path / name, None, tree)
+    _, loaded = fd.train.load(tmp_path / name, lambda config: blank)
+    assert loaded == tree and [type(v) for v in loaded.values()] == [np.int64, np.float32]
+
+
+def test_changed_configuration(saved):
+    content = saved.read_bytes()
+    changed = content.replace(b"width", b"wihth", 1)
+    assert changed != content
+    saved.write_bytes(changed)
+    with pytest.raises(ValueError, match="is damaged"):
+        fd.train.load(saved, lambda config: network())
+
+
+def test_keys_that_are_the_same_in_json(tmp_path):
+    with pytest.raises(ValueError, match="the same in JSON"):
+        fd.train.save(tmp_path / "map.fdx", {1: "a", "1": "b"}, network())
+    fd.train.save(tmp_path / "map.fdx", {1: (2, 3)}, network())
+    assert fd.train.load(tmp_path / "map.fdx", lambda c: network())[0] == {"1": [2, 3]}
+
+
+def test_class_that_makes_the_tree(tmp_path):
+    class Model(eqx.Module):
+        rate: jax.Array
+
+        def __init__(self, config):
+            self.rate = jnp.zeros(config["size"])
+
+    fd.train.save(tmp_path / "map.fdx", {"size": 3}, Model({"size": 3}))
+    assert fd.train.load(tmp_path / "map.fdx", Model)[1].rate.shape == (3,)

@@ -492,3 +492,11 @@ def test_teacher_of_another_shape_is_refused():
     column = lambda t, x, args: x[:, None]
     with pytest.raises(ValueError, match="`teacher` must return the shape"):
         fd.lagrangian_residual(gaussian_map(), column, 0.2, 0.7, jnp.zeros(2))
+
+
+def test_time_range_of_arrays():
+    # Static fields must be plain numbers, or nothing that holds the map compiles twice.
+    ts = jnp.linspace(0.0, 1.0, 5)
+    flow_map = fd.FlowMap(scaling_net, time_range=(ts[0], np.float32(1)))
+    assert flow_map.time_range == (0.0, 1.0)
+    assert all(type(end) is float for end in flow_map.time_range)

@@ -207,3 +207,12 @@ class LinearisedError(_AbstractAtNodes):
     ) -> tuple[State, State]:
         path, errors = path_and_errors(flow_map, teacher, s, t, x, args, self.num_nodes)
         return last(path), last(errors)
+
+
+def check_estimate(estimate: object) -> None:
+    """**Raises:** `TypeError` for what is no error estimate."""
+    if not isinstance(estimate, AbstractErrorEstimate):
+        raise TypeError(
+            "`estimate` must be an instance such as `ResidualIntegral()`; got "
+            f"{estimate!r}."
+        )

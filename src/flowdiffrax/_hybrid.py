@@ -13,7 +13,12 @@ from jax import lax
 from jaxtyping import Array, ArrayLike, Bool, Int, PyTree, Real
 
 from ._custom_types import Args, State, Time, TwoTimeMap
-from ._estimate import AbstractErrorEstimate, LinearisedError, ResidualIntegral
+from ._estimate import (
+    AbstractErrorEstimate,
+    LinearisedError,
+    ResidualIntegral,
+    check_estimate,
+)
 from ._flow_map.base import times_out_of_range
 from ._flow_map.wrappers import check_composable
 from ._misc import all_finite, freeze, scale, subtract
@@ -167,6 +172,8 @@ class HybridSolver(diffrax.AbstractImplicitSolver, diffrax.AbstractAdaptiveSolve
         check_composable(self.flow_map)
         check_dense_degree(self.dense_degree)
         _check_fallback(self.fallback)
+        if self.estimate is not None:
+            check_estimate(self.estimate)
         if not 0 < typing.cast(float, self.safety) <= 1:
             raise ValueError(f"`safety` must be in (0, 1]; got {self.safety}.")
         if self.max_wait < 0:

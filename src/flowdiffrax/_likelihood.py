@@ -17,7 +17,7 @@ from ._flow_map.base import out_of_range_message, times_out_of_range
 from ._flow_map.wrappers import check_composable
 from ._inversion import Inversion, largest_entry
 from ._log_det import AbstractLogDet, ExactJacobian, log_det
-from ._misc import is_concrete, subtract, time_dtype
+from ._misc import check_callable, is_concrete, subtract, time_dtype
 from ._sample import check_grid, make_grid
 
 
@@ -77,10 +77,11 @@ def log_prob(
 
     **Returns:** the log-density, in float32 at least.
 
-    **Raises:** as [`flowdiffrax.log_det`][] and, for times, [`flowdiffrax.sample`][].
+    **Raises:** as [`flowdiffrax.log_det`][] and, for times, [`flowdiffrax.sample`][];
+    `ValueError` if `base_log_prob` returns more than a number.
     """
     there = pull_back(flow_map, x1, ts, args, method=method, inverse=inverse, key=key)
-    return base_log_prob(there.x0) + there.log_det
+    return _density(base_log_prob, there.x0) + there.log_det
 
 
 def pull_back(
@@ -151,7 +152,18 @@ def sample_log_prob(
     x0 = jtu.tree_map(jnp.asarray, x0)
     x0, grid = _checked(flow_map, x0, ts)
     x1, total = _jumps(jump, grid, x0, key)
-    return x1, base_log_prob(x0) - total
+    return x1, _density(base_log_prob, x0) - total
+
+
+def _density(base_log_prob: Callable[[State], Scalar], x0: State) -> Scalar:
+    check_callable(base_log_prob, "base_log_prob", "base_log_prob(x)")
+    log_prob = base_log_prob(x0)
+    if jnp.shape(log_prob) != ():
+        raise ValueError(
+            "`base_log_prob` must return one number for one state; got shape "
+            f"{jnp.shape(log_prob)}. Of independent entries, sum."
+        )
+    return log_prob
 
 
 def _checked(flow_map: TwoTimeMap, x: State, ts) -> tuple[State, Array]:

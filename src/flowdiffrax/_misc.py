@@ -239,7 +239,7 @@ def null_like(null: PyTree, condition: PyTree) -> PyTree:
 def check_callable(fn: object, name: str, *signatures: str) -> None:
     """**Raises:** `TypeError` for what cannot be called in any of the ways given."""
     signature = signatures[0]
-    if inspect.isclass(fn):
+    if inspect.isclass(fn) and not name == "make":  # a class makes things
         raise TypeError(
             f"`{name}` must be a callable `{signature}`; got the class {fn.__name__}, "
             "not an instance of it."
@@ -255,6 +255,12 @@ def check_callable(fn: object, name: str, *signatures: str) -> None:
         own = inspect.signature(fn)
     except (TypeError, ValueError):  # some built-in functions have none
         return
+    is_map = hasattr(fn, "velocity") and _takes(own, "flow_map(s, t, x, args)")
+    if is_map and signature.endswith("(t, x, args)"):
+        raise TypeError(
+            f"`{name}` must be a velocity `{signature}`; got the flow map "
+            f"{type(fn).__name__}. Pass its `.velocity`."
+        )
     if not any(_takes(own, signature) for signature in signatures):
         what = getattr(fn, "__name__", type(fn).__name__)
         bare = [part.replace(annotation=part.empty) for part in own.parameters.values()]

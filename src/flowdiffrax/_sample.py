@@ -153,7 +153,8 @@ def sample_with_restarts(
 
 
 def make_grid(flow_map: TwoTimeMap, ts) -> Real[ArrayLike, " times"]:
-    if isinstance(ts, int | np.integer):
+    is_number = jnp.ndim(ts) == 0 and is_concrete(ts)
+    if is_number and jnp.issubdtype(jnp.result_type(ts), jnp.integer):
         if ts < 1:
             raise ValueError(f"The number of jumps must be at least 1; got {ts}.")
         low, high = getattr(flow_map, "time_range", None) or (0.0, 1.0)

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from ._custom_types import AbstractVar, Args, State, Time, TwoTimeMap, VectorField
-from ._estimate import AbstractErrorEstimate, SemigroupDefect
+from ._estimate import AbstractErrorEstimate, SemigroupDefect, check_estimate
 from ._flow_map.base import out_of_range_message, times_out_of_range
 from ._flow_map.wrappers import check_composable
 from ._misc import all_finite, check_like, subtract
@@ -307,6 +307,9 @@ class AdaptiveFlowMapSolver(AbstractFlowMapSolver, diffrax.AbstractAdaptiveSolve
 
     term_structure: ClassVar = diffrax.ODETerm
     interpolation_cls: ClassVar[Callable[..., _JumpInterpolation]] = _JumpInterpolation
+
+    def __check_init__(self):
+        check_estimate(self.estimate)
 
     def error_order(self, terms: _Terms) -> int:
         """The order in the step at which the estimate vanishes."""

@@ -1,4 +1,5 @@
 import abc
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -115,10 +116,22 @@ def check_times(flow_map: object, s: Time, t: Time) -> None:
             raise ValueError(f"{out_of_range_message(flow_map)} Got s={s}, t={t}.")
 
 
-def check_time_range(time_range: tuple[float, float] | None) -> None:
-    """**Raises:** `ValueError` unless `time_range` is `None` or rising."""
-    if time_range is not None and not time_range[0] < time_range[1]:
+def as_time_range(time_range: Any) -> tuple[float, float] | None:
+    """Two Python numbers, as a static field needs them, or `None`.
+
+    **Raises:** `TypeError` for what are not two numbers, `ValueError` unless they rise.
+    """
+    if time_range is None:
+        return None
+    try:
+        low, high = map(float, time_range)
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"`time_range` must be two numbers, `(low, high)`; got {time_range}."
+        ) from error
+    if not low < high:
         raise ValueError(
             f"`time_range` must be `(low, high)` with low < high; got {time_range}. "
             "A map serves both directions of time, so that no order is needed."
         )
+    return low, high

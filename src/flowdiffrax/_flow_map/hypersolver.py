@@ -16,7 +16,7 @@ from .._misc import (
     check_like,
     times_like,
 )
-from .base import AbstractFlowMap, check_time_range, check_times
+from .base import AbstractFlowMap, as_time_range, check_times
 
 
 class HypersolverFlowMap(AbstractFlowMap):
@@ -77,7 +77,6 @@ class HypersolverFlowMap(AbstractFlowMap):
     ):
         check_callable(vector_field, "vector_field", "vector_field(t, x, args)")
         check_callable(net, "net", "net(s, t, x, args)")
-        check_time_range(time_range)
         solver = diffrax.Heun() if solver is None else solver
         # To `isinstance`, a wrapped solver is what it wraps.
         wraps = isinstance(solver, diffrax.AbstractWrappedSolver)
@@ -92,7 +91,7 @@ class HypersolverFlowMap(AbstractFlowMap):
         self.net = net
         self.frozen_field = Frozen(vector_field)
         self.solver = solver
-        self.time_range = time_range
+        self.time_range = as_time_range(time_range)
 
     @property
     def vector_field(self) -> VectorField:

@@ -5,7 +5,7 @@ import jax.tree_util as jtu
 
 from .._custom_types import Args, State, Time, VectorField
 from .._misc import add_scaled, at_least_float32, check_callable, times_like
-from .base import AbstractFlowMap, check_time_range, check_times
+from .base import AbstractFlowMap, as_time_range, check_times
 
 
 class ODEFlowMap(AbstractFlowMap):
@@ -41,11 +41,12 @@ class ODEFlowMap(AbstractFlowMap):
     atol: float | None = None
     max_steps: int = eqx.field(static=True, default=256)
     adjoint: diffrax.AbstractAdjoint = diffrax.DirectAdjoint()
-    time_range: tuple[float, float] | None = eqx.field(static=True, default=None)
+    time_range: tuple[float, float] | None = eqx.field(
+        static=True, converter=as_time_range, default=None
+    )
 
     def __check_init__(self):
         check_callable(self.vector_field, "vector_field", "vector_field(t, x, args)")
-        check_time_range(self.time_range)
         if self.max_steps < 1:
             raise ValueError(f"`max_steps` must be at least 1; got {self.max_steps}.")
 

@@ -4,7 +4,7 @@ import equinox as eqx
 
 from .._custom_types import Args, State, Time
 from .._misc import add_scaled, check_callable, check_like, times_like
-from .base import AbstractFlowMap, check_time_range, check_times
+from .base import AbstractFlowMap, as_time_range, check_times
 
 
 class FlowMap(AbstractFlowMap):
@@ -29,11 +29,12 @@ class FlowMap(AbstractFlowMap):
     """
 
     net: Callable
-    time_range: tuple[float, float] | None = eqx.field(static=True, default=None)
+    time_range: tuple[float, float] | None = eqx.field(
+        static=True, converter=as_time_range, default=None
+    )
 
     def __check_init__(self):
         check_callable(self.net, "net", "net(s, t, x, args)")
-        check_time_range(self.time_range)
 
     def __call__(self, s: Time, t: Time, x: State, args: Args = None) -> State:
         check_times(self, s, t)

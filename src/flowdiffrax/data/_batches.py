@@ -94,6 +94,7 @@ class InterpolantBatches(eqx.Module):
                 f"got {self.interpolant!r}."
             )
         check_callable(self.base, "base", "base(key, x1)")
+        check_callable(self.coupling, "coupling", "coupling(key, x0, x1, args)")
         if callable(self.data):
             check_callable(self.data, "data", "data(key, batch_size)")
             if self.args is not None:

@@ -27,8 +27,9 @@ class DeviceImages(eqx.Module):
     - `draw`: whether to draw. Without it, a batch is all the images as they come, those
       of one batch of [`flowdiffrax.data.stream`][].
 
-    **Raises:** `TypeError` for arrays that are not 8-bit images; `ValueError` for labels
-    that do not go with them, and, when called without `draw`, for another batch size.
+    **Raises:** `TypeError` for arrays that are not 8-bit images, or labels that are no
+    integers; `ValueError` for channels that do not come last, labels that do not go with
+    the images, and, when called without `draw`, for another batch size.
     """
 
     images: UInt8[Array, "n height width channels"]
@@ -59,6 +60,13 @@ class DeviceImages(eqx.Module):
                 "`images` must be uint8 of shape (images, height, width, channels); got "
                 f"{self.images.dtype} of shape {self.images.shape}."
             )
+        if self.images.shape[3] > 4:
+            raise ValueError(
+                "`images` must have its channels last, at most 4 of them; got shape "
+                f"{self.images.shape}. If they come first: `.transpose(0, 2, 3, 1)`."
+            )
+        if self.labels is not None and not jnp.issubdtype(self.labels.dtype, jnp.integer):
+            raise TypeError(f"`labels` must be integers; got {self.labels.dtype}.")
         if self.labels is not None and self.labels.shape != self.images.shape[:1]:
             raise ValueError(
                 "There must be one label an image; got shapes "
@@ -113,5 +121,9 @@ def to_uint8(
     **Arguments:**
 
     - `x`: of any shape.
+
+    **Raises:** `TypeError` for what is not of floating point.
     """
+    if not jnp.issubdtype(jnp.result_type(x), jnp.floating):
+        raise TypeError(f"`to_uint8` takes floats in [-1, 1]; got {jnp.result_type(x)}.")
     return jnp.clip(jnp.round((jnp.asarray(x) + 1) * 127.5), 0, 255).astype(jnp.uint8)

@@ -120,7 +120,16 @@ def literal(tree: Any) -> str:
 def tolerances(
     name: str, x: State, jvp: Callable, rtol: Tolerance, atol: Tolerance
 ) -> tuple[float, float]:
-    """The relative and the absolute tolerance of an identity, given or by default."""
+    """The relative and the absolute tolerance of an identity, given or by default.
+
+    **Raises:** `ValueError` for names of no identity.
+    """
+    named = [tol for tol in (rtol, atol) if isinstance(tol, Mapping)]
+    unknown = {key for tol in named for key in tol} - {*IDENTITIES}
+    if unknown:
+        raise ValueError(
+            f"Tolerances are by identity, of {sorted(IDENTITIES)}; got {sorted(unknown)}."
+        )
     pick = lambda tol: tol.get(name) if isinstance(tol, Mapping) else tol
     relative, absolute = pick(rtol), pick(atol)
     if relative is None:

@@ -1,6 +1,7 @@
 import hashlib
 import io
 import json
+import math
 import os
 import pathlib
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from .._files import write_whole
 from .._misc import check_callable
 from ..data._files import import_extra
 
-_FORMAT = 1
+_FORMAT = 2
 _SAFETENSORS = ".safetensors"
 
 
@@ -33,21 +34,27 @@ def save(path: str | os.PathLike, config: Any, tree: PyTree) -> None:
       are named by their place in the tree, such as `net.first.weight`, and the JSON is
       metadata. It needs safetensors: `pip install "flowdiffrax[safetensors]"`.
     - `config`: what is needed to rebuild the tree without its arrays; anything that
-      JSON can hold.
+      JSON can hold, and as JSON holds it: tuples come back as lists, and keys as strings.
     - `tree`: a map, a [`flowdiffrax.train.TrainState`][], or any PyTree. Its arrays,
       NumPy arrays and Python numbers are saved.
 
     **Raises:** `TypeError` for a configuration that JSON cannot hold, or arrays that
-    safetensors cannot, such as of complex128; `ImportError` without that package.
+    safetensors cannot, such as of complex128; `ValueError` for keys of a configuration
+    that are the same as strings, or places in a tree that have the same name in
+    safetensors; `ImportError` without that package.
     """
     path = pathlib.Path(path)
     header = {"format": _FORMAT, "config": config, "leaves": _describe(tree)}
     try:
-        json.dumps(header)
+        text = json.dumps(config)
     except TypeError as error:
         raise TypeError(
             f"`config` must be what JSON can hold, and comes before the tree: {error}."
         ) from error
+    if json.dumps(json.loads(text)) != text:
+        raise ValueError(
+            f"`config` has keys that are the same in JSON, where all are strings: {text}."
+        )
     to_bytes = _to_safetensors if path.suffix == _SAFETENSORS else _to_lines
     write_whole(path, to_bytes(header, tree))
 
@@ -108,20 +115,22 @@ def _read_header(path: pathlib.Path, text: str | bytes) -> dict[str, Any]:
         _ = header["bytes"], header["sha256"], header["config"], header["leaves"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not a checkpoint of flowdiffrax.") from error
-    if file_format > _FORMAT:
+    if file_format != _FORMAT:
+        cure = "Update flowdiffrax." if file_format > _FORMAT else "Save it again."
         raise ValueError(
-            f"{path} has format {file_format}, and this version of flowdiffrax reads up "
-            f"to {_FORMAT}. Update flowdiffrax."
+            f"{path} has format {file_format}, and this version of flowdiffrax reads "
+            f"{_FORMAT}. {cure}"
         )
     return header
 
 
-def _digest(body: bytes) -> dict[str, Any]:
-    return {"bytes": len(body), "sha256": hashlib.sha256(body).hexdigest()}
+def _digest(header: dict[str, Any], body: bytes) -> dict[str, Any]:
+    described = json.dumps([header["config"], header["leaves"]]).encode()
+    return {"bytes": len(body), "sha256": hashlib.sha256(described + body).hexdigest()}
 
 
 def _check_digest(path: pathlib.Path, header: dict[str, Any], body: bytes) -> None:
-    found = _digest(body)
+    found = _digest(header, body)
     expected = {name: header[name] for name in found}
     if found != expected:
         raise ValueError(f"{path} is damaged: expected {expected}; found {found}.")
@@ -134,7 +143,7 @@ def _to_lines(header: dict[str, Any], tree: PyTree) -> bytes:
     buffer = io.BytesIO()
     eqx.tree_serialise_leaves(buffer, tree)
     body = buffer.getvalue()
-    return json.dumps({**header, **_digest(body)}).encode() + b"\n" + body
+    return json.dumps({**header, **_digest(header, body)}).encode() + b"\n" + body
 
 
 def _from_lines(path: pathlib.Path, content: bytes) -> tuple[dict[str, Any], Callable]:
@@ -155,13 +164,18 @@ def _to_safetensors(header: dict[str, Any], tree: PyTree) -> bytes:
     safetensors = import_extra("safetensors", "safetensors", "save")
     for_numpy = import_extra("safetensors.numpy", "safetensors", "save")
     leaves, _ = jtu.tree_flatten_with_path(tree)
-    arrays = {
-        _name(path): np.ascontiguousarray(leaf).reshape(np.shape(leaf))
-        for path, leaf in leaves
-        if _is_saved(leaf)
-    }
+    arrays = {}
+    for path, leaf in leaves:
+        if _is_saved(leaf):
+            name = _name(path)
+            if name in (*arrays, "__metadata__"):
+                raise ValueError(
+                    f"Two arrays would be named {name!r}, or safetensors keeps that name "
+                    f"to itself. Save under a name that does not end in `{_SAFETENSORS}`."
+                )
+            arrays[name] = np.ascontiguousarray(leaf).reshape(np.shape(leaf))
     as_bytes = {name: array.tobytes() for name, array in arrays.items()}
-    header = {**header, **_digest(_in_order(as_bytes))}
+    header = {**header, **_digest(header, _in_order(as_bytes))}
     try:
         return for_numpy.save(arrays, {"flowdiffrax": json.dumps(header)})
     except (KeyError, safetensors.SafetensorError) as error:
@@ -194,12 +208,23 @@ def _from_safetensors(
                 f"{path} has no array named {name}; it has {sorted(arrays)[:5]}, ... "
                 "Build the tree with the configuration that it was saved with."
             )
-        is_number = isinstance(leaf, bool | int | float | complex)
+        is_numpy = isinstance(leaf, np.ndarray | np.generic)
+        is_number = isinstance(leaf, bool | int | float | complex) and not is_numpy
         dtype = np.asarray(leaf).dtype if is_number else leaf.dtype
+        if len(arrays[name]) != dtype.itemsize * math.prod(jnp.shape(leaf)):
+            raise ValueError(
+                f"{path} holds {len(arrays[name])} bytes for {name}, which is of {dtype} "
+                f"and shape {jnp.shape(leaf)} in what `make` returned. Where a number or "
+                "a NumPy array was saved, it must return one of its dtype."
+            )
         array = np.frombuffer(arrays[name], dtype).reshape(jnp.shape(leaf))
         if is_number:
             return array.item()
-        return array.copy() if isinstance(leaf, np.ndarray) else jnp.asarray(array)
+        # `[()]` makes the scalar of an array without axes, and a view of others.
+        is_scalar = isinstance(leaf, np.generic)
+        if is_numpy:
+            return array[()] if is_scalar else array.copy()
+        return jnp.asarray(array)
 
     return header, lambda like: jtu.tree_map_with_path(read, like)
 

@@ -114,6 +114,11 @@ def fit(
             "`fit` trains a flow map or continues a `TrainState`; got "
             f"{type(flow_map).__name__}. Wrap a network as `FlowMap(net)`."
         )
+    for name, given, cls in (("run", run, Run), ("parallel", parallel, DataParallel)):
+        if not isinstance(given, cls | None):
+            raise TypeError(
+                f"`{name}` must be a `train.{cls.__name__}` or `None`; got {given!r}."
+            )
     if isinstance(flow_map, TrainState):
         # A copy, for the same reason as in `TrainState.create`.
         state = _copy(flow_map)

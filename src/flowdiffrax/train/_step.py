@@ -20,6 +20,7 @@ from .._misc import (
     check_callable,
     check_key,
     check_optimiser,
+    check_whole,
     is_concrete,
     squared_norm,
 )
@@ -195,11 +196,13 @@ def make_step(
         )
     check_optimiser(optim)
     for name, decays in (("ema_decay", ema_decay), ("teacher_decay", teacher_decay)):
-        for decay in () if decays is None else _decays(decays):
+        is_left_out = name == "teacher_decay" and decays is None
+        for decay in () if is_left_out else _decays(decays):
             if not 0 <= decay < 1:
                 raise ValueError(f"`{name}` must be in [0, 1); got {decay}.")
-    if not isinstance(accumulate, int) or accumulate < 1:
-        raise ValueError(f"`accumulate` must be at least 1, and whole; got {accumulate}.")
+    check_whole(accumulate, "accumulate")
+    if accumulate < 1:
+        raise ValueError(f"`accumulate` must be at least 1; got {accumulate}.")
 
     @eqx.filter_jit(donate="all-except-first")
     def step(
@@ -365,9 +368,10 @@ def _trained(state: TrainState) -> Any:
 
 def _decays(ema_decay: float | Sequence[float]) -> tuple[float, ...]:
     decays = tuple(np.atleast_1d(ema_decay).tolist())
-    if len(decays) == 0:
+    if len(decays) == 0 or None in decays:
         raise ValueError(
-            "`ema_decay` must have at least one decay; 0 keeps the last weights."
+            "`ema_decay` must be a decay or several; 0 keeps the last weights. Got "
+            f"{ema_decay}."
         )
     return decays
 
