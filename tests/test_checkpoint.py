@@ -241,10 +241,8 @@ def test_safetensors_of_names_that_clash(tmp_path, tree):
 
 def test_safetensors_of_another_dtype(tmp_path):
     fd.train.save(tmp_path / "map.safetensors", None, {"a": np.arange(3, dtype="f4")})
-    like = {"a": np.zeros(3, "f4")}
-    assert (
-        fd.train.load(tmp_path / "map.safetensors", lambda config: like)[1]["a"][2] == 2
-    )
+    with pytest.raises(ValueError, match="first differences"):
+        fd.train.load(tmp_path / "map.safetensors", lambda config: {"a": np.zeros(3)})
 
 
 @pytest.mark.parametrize("name", ["map.fdx", "map.safetensors"])
@@ -253,7 +251,8 @@ def test_numbers_of_numpy(tmp_path, name):
     blank = {"whole": np.int64(0), "single": np.float32(0)}
     fd.train.save(tmp_path / name, None, tree)
     _, loaded = fd.train.load(tmp_path / name, lambda config: blank)
-    assert loaded == tree and [type(v) for v in loaded.values()] == [np.int64, np.float32]
+    assert loaded == tree
+    assert all(type(loaded[key]) is type(value) for key, value in tree.items())
 
 
 def test_changed_configuration(saved):

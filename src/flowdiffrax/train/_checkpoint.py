@@ -210,7 +210,7 @@ def _from_safetensors(
             )
         is_numpy = isinstance(leaf, np.ndarray | np.generic)
         is_number = isinstance(leaf, bool | int | float | complex) and not is_numpy
-        dtype = np.asarray(leaf).dtype if is_number else leaf.dtype
+        dtype = np.dtype(getattr(leaf, "dtype", None) or np.asarray(leaf).dtype)
         if len(arrays[name]) != dtype.itemsize * math.prod(jnp.shape(leaf)):
             raise ValueError(
                 f"{path} holds {len(arrays[name])} bytes for {name}, which is of {dtype} "

@@ -134,7 +134,10 @@ class Recipe:
                 raise ValueError(
                     f"The recipe {self.name!r} has classes, and {data.name} no labels."
                 )
-            if self.num_classes is not None and data.num_classes > self.num_classes:
+            if (
+                self.num_classes is not None
+                and (data.num_classes or 0) > self.num_classes
+            ):
                 raise ValueError(
                     f"The recipe {self.name!r} is for {self.num_classes} classes, and "
                     f"{data.name} has {data.num_classes}: labels would be taken for the "

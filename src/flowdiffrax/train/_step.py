@@ -366,9 +366,9 @@ def _trained(state: TrainState) -> Any:
     return (state.flow_map, state.learned) if state.learned else state.flow_map
 
 
-def _decays(ema_decay: float | Sequence[float]) -> tuple[float, ...]:
-    decays = tuple(np.atleast_1d(ema_decay).tolist())
-    if len(decays) == 0 or None in decays:
+def _decays(ema_decay: float | Sequence[float] | None) -> tuple[float, ...]:
+    decays = () if ema_decay is None else tuple(np.atleast_1d(ema_decay).tolist())
+    if len(decays) == 0:
         raise ValueError(
             "`ema_decay` must be a decay or several; 0 keeps the last weights. Got "
             f"{ema_decay}."
