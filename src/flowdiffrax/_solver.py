@@ -296,8 +296,11 @@ class AdaptiveFlowMapSolver(AbstractFlowMapSolver, diffrax.AbstractAdaptiveSolve
 
     **Arguments:** as for [`flowdiffrax.FlowMapSolver`][], and
 
-    - `estimate`: a [`flowdiffrax.SemigroupDefect`][], which needs no teacher, or a
-      [`flowdiffrax.LagrangianDefect`][], which trusts the term's vector field.
+    - `estimate`: any [`flowdiffrax.AbstractErrorEstimate`][]. A
+      [`flowdiffrax.SemigroupDefect`][] needs no teacher; the others trust the term's
+      vector field.
+
+    **Raises:** `TypeError` for an estimate that is none.
     """
 
     flow_map: TwoTimeMap

@@ -28,7 +28,8 @@ class MLP(eqx.Module):
     - `frequencies`: frequencies $k$ of $\sin(\pi k x)$ and $\cos(\pi k x)$ of each entry
       $x$, in units of `scale`.
     - `time_frequencies`: frequencies $k$ of $\cos(\pi k s)$ and $\cos(\pi k t)$.
-    - `args_size`: length of the vector `args`; 0 for no condition.
+    - `args_size`: length of the vector `args`; 0 for no condition: `args` are then
+      ignored, as they may be for the vector field alone.
     - `activation`: a smooth function. With ReLU, objectives that differentiate the
       network in time lose half their gradient.
     - `key`: for the initial weights.

@@ -60,7 +60,7 @@ def assert_starts_as_identity(
     - `rtol`, `atol`: the largest entry of the residual may be `atol` plus `rtol` times
       the largest entry of what cancels in it: states and velocities. The default `rtol`
       is $\epsilon^{2/3}$ with $\epsilon$ the rounding unit of the least precise leaf:
-      4e-11 in float64 and 2e-5 in float32, some hundred rounding errors. The default
+      4e-11 in float64 and 2e-5 in float32. The default
       `atol` is the same number, for states of order one. Derivatives by central
       differences have a hundredfold. For a map that is learned, give the defect that
       you accept as `atol`.
