@@ -56,7 +56,9 @@ NETWORKS = {
 }
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(
+    "name", ["mlp", pytest.param("sequential", marks=pytest.mark.slow)]
+)
 def test_network_of_equinox_learns(name):
     flow_map = fd.FlowMap(OfTwoTimes(NETWORKS[name](jr.key(0))))
     exact = linear_map()

@@ -421,6 +421,7 @@ def continuous_flow():
     return x1, jax.jit(jax.vmap(one))(x1)
 
 
+@pytest.mark.slow
 def test_jacobian_against_the_continuous_flow():
     x1, expected = continuous_flow()
     flow_map = fd.ODEFlowMap(nonlinear_field, **TOLS)

@@ -26,7 +26,10 @@ KINDS = {
     ),
     "DiT": functools.partial(fd.nn.DiT, SHAPE, 2, 16, 2, num_heads=2),
 }
-every_network = pytest.mark.parametrize("kind", KINDS)
+every_network = pytest.mark.parametrize(
+    "kind",
+    ["UNet", pytest.param("MagnitudePreservingUNet", marks=pytest.mark.slow), "DiT"],
+)
 
 S, T = jnp.asarray(0.2), jnp.asarray(0.9)
 X = jr.normal(jr.key(5), SHAPE)

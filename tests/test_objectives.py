@@ -662,6 +662,7 @@ def test_teachers_at_the_end_where_they_are_infinite():
         fd.VelocityFromScore(noise, linear, margin=-1.0)
 
 
+@pytest.mark.slow
 def test_settings_may_be_traced():
     def loss(number):
         objectives = (

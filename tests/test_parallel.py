@@ -81,6 +81,7 @@ def test_two_processes_equal_one(devices, processes):
             )
 
 
+@pytest.mark.slow
 def test_two_processes_are_stopped_and_go_on(devices, processes, tmp_path):
     run = fd.train.Run(processes[1])
     (step,) = run.steps

@@ -22,14 +22,6 @@ NAMES = fd.train.recipes()
 IMAGES = [name for name in NAMES if name != "checkerboard-lsd"]
 
 
-def marked(quick):
-    """Every recipe, of which CI runs one."""
-    return [
-        pytest.param(name, marks=() if name == quick else pytest.mark.slow)
-        for name in NAMES
-    ]
-
-
 # --- training -------------------------------------------------------------------------
 
 
@@ -265,7 +257,8 @@ def check_lowering(name, dtype):
     return text
 
 
-@pytest.mark.parametrize("name", marked("cifar10-lsd"))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
 def test_lowers_for_cuda(name):
     text = check_lowering(name, None)
     assert "bf16" not in text

@@ -163,7 +163,8 @@ def printed(folder, *arguments):
     return out.splitlines()[-1]
 
 
-@pytest.mark.parametrize("num_kills", [1, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("num_kills", [1, 20])
 def test_killed_run_ends_in_the_same_weights(tmp_path, num_kills):
     steps, draws = 20 * num_kills, random.Random(0)
     for _ in range(num_kills):

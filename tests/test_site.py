@@ -46,6 +46,8 @@ SCRIPTS = {
     "checkerboard.png": "examples/checkerboard.py",
     "digits.png": "examples/digits.py",
     "error_estimates.png": "benchmarks/error_estimates.py",
+    "images_digits.png": "benchmarks/images.py",
+    "images_fashion.png": "benchmarks/images.py",
     "objectives.png": "examples/compare_objectives.py",
 }
 

@@ -249,17 +249,15 @@ def test_accumulated_batches_are_others():
     assert 2.4 < spread(1) / spread(16) < 6.5
 
 
-@pytest.mark.parametrize("number", [0, 1.5])
-def test_bad_accumulation(number):
-    with (
-        without_type_checks(),
-        pytest.raises(ValueError, match=f"at least 1, and whole; got {number}"),
-    ):
-        fd.train.make_step(fd.FlowMatching(), OPTIM, accumulate=number)
+def test_bad_accumulation():
+    with pytest.raises(ValueError, match="at least 1; got 0"):
+        fd.train.make_step(fd.FlowMatching(), OPTIM, accumulate=0)
+    with without_type_checks(), pytest.raises(TypeError, match="an integer; got 1.5"):
+        fd.train.make_step(fd.FlowMatching(), OPTIM, accumulate=1.5)
 
 
 def test_no_average():
-    with pytest.raises(ValueError, match="at least one decay"):
+    with pytest.raises(ValueError, match=r"a decay or several; .* Got \(\)"):
         run(ema_decay=())
 
 
@@ -463,6 +461,7 @@ def learned_objective():
     )
 
 
+@pytest.mark.slow
 def test_learned_weights_are_trained_and_saved(tmp_path):
     objective = learned_objective()
     state = run(objective, teacher=None, num_steps=6)
