@@ -124,7 +124,7 @@ def test_not_a_checkpoint(tmp_path, content, name):
 @pytest.mark.parametrize("keep", [-1, -100])
 def test_truncated(saved, keep):
     saved.write_bytes(saved.read_bytes()[:keep])
-    with pytest.raises(ValueError, match="is damaged|is not a checkpoint"):
+    with pytest.raises(ValueError, match="is damaged"):
         fd.train.load(saved, make)
 
 

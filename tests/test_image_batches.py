@@ -104,8 +104,11 @@ def test_images_stay_small_on_the_device():
 @pytest.mark.parametrize(
     "images, labels, error, match",
     [
-        (np.zeros((2, 3, 3, 1)), None, TypeError, "must be uint8"),
-        (np.zeros((2, 3, 3), np.uint8), None, TypeError, "of shape"),
+        (np.zeros((2, 3, 3, 1)), None, TypeError, "must be of dtype uint8; got float64"),
+        (np.zeros((2, 3, 3), np.uint8), None, ValueError, r"got \(2, 3, 3\)"),
+        (np.zeros((0, 3, 3, 1), np.uint8), None, ValueError, "not be empty"),
+        (np.zeros((2, 3, 32, 32), np.uint8), None, ValueError, "its channels last"),
+        (np.zeros((2, 3, 3, 1), np.uint8), np.zeros(2), TypeError, "must be integers"),
         (np.zeros((2, 3, 3, 1), np.uint8), np.zeros(3, int), ValueError, "one label"),
         (labelled(), np.zeros(7, int), ValueError, "labels of their own"),
     ],

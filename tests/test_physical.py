@@ -353,6 +353,20 @@ def test_steps_beyond_those_of_an_integrated_map():
     assert jnp.all(jnp.isnan(made[1]))
 
 
+def test_steps_beyond_leave_integers_alone():
+    class Counting(fd.AbstractFlowMap):
+        time_range = (-1.0, 1.0)
+
+        def __call__(self, s, t, x, args=None):
+            return {"x": x["x"] + t - s, "count": x["count"]}
+
+    flow_map = fd.AutonomousFlowMap(Counting())
+    state = {"x": jnp.asarray(0.0), "count": jnp.asarray(3, jnp.int32)}
+    made = jax.jit(flow_map)(3.0, jnp.asarray(5.0), state)
+    assert jnp.isnan(made["x"])
+    assert made["count"] == 3 and made["count"].dtype == jnp.int32
+
+
 def test_late_times_keep_short_steps():
     # In float32 the two times would be equal.
     s, t = np.float64(1e6), np.float64(1e6 + 1e-3)

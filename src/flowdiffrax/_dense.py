@@ -8,7 +8,7 @@ from jaxtyping import Array, Inexact, Real
 from ._custom_types import Args, State, Time, TwoTimeMap
 from ._flow_map.wrappers import check_composable
 from ._identities import end_derivative
-from ._misc import is_concrete, subtract, time_dtype
+from ._misc import is_concrete, nan_where, subtract, time_dtype
 
 
 class FlowMapInterpolation(diffrax.AbstractPath):
@@ -154,4 +154,4 @@ class FlowMapInterpolation(diffrax.AbstractPath):
     def _inside(self, t: Inexact[Array, ""], value: State) -> State:
         t0, t1 = self.t0.astype(t.dtype), self.t1.astype(t.dtype)
         outside = (t < jnp.minimum(t0, t1)) | (t > jnp.maximum(t0, t1))
-        return jtu.tree_map(lambda leaf: jnp.where(outside, jnp.nan, leaf), value)
+        return nan_where(outside, value)

@@ -21,7 +21,7 @@ from ._estimate import (
 )
 from ._flow_map.base import times_out_of_range
 from ._flow_map.wrappers import check_composable
-from ._misc import all_finite, freeze, scale, subtract
+from ._misc import all_finite, freeze, nan_where, scale, subtract
 from ._solver import (
     AbstractFlowMapSolver,
     Jump,
@@ -266,19 +266,26 @@ class HybridSolver(diffrax.AbstractImplicitSolver, diffrax.AbstractAdaptiveSolve
         error_order = typing.cast(float, fallback.error_order(terms))
         power = max(error_order / estimate.order - 1, 0)
         jump_error = scale(jnp.where(taken, ratio, 0) ** power, jump_error)
-        flow = lambda t: self.flow_map(s, direction * t, y0, args)
+
+        def flow(t):
+            to_t = eqx.filter_closure_convert(
+                lambda: self.flow_map(s, direction * t, y0, args)
+            )
+            return _with_derivative(freeze(to_t)(), taken, to_t)
+
         dense_info = {
             "is_jump": taken,
             "jump": Jump.start(flow, t0, t1, y0, self.dense_degree),
             "fallback": info,
         }
-        y1 = _where(taken, _with_derivative(jump_y1, taken, jump), y1)
+        end = eqx.filter_closure_convert(lambda: jump()[0])
+        y1 = _where(taken, _with_derivative(jump_y1, taken, end), y1)
         error = lax.stop_gradient(_where(taken, jump_error, error))
         # A step that overflowed is refused for sure: an infinity in both would make the
         # controller's ratio of the two, and then its step size, not a number.
         is_fine = all_finite(y1) & all_finite(error)
         return (
-            jtu.tree_map(lambda leaf: jnp.where(is_fine, leaf, jnp.nan), y1),
+            nan_where(~is_fine, y1),
             jtu.tree_map(lambda leaf: jnp.where(is_fine, leaf, jnp.inf), error),
             dense_info,
             self._remember(state, tried, taken, ratio, length, memory),
@@ -398,30 +405,34 @@ class _HybridInterpolation(diffrax.AbstractLocalInterpolation):
         return _where(self.is_jump, _run_if_any(self.is_jump, value), classical)
 
 
-def _with_derivative(y1: State, taken: Bool[Array, ""], jump: Callable) -> State:
-    """The end of a jump, with its derivative if it was taken, and with none if not."""
-    inexact, rest = eqx.partition(y1, eqx.is_inexact_array)
-    return eqx.combine(_jump_end(inexact, taken, jump), rest)
+def _with_derivative(value: State, taken: Bool[Array, ""], fn: Callable) -> State:
+    """The value of `fn`, with its derivative if it was taken, and with none if not.
+
+    `fn` comes from `equinox.filter_closure_convert`, and `value` from it with gradients
+    stopped.
+    """
+    inexact, rest = eqx.partition(value, eqx.is_inexact_array)
+    return eqx.combine(_taken_value(inexact, taken, fn), rest)
 
 
 @eqx.filter_custom_jvp
-def _jump_end(y1, taken, jump):
-    return y1
+def _taken_value(value, taken, fn):
+    return value
 
 
-@_jump_end.def_jvp
-def _jump_end_jvp(primals, tangents):
-    y1, taken, jump = primals
+@_taken_value.def_jvp
+def _taken_value_jvp(primals, tangents):
+    value, taken, fn = primals
     # Masked on its way in, too: backwards, that is where the zero cotangents of a refused
     # jump come out, multiplied by derivatives that may be NaN.
     mask = lambda tangent: jtu.tree_map(lambda leaf: jnp.where(taken, leaf, 0), tangent)
 
     def run():
-        end = lambda jump: eqx.filter(jump()[0], eqx.is_inexact_array)
-        return eqx.filter_jvp(end, (jump,), (mask(tangents[2]),))[1]
+        call = lambda fn: eqx.filter(fn(), eqx.is_inexact_array)
+        return eqx.filter_jvp(call, (fn,), (mask(tangents[2]),))[1]
 
-    # Of the end itself, for the derivatives of higher order.
-    return _jump_end(y1, taken, jump), mask(_run_if_any(taken, run))
+    # Of the value itself, for the derivatives of higher order.
+    return _taken_value(value, taken, fn), mask(_run_if_any(taken, run))
 
 
 def _where(condition, x: PyTree, y: PyTree) -> PyTree:

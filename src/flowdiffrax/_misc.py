@@ -106,6 +106,16 @@ def all_finite(x: State) -> Array:
     return finite
 
 
+def nan_where(condition: Array, x: State) -> State:
+    """`x`, but NaN where the condition holds; integers cannot say so, and stay."""
+
+    def replace(leaf):
+        inexact = jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
+        return jnp.where(condition, jnp.nan, leaf) if inexact else leaf
+
+    return jtu.tree_map(replace, x)
+
+
 def is_concrete(x: PyTree) -> bool:
     """Whether no leaf is a tracer, so that its values may decide an `if`."""
     return not any(isinstance(leaf, Tracer) for leaf in jtu.tree_leaves(x))
@@ -236,10 +246,12 @@ def null_like(null: PyTree, condition: PyTree) -> PyTree:
     return jtu.tree_map(cast, null, condition)
 
 
-def check_callable(fn: object, name: str, *signatures: str) -> None:
+def check_callable(
+    fn: object, name: str, *signatures: str, may_be_class: bool = False
+) -> None:
     """**Raises:** `TypeError` for what cannot be called in any of the ways given."""
     signature = signatures[0]
-    if inspect.isclass(fn) and not name == "make":  # a class makes things
+    if inspect.isclass(fn) and not may_be_class:
         raise TypeError(
             f"`{name}` must be a callable `{signature}`; got the class {fn.__name__}, "
             "not an instance of it."

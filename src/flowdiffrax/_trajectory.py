@@ -10,6 +10,7 @@ from ._custom_types import Args, State, Time, VectorField
 from ._misc import (
     check_callable,
     is_concrete,
+    nan_where,
     num_rows,
     real_dtype,
     subtract,
@@ -208,6 +209,6 @@ def _solve_trajectories(
         if throw:
             return solution.ys
         failed = solution.result != diffrax.RESULTS.successful
-        return jtu.tree_map(lambda y: jnp.where(failed, jnp.nan, y), solution.ys)
+        return nan_where(failed, solution.ys)
 
     return lax.stop_gradient(lax.map(solve, rows, batch_size=chunk_size))

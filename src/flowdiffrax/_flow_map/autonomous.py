@@ -1,10 +1,8 @@
 import jax.numpy as jnp
-import jax.tree_util as jtu
 from jax import lax
-from jaxtyping import Array
 
 from .._custom_types import Args, State, Time
-from .._misc import as_times, check_like, times_like
+from .._misc import as_times, check_like, nan_where, times_like
 from .base import AbstractFlowMap, check_times, times_out_of_range
 from .wrappers import check_composable
 
@@ -51,7 +49,7 @@ class AutonomousFlowMap(AbstractFlowMap):
     def __call__(self, s: Time, t: Time, x: State, args: Args = None) -> State:
         zero, h, outside = self._step(s, t, x)
         out = check_like(self.flow_map(zero, h, x, args), x, "`flow_map`")
-        return _nan_where(outside, out)
+        return out if outside is None else nan_where(outside, out)
 
     def velocity(self, t: Time, x: State, args: Args = None) -> State:
         zero, _, _ = self._step(t, t, x)
@@ -59,7 +57,8 @@ class AutonomousFlowMap(AbstractFlowMap):
 
     def average_velocity(self, s: Time, t: Time, x: State, args: Args = None) -> State:
         zero, h, outside = self._step(s, t, x)
-        return _nan_where(outside, self.flow_map.average_velocity(zero, h, x, args))
+        out = self.flow_map.average_velocity(zero, h, x, args)
+        return out if outside is None else nan_where(outside, out)
 
     def _step(self, s, t, x):
         s, t = as_times(s, t)
@@ -78,12 +77,6 @@ class AutonomousFlowMap(AbstractFlowMap):
         # No solver can check this: it knows the times, which may be any. Diffrax also
         # evaluates beyond the step of an example that is done.
         return zero, h if outside is None else jnp.where(outside, 0, h), outside
-
-
-def _nan_where(outside: Array | None, x: State) -> State:
-    if outside is None:
-        return x
-    return jtu.tree_map(lambda leaf: jnp.where(outside, jnp.nan, leaf), x)
 
 
 def check_inner(flow_map: object) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Integer, Key, UInt8
 
 from ._batches import ConditionedPoints
-from ._images import Images
+from ._images import Images, check_images, check_labels
 
 
 class DeviceImages(eqx.Module):
@@ -27,9 +27,8 @@ class DeviceImages(eqx.Module):
     - `draw`: whether to draw. Without it, a batch is all the images as they come, those
       of one batch of [`flowdiffrax.data.stream`][].
 
-    **Raises:** `TypeError` for arrays that are not 8-bit images, or labels that are no
-    integers; `ValueError` for channels that do not come last, labels that do not go with
-    the images, and, when called without `draw`, for another batch size.
+    **Raises:** as [`flowdiffrax.data.Images`][]; `ValueError`, when called without
+    `draw`, for another batch size.
     """
 
     images: UInt8[Array, "n height width channels"]
@@ -55,23 +54,9 @@ class DeviceImages(eqx.Module):
         self.draw = draw
 
     def __check_init__(self):
-        if self.images.dtype != jnp.uint8 or self.images.ndim != 4:
-            raise TypeError(
-                "`images` must be uint8 of shape (images, height, width, channels); got "
-                f"{self.images.dtype} of shape {self.images.shape}."
-            )
-        if self.images.shape[3] > 4:
-            raise ValueError(
-                "`images` must have its channels last, at most 4 of them; got shape "
-                f"{self.images.shape}. If they come first: `.transpose(0, 2, 3, 1)`."
-            )
-        if self.labels is not None and not jnp.issubdtype(self.labels.dtype, jnp.integer):
-            raise TypeError(f"`labels` must be integers; got {self.labels.dtype}.")
-        if self.labels is not None and self.labels.shape != self.images.shape[:1]:
-            raise ValueError(
-                "There must be one label an image; got shapes "
-                f"{self.labels.shape} and {self.images.shape}."
-            )
+        check_images(self.images)
+        if self.labels is not None:
+            check_labels(self.labels, len(self.images))
 
     def __call__(self, key: Key[Array, ""], batch_size: int) -> ConditionedPoints:
         """A batch of points, of shape `(batch_size, height, width, channels)`."""

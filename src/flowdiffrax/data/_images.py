@@ -1,7 +1,7 @@
 import dataclasses
 
 import numpy as np
-from jaxtyping import Integer, UInt8
+from jaxtyping import Array, Integer, UInt8
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -31,7 +31,7 @@ class Images:
     name: str = "images"
 
     def __post_init__(self):
-        _check_images(self.images)
+        check_images(self.images)
         names = None if self.class_names is None else len(self.class_names)
         num_classes = names if self.num_classes is None else self.num_classes
         if names not in (None, num_classes):
@@ -41,7 +41,7 @@ class Images:
             )
         labels = self.labels
         if labels is not None:
-            _check_labels(labels, len(self))
+            check_labels(labels, len(self))
             num_classes = int(labels.max()) + 1 if num_classes is None else num_classes
             wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
             if wrong.size > 0:
@@ -69,7 +69,7 @@ class Images:
         return f"Images({self.name!r}: {len(self)} of {size}{classes})"
 
 
-def _check_images(images: np.ndarray) -> None:
+def check_images(images: np.ndarray | Array) -> None:
     if images.dtype != np.uint8:
         raise TypeError(
             f"`images` must be of dtype uint8; got {images.dtype}. Bring floats in "
@@ -88,7 +88,7 @@ def _check_images(images: np.ndarray) -> None:
         )
 
 
-def _check_labels(labels: np.ndarray, number: int) -> None:
+def check_labels(labels: np.ndarray | Array, number: int) -> None:
     if not np.issubdtype(labels.dtype, np.integer):
         raise TypeError(f"`labels` must be integers; got {labels.dtype}.")
     if labels.shape != (number,):

@@ -159,7 +159,7 @@ class StreamBatches:
         num_threads: int = 4,
         prefetch: int = 8,
     ):
-        check_callable(make, "make", "make(source)")
+        check_callable(make, "make", "make(source)", may_be_class=True)
         check_batch_size(batch_size)
         if not isinstance(images, Images):
             raise TypeError(

@@ -76,7 +76,7 @@ def load(path: str | os.PathLike, make: Callable[[Any], PyTree]) -> tuple[Any, P
     `make` to rebuild: keep it in the configuration. `ImportError` for a file of
     safetensors without that package.
     """
-    check_callable(make, "make", "make(config)")
+    check_callable(make, "make", "make(config)", may_be_class=True)
     path = pathlib.Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"There is no checkpoint at {path}.")
@@ -125,8 +125,9 @@ def _read_header(path: pathlib.Path, text: str | bytes) -> dict[str, Any]:
 
 
 def _digest(header: dict[str, Any], body: bytes) -> dict[str, Any]:
-    described = json.dumps([header["config"], header["leaves"]]).encode()
-    return {"bytes": len(body), "sha256": hashlib.sha256(described + body).hexdigest()}
+    digest = hashlib.sha256(json.dumps([header["config"], header["leaves"]]).encode())
+    digest.update(body)
+    return {"bytes": len(body), "sha256": digest.hexdigest()}
 
 
 def _check_digest(path: pathlib.Path, header: dict[str, Any], body: bytes) -> None:
@@ -189,14 +190,17 @@ def _from_safetensors(
     path: pathlib.Path, content: bytes
 ) -> tuple[dict[str, Any], Callable]:
     safetensors = import_extra("safetensors", "safetensors", "load")
+    length = int.from_bytes(content[:8], "little")
     try:
-        arrays = dict(safetensors.deserialize(content))
-        length = int.from_bytes(content[:8], "little")
         metadata = json.loads(content[8 : 8 + length])["__metadata__"]["flowdiffrax"]
-    except (safetensors.SafetensorError, KeyError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not a checkpoint of flowdiffrax.") from error
     header = _read_header(path, metadata)
-    arrays = {name: bytes(array["data"]) for name, array in arrays.items()}
+    try:
+        found = safetensors.deserialize(content)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path} is damaged: {error}.") from error
+    arrays = {name: bytes(array["data"]) for name, array in found}
     _check_digest(path, header, _in_order(arrays))
 
     def read(key_path, leaf):
@@ -208,9 +212,8 @@ def _from_safetensors(
                 f"{path} has no array named {name}; it has {sorted(arrays)[:5]}, ... "
                 "Build the tree with the configuration that it was saved with."
             )
-        is_numpy = isinstance(leaf, np.ndarray | np.generic)
-        is_number = isinstance(leaf, bool | int | float | complex) and not is_numpy
-        dtype = np.dtype(getattr(leaf, "dtype", None) or np.asarray(leaf).dtype)
+        has_dtype = hasattr(leaf, "dtype")
+        dtype = np.dtype(leaf.dtype) if has_dtype else np.asarray(leaf).dtype
         if len(arrays[name]) != dtype.itemsize * math.prod(jnp.shape(leaf)):
             raise ValueError(
                 f"{path} holds {len(arrays[name])} bytes for {name}, which is of {dtype} "
@@ -218,13 +221,11 @@ def _from_safetensors(
                 "a NumPy array was saved, it must return one of its dtype."
             )
         array = np.frombuffer(arrays[name], dtype).reshape(jnp.shape(leaf))
-        if is_number:
+        if not has_dtype:
             return array.item()
-        # `[()]` makes the scalar of an array without axes, and a view of others.
-        is_scalar = isinstance(leaf, np.generic)
-        if is_numpy:
-            return array[()] if is_scalar else array.copy()
-        return jnp.asarray(array)
+        if isinstance(leaf, np.generic):
+            return array[()]
+        return array.copy() if isinstance(leaf, np.ndarray) else jnp.asarray(array)
 
     return header, lambda like: jtu.tree_map_with_path(read, like)
 

@@ -126,23 +126,20 @@ class Recipe:
         - `batch_size`: `None` for the recipe's.
 
         **Raises:** `ValueError` for images without the labels that the recipe needs, or
-        with more classes than it has,
-        `TypeError` for data that are neither.
+        with more classes than it has; `TypeError` for data that are neither.
         """
         if isinstance(data, Images):
             if self.num_classes is not None and data.labels is None:
                 raise ValueError(
                     f"The recipe {self.name!r} has classes, and {data.name} no labels."
                 )
-            if (
-                self.num_classes is not None
-                and (data.num_classes or 0) > self.num_classes
-            ):
+            found = data.num_classes or 0
+            if self.num_classes is not None and found > self.num_classes:
                 raise ValueError(
                     f"The recipe {self.name!r} is for {self.num_classes} classes, and "
-                    f"{data.name} has {data.num_classes}: labels would be taken for the "
-                    "one that stands for none. Use `dataclasses.replace(recipe, "
-                    f"num_classes={data.num_classes})`."
+                    f"{data.name} has {found}: labels would be taken for the one that "
+                    "stands for none. Use `dataclasses.replace(recipe, "
+                    f"num_classes={found})`."
                 )
             labels = None if self.num_classes is None else data.labels
             data = DeviceImages(data.images, labels, flip=self.flip)

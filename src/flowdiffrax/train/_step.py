@@ -115,14 +115,15 @@ class TrainState(eqx.Module):
 
     def __pdoc__(self, **kwargs):
         is_known = lambda count: eqx.is_array(count) and is_concrete(count)
-        counts = {"step": self.step, "skipped": self.skipped}
-        shown: dict[str, Any] = {
-            k: int(v) if is_known(v) else v for k, v in counts.items()
-        }
-        shown["flow_map"] = self.flow_map
+        number = lambda count: int(count) if is_known(count) else count
+        shown = [
+            ("step", number(self.step)),
+            ("skipped", number(self.skipped)),
+            ("flow_map", self.flow_map),
+        ]
         return wl.bracketed(
             begin=wl.TextDoc("TrainState("),
-            docs=wl.named_objs(shown.items(), **kwargs),
+            docs=wl.named_objs(shown, **kwargs),
             sep=wl.comma,
             end=wl.TextDoc(")"),
             indent=kwargs["indent"],
