@@ -13,6 +13,7 @@ import pytest
 from helpers import assert_close, linear_map, max_abs, without_type_checks
 
 import flowdiffrax as fd
+from flowdiffrax._misc import all_finite
 
 TEACHER = linear_map()
 OPTIM = optax.adam(3e-3)
@@ -323,6 +324,24 @@ def test_gradient_that_is_not_finite():
     flow_map = fd.FlowMap(SquareRoot(jnp.asarray(0.0)))
     with pytest.raises(fd.train.TrainingDiverged, match="gradient"):
         run(flow_map=flow_map, num_steps=1)
+
+
+def test_check_for_finite_costs_as_much_a_leaf_however_many():
+    # XLA used to copy the check of all leaves into the update of each one.
+    def keep(leaves):
+        is_finite = all_finite(leaves)
+        return [jnp.where(is_finite, leaf, 0.0) for leaf in leaves]
+
+    def length(num_leaves):
+        lowered = jax.jit(keep).lower([jnp.ones(4)] * num_leaves)
+        return lowered.compile().as_text().count("\n")
+
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", False)
+    try:
+        assert length(40) < 2.5 * length(20)
+    finally:
+        jax.config.update("jax_disable_most_optimizations", before)
 
 
 def test_divergence_carries_the_state():

@@ -100,10 +100,10 @@ def squared_norm(x: State) -> Scalar:
 
 def all_finite(x: State) -> Array:
     """Whether every entry of every leaf is finite, as a scalar boolean array."""
-    finite = jnp.asarray(True)
-    for leaf in jtu.tree_leaves(x):
-        finite = finite & jnp.all(jnp.isfinite(leaf))
-    return finite
+    # As counts, for the compiler: booleans would become one `and` a leaf, and all of them
+    # be copied into every kernel that reads the result, minutes of compilation.
+    broken = [jnp.sum(~jnp.isfinite(leaf)) for leaf in jtu.tree_leaves(x)]
+    return jnp.all(jnp.asarray(broken, jnp.int32) == 0)
 
 
 def nan_where(condition: Array, x: State) -> State:
