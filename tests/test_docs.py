@@ -15,8 +15,6 @@ ROOT = pathlib.Path(__file__).parent.parent
 BLOCK = re.compile(
     r"^```python\n(.*?)^```\n(?:\n(?:</div>\n\n)?```text\n(.*?)^```\n)?", re.M | re.S
 )
-# The page says why, and readers of the site don't see it.
-NOT_RUN = re.compile(r"^<!-- not run: .*? -->\n\n?```python\n.*?^```\n", re.M | re.S)
 # These print the same however long they train, and that is compared with the page.
 QUICK = {
     *("README", "index", "flow-maps", "notation", "theory", "interoperability"),
@@ -27,10 +25,7 @@ QUICK = {
 
 def blocks(path):
     """The blocks of Python that are to run, each with what it prints on the page."""
-    text = NOT_RUN.sub("", path.read_text())
-    found = [match.groups() for match in BLOCK.finditer(text)]
-    # Those with an ellipsis are there to be read.
-    return [(code, printed) for code, printed in found if "..." not in code]
+    return [match.groups() for match in BLOCK.finditer(path.read_text())]
 
 
 def is_quick(path):
@@ -68,6 +63,9 @@ def test_code_of_page(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     # Files that nobody has at hand.
     monkeypatch.setattr(fd.data, "imagenet32", lambda path: fd.data.digits())
+    monkeypatch.setattr(fd.data, "cifar10", lambda path, split: fd.data.digits())
+    inception = lambda path: fd.metrics.RandomFeatures((8, 8, 1), key=jax.random.key(0))
+    monkeypatch.setattr(fd.metrics.InceptionFeatures, "load", inception)
     path, names = PAGES[name], {}
     if path.stem == "interoperability":
         pytest.importorskip("distreqx")
@@ -81,7 +79,7 @@ def test_code_of_page(name, tmp_path, monkeypatch):
         for code, printed in blocks(path):
             code = re.sub(r"(?<!max_)steps( ?= ?)\d+", r"steps\1 2", code)
             with contextlib.redirect_stdout(io.StringIO()) as out:
-                exec(compile(code, name, "exec"), names)
+                exec(compile(code, f"<{name}>", "exec"), names)
             if is_quick(path):
                 assert_prints(out.getvalue(), printed or "")
 

@@ -49,6 +49,7 @@ SCRIPTS = {
     "images_digits.png": "benchmarks/images.py",
     "images_fashion.png": "benchmarks/images.py",
     "objectives.png": "examples/compare_objectives.py",
+    "scaling.png": "benchmarks/scaling.py",
 }
 
 
