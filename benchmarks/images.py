@@ -48,10 +48,10 @@ NUMBERS = {
 }
 
 
-def fashion_presets():
+def fashion():
     """As for the digits, at 28x28: one more resolution, half the channels."""
-    lsd = dataclasses.replace(
-        digits.presets()["lsd"],
+    return dataclasses.replace(
+        digits.self_distilled(),
         data="fashion_mnist",
         batch_size=32,
         architecture=functools.partial(
@@ -59,16 +59,16 @@ def fashion_presets():
             num_blocks=1, num_classes=10, scale=0.7,
         ),
     )  # fmt: skip
-    return {"lsd": lsd, **image_runs.siblings(lsd)}
 
 
 def load(options):
     """Presets, training images, held-out images."""
     if options.data == "digits":
-        return digits.presets(), *digits.load()
-    train, test = (fd.data.fashion_mnist(options.folder, part) for part in
-                   ("train", "test"))  # fmt: skip
-    return fashion_presets(), train, test
+        lsd, (train, test) = digits.self_distilled(), digits.load()
+    else:
+        read = functools.partial(fd.data.fashion_mnist, options.folder)
+        lsd, train, test = fashion(), read("train"), read("test")
+    return {"lsd": lsd, **image_runs.siblings(lsd)}, train, test
 
 
 # --- training -------------------------------------------------------------------------

@@ -20,6 +20,7 @@ import jax.random as jr
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
+import optimistix as optx
 import tyro
 
 import flowdiffrax as fd
@@ -124,10 +125,11 @@ class Options:
     training images."""
 
 
-def parse(script, doc, presets, default, line=None, **defaults):
+def parse(script, doc, presets, default, line=None, own=None, **defaults):
     """The options with the preset's name, from the command line or a list of words.
 
-    `defaults` are those that the script has in the place of the common ones.
+    `defaults` are those that the script has in the place of the common ones, and `own`
+    those of a preset, by its name.
     """
     names = Annotated[
         Literal[tuple(presets)],  # type: ignore
@@ -136,13 +138,15 @@ def parse(script, doc, presets, default, line=None, **defaults):
     with_preset = dataclasses.make_dataclass(
         "WithPreset", [("preset", names, default)], bases=(Options,), kw_only=True
     )
-    return tyro.cli(
-        with_preset,
-        default=with_preset(**defaults),
-        prog=f"python examples/{script}.py",
-        description=doc,
+    read = functools.partial(
+        tyro.cli, with_preset, prog=f"python examples/{script}.py", description=doc,
         args=line,
-    )
+    )  # fmt: skip
+    options = read(default=with_preset(**defaults))
+    its_own = (own or {}).get(options.preset)
+    if its_own is None:
+        return options
+    return read(default=with_preset(preset=options.preset, **defaults, **its_own))
 
 
 def siblings(lsd):
@@ -568,7 +572,12 @@ def inversion(recipe, options, flow_map, images, number=8, num_jumps=16):
 
 @eqx.filter_jit
 def solve_for_start(flow_map, s, t, y, labels):
-    one = lambda y, label: fd.invert(flow_map, s, t, y, label, throw=False)
+    # Newton's method has a whole Jacobian in memory, gigabytes for 32x32x3.
+    fixed_point = optx.FixedPointIteration(rtol=1e-5, atol=1e-5)
+    solver = fixed_point if y[0].size > 1000 else None
+    one = lambda y, label: fd.invert(
+        flow_map, s, t, y, label, solver=solver, max_steps=128, throw=False
+    )
     return jax.vmap(one)(y, labels)
 
 

@@ -80,8 +80,10 @@ def invert(
         A solver of fixed points iterates $x \leftarrow y - (t - s) v_{s,t}(x)$, one
         evaluation a step, and converges if the jump contracts. A root finder solves
         $X_{s,t}(x) = y$; Newton's method takes one Jacobian-vector product for each
-        dimension a step. Derivatives in `y`, `args` and the map's parameters are those of
-        the implicit function theorem, whatever the solver.
+        dimension a step, all at once: of an image of 32x32x3, gigabytes. Where states
+        have thousands of entries, take `optimistix.FixedPointIteration`. Derivatives in
+        `y`, `args` and the map's parameters are those of the implicit function theorem,
+        whatever the solver.
 
     **Arguments:**
 
