@@ -11,7 +11,8 @@ Presets are the papers' runs, listed with their costs in `docs/recipes.md`; `smo
 small network for five minutes on a CPU, on half of a set of 180 emoji if there is no
 `--data`. Everything is in the folder of the run: checkpoints, numbers, pictures of
 samples (`samples/`), the map (`map.fdx`), samples by every sampler (`samples.png`),
-their scores (`scores.json`), and images taken to noise and back (`inversion.png`).
+their scores (`scores.json`), and, but for `smoke`, images taken to noise and back
+(`inversion.png`).
 Start it again with the same options and it goes on from there; give it the options of a
 finished run with `--do scores` to score that with others.
 """

@@ -111,9 +111,13 @@ def main(line=None):
     recipe = image_runs.with_options(presets()[options.preset], options)
     if recipe.teacher is not None and options.teacher is None:
         options.out = options.out or pathlib.Path(f"out/digits-{options.preset}")
-        options.teacher = options.out / "teacher"
-        if "train" in options.do:
+        teacher = options.out / "teacher"
+        if "train" in options.do and not options.distributed:
+            options.teacher = teacher
+            image_runs.check(recipe, options, load()[0])
             train_teacher(options)
+        elif (teacher / "map.fdx").is_file():
+            options.teacher = teacher
     rows = image_runs.main("digits", options, presets(), *load())
     by_diffrax(image_runs.load_map(options.out, presets())[0])
     return rows

@@ -142,11 +142,11 @@ def parse(script, doc, presets, default, line=None, own=None, **defaults):
         tyro.cli, with_preset, prog=f"python examples/{script}.py", description=doc,
         args=line,
     )  # fmt: skip
-    options = read(default=with_preset(**defaults))
-    its_own = (own or {}).get(options.preset)
-    if its_own is None:
-        return options
-    return read(default=with_preset(preset=options.preset, **defaults, **its_own))
+    of = lambda preset: with_preset(
+        **defaults, **(own or {}).get(preset, {}), preset=preset
+    )
+    # Once to know the preset, and again with its own defaults.
+    return read(default=of(read(default=of(default)).preset))
 
 
 def siblings(lsd):
