@@ -1,6 +1,6 @@
 """Learn to draw handwritten digits in one to four jumps, on a CPU, without a download.
 
-    python examples/digits.py                      # nine minutes on two CPU cores
+    python examples/digits.py                      # under ten minutes on two CPU cores
     python examples/digits.py --steps 100          # to see it run
     python examples/digits.py --preset teacher     # a velocity alone, by flow matching
     python examples/digits.py --preset lsd         # without a teacher
