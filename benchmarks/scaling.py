@@ -149,9 +149,8 @@ def main(options):
     found = options.out / "scaling.json"
     rows = json.loads(found.read_text()) if found.exists() else []
     for setting in settings(varied):
-        if {row["objective"] for row in rows if setting.items() <= row.items()} < {
-            *names
-        }:
+        found_here = {row["objective"] for row in rows if setting.items() <= row.items()}
+        if not found_here >= {*names}:
             rows = [row for row in rows if not setting.items() <= row.items()]
             rows += measure(setting, names, options.rounds)
             found.write_text(json.dumps(rows, indent=1))

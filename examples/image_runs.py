@@ -20,7 +20,6 @@ import jax.random as jr
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
-import optimistix as optx
 import tyro
 
 import flowdiffrax as fd
@@ -572,12 +571,7 @@ def inversion(recipe, options, flow_map, images, number=8, num_jumps=16):
 
 @eqx.filter_jit
 def solve_for_start(flow_map, s, t, y, labels):
-    # Newton's method has a whole Jacobian in memory, gigabytes for 32x32x3.
-    fixed_point = optx.FixedPointIteration(rtol=1e-5, atol=1e-5)
-    solver = fixed_point if y[0].size > 1000 else None
-    one = lambda y, label: fd.invert(
-        flow_map, s, t, y, label, solver=solver, max_steps=128, throw=False
-    )
+    one = lambda y, label: fd.invert(flow_map, s, t, y, label, max_steps=128, throw=False)
     return jax.vmap(one)(y, labels)
 
 

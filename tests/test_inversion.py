@@ -302,3 +302,14 @@ def test_map_to_another_dtype():
     flow_map = lambda s, t, x, args: x.astype(jnp.float64)
     with pytest.raises(TypeError, match="`flow_map` must return the dtype"):
         fd.invert(flow_map, 0.0, 0.5, X.astype(jnp.float32))
+
+
+@pytest.mark.parametrize("size", [1000, 1001])
+def test_large_states_have_no_jacobian(size):
+    jump = lambda s, t, x, args: x + (t - s) * jnp.sin(x + jnp.roll(x, 1))
+    x = jr.normal(jr.key(0), (size,))
+    solve = lambda y: fd.invert(jump, 0.0, 0.3, y).x
+    y = jump(0.0, 0.3, x, None)
+    assert (f"[{size},{size}]" in str(jax.make_jaxpr(solve)(y))) == (size == 1000)
+    if size > 1000:
+        assert_close(jax.jit(solve)(y), x, 1e-7)

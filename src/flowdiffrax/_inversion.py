@@ -80,8 +80,7 @@ def invert(
         A solver of fixed points iterates $x \leftarrow y - (t - s) v_{s,t}(x)$, one
         evaluation a step, and converges if the jump contracts. A root finder solves
         $X_{s,t}(x) = y$; Newton's method takes one Jacobian-vector product for each
-        dimension a step, all at once: of an image of 32x32x3, gigabytes. Where states
-        have thousands of entries, take `optimistix.FixedPointIteration`. Derivatives in
+        dimension a step, all at once: of an image of 32x32x3, gigabytes. Derivatives in
         `y`, `args` and the map's parameters are those of the implicit function theorem,
         whatever the solver.
 
@@ -96,7 +95,8 @@ def invert(
       `optimistix.FixedPointIteration(rtol, atol)` or `optimistix.Newton(rtol, atol)`.
       `None` for `optimistix.Dogleg`, a Newton method with a trust region, to a tolerance
       of 1e-9 in float64, and `optimistix.Newton` to 1e-5 in float32 and 3e-2 in half
-      precision.
+      precision; for states of more than 1,000 entries, whose Jacobian would fill the
+      memory, `optimistix.FixedPointIteration` to the same.
     - `guess`: where to start; `None` for `y`.
     - `max_steps`: the most steps it may take.
     - `num_iterations`: the power iterations for `contraction`, each one forward-mode and
@@ -123,6 +123,7 @@ def invert(
         tol = {64: 1e-9, 32: 1e-5, 16: 3e-2}[jnp.finfo(real_dtype(y)).bits]
         # In few digits a trust region takes rounding for a step that does not help.
         kind = optx.Dogleg if tol < 1e-8 else optx.Newton
+        kind = kind if vector.size <= 1000 else optx.FixedPointIteration
         solver = kind(rtol=tol, atol=tol)
 
     def residual(x, _=None):
