@@ -133,7 +133,8 @@ class DiagonalMixture(AbstractTimes):
     - `fraction`: the share on the diagonal, in [0, 1].
     - `diagonal`: the law on the diagonal, uniform by default whatever the law off it.
 
-    **Raises:** `ValueError` for a fraction outside [0, 1].
+    **Raises:** `ValueError` for a fraction outside [0, 1], and in use for a batch of one
+    pair, which has no room for both parts.
     """
 
     times: AbstractTimes
@@ -153,6 +154,12 @@ class DiagonalMixture(AbstractTimes):
         return jnp.concatenate([s_on, s_off]), jnp.concatenate([t_on, t_off])
 
     def num_diagonal(self, batch_size: int) -> int:
+        if batch_size == 1 and 0 < self.fraction < 1:
+            raise ValueError(
+                f"A batch of 1 has no room for a share of {self.fraction} on the "
+                "diagonal and the rest off it: use a batch of at least 2, or accumulate "
+                "several."
+            )
         # Neither part may vanish in a small batch, if it is asked for.
         least, most = int(self.fraction > 0), batch_size - int(self.fraction < 1)
         return min(max(round(self.fraction * batch_size), least), most)

@@ -5,7 +5,7 @@ from .base import AbstractResidualObjective as AbstractResidualObjective
 from .base import Mixture as Mixture
 from .base import Scheduled as Scheduled
 from .base import StopGradient as StopGradient
-from .base import batch_loss as batch_loss
+from .batch import batch_loss as batch_loss
 from .consistency import ConsistencyDistillation as ConsistencyDistillation
 from .consistency import ConsistencyTraining as ConsistencyTraining
 from .consistency import ContinuousConsistency as ContinuousConsistency

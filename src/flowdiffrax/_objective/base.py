@@ -1,18 +1,16 @@
 import abc
 import enum
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import diffrax
 import equinox as eqx
 import jax.numpy as jnp
-import jax.random as jr
-import jax.tree_util as jtu
-from jaxtyping import Array, ArrayLike, Float, Int, Key
+from jaxtyping import Array, ArrayLike, Int, Key
 
 from .._custom_types import AbstractVar, Args, Scalar, State, Time
 from .._flow_map import AbstractFlowMap
-from .._misc import check_shares, num_rows, split_by_shares, squared_norm
+from .._misc import check_shares, squared_norm
 from .._times import AbstractTimes
 from .weight import AbstractWeight
 
@@ -270,148 +268,3 @@ class Scheduled(eqx.Module):
     def at(self, step: Int[Array, ""]) -> AbstractObjective | Mixture:
         """The objective of one step."""
         return self.objective(step)
-
-
-def batch_loss(
-    objective: AbstractObjective | Mixture,
-    flow_map: AbstractFlowMap,
-    teacher: Any,
-    paths: diffrax.AbstractPath,
-    args: Args = None,
-    *,
-    key: Key[Array, ""],
-) -> tuple[Scalar, dict[str, Scalar]]:
-    """The mean loss over a batch of paths, with times drawn by the objective.
-
-    **Arguments:**
-
-    - `objective`: an objective, or a [`flowdiffrax.Mixture`][] of several.
-    - `flow_map`, `teacher`: passed on to the objective. For a mixture whose objectives
-      learn from different teachers, a tuple with one for each.
-    - `paths`: paths with a leading batch axis on every leaf.
-    - `args`: conditions with the same leading axis, or `None`.
-    - `key`: for the times, and for objectives that draw.
-
-    **Returns:** the loss, and the mean loss of each objective by its name. Where an
-    objective has rows on the diagonal besides others, their mean is a term of its own,
-    under the name with `_diagonal`.
-
-    **Raises:** `ValueError` if the batch is too small for the shares of a mixture, for
-    conditions with another number of rows than the paths, for a tuple of teachers that is
-    not one for each objective, and for self-distillation with nothing on the diagonal to
-    learn from; `TypeError` for a map that is no flow map.
-    """
-    mixture = as_mixture(objective)
-    parts = example_losses(mixture, flow_map, teacher, paths, args, key=key)
-    total: Any = 0.0
-    terms: dict[str, Scalar] = {}
-    for index, (part, examples) in enumerate(zip(mixture.objectives, parts, strict=True)):
-        losses = [rows.loss for rows in examples]
-        name = type(part).__name__
-        # Two objectives of one class stay two terms.
-        name = name if name not in terms else f"{name}_{index}"
-        terms[name] = jnp.mean(losses[0])
-        if len(losses) == 2:
-            terms[f"{name}_diagonal"] = jnp.mean(losses[1])
-        mean: Any = sum(map(jnp.sum, losses)) / sum(map(len, losses))
-        total = total + jnp.asarray(mixture.weights[index], mean.dtype) * mean
-    return total, terms
-
-
-def as_mixture(objective: AbstractObjective | Mixture) -> Mixture:
-    """The objective itself, or a mixture of it alone."""
-    return objective if isinstance(objective, Mixture) else Mixture((objective,), (1.0,))
-
-
-class ExampleLosses(NamedTuple):
-    """The losses of some examples, and the times that were drawn for them."""
-
-    s: Float[Array, " batch"]
-    t: Float[Array, " batch"]
-    loss: Float[Array, " batch"]
-
-
-def example_losses(
-    mixture: Mixture,
-    flow_map: AbstractFlowMap,
-    teacher: Any,
-    paths: diffrax.AbstractPath,
-    args: Args,
-    *,
-    key: Key[Array, ""],
-) -> list[list[ExampleLosses]]:
-    """The losses that [`flowdiffrax.batch_loss`][] takes the mean of.
-
-    Arguments and errors as there.
-
-    **Returns:** for each objective, the examples off the diagonal, then those on it, as
-    far as there are any.
-    """
-    if not isinstance(flow_map, AbstractFlowMap):
-        raise TypeError(
-            f"Objectives train a flow map; got {type(flow_map).__name__}. Wrap a network "
-            "as `FlowMap(net)`."
-        )
-    only_arrays = eqx.filter((paths, args), eqx.is_array)
-    batch_size = num_rows(only_arrays, "Paths and conditions")
-    slices = split_by_shares(batch_size, mixture.shares)
-    num_parts = len(mixture.objectives)
-    sizes = [rows.stop - rows.start for rows in slices]
-    if all(
-        part.needs_diagonal and part.times.num_diagonal(size) == 0
-        for part, size in zip(mixture.objectives, sizes, strict=True)
-    ):
-        raise ValueError(
-            "Self-distillation learns its velocity on the diagonal, and the law of times "
-            "puts no row there. Use `DiagonalMixture(times)` in a batch of at least two, "
-            "or mix it with `FlowMatching`."
-        )
-    teachers = teacher if isinstance(teacher, tuple) else (teacher,) * num_parts
-    if len(teachers) != num_parts:
-        raise ValueError(
-            "A tuple of teachers has one for each objective; got "
-            f"{len(teachers)} teachers and {num_parts} objectives."
-        )
-    return [
-        _losses(
-            part,
-            flow_map,
-            teachers[index],
-            _rows(paths, rows),
-            _rows(args, rows),
-            rows.stop - rows.start,
-            jr.fold_in(key, index),
-        )
-        for index, (part, rows) in enumerate(zip(mixture.objectives, slices, strict=True))
-    ]
-
-
-def _losses(objective, flow_map, teacher, paths, args, batch_size, key):
-    """The losses of the rows off the diagonal, then of those on it, if there are any."""
-    times_key, draw_key = jr.split(key)
-    s, t = objective.times(times_key, batch_size)
-    cut = objective.times.num_diagonal(batch_size)
-    rows = (paths, s, t, args, jr.split(draw_key, batch_size))
-
-    def on_diagonal(path, s, t, args, key):
-        del s
-        return objective.on_diagonal(flow_map, teacher, path, t, args, key=key)
-
-    def off_diagonal(path, s, t, args, key):
-        return objective(flow_map, teacher, path, s, t, args, key=key)
-
-    axes = eqx.if_array(0)
-    over_rows = lambda one: eqx.filter_vmap(one, in_axes=(axes, 0, 0, axes, 0))
-    parts = []
-    if cut < batch_size:
-        off = _rows(rows, slice(cut, None))
-        parts.append(ExampleLosses(off[1], off[2], over_rows(off_diagonal)(*off)))
-    if cut > 0:
-        on = _rows(rows, slice(0, cut))
-        parts.append(ExampleLosses(on[1], on[2], over_rows(on_diagonal)(*on)))
-    return parts
-
-
-def _rows(tree, rows):
-    cut = lambda leaf: leaf[rows] if eqx.is_array(leaf) else leaf
-    return jtu.tree_map(cut, tree)

@@ -9,7 +9,13 @@ from jaxtyping import Array, Float, Int, Key
 from .._custom_types import Args
 from .._flow_map import AbstractFlowMap
 from .._objective import AbstractObjective, Mixture
-from .._objective.base import ExampleLosses, as_mixture, example_losses
+from .._objective.batch import (
+    ExampleLosses,
+    as_mixture,
+    example_losses,
+    objective_sizes,
+    segments_of,
+)
 
 
 class BinnedLoss(NamedTuple):
@@ -82,13 +88,15 @@ def weighted_losses(
 ) -> ExampleLosses:
     """The losses of all examples, whose mean is that of `batch_loss`."""
     mixture = as_mixture(objective)
-    parts = example_losses(mixture, flow_map, teacher, paths, args, key=key)
-    sizes = [sum(rows.loss.shape[0] for rows in part) for part in parts]
+    examples = example_losses(mixture, flow_map, teacher, paths, args, key=key)
+    batch_size = sum(len(rows.loss) for rows in examples)
+    segments = segments_of(mixture, batch_size)
+    sizes = objective_sizes(segments)
     all_rows = []
-    for part, size, weight in zip(parts, sizes, mixture.weights, strict=True):
-        for rows in part:
-            factor = jnp.asarray(weight, rows.loss.dtype) * (sum(sizes) / size)
-            all_rows.append(rows._replace(loss=factor * rows.loss))
+    for segment, rows in zip(segments, examples, strict=True):
+        weight = jnp.asarray(mixture.weights[segment.index], rows.loss.dtype)
+        factor = weight * (batch_size / sizes[segment.index])
+        all_rows.append(rows._replace(loss=factor * rows.loss))
     return ExampleLosses(*map(jnp.concatenate, zip(*all_rows, strict=True)))
 
 

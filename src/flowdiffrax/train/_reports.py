@@ -19,7 +19,7 @@ from .._files import write_whole
 from .._flow_map import AbstractFlowMap
 from .._misc import check_callable, num_rows
 from .._objective import AbstractObjective, Mixture, Scheduled
-from .._objective.base import ExampleLosses
+from .._objective.batch import ExampleLosses
 from .._sample import sample
 from ..data._files import StrPath, import_extra
 from ..metrics._loss import bin_losses, check_bins, weighted_losses

@@ -1,3 +1,4 @@
+import functools
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -29,7 +30,18 @@ from .._objective import (
     AbstractObjective,
     Mixture,
     Scheduled,
-    batch_loss,
+)
+from .._objective.batch import (
+    DrawnTimes,
+    Segment,
+    as_mixture,
+    deal,
+    dealt,
+    draw_times,
+    losses_of,
+    num_examples,
+    segments_of,
+    summed,
 )
 from ._parallel import DataParallel
 
@@ -214,19 +226,20 @@ def make_step(
         root_key = jr.wrap_key_data(state.key_data, impl=state.key_impl)
         key = jr.fold_in(root_key, state.step)
 
-        def gradients(key, batches):
-            batch_key, loss_key = jr.split(key)
-            paths, args = draw(batches, batch_key)
-            if parallel is not None:
-                paths, args = parallel.split((paths, args))
-            return _gradients(
-                state, objective, teacher, paths, args, loss_key, teacher_decay
-            )
+        mixture, teacher = _prepare(state, objective, teacher, teacher_decay)
+
+        def draw_part(batches, key):
+            drawn = draw(batches, key)
+            return drawn if parallel is None else parallel.split(drawn)
 
         if accumulate == 1:
-            means = gradients(key, batches)
+            batch_key, loss_key = jr.split(key)
+            paths, args = draw_part(batches, batch_key)
+            means = _gradients(state, mixture, teacher, paths, args, loss_key)
         else:
-            means = _mean(gradients, key, batches, accumulate)
+            means = _accumulated_gradients(
+                state, mixture, teacher, draw_part, batches, key, accumulate
+            )
         state, info = _apply(state, optim, means, ema_decay, teacher_decay)
         if parallel is not None:
             state, info = parallel.place(state), parallel.replicate(info)
@@ -258,7 +271,8 @@ def update(
 
     Not jitted. Arguments as for [`flowdiffrax.train.make_step`][].
     """
-    means = _gradients(state, objective, teacher, paths, args, key, teacher_decay)
+    mixture, teacher = _prepare(state, objective, teacher, teacher_decay)
+    means = _gradients(state, mixture, teacher, paths, args, key)
     return _apply(state, optim, means, ema_decay, teacher_decay)
 
 
@@ -266,56 +280,112 @@ def update(
 _Means = tuple[Scalar, dict[str, Scalar], PyTree]
 
 
-def _gradients(
+def _prepare(
     state: TrainState,
     objective: AbstractObjective | Mixture | Scheduled,
     teacher: Any,
-    paths: Any,
-    args: Args,
-    key: Key[Array, ""],
     teacher_decay: float | None,
-) -> _Means:
+) -> tuple[Mixture, Any]:
+    """What this step minimises, and what it learns from."""
     objective = at_step(objective, state.step)
     _check_state(state, objective, teacher, teacher_decay)
-    teacher = filled(teacher, state.teacher_map)
+    return as_mixture(objective), filled(teacher, state.teacher_map)
+
+
+def _part_gradients(
+    state: TrainState,
+    mixture: Mixture,
+    teacher: Any,
+    paths: Any,
+    args: Args,
+    drawn: DrawnTimes,
+    whole: list[Segment],
+    part: list[Segment],
+    key: Key[Array, ""],
+) -> _Means:
+    """What a part of the batch adds to the means over the whole of it."""
 
     def loss_fn(trained):
         flow_map, learned = trained if state.learned else (trained, ())
-        whole = with_learned(objective, learned)
-        return batch_loss(whole, flow_map, teacher, paths, args, key=key)
+        own = with_learned(mixture, learned)
+        examples = losses_of(own, flow_map, teacher, paths, args, drawn, part, key=key)
+        return summed(own, whole, part, examples)
 
     value_and_grad = eqx.filter_value_and_grad(loss_fn, has_aux=True)
     (loss, terms), grads = value_and_grad(_trained(state))
     return loss, terms, grads
 
 
-def _mean(
-    gradients: Callable[[Key[Array, ""], Any], _Means],
+def _gradients(
+    state: TrainState,
+    mixture: Mixture,
+    teacher: Any,
+    paths: Any,
+    args: Args,
     key: Key[Array, ""],
-    batches: Any,
-    number: int,
 ) -> _Means:
-    """The mean over several batches, one after the other."""
+    """The means over a batch in one piece."""
+    batch_size = num_examples(paths, args)
+    whole = segments_of(mixture, batch_size)
+    drawn = draw_times(mixture, batch_size, key)
+    return _part_gradients(state, mixture, teacher, paths, args, drawn, whole, whole, key)
+
+
+def _accumulated_gradients(
+    state: TrainState,
+    mixture: Mixture,
+    teacher: Any,
+    draw_part: Callable[[Any, Key[Array, ""]], tuple[Any, Args]],
+    batches: Any,
+    key: Key[Array, ""],
+    num_parts: int,
+) -> _Means:
+    """The means over a batch in several pieces, one after the other."""
+    batch_key, loss_key = jr.split(key)
+    arrays: list[Any] = [None] * num_parts
+    source = lambda _: batches
     if isinstance(batches, tuple):
-        if len(batches) != number:
+        if len(batches) != num_parts:
             raise ValueError(
-                f"`accumulate` is {number}, and a tuple of {len(batches)} came for "
+                f"`accumulate` is {num_parts}, and a tuple of {len(batches)} came for "
                 "`batches`; give one, or as many."
             )
-        parts = [eqx.partition(one, eqx.is_array) for one in batches]
-        stacked = jtu.tree_map(
-            lambda *rows: jnp.stack(rows), *[part[0] for part in parts]
+        halves = [eqx.partition(one, eqx.is_array) for one in batches]
+        arrays, rests = zip(*halves, strict=True)
+        source = lambda arrays: eqx.combine(arrays, rests[0])
+    shapes = eqx.filter_eval_shape(draw_part, source(arrays[0]), batch_key)
+    batch_size = num_parts * num_examples(*shapes)
+    # Shares are those of the whole batch: rounded in each part, they would be others.
+    whole = segments_of(mixture, batch_size)
+    drawn = draw_times(mixture, batch_size, loss_key)
+
+    def part_gradients(part, arrays, index, drawn):
+        paths, args = draw_part(source(arrays), jr.fold_in(batch_key, index))
+        return _part_gradients(
+            state, mixture, teacher, paths, args, drawn, whole, list(part), loss_key
         )
-        one = lambda key, row: gradients(key, eqx.combine(row, parts[0][1]))
-    else:
-        stacked, one = None, lambda key, row: gradients(key, batches)
-    rows = jr.split(key, number), stacked
-    first = lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
-    shapes = jax.eval_shape(one, *jtu.tree_map(first, rows))
-    zeros = jtu.tree_map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    add = lambda total, new: jtu.tree_map(jnp.add, total, new)
-    total, _ = lax.scan(lambda total, row: (add(total, one(*row)), None), zeros, rows)
-    return jtu.tree_map(lambda leaf: leaf / number, total)
+
+    # Parts with the same numbers of rows share one compiled loop.
+    groups: dict[tuple[Segment, ...], list[int]] = {}
+    for index, part in enumerate(deal(whole, num_parts)):
+        groups.setdefault(tuple(part), []).append(index)
+    total: Any = None
+    for part, members in groups.items():
+        rows = [
+            (arrays[index], jnp.asarray(index), dealt(drawn, index, num_parts))
+            for index in members
+        ]
+        stacked = jtu.tree_map(lambda *leaves: jnp.stack(leaves), *rows)
+        one = functools.partial(part_gradients, part)
+        if total is None:
+            shape = jax.eval_shape(one, *rows[0])
+            total = jtu.tree_map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shape)
+        add = lambda total, row, one=one: (
+            jtu.tree_map(jnp.add, total, one(*row)),
+            None,
+        )
+        total, _ = lax.scan(add, total, stacked)
+    return total
 
 
 def _apply(
