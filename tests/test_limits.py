@@ -199,7 +199,8 @@ def test_tangent_scale_favours_straight_lines():
 def test_normalised_tangent_scales_the_gradient():
     bare = plain(fd.AlignYourFlowLMD)
     value, grads = value_and_grad(bare, nonlinear_field)
-    scaled = gradient(fd.AlignYourFlowLMD(), nonlinear_field)
+    weight = fd.NormalisedTangent()
+    scaled = gradient(fd.AlignYourFlowLMD(weight=weight), nonlinear_field)
     assert_close(scaled, grads / (jnp.sqrt(value) + 0.1), 1e-12)
 
 

@@ -296,6 +296,31 @@ def test_pseudo_huber_turns_from_square_to_distance():
     assert_close(weight(S, T, large), jnp.sqrt(large) - 0.1, 1e-5)
 
 
+def test_pseudo_huber_without_a_square_is_the_distance():
+    value, slope = jax.value_and_grad(lambda e: fd.PseudoHuber()(S, T, e))(
+        jnp.asarray(9.0)
+    )
+    assert_close(value, jnp.asarray(3.0))
+    assert_close(slope, jnp.asarray(1 / 6))
+    # Of an error that is zero, the gradient is zero and no NaN.
+    loss = lambda x: fd.PseudoHuber()(S, T, jnp.sum(x**2))
+    assert max_abs(jax.grad(loss)(jnp.zeros(3))) == 0
+
+
+def test_inverse_noise_gap():
+    # Noise levels of 4 and 1 in units of the base, and the largest one at time 0.
+    weight, s, t = fd.InverseNoiseGap(), jnp.asarray(0.2), jnp.asarray(0.5)
+    assert_close(weight(s, t, jnp.asarray(6.0)), jnp.asarray(2.0), 1e-12)
+    assert_close(weight(jnp.zeros(()), t, jnp.asarray(158.0)), jnp.asarray(2.0), 1e-12)
+    lower = fd.InverseNoiseGap(max_noise=3.0)
+    assert_close(lower(s, t, jnp.asarray(6.0)), jnp.asarray(3.0), 1e-12)
+    # On a circle, the level is the cotangent of the angle.
+    circle = fd.InverseNoiseGap(fd.TrigonometricInterpolant())
+    third = jnp.asarray(1 / 3)
+    expected = 6 / (3**0.5 - 1)
+    assert_close(circle(third, t, jnp.asarray(6.0)), jnp.asarray(expected), 1e-12)
+
+
 def test_band_weight():
     weight = fd.BandWeight(0.25)
     one = jnp.asarray(1.0)
@@ -351,7 +376,11 @@ class Doubled(fd.AbstractWeight):
         lambda: fd.PowerWeight(-1.0),
         lambda: fd.PowerWeight(1.0, 0.0),
         lambda: fd.NormalisedTangent(0.0),
-        lambda: fd.PseudoHuber(0.0),
+        lambda: fd.PseudoHuber(-0.1),
+        lambda: fd.PowerWeight(scale=0.0),
+        lambda: fd.NormalisedTangent(scale=-1.0),
+        lambda: fd.LearnedWeight(scale=0.0),
+        lambda: fd.InverseNoiseGap(max_noise=0.0),
         lambda: fd.LearnedWeight(0),
     ],
 )

@@ -163,7 +163,7 @@ def test_loss_uses_what_the_run_has():
     objective = fd.ProgressiveFlowMapMatching(weight=fd.LearnedWeight(2))
     state = state_of(brighten(0.2), objective=objective, teacher_decay=0.9)
     weight = lambda s: s.learned[0].coefficients
-    amount = lambda s: s.teacher_map.net.amount
+    amount = lambda s: s.teacher_average.net.amount
     looked = fd.train.LossByTimes(
         objective, lambda key: (paths(8), None), key=jr.key(2), num_bins=1
     )
@@ -309,7 +309,7 @@ def test_distances_by_jumps():
 
 def test_the_average_is_sampled():
     state = state_of(brighten(0.2))
-    moved = eqx.tree_at(lambda s: s.ema_maps[0].net.amount, state, jnp.asarray(0.5))
+    moved = eqx.tree_at(lambda s: s.averages[0].net.amount, state, jnp.asarray(0.5))
     grids = fd.train.SampleGrids(None, np.zeros((1, 2)), distance=np.max, num_jumps=[1])
     assert grids(moved, {"step": 1})["distance_1"] == pytest.approx(0.5)
 

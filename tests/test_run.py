@@ -404,7 +404,7 @@ def six_steps(tmp_path_factory):
     [
         ({"width": 8}, r"another model.*is float64\[16\] there, float64\[8\] here"),
         ({"optim": optax.sgd(0.1)}, "another model, optimiser"),
-        ({"ema_decay": (0.9, 0.99)}, r"`.ema_maps\[1\].*is absent there"),
+        ({"ema_decay": (0.9, 0.99)}, r"`.averages\[1\].*is absent there"),
         ({"key": 2}, "another root key"),
     ],
     ids=["model", "optimiser", "averages", "key"],

@@ -300,6 +300,39 @@ def test_karras_times():
     assert np.asarray(fd.karras_times(3, base_std=2.0))[0] == pytest.approx(2 / 82)
 
 
+def test_karras_neighbours_are_those_of_the_grid():
+    ts = np.array(fd.karras_times(18, base_std=2.0))
+    ts[0] = 0.0
+    s, t = map(np.asarray, draw(fd.KarrasNeighbours(18, base_std=2.0), 2000))
+    expected_s, expected_t = map(np.asarray, draw(fd.Neighbours(ts), 2000))
+    np.testing.assert_allclose(s, expected_s, atol=1e-12)
+    np.testing.assert_allclose(t, expected_t, atol=1e-12)
+    assert s.min() == 0 and t.max() == 1
+
+
+def test_grid_that_grows():
+    # Ten intervals at first, doubled three times, in four stages of equal length.
+    grid = fd.doubling_schedule(400, 10, 80)
+    steps = [0, 99, 100, 199, 200, 300, 399, 10**6]
+    found = [int(grid(jnp.asarray(step))) for step in steps]
+    assert found == [11, 11, 21, 21, 41, 81, 81, 81]
+    times = fd.KarrasNeighbours(fd.karras_times(3).shape[0])
+    s, t = jax.jit(lambda n: fd.KarrasNeighbours(n)(jr.key(0), 50))(jnp.asarray(3))
+    assert set(np.asarray(t)) == set(np.asarray(times(jr.key(0), 50)[1]))
+    assert len(set(np.asarray(s))) == 2
+
+
+@pytest.mark.parametrize("settings", [(0, 10, 80), (10, 0, 80), (10, 20, 10)])
+def test_bad_growth(settings):
+    with pytest.raises(ValueError, match="1 <= first <= last"):
+        fd.doubling_schedule(*settings)
+
+
+def test_number_of_karras_times_is_not_traced():
+    with without_type_checks(), pytest.raises(ValueError, match="KarrasNeighbours"):
+        jax.jit(fd.karras_times)(jnp.asarray(5))
+
+
 @pytest.mark.parametrize(
     "times, count",
     [
@@ -321,6 +354,18 @@ def test_rows_known_to_be_on_the_diagonal(times, count):
     assert times.num_diagonal(40) == count
     s, t = draw(times, 40)
     assert (s[:count] == t[:count]).all()
+
+
+@pytest.mark.parametrize("size, count", [(2, 1), (3, 2), (4, 3), (5, 4), (8, 6)])
+def test_no_share_vanishes(size, count):
+    assert fd.DiagonalMixture(fd.UniformTriangle(), 0.75).num_diagonal(size) == count
+
+
+def test_one_pair_has_no_room_for_two_shares():
+    with pytest.raises(ValueError, match="A batch of 1 has no room for a share of 0.75"):
+        draw(fd.DiagonalMixture(fd.UniformTriangle(), 0.75), 1)
+    for fraction in (0.0, 1.0):
+        draw(fd.DiagonalMixture(fd.UniformTriangle(), fraction), 1)
 
 
 def test_logit_normal_of_the_least_uniform_number():
@@ -443,6 +488,7 @@ def test_stratified_has_less_variance():
         (lambda: fd.LogitNormalGap(end_mean=0.0), "together"),
         (lambda: fd.Neighbours(jnp.asarray([0.5])), "at least two"),
         (lambda: fd.karras_times(1), "at least two times"),
+        (lambda: fd.KarrasNeighbours(1), "at least two times"),
         (lambda: fd.karras_times(5, 1.0, 0.1), "sigma_min < sigma_max"),
     ],
 )

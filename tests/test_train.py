@@ -214,10 +214,51 @@ def test_state_with_other_averages():
         run(flow_map=state, ema_decay=(0.9, 0.99))
 
 
+def test_averages_of_bfloat16_weights_move():
+    # A thousandth of the way a step, which bfloat16 near 1 cannot take.
+    flow_map = small_map(dtype=jnp.bfloat16)
+    bias = lambda state: state.flow_map.net.last.bias
+    create = fd.train.TrainState.create
+    state = create(flow_map, optax.sgd(0.0), key=jr.key(0), teacher_decay=0.999)
+    averages = lambda s: [
+        s.averages[0].net.last.bias, s.teacher_average.net.last.bias
+    ]  # fmt: skip
+    ones = [jnp.ones(2, jnp.float32) for _ in range(2)]
+    state = eqx.tree_at(averages, state, ones)
+    moved = lambda s: (s.step, bias(s))
+    state = eqx.tree_at(moved, state, (jnp.asarray(10**6), jnp.full(2, 2, jnp.bfloat16)))
+    step = fd.train.make_step(
+        fd.FlowMatching(), optax.sgd(0.0), ema_decay=0.999, teacher_decay=0.999
+    )
+    for _ in range(40):
+        state, _ = step(state, batches(2, jnp.bfloat16))
+    expected = 2 - 0.999**40
+    for average in averages(state):
+        np.testing.assert_allclose(average, expected, rtol=1e-5)
+    # What is sampled has the precision of the map.
+    assert state.ema_map.net.last.bias.dtype == jnp.bfloat16
+    assert state.teacher_map.net.last.bias.dtype == jnp.bfloat16
+    assert state.ema_map(0.0, 1.0, jnp.ones(2, jnp.bfloat16)).dtype == jnp.bfloat16
+
+
 @pytest.mark.parametrize("decay", [-0.1, 1.0, (0.9, 1.0)])
 def test_bad_decay(decay):
     with pytest.raises(ValueError, match="`ema_decay` must be in"):
         fd.train.make_step(fd.FlowMatching(), OPTIM, ema_decay=decay)
+
+
+def test_grid_of_consistency_training_grows():
+    grid = fd.doubling_schedule(4, 2, 8)
+    objective = fd.Scheduled(
+        lambda step: fd.ConsistencyTraining(fd.KarrasNeighbours(grid(step)))
+    )
+    state = run(objective, teacher=None)
+    assert int(state.step) == 4 and int(state.skipped) == 0
+    sizes = []
+    for step in range(4):
+        s, _ = objective.at(jnp.asarray(step)).times(jr.key(0), 200)
+        sizes.append(len(set(np.asarray(s).round(12))))
+    assert sizes == [2, 4, 8, 8]
 
 
 # --- accumulation -------------------------------------------------------------------
@@ -231,6 +272,47 @@ def test_accumulating_the_same_batch_changes_nothing():
         run(objective, source=lambda key: paths, accumulate=number) for number in (1, 3)
     )
     assert_close(arrays(thrice.flow_map), arrays(once.flow_map), 1e-12, 1e-12)
+
+
+class Fixed(eqx.Module):
+    """The same rows at every step."""
+
+    x0: jax.Array
+    x1: jax.Array
+
+    def __call__(self, key):
+        return jax.vmap(fd.LinearInterpolant())(self.x0, self.x1), None
+
+
+@pytest.mark.parametrize("size, number", [(5, 3), (1, 4), (6, 2)])
+def test_accumulated_parts_are_one_batch(size, number):
+    # Shares that no part of the batch can hold alone, and splits that are drawn.
+    shares = 0.25, 0.75
+    objective = fd.LagrangianSelfDistillation(
+        fd.Stratified(fd.DiagonalMixture(fd.UniformTriangle(), 0.6))
+    )
+    if size > 1:
+        drawn = fd.ProgressiveSelfDistillation(split=None)
+        objective = fd.Mixture((drawn, objective), shares, (0.3, 2.0))
+    x0, x1 = jr.normal(jr.key(8), (2, size * number, 2))
+    # Row `r` of the whole is in part `r % number`.
+    parts = tuple(Fixed(x0[i::number], x1[i::number]) for i in range(number))
+    optim, states, losses = optax.sgd(0.1), [], []
+    for source, accumulate in ((Fixed(x0, x1), 1), (parts, number)):
+        step = fd.train.make_step(objective, optim, accumulate=accumulate)
+        state = fd.train.TrainState.create(small_map(), optim, key=jr.key(0))
+        state, _ = step(state, source)
+        state, info = step(state, source)
+        states.append(arrays(state.flow_map))
+        losses.append({"loss": info.loss, "norm": info.grad_norm, **info.terms})
+    assert_close(losses[1], losses[0], 1e-12, 1e-12)
+    assert_close(states[1], states[0], 1e-12, 1e-12)
+
+
+def test_batch_of_one_is_refused_where_two_parts_are_needed():
+    for objective in (fd.MeanFlow(), fd.ImprovedMeanFlow(), fd.AlphaFlow()):
+        with pytest.raises(ValueError, match="A batch of 1 has no room"):
+            run(objective, source=batches(1), num_steps=1)
 
 
 def test_accumulated_batches_are_others():

@@ -97,6 +97,7 @@ from ._objective import FlowMatching as FlowMatching
 from ._objective import FreeFlow as FreeFlow
 from ._objective import ImprovedMeanFlow as ImprovedMeanFlow
 from ._objective import InverseGap as InverseGap
+from ._objective import InverseNoiseGap as InverseNoiseGap
 from ._objective import LagrangianMapDistillation as LagrangianMapDistillation
 from ._objective import LagrangianSelfDistillation as LagrangianSelfDistillation
 from ._objective import LearnedWeight as LearnedWeight
@@ -140,6 +141,7 @@ from ._times import Dyadic as Dyadic
 from ._times import EitherDirection as EitherDirection
 from ._times import EndAt as EndAt
 from ._times import GridTimes as GridTimes
+from ._times import KarrasNeighbours as KarrasNeighbours
 from ._times import LogitNormal as LogitNormal
 from ._times import LogitNormalGap as LogitNormalGap
 from ._times import LogUniformGap as LogUniformGap
@@ -150,6 +152,7 @@ from ._times import StartAt as StartAt
 from ._times import Stratified as Stratified
 from ._times import UniformSquare as UniformSquare
 from ._times import UniformTriangle as UniformTriangle
+from ._times import doubling_schedule as doubling_schedule
 from ._times import karras_times as karras_times
 from ._trace import AbstractTrace as AbstractTrace
 from ._trace import ExactTrace as ExactTrace

@@ -21,8 +21,10 @@ class FiniteDifference(eqx.Module):
 
     **Arguments:**
 
-    - `step`: the step $h$ along the tangent, positive. The error is of the order of
-      $h^2$ plus rounding over $h$; the default suits float32, and 1e-5 float64.
+    - `step`: the step $h$ along the tangent, positive. In objectives and identities it
+      is a step in time, and the default is for times in [0, 1]: for a physical ODE, scale
+      it with the interval. The error is of the order of $h^2$ plus rounding over $h$; the
+      default suits float32, and 1e-5 float64.
 
     **Raises:** `ValueError` for a step that is not positive.
     """

@@ -34,6 +34,7 @@ from .weight import AbstractWeight as AbstractWeight
 from .weight import BandWeight as BandWeight
 from .weight import DataEndWeight as DataEndWeight
 from .weight import InverseGap as InverseGap
+from .weight import InverseNoiseGap as InverseNoiseGap
 from .weight import LearnedWeight as LearnedWeight
 from .weight import NormalisedTangent as NormalisedTangent
 from .weight import NoWeight as NoWeight

@@ -11,7 +11,7 @@ from .eulerian import AbstractEulerian
 from .lagrangian import AbstractLagrangian
 from .teaching import check_velocity, teacher_velocity
 from .two_piece import check_share, eulerian_quotient, lagrangian_quotient
-from .weight import AbstractWeight, NormalisedTangent
+from .weight import AbstractWeight, NoWeight
 
 
 class AlignYourFlowEMD(AbstractEulerian):
@@ -24,11 +24,12 @@ class AlignYourFlowEMD(AbstractEulerian):
 
     **Arguments:**
 
-    - `times`: the law of times.
-    - `weight`: what is made of $|g|^2$; the default normalises the tangent.
+    - `times`: the distribution of times.
+    - `weight`: maps $|g|^2$ to the loss. The paper's is
+      [`flowdiffrax.NormalisedTangent`][], for data of a known scale.
     - `tangent_scale`: the $r$, below 1 to favour straight trajectories a little. The
       paper raises it from 0 to 0.99: [`flowdiffrax.Scheduled`][] with a linear schedule.
-      Only for the limit.
+      What is straight depends on the clock. Only for the limit.
     - `epsilon`: the share of the first piece, in (0, 1], or `None` for the limit of
       small ones. At 0.005 and below, float32 rounding shows.
     - `jvp`: how the derivative of the limit is taken.
@@ -44,7 +45,7 @@ class AlignYourFlowEMD(AbstractEulerian):
     """
 
     times: AbstractTimes = LogitNormalGap(-0.6, 1.6)
-    weight: AbstractWeight = NormalisedTangent()
+    weight: AbstractWeight = NoWeight()
     tangent_scale: ArrayLike = 0.99
     epsilon: float | None = None
     stop_gradient: StopGradient = eqx.field(
@@ -77,8 +78,9 @@ class AlignYourFlowLMD(AbstractLagrangian):
 
     **Arguments:**
 
-    - `times`: the law of times.
-    - `weight`: what is made of $|g|^2$; the default normalises the tangent.
+    - `times`: the distribution of times.
+    - `weight`: maps $|g|^2$ to the loss. The paper's is
+      [`flowdiffrax.NormalisedTangent`][], for data of a known scale.
     - `epsilon`: the share of the last piece, in (0, 1], or `None` for the limit of
       small ones. At 0.005 and below, float32 rounding shows.
     - `jvp`: how the derivative of the limit is taken.
@@ -94,7 +96,7 @@ class AlignYourFlowLMD(AbstractLagrangian):
     """
 
     times: AbstractTimes = LogitNormalGap(-0.6, 1.6)
-    weight: AbstractWeight = NormalisedTangent()
+    weight: AbstractWeight = NoWeight()
     epsilon: float | None = None
     stop_gradient: StopGradient = eqx.field(
         static=True, default=StopGradient.DERIVATIVE, init=False

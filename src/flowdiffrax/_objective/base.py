@@ -52,8 +52,8 @@ class AbstractObjective(eqx.Module):
 
     **Attributes:**
 
-    - `times`: the law from which training draws `(s, t)`.
-    - `weight`: what is made of the squared error.
+    - `times`: the distribution from which training draws `(s, t)`.
+    - `weight`: maps the squared error to the loss.
     """
 
     times: AbstractVar[AbstractTimes]

@@ -85,7 +85,7 @@ def segments_of(mixture: Mixture, batch_size: int) -> list[Segment]:
         segment.on_diagonal for segment in segments
     ):
         raise ValueError(
-            "Self-distillation learns its velocity on the diagonal, and its times put no "
+            "Self-distillation learns its velocity on the diagonal, and `times` puts no "
             "row there. Use `DiagonalMixture(times)`, or mix it with `FlowMatching`."
         )
     return segments

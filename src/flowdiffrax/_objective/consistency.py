@@ -6,15 +6,14 @@ from jaxtyping import ArrayLike
 from .._custom_types import Args, State, Time, VectorField
 from .._derivative import Derivative
 from .._misc import freeze, subtract, times_like
-from .._times import AbstractTimes, EndAt, LogitNormal, Neighbours, karras_times
+from .._times import AbstractTimes, EndAt, KarrasNeighbours, UniformSquare
 from .._trajectory import StatePath
 from .base import AbstractResidualObjective, StopGradient
 from .eulerian import AbstractEulerian
 from .teaching import own_map, teacher_velocity
 from .weight import (
     AbstractWeight,
-    InverseGap,
-    NormalisedTangent,
+    InverseNoiseGap,
     NoWeight,
     PseudoHuber,
     WeightChain,
@@ -31,9 +30,12 @@ class ConsistencyTraining(AbstractResidualObjective):
 
     **Arguments:**
 
-    - `times`: the law of pairs of neighbouring times, $s$ and $u$.
-    - `weight`: what is made of the squared error, given $s$ and $u$. The default is a
-      pseudo-Huber metric over $u - s$.
+    - `times`: the distribution of pairs of neighbouring times, $s$ and $u$. To let the
+      grid grow in training, as the papers do, see [`flowdiffrax.KarrasNeighbours`][].
+    - `weight`: maps the squared error to the loss, given $s$ and $u$. The default is the
+      distance over the difference of noise levels, $|e| / (\sigma_s - \sigma_u)$, which
+      is the paper's for small `c`. For another interpolant than the linear one, use
+      `WeightChain((PseudoHuber(), InverseNoiseGap(interpolant)))`.
     - `end`: the time of the end.
 
     The teacher is `None`, for the map as it is, or a flow map that makes the target
@@ -45,8 +47,8 @@ class ConsistencyTraining(AbstractResidualObjective):
         weight of [arXiv:2310.14189](https://arxiv.org/abs/2310.14189).
     """
 
-    times: AbstractTimes = eqx.field(default_factory=lambda: Neighbours(karras_times(41)))
-    weight: AbstractWeight = WeightChain((PseudoHuber(), InverseGap(1.0)))
+    times: AbstractTimes = KarrasNeighbours(41)
+    weight: AbstractWeight = WeightChain((PseudoHuber(), InverseNoiseGap()))
     end: float = 1.0
 
     def residual(self, flow_map, teacher, path, s, t, args, key) -> State:
@@ -62,12 +64,13 @@ class ConsistencyDistillation(AbstractResidualObjective):
     r"""CD: a point and where the teacher takes it must have the same end.
 
     $|X_{s,1}(I_s) - \mathrm{sg}(X_{u,1}(\Phi_{s,u}(I_s)))|^2$ with $\Phi$ one step of a
-    Diffrax solver on the teacher, to the next time $u$ of a grid.
+    Diffrax solver on the teacher, to the next time $u$ of a grid. The error of that step
+    depends on the clock.
 
     **Arguments:**
 
-    - `times`: the law of pairs of neighbouring times, $s$ and $u$.
-    - `weight`: what is made of the squared error, given $s$ and $u$.
+    - `times`: the distribution of pairs of neighbouring times, $s$ and $u$.
+    - `weight`: maps the squared error to the loss, given $s$ and $u$.
     - `solver`: the explicit Diffrax solver that makes the step.
     - `end`: the time of the end.
 
@@ -79,7 +82,7 @@ class ConsistencyDistillation(AbstractResidualObjective):
         [arXiv:2303.01469](https://arxiv.org/abs/2303.01469), algorithm 2.
     """
 
-    times: AbstractTimes = eqx.field(default_factory=lambda: Neighbours(karras_times(19)))
+    times: AbstractTimes = KarrasNeighbours(19)
     weight: AbstractWeight = NoWeight()
     solver: diffrax.AbstractSolver = diffrax.Heun()
     end: float = 1.0
@@ -108,9 +111,13 @@ class ContinuousConsistency(AbstractEulerian):
 
     **Arguments:**
 
-    - `times`: the law of times, whose ends are all the same.
-    - `weight`: what is made of $|g|^2$; the default normalises the tangent. The paper
-      adds a [`flowdiffrax.LearnedWeight`][]; see [`flowdiffrax.WeightChain`][].
+    - `times`: the distribution of times, whose ends are all the same; uniform starts by
+      default. The paper's noise levels, which suit images, are
+      `EndAt(LogitNormal(1.0, 1.4, sort=False), 1.0)` for a base with a standard deviation
+      of 1 and data with one of 0.5.
+    - `weight`: maps $|g|^2$ to the loss. The paper's is
+      [`flowdiffrax.NormalisedTangent`][], for data of a known scale, and a
+      [`flowdiffrax.LearnedWeight`][]; see [`flowdiffrax.WeightChain`][].
     - `tangent_scale`: the $r$. The paper raises it from 0 to 1 over the first steps:
       [`flowdiffrax.Scheduled`][] with a linear schedule.
     - `jvp`: how the derivative is taken, see [`flowdiffrax.FiniteDifference`][].
@@ -120,8 +127,8 @@ class ContinuousConsistency(AbstractEulerian):
         [arXiv:2410.11081](https://arxiv.org/abs/2410.11081).
     """
 
-    times: AbstractTimes = EndAt(LogitNormal(1.0, 1.4, sort=False), 1.0)
-    weight: AbstractWeight = NormalisedTangent()
+    times: AbstractTimes = EndAt(UniformSquare(), 1.0)
+    weight: AbstractWeight = NoWeight()
     tangent_scale: ArrayLike = 1.0
     stop_gradient: StopGradient = eqx.field(
         static=True, default=StopGradient.DERIVATIVE, init=False

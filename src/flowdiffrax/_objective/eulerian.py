@@ -105,8 +105,8 @@ class EulerianMapDistillation(AbstractEulerian):
 
     **Arguments:**
 
-    - `times`: the law of times.
-    - `weight`: what is made of the squared error.
+    - `times`: the distribution of times.
+    - `weight`: maps the squared error to the loss.
     - `stop_gradient`: what is held fixed; the teacher only, by default.
     - `jvp`: how the derivative is taken, see [`flowdiffrax.FiniteDifference`][].
 
@@ -134,12 +134,16 @@ class StopGradientEulerian(AbstractEulerian):
     $I_s$, the rate $\dot I_s$ is the velocity only on average. Because it enters the
     gradient linearly, the gradient is that along the velocity itself, on average: the
     map is learned from data alone. At $s = t$ it is flow matching. The reported loss
-    keeps a variance, and is no measure of the error.
+    keeps a variance, and is no measure of the error. Where all states are scaled or moved
+    along with time, by another interpolant or by a mean of the data that is not that of
+    the base, a part of the derivative in space that only describes that is held fixed,
+    and the gradient is another: centre the data, or use `StopGradient.DERIVATIVE`, whose
+    gradient stays the same up to a factor in time.
 
     **Arguments:**
 
-    - `times`: the law of times, with a share on the diagonal.
-    - `weight`: what is made of the squared error.
+    - `times`: the distribution of times, with a share on the diagonal.
+    - `weight`: maps the squared error to the loss.
     - `stop_gradient`: what is held fixed. With less than the default, the derivative in
       space, the average no longer helps: see [`flowdiffrax.NaiveEulerian`][].
     - `jvp`: how the derivative is taken, see [`flowdiffrax.FiniteDifference`][].
@@ -201,11 +205,12 @@ class EulerianSelfDistillation(AbstractEulerian):
 
     Off the diagonal $|\partial_s X + \mathrm{sg}(\nabla X\,v_{s,s}(I_s))|^2$ with
     $X = X_{s,t}(I_s)$, and on it flow matching, which supplies the velocity from data.
+    For changes of the clock see [`flowdiffrax.StopGradientEulerian`][].
 
     **Arguments:**
 
-    - `times`: the law of times, with a share on the diagonal.
-    - `weight`: what is made of the squared error.
+    - `times`: the distribution of times, with a share on the diagonal.
+    - `weight`: maps the squared error to the loss.
     - `stop_gradient`: what is held fixed: by default the velocity and the derivative in
       space.
     - `guidance`: a rule for the velocity that is followed, such as

@@ -23,8 +23,8 @@ class FlowMatching(AbstractResidualObjective):
 
     **Arguments:**
 
-    - `times`: the law of times, of which the end time is used.
-    - `weight`: what is made of the squared error.
+    - `times`: the distribution of times, of which the end time is used.
+    - `weight`: maps the squared error to the loss.
 
     ??? cite "Reference"
 
@@ -55,9 +55,10 @@ class FlowMapMatching(AbstractObjective):
 
     **Arguments:**
 
-    - `times`: the law of times; both directions of time are needed.
-    - `weight`: what is made of the sum of both squared errors.
-    - `inverse_weight`: the factor $\lambda$ of the round trip.
+    - `times`: the distribution of times; both directions of time are needed.
+    - `weight`: maps the sum of both squared errors to the loss.
+    - `inverse_weight`: the factor $\lambda$ of the round trip, in units of one over time
+      squared: on another clock, the same factor weighs the round trip differently.
     - `jvp`: how the derivative is taken, see [`flowdiffrax.FiniteDifference`][].
 
     The teacher is not used.

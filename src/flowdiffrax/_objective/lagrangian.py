@@ -86,12 +86,16 @@ class LagrangianMapDistillation(AbstractLagrangian):
     is evaluated at, so that the loss is quadratic in the map and no derivative of the
     teacher is needed. Zero exactly at the teacher's flow map.
 
-    The states $I_s$ only say where the map is to be right; any path will do.
+    The states $I_s$ only say where the map is to be right; any path will do. On another
+    clock the gradient is the same up to a factor in time. Under an interpolant that
+    scales space too, as the trigonometric one, it is so with `StopGradient.NONE` or
+    `DERIVATIVE` only: the teacher then has a part proportional to the state, which is
+    held fixed.
 
     **Arguments:**
 
-    - `times`: the law of times.
-    - `weight`: what is made of the squared error.
+    - `times`: the distribution of times.
+    - `weight`: maps the squared error to the loss.
     - `stop_gradient`: what is held fixed: by default the teacher's value; with
       `StopGradient.NONE` the gradient is that of the loss as written, through the
       teacher.
@@ -149,12 +153,13 @@ class LagrangianSelfDistillation(AbstractLagrangian):
     Off the diagonal $|\partial_t X - \mathrm{sg}(v_{t,t}(X))|^2$ with
     $X = X_{s,t}(I_s)$, and on it flow matching, which supplies the velocity from data.
     The velocity is held fixed, and so is the state it is evaluated at; gradients flow
-    through $\partial_t X$.
+    through $\partial_t X$. For changes of the clock see
+    [`flowdiffrax.LagrangianMapDistillation`][].
 
     **Arguments:**
 
-    - `times`: the law of times, with a share on the diagonal.
-    - `weight`: what is made of the squared error.
+    - `times`: the distribution of times, with a share on the diagonal.
+    - `weight`: maps the squared error to the loss.
     - `stop_gradient`: what is held fixed; the teacher by default.
     - `guidance`: a rule for the velocity that is followed, such as
       [`flowdiffrax.ClassifierFreeGuidance`][]; `None` for none.
@@ -190,12 +195,13 @@ class TerminalVelocityMatching(AbstractObjective):
     r"""TVM: both parts of Lagrangian self-distillation on every example.
 
     $|\partial_t X_{s,t}(I_s) - \mathrm{sg}(v_{t,t}(X))|^2 + |v_{t,t}(I_t) - \dot I_t|^2$,
-    the velocity of the first term by a moving average of the map.
+    the velocity of the first term by a moving average of the map. For changes of the
+    clock see [`flowdiffrax.LagrangianMapDistillation`][].
 
     **Arguments:**
 
-    - `times`: the law of times: a logit-normal gap, then the end time.
-    - `weight`: what is made of the sum of both squared errors.
+    - `times`: the distribution of times: a logit-normal gap, then the end time.
+    - `weight`: maps the sum of both squared errors to the loss.
     - `guidance`: a rule for the velocity that is followed; `None` for none.
     - `jvp`: how the derivative is taken, see [`flowdiffrax.FiniteDifference`][].
 
@@ -251,8 +257,8 @@ class FreeFlow(AbstractLagrangian):
 
     **Arguments:**
 
-    - `times`: the law of times; every jump starts at 0.
-    - `weight`: what is made of the squared error.
+    - `times`: the distribution of times; every jump starts at 0.
+    - `weight`: maps the squared error to the loss.
     - `stop_gradient`: what is held fixed; all but the leading $v_{0,t}$ by default.
     - `jvp`: how the derivative is taken, see [`flowdiffrax.FiniteDifference`][].
 

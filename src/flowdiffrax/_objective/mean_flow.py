@@ -8,12 +8,12 @@ from .._custom_types import State
 from .._derivative import Derivative
 from .._identities import transport_derivative
 from .._misc import add_scaled, freeze, subtract, times_like
-from .._times import AbstractTimes, Diagonal, DiagonalMixture, LogitNormal
+from .._times import AbstractTimes, DiagonalMixture, UniformTriangle
 from .base import AbstractResidualObjective, StopGradient, stop_gradient_field
 from .eulerian import AbstractEulerian
 from .teaching import data_direction, own_map, teacher_velocity
 from .two_piece import check_share, eulerian_quotient
-from .weight import AbstractWeight, PowerWeight
+from .weight import AbstractWeight, NoWeight
 
 
 class MeanFlow(AbstractEulerian):
@@ -28,10 +28,13 @@ class MeanFlow(AbstractEulerian):
 
     **Arguments:**
 
-    - `times`: the law of times. The default is the paper's on our clock: sorted
-      logit-normal pairs, three quarters of them put on the diagonal at their noisier
-      time.
-    - `weight`: what is made of the squared error.
+    - `times`: the distribution of times: uniform, half of it on the diagonal. The
+      paper's for latents of ImageNet hardly ever draws a long jump: on our clock
+      `DiagonalMixture(LogitNormal(0.4, 1.0), 0.75, Diagonal(LogitNormal(0.4, 1.0),
+      start=True))`.
+    - `weight`: maps the squared error to the loss. The paper's is
+      `PowerWeight(1.0, 1e-2)`, for data with a spread of about 1. In few dimensions it
+      moves the minimiser: see [`flowdiffrax.PowerWeight`][].
     - `guidance`: a rule for the direction, [`flowdiffrax.MeanFlowGuidance`][]; `None`
       for none.
     - `stop_gradient`: what is held fixed, every derivative by default.
@@ -47,10 +50,8 @@ class MeanFlow(AbstractEulerian):
         [arXiv:2505.13447](https://arxiv.org/abs/2505.13447), algorithm 1.
     """
 
-    times: AbstractTimes = DiagonalMixture(
-        LogitNormal(0.4, 1.0), 0.75, Diagonal(LogitNormal(0.4, 1.0), start=True)
-    )
-    weight: AbstractWeight = PowerWeight(1.0, 1e-2)
+    times: AbstractTimes = DiagonalMixture(UniformTriangle(), 0.5)
+    weight: AbstractWeight = NoWeight()
     guidance: Callable | None = None
     stop_gradient: StopGradient = stop_gradient_field(StopGradient.DERIVATIVE)
     jvp: Derivative = jax.jvp
@@ -72,12 +73,14 @@ class ImprovedMeanFlow(AbstractResidualObjective):
     $D = \partial_s + v_{s,s}(I_s) \cdot \nabla$, along the map's own velocity. A
     regression on $\dot I_s$ of what the map says of the velocity. The noise of
     $\dot I_s$ no longer runs through the derivative, and the loss falls as the map gets
-    better, down to the variance of flow matching.
+    better, down to the variance of flow matching. Under an interpolant that scales space
+    too, both parts of the error get factors of their own in time.
 
     **Arguments:**
 
-    - `times`: the law of times, on our clock; half of the pairs are put on the diagonal.
-    - `weight`: what is made of the squared error.
+    - `times`: the distribution of times: uniform, half of it on the diagonal. The
+      paper's, and its weight, are as for [`flowdiffrax.MeanFlow`][], with a share of 0.5.
+    - `weight`: maps the squared error to the loss.
     - `guidance`: a rule for the regression target,
       [`flowdiffrax.MeanFlowGuidance`][]; `None` for none.
     - `stop_gradient`: `StopGradient.DERIVATIVE` holds the derivative fixed, as the paper
@@ -94,10 +97,8 @@ class ImprovedMeanFlow(AbstractResidualObjective):
         Improved mean flows, [arXiv:2512.02012](https://arxiv.org/abs/2512.02012).
     """
 
-    times: AbstractTimes = DiagonalMixture(
-        LogitNormal(0.4, 1.0), 0.5, Diagonal(LogitNormal(0.4, 1.0), start=True)
-    )
-    weight: AbstractWeight = PowerWeight(1.0, 1e-2)
+    times: AbstractTimes = DiagonalMixture(UniformTriangle(), 0.5)
+    weight: AbstractWeight = NoWeight()
     guidance: Callable | None = None
     stop_gradient: StopGradient = stop_gradient_field(StopGradient.DERIVATIVE)
     jvp: Derivative = jax.jvp
@@ -137,15 +138,17 @@ class AlphaFlow(AbstractResidualObjective):
     the velocity; as $a$ falls, the loss and its gradient go to those of
     [`flowdiffrax.MeanFlow`][] with the same weight. To that end the reported error is
     the one above over $a$ once more, which the gradient is not. That is what `weight`
-    sees, so that the paper's adaptive weight $a / (e + c)$ is $1 / (e / a^2 + c)$ here:
-    at small $a$ its floor is lower and rows off the diagonal weigh more, as those of
-    MeanFlow do.
+    sees: the paper's adaptive weight $a / (e + c)$ would be $1 / (e / a^2 + c)$ here. At
+    small $a$ its floor is lower, and rows off the diagonal weigh more, as those of
+    MeanFlow do. The step is a share of the jump in time: at large $a$, the gradient
+    depends on the clock.
 
     **Arguments:**
 
-    - `times`: the law of times, on our clock; a quarter of the pairs are put on the
-      diagonal.
-    - `weight`: what is made of the squared error.
+    - `times`: the distribution of times: uniform, a quarter of it on the diagonal. The
+      paper's are as for [`flowdiffrax.MeanFlow`][], with a share of 0.25.
+    - `weight`: maps the squared error to the loss. The paper's is
+      `PowerWeight(1.0, 1e-3)`, for data with a spread of about 1.
     - `alpha`: the share $a$ of the step in (0, 1]. The paper lowers it from 1 to 0.005
       along training: [`flowdiffrax.Scheduled`][] with
       [`flowdiffrax.sigmoid_schedule`][]. Below 0.005, float32 rounding shows; in
@@ -162,10 +165,8 @@ class AlphaFlow(AbstractResidualObjective):
         [arXiv:2510.20771](https://arxiv.org/abs/2510.20771).
     """
 
-    times: AbstractTimes = DiagonalMixture(
-        LogitNormal(0.4, 1.0), 0.25, Diagonal(LogitNormal(0.4, 1.0), start=True)
-    )
-    weight: AbstractWeight = PowerWeight(1.0, 1e-3)
+    times: AbstractTimes = DiagonalMixture(UniformTriangle(), 0.25)
+    weight: AbstractWeight = NoWeight()
     alpha: ArrayLike = 5e-3
     guidance: Callable | None = None
 

@@ -25,12 +25,15 @@ class ProgressiveFlowMapMatching(AbstractResidualObjective):
     Train on $|t - s| \le \tau$, `UniformTriangle(max_gap=...)`, where the teacher's jumps
     of length $\tau / K$ are good; then make the student the teacher, and $\tau$ longer.
 
+    The jumps are of equal length in time: on another clock they are others, and so is the
+    gradient away from the exact map.
+
     **Arguments:**
 
     - `num_jumps`: the number of teacher jumps $K$, at least 2. (The paper counts the
       $K + 1$ times instead.)
-    - `times`: the law of times.
-    - `weight`: what is made of the squared error. With
+    - `times`: the distribution of times.
+    - `weight`: maps the squared error to the loss. With
       [`flowdiffrax.InverseGap`][] the loss compares velocities.
 
     The teacher is a map `(s, t, x, args) -> x_t`, for example the student of the stage
@@ -71,7 +74,7 @@ class AbstractProgressiveSelfDistillation(AbstractResidualObjective):
         """The first piece's share of the jump."""
 
     def limit(self, target: State) -> State:
-        """The target, or what is made of it."""
+        """The target, limited if the method limits it."""
         return target
 
     def residual(self, flow_map, teacher, path, s, t, args, key) -> State:
@@ -94,12 +97,13 @@ class ProgressiveSelfDistillation(AbstractProgressiveSelfDistillation):
     Off the diagonal
     $|v_{s,t}(I_s) - \mathrm{sg}(a\,v_{s,u}(I_s) + (1 - a)\,v_{u,t}(X_{s,u}(I_s)))|^2$
     with $u = s + a (t - s)$, and on it flow matching, which supplies the velocity from
-    data. All of the target is held fixed. No derivative of the map is taken.
+    data. All of the target is held fixed. No derivative of the map is taken. On another
+    clock the two pieces are others, and so is the gradient away from the exact map.
 
     **Arguments:**
 
-    - `times`: the law of times, with a share on the diagonal.
-    - `weight`: what is made of the squared error of average velocities.
+    - `times`: the distribution of times, with a share on the diagonal.
+    - `weight`: maps the squared error of average velocities to the loss.
     - `split`: the first piece's share $a$, in (0, 1), or `None` to draw it uniformly
       for each example (PSD-U). One half is the midpoint (PSD-M).
 
@@ -151,16 +155,19 @@ class SplitMeanFlow(AbstractProgressiveSelfDistillation):
 class Shortcut(AbstractProgressiveSelfDistillation):
     r"""Shortcut models: progressive self-distillation at midpoints of dyadic jumps.
 
-    The finest pieces are $2^{-7}$ long, and jumps up to 1. As in the paper, seven
-    eighths of a batch learn the velocity, and the target's average velocities are
-    clipped, here after they are averaged. Unlike there, the velocity has its own place
-    on the diagonal rather than at the finest step.
+    The finest pieces are $2^{-7}$ long, and jumps up to 1. Unlike in the paper, the
+    velocity has its own place on the diagonal rather than at the finest step. Pieces
+    depend on the clock, as those of progressive self-distillation do.
 
     **Arguments:**
 
-    - `times`: the law of times: dyadic jumps of at least two finest pieces.
-    - `weight`: what is made of the squared error of average velocities.
-    - `clip`: the largest entry of the target by magnitude, positive, or `None`.
+    - `times`: the distribution of times: dyadic jumps of at least two finest pieces, and
+      half of the batch on the diagonal. The paper has seven eighths there,
+      `DiagonalMixture(Dyadic(6), 7 / 8)`.
+    - `weight`: maps the squared error of average velocities to the loss.
+    - `clip`: the largest entry of the target by magnitude, positive, in units of the
+      data; `None` for no limit. The paper clips at 4.0, for centred data with a spread of
+      about 1. Here the average is clipped, there each of the two velocities.
 
     The teacher is a flow map, the moving average with a decay of 0.999 in the paper
     (`fit(..., teacher_decay=0.999)`), or `None` for the map as it is.
@@ -172,9 +179,9 @@ class Shortcut(AbstractProgressiveSelfDistillation):
         [arXiv:2410.12557](https://arxiv.org/abs/2410.12557), equation (5).
     """
 
-    times: AbstractTimes = DiagonalMixture(Dyadic(6), 7 / 8)
+    times: AbstractTimes = DiagonalMixture(Dyadic(6), 0.5)
     weight: AbstractWeight = NoWeight()
-    clip: float | None = 4.0
+    clip: float | None = None
 
     def __check_init__(self):
         if self.clip is not None and is_concrete(self.clip) and self.clip <= 0:

@@ -18,11 +18,11 @@ class TrajectoryMatching(AbstractResidualObjective):
 
     **Arguments:**
 
-    - `times`: the law of times. For trajectories saved on a grid,
+    - `times`: the distribution of times. For trajectories saved on a grid,
       [`flowdiffrax.GridTimes`][], so that nothing is interpolated.
-    - `weight`: what is made of the squared error of the states; the default makes it
+    - `weight`: maps the squared error of the states to the loss; the default makes it
       the squared error of average velocities.
-    - `positions`: whether the law draws positions along each trajectory's own saved
+    - `positions`: whether `times` draws positions along each trajectory's own saved
       times, 0 for the first and 1 for the last, to the nearest of them, where
       trajectories do not share their times. Of pairs saved at their two ends, take
       `TrajectoryMatching(GridTimes([0.0, 1.0]), positions=True)`.

@@ -1,4 +1,5 @@
 import abc
+import math
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -6,7 +7,8 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from .._custom_types import Scalar, Time
-from .._misc import is_concrete
+from .._interpolant import AbstractInterpolant, LinearInterpolant
+from .._misc import at_least_float32, is_concrete
 
 
 class AbstractWeight(eqx.Module):
@@ -51,25 +53,72 @@ class InverseGap(AbstractWeight):
 
     With $p = 2$ a regression of $X_{s,t}(x)$ is one of the average velocity
     $v_{s,t}(x)$, whose size, and so the learning rate that suits it, does not shrink
-    with the jump. A smaller $p$ cares more for long jumps.
+    with the jump. A smaller $p$ gives long jumps more weight.
 
     **Arguments:**
 
     - `power`: the power $p$.
-    - `min_gap`: the gap below which the weight stops growing, positive.
+    - `min_gap`: the gap below which the weight stops growing, positive, in units of
+      time. `None` for $100\,\epsilon \max(|s|, |t|)$ with $\epsilon$ the relative
+      rounding error: shorter gaps are known to less than two digits.
 
     **Raises:** `ValueError` if `min_gap` is not positive.
     """
 
     power: float = 2.0
-    min_gap: float = 1e-3
+    min_gap: float | None = None
 
     def __check_init__(self):
-        _check_positive("min_gap", self.min_gap)
+        if self.min_gap is not None:
+            _check_positive("min_gap", self.min_gap)
 
     def __call__(self, s: Time, t: Time, squared_error: Scalar) -> Scalar:
-        gap = jnp.maximum(jnp.abs(t - s), self.min_gap)
+        gap = jnp.abs(t - s)
+        if self.min_gap is None:
+            precision = jnp.finfo(at_least_float32(squared_error.dtype))
+            least = 100 * precision.eps * jnp.maximum(jnp.abs(s), jnp.abs(t))
+            # Both times may be zero.
+            least = jnp.maximum(least, math.sqrt(precision.tiny))
+        else:
+            least = self.min_gap
+        gap = jnp.maximum(gap, least)
         return squared_error / gap.astype(squared_error.dtype) ** self.power
+
+
+class InverseNoiseGap(AbstractWeight):
+    r"""The squared error over the difference of noise levels, $\sigma_s - \sigma_t$.
+
+    The weight of consistency training between neighbouring noise levels. The level of a
+    time is $\sigma_t = \alpha_t / \beta_t$, in units of the base's standard deviation:
+    $(1 - t)/t$ for the linear interpolant. It is infinite at time 0, where sampling
+    starts, and counts as `max_noise` there.
+
+    **Arguments:**
+
+    - `interpolant`: the interpolant of the paths.
+    - `max_noise`: the largest noise level, positive; 80 in the papers.
+
+    **Raises:** `ValueError` if `max_noise` is not positive.
+
+    ??? cite "Reference"
+
+        iCT, [arXiv:2310.14189](https://arxiv.org/abs/2310.14189), section 3.3.
+    """
+
+    interpolant: AbstractInterpolant = LinearInterpolant()
+    max_noise: float = 80.0
+
+    def __check_init__(self):
+        _check_positive("max_noise", self.max_noise)
+
+    def __call__(self, s: Time, t: Time, squared_error: Scalar) -> Scalar:
+        gap = jnp.abs(self._noise(s) - self._noise(t))
+        return squared_error / gap.astype(squared_error.dtype)
+
+    def _noise(self, t: Time) -> Scalar:
+        alpha, beta, _ = self.interpolant.coefficients(t)
+        # Where beta is smaller than this, the level is beyond the largest.
+        return alpha / jnp.maximum(beta, alpha / self.max_noise)
 
 
 class BandWeight(AbstractWeight):
@@ -98,7 +147,8 @@ class DataEndWeight(AbstractWeight):
     r"""The squared error times $\min(1, ((1 - t)/\delta)^2)$.
 
     Off the support of the data, an exact velocity grows like $1/(1 - t)$. Without this
-    weight those few states near $t = 1$ dominate a distillation loss.
+    weight those few states near $t = 1$ dominate a distillation loss. It is for paths
+    that end in the data at time 1.
 
     **Arguments:**
 
@@ -122,19 +172,23 @@ class DataEndWeight(AbstractWeight):
 class PowerWeight(AbstractWeight):
     r"""The squared error $e$ over $\mathrm{sg}(e + c)^p$, the adaptive weight.
 
-    It takes from examples with large errors; $p = 1/2$ resembles a Huber loss, and with
-    $p = 1$ every example has a gradient of about the same size. Along data, whose rate is
-    scattered around its mean, that moves the minimiser towards the most frequent rates:
-    little in high dimensions, where all errors are of one size, and much in few. The
-    divisor is held fixed. The loss is close to 1 for every error much above $c$: watch
-    the samples, not the loss.
+    It takes weight from examples with large errors; $p = 1/2$ resembles a Huber loss, and
+    with $p = 1$ every example has a gradient of about the same size. Along data, whose
+    rate is scattered around its mean, that moves the minimiser towards the most frequent
+    rates: little in high dimensions, where all errors are of one size, and much in few.
+    The divisor is held fixed. The loss is close to 1 for every error much above $c$:
+    watch the samples, not the loss.
 
     **Arguments:**
 
     - `power`: the power $p$, at least 0.
-    - `floor`: the $c$, in units of the squared error summed over all entries, positive.
+    - `floor`: the $c$, positive, for the squared error summed over all entries.
+    - `scale`: the unit of the error that `floor` is for, such as the standard deviation
+      of the data. The floor is `floor * scale**2`; in the paper, data have a spread of
+      about 1.
 
-    **Raises:** `ValueError` for a negative power, or a floor that is not positive.
+    **Raises:** `ValueError` for a negative power, or a floor or scale that is not
+    positive.
 
     ??? cite "Reference"
 
@@ -143,15 +197,18 @@ class PowerWeight(AbstractWeight):
 
     power: float = 1.0
     floor: float = 1e-3
+    scale: float = 1.0
 
     def __check_init__(self):
         _check_positive("floor", self.floor)
+        _check_positive("scale", self.scale)
         if is_concrete(self.power) and self.power < 0:
             raise ValueError(f"`power` must be at least 0; got {self.power}.")
 
     def __call__(self, s: Time, t: Time, squared_error: Scalar) -> Scalar:
         del s, t
-        return squared_error / lax.stop_gradient(squared_error + self.floor) ** self.power
+        floor = self.floor * self.scale**2
+        return squared_error / lax.stop_gradient(squared_error + floor) ** self.power
 
 
 class NormalisedTangent(AbstractWeight):
@@ -162,9 +219,11 @@ class NormalisedTangent(AbstractWeight):
 
     **Arguments:**
 
-    - `floor`: the $c$, positive.
+    - `floor`: the $c$, positive; 0.1 in the paper.
+    - `scale`: the unit of the tangent that `floor` is for, such as the standard deviation
+      of the data; in the paper 0.5.
 
-    **Raises:** `ValueError` if it is not positive.
+    **Raises:** `ValueError` if one of them is not positive.
 
     ??? cite "Reference"
 
@@ -172,13 +231,16 @@ class NormalisedTangent(AbstractWeight):
     """
 
     floor: float = 0.1
+    scale: float = 1.0
 
     def __check_init__(self):
         _check_positive("floor", self.floor)
+        _check_positive("scale", self.scale)
 
     def __call__(self, s: Time, t: Time, squared_error: Scalar) -> Scalar:
         del s, t
-        return squared_error / (lax.stop_gradient(jnp.sqrt(squared_error)) + self.floor)
+        size = lax.stop_gradient(jnp.sqrt(squared_error))
+        return squared_error / (size + self.floor * self.scale)
 
 
 class PseudoHuber(AbstractWeight):
@@ -188,25 +250,30 @@ class PseudoHuber(AbstractWeight):
 
     **Arguments:**
 
-    - `c`: where the one turns into the other, positive; for a state of $d$ entries,
-      $0.00054 \sqrt d$ in the paper.
+    - `c`: where quadratic turns into linear, at least 0, in units of the data. With 0 it
+      is the distance $|e|$, which suits data in any units. For a state of $d$ entries,
+      the paper has $0.00054 \sqrt d$, for data with a standard deviation of 0.5.
 
-    **Raises:** `ValueError` if it is not positive.
+    **Raises:** `ValueError` if it is negative.
 
     ??? cite "Reference"
 
         iCT, [arXiv:2310.14189](https://arxiv.org/abs/2310.14189).
     """
 
-    c: float = 0.03
+    c: float = 0.0
 
     def __check_init__(self):
-        _check_positive("c", self.c)
+        if is_concrete(self.c) and self.c < 0:
+            raise ValueError(f"`c` must be at least 0; got {self.c}.")
 
     def __call__(self, s: Time, t: Time, squared_error: Scalar) -> Scalar:
         del s, t
+        # The derivative of the root is finite at an error of zero, too.
+        tiny = jnp.finfo(squared_error.dtype).tiny
+        root = jnp.sqrt(jnp.maximum(squared_error + self.c**2, tiny))
         # sqrt(e + c^2) - c without its cancellation.
-        return squared_error / (jnp.sqrt(squared_error + self.c**2) + self.c)
+        return squared_error / (root + self.c)
 
 
 class AbstractLearnedWeight(AbstractWeight):
@@ -221,14 +288,16 @@ class LearnedWeight(AbstractLearnedWeight):
 
     For each pair of times the best $w_{s,t}$ is the logarithm of the mean error there,
     so that all pairs come to weigh the same. The loss may be negative. $w$ is linear in
-    cosines and sines of both times, and starts at zero.
+    cosines and sines of both times, and starts at the same value for all pairs.
 
     **Arguments:**
 
     - `num_frequencies`: cosines and sines of each time, of 0, 1/2, 1 ... periods in
       [0, 1].
+    - `scale`: the typical size of an error, in units of the data, at which $w$ starts:
+      $w = 2 \log(\mathrm{scale})$. Far from it, training first has to find the size.
 
-    **Raises:** `ValueError` for a number below 1.
+    **Raises:** `ValueError` for a number below 1, or a scale that is not positive.
 
     ??? cite "Reference"
 
@@ -238,13 +307,16 @@ class LearnedWeight(AbstractLearnedWeight):
 
     coefficients: Float[Array, "2 2 frequencies"]
 
-    def __init__(self, num_frequencies: int = 8, dtype=None):
+    def __init__(self, num_frequencies: int = 8, dtype=None, *, scale: float = 1.0):
+        _check_positive("scale", scale)
         if num_frequencies < 1:
             raise ValueError(
                 f"`num_frequencies` must be at least 1; got {num_frequencies}."
             )
         dtype = jnp.result_type(float) if dtype is None else dtype
-        self.coefficients = jnp.zeros((2, 2, num_frequencies), dtype)
+        zeros = jnp.zeros((2, 2, num_frequencies), dtype)
+        # The cosine of zero periods is constant.
+        self.coefficients = zeros.at[0, 0, 0].set(2 * math.log(scale))
 
     def __call__(self, s: Time, t: Time, squared_error: Scalar) -> Scalar:
         log_variance = self.log_variance(s, t).astype(squared_error.dtype)

@@ -18,6 +18,7 @@ from .._custom_types import Args, Scalar
 from .._flow_map import AbstractFlowMap
 from .._misc import (
     all_finite,
+    at_least_float32,
     check_callable,
     check_key,
     check_optimiser,
@@ -55,9 +56,11 @@ class TrainState(eqx.Module):
     **Attributes:**
 
     - `flow_map`: the map that is trained.
-    - `ema_maps`: the same map with exponential moving averages of the weights, one for
-      each decay. The first, `ema_map`, is the one to evaluate and to sample from.
-    - `teacher_map`: a second average that serves as the teacher, or `None`.
+    - `averages`: the same map with exponential moving averages of the weights, one for
+      each decay, in float32 at least: with fewer digits, an average would not move.
+    - `teacher_average`: a second average that serves as the teacher, or `None`.
+    - `ema_maps`, `teacher_map`: the averages in the precision of the map itself.
+    - `ema_map`: the first of the averages, the one to evaluate and to sample from.
     - `learned`: the learned weights of the objective, in their order; often none.
     - `opt_state`: the optimiser's state.
     - `step`: how many steps have been made.
@@ -66,8 +69,8 @@ class TrainState(eqx.Module):
     """
 
     flow_map: AbstractFlowMap
-    ema_maps: tuple[AbstractFlowMap, ...]
-    teacher_map: AbstractFlowMap | None
+    averages: tuple[AbstractFlowMap, ...]
+    teacher_average: AbstractFlowMap | None
     learned: tuple[AbstractLearnedWeight, ...]
     opt_state: PyTree
     step: Int[Array, ""]
@@ -114,8 +117,8 @@ class TrainState(eqx.Module):
         return cls(
             flow_map=copy(flow_map),
             # A true copy of the weights, not zeros, so that there is nothing to debias.
-            ema_maps=tuple(copy(flow_map) for _ in _decays(ema_decay)),
-            teacher_map=None if teacher_decay is None else copy(flow_map),
+            averages=tuple(_precise(flow_map) for _ in _decays(ema_decay)),
+            teacher_average=None if teacher_decay is None else _precise(flow_map),
             learned=copy(learned),
             opt_state=copy(opt_state),
             step=start,
@@ -142,9 +145,21 @@ class TrainState(eqx.Module):
         )
 
     @property
+    def ema_maps(self) -> tuple[AbstractFlowMap, ...]:
+        """The averages in the precision of the map."""
+        return tuple(_in_precision_of(self.flow_map, one) for one in self.averages)
+
+    @property
     def ema_map(self) -> AbstractFlowMap:
         """The first of the averages."""
-        return self.ema_maps[0]
+        return _in_precision_of(self.flow_map, self.averages[0])
+
+    @property
+    def teacher_map(self) -> AbstractFlowMap | None:
+        """The average that serves as the teacher."""
+        if self.teacher_average is None:
+            return None
+        return _in_precision_of(self.flow_map, self.teacher_average)
 
 
 class StepInfo(eqx.Module):
@@ -398,9 +413,9 @@ def _apply(
     """Optimiser and averages, unless something is not finite."""
     loss, terms, grads = means
     decays = _decays(ema_decay)
-    if len(decays) != len(state.ema_maps):
+    if len(decays) != len(state.averages):
         raise ValueError(
-            f"The state has {len(state.ema_maps)} averages, and `ema_decay` has "
+            f"The state has {len(state.averages)} averages, and `ema_decay` has "
             f"{len(decays)} decays: create it with `TrainState.create(..., "
             "ema_decay=ema_decay)`."
         )
@@ -417,8 +432,8 @@ def _apply(
     average = lambda old, decay: _average(old, flow_map, decay, state.step)
     proposed = TrainState(
         flow_map=flow_map,
-        ema_maps=tuple(map(average, state.ema_maps, decays)),
-        teacher_map=average(state.teacher_map, teacher_decay),
+        averages=tuple(map(average, state.averages, decays)),
+        teacher_average=average(state.teacher_average, teacher_decay),
         learned=learned,
         opt_state=opt_state,
         step=state.step,
@@ -466,10 +481,32 @@ def _average(old: Any, flow_map: AbstractFlowMap, decay: float | None, step: Arr
     # A young average forgets faster: a fixed decay would keep a share of the initial
     # weights that a run of a few thousand steps never loses.
     rate = 1 - jnp.minimum(decay, (1 + step.astype(float)) / (10 + step.astype(float)))
-    move = lambda old, new: (
-        old + rate.astype(old.dtype) * (new - old) if eqx.is_inexact_array(old) else new
-    )
+
+    def move(old, new):
+        if not eqx.is_inexact_array(old):
+            return new
+        return old + rate.astype(old.dtype) * (new.astype(old.dtype) - old)
+
     return jtu.tree_map(move, old, flow_map)
+
+
+def _precise(flow_map: AbstractFlowMap) -> AbstractFlowMap:
+    """A copy with weights in float32 at least."""
+
+    def copy(leaf):
+        if not eqx.is_array(leaf):
+            return leaf
+        is_weight = eqx.is_inexact_array(leaf)
+        return jnp.array(leaf, at_least_float32(leaf.dtype) if is_weight else None)
+
+    return jtu.tree_map(copy, flow_map)
+
+
+def _in_precision_of(flow_map: AbstractFlowMap, average: Any) -> AbstractFlowMap:
+    cast = lambda leaf, like: (
+        leaf.astype(like.dtype) if eqx.is_inexact_array(leaf) else leaf
+    )
+    return jtu.tree_map(cast, average, flow_map)
 
 
 def filled(teacher: Any, average: Any) -> Any:
