@@ -518,6 +518,13 @@ def test_weights_of_the_mean_flow_recipe():
     assert_close(weight(S, T, error), jnp.asarray(2.5 / 2.501**0.75), 1e-12)
 
 
+@pytest.mark.parametrize("name", ["cifar10-sct", "cifar10-align-your-flow"])
+def test_tangents_of_the_recipes_are_normalised(name):
+    objective = fd.train.recipe(name).objective.at(jnp.asarray(0))
+    # |g|^2 becomes |g|^2 / (|g| + 0.1).
+    assert_close(objective.weight(S, T, jnp.asarray(4.0)), jnp.asarray(4 / 2.1), 1e-12)
+
+
 def test_consistency_training_weighs_as_the_paper_over_all_levels():
     # Of one error, the loss at a pair of levels is that over their difference.
     objective = fd.ConsistencyTraining()

@@ -183,9 +183,8 @@ class PowerWeight(AbstractWeight):
 
     - `power`: the power $p$, at least 0.
     - `floor`: the $c$, positive, for the squared error summed over all entries.
-    - `scale`: the unit of the error that `floor` is for, such as the standard deviation
-      of the data. The floor is `floor * scale**2`; in the paper, data have a spread of
-      about 1.
+    - `scale`: for data in other units, how many times as large they are as those that
+      `floor` is for: the floor becomes `floor * scale**2`.
 
     **Raises:** `ValueError` for a negative power, or a floor or scale that is not
     positive.
@@ -219,9 +218,10 @@ class NormalisedTangent(AbstractWeight):
 
     **Arguments:**
 
-    - `floor`: the $c$, positive; 0.1 in the paper.
-    - `scale`: the unit of the tangent that `floor` is for, such as the standard deviation
-      of the data; in the paper 0.5.
+    - `floor`: the $c$, positive; 0.1 in the paper, for data with a standard deviation of
+      0.5.
+    - `scale`: for data in other units, how many times as large they are as those that
+      `floor` is for: the floor becomes `floor * scale`.
 
     **Raises:** `ValueError` if one of them is not positive.
 

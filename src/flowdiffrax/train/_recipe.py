@@ -31,6 +31,7 @@ from .._objective import (
     LearnedWeight,
     MeanFlow,
     Mixture,
+    NormalisedTangent,
     PowerWeight,
     ProgressiveSelfDistillation,
     Scheduled,
@@ -460,7 +461,9 @@ def _align_your_flow(name: str) -> Recipe:
     return _images(
         name,
         source="arXiv:2506.14603, AYF-EMD",
-        objective=Scheduled(_TangentWarmUp(AlignYourFlowEMD(), 0.99, 10_000)),
+        objective=Scheduled(
+            _TangentWarmUp(AlignYourFlowEMD(weight=NormalisedTangent()), 0.99, 10_000)
+        ),
         teacher="cifar10-teacher",
         starts_from_teacher=True,
         notes=(
@@ -480,7 +483,7 @@ def _sct(name: str) -> Recipe:
     # The noise level is base_std (1 - t) / t on this clock, and its logarithm has mean
     # -1 and standard deviation 1.4 in the paper.
     times = EndAt(LogitNormal(1.0 + math.log(base_std), 1.4, sort=False), 1.0)
-    objective = ContinuousConsistency(times=times)
+    objective = ContinuousConsistency(times=times, weight=NormalisedTangent())
     return _images(
         name,
         source="arXiv:2410.11081, sCT; FID of table 1",
