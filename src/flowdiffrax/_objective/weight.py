@@ -76,7 +76,7 @@ class InverseGap(AbstractWeight):
         gap = jnp.abs(t - s)
         if self.min_gap is None:
             precision = jnp.finfo(at_least_float32(squared_error.dtype))
-            least = 100 * precision.eps * jnp.maximum(jnp.abs(s), jnp.abs(t))
+            least = 100 * float(precision.eps) * jnp.maximum(jnp.abs(s), jnp.abs(t))
             # Both times may be zero.
             least = jnp.maximum(least, math.sqrt(precision.tiny))
         else:
