@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.ticker import LogLocator, NullLocator
 from work_precision import PROBLEMS, as_vectors, command_line, exact, initial, load
 
 import flowdiffrax as fd
@@ -107,20 +108,29 @@ def report(name, pairs):
 
 
 def draw(results, path):
-    """Estimate against error for each problem and estimate."""
+    """Estimate against error: a row for each estimate, a column for each problem.
+
+    The figure is as wide as the column of text that it stands in.
+    """
     figure, axes = plt.subplots(
-        len(results), len(ESTIMATES), figsize=(3.2 * len(ESTIMATES), 3 * len(results)),
-        squeeze=False, layout="constrained",
+        len(ESTIMATES), len(results), figsize=(1.45 * len(results), 1.3 * len(ESTIMATES)),
+        sharex="col", squeeze=False, layout="constrained",
     )  # fmt: skip
-    for line, (name, pairs) in zip(axes, results.items(), strict=True):
-        for axis, (label, groups) in zip(line, pairs.items(), strict=True):
+    for column, (name, pairs) in zip(axes.T, results.items(), strict=True):
+        column[0].set_title(name, fontsize=8)
+        column[-1].set_xlabel("true error", fontsize=7)
+        for axis, groups in zip(column, pairs.values(), strict=True):
             for errors, found in groups:
-                axis.loglog(errors, found, ".", markersize=2, alpha=0.5)
+                axis.loglog(errors, found, ".", markersize=1, alpha=0.4, rasterized=True)
             ends = np.quantile(np.concatenate([g[0] for g in groups]), (0.001, 1))
             axis.loglog(ends, ends, "k-", linewidth=0.8)
-            axis.set_title(f"{name}: {label}", fontsize="small")
-            axis.set(xlabel="true error", ylabel="estimate")
-    figure.savefig(path, dpi=90)
+            axis.tick_params(labelsize=6, pad=1)
+            for side in (axis.xaxis, axis.yaxis):
+                side.set_major_locator(LogLocator(numticks=4))
+                side.set_minor_locator(NullLocator())
+    for axis, label in zip(axes[:, 0], ESTIMATES, strict=True):
+        axis.set_ylabel(label.replace(", ", ",\n"), fontsize=7)
+    figure.savefig(path, dpi=200)
     plt.close(figure)
 
 

@@ -229,7 +229,8 @@ def draw(path, flow_map, teacher, rows, samples, x0):
     figure, axes = plt.subplots(2, 4, figsize=(13, 6.6), layout="constrained")
     names = ["Tsit5", *(f"flow map, {n} jump{'s' * (n > 1)}" for n in JUMPS)]
     for axis, name in zip(axes.flat, names, strict=False):
-        fd.plot.density(axis, samples[name], low=-1.1, high=1.1)
+        # One scale for all, up to twice the density of the board's own squares.
+        fd.plot.density(axis, samples[name], low=-1.1, high=1.1, peak=1.0)
         axis.set_title(name, fontsize="medium")
     ts = jnp.linspace(0.0, 1.0, 65)
     ys = fd.solve_trajectories(teacher, x0[:60], ts)
@@ -275,6 +276,9 @@ def main(
     flow_map = None
     if checkpoint is not None:
         config, flow_map = fd.train.load(checkpoint, make_map)
+    name = f"{config['teacher']}-{config['method']}" + "-again" * bool(checkpoint)
+    if flow_map is None:
+        print(f"Training {name}: {pool:,} trajectories, {steps:,} steps ...", flush=True)
     started = time.perf_counter()
     teacher_key, fit_key = jr.split(jr.key(config["seed"]))
     velocity = fd.exact.checkerboard_velocity(INTERPOLANT, BASE_STD)
@@ -282,17 +286,18 @@ def main(
         velocity = learn_teacher(
             config, config["teacher_steps"], teacher_key, out / "learned-teacher.fdx"
         )
-    name = f"{config['teacher']}-{config['method']}" + "-again" * bool(checkpoint)
     if flow_map is None:
         methods = {"lagrangian": distil_lagrangian, "progressive": distil_progressive}
         flow_map = methods[method](config, velocity, steps, fit_key)
         fd.train.save(out / f"{name}.fdx", config, flow_map)
     minutes = (time.perf_counter() - started) / 60
+    print(f"Drawing {num_samples:,} samples with each solver ...", flush=True)
     rows, samples, x0 = evaluate(flow_map, velocity, num_samples, config["seed"])
     print(f"\n{name}, {config['steps']} steps, {minutes:.1f} minutes of training\n")
     print(table(rows), "\n")
     (out / f"{name}.json").write_text(json.dumps(rows, indent=1))
     draw(out / f"{name}.png", flow_map, velocity, rows, samples, x0)
+    print(f"The figure is {out / name}.png; numbers and checkpoint are next to it.")
     return rows
 
 

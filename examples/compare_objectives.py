@@ -31,6 +31,7 @@ import jax.random as jr
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
+from matplotlib.ticker import NullLocator
 from tqdm import tqdm
 
 import flowdiffrax as fd
@@ -199,6 +200,18 @@ METHODS = {
     "AYF-LMD": Method(fd.AlignYourFlowLMD, 3, True),
     "CD": Method(fd.ConsistencyDistillation, 4, True, True),
     "FreeFlow": Method(fd.FreeFlow, 3, True, True),
+}
+
+# The rows of the figure.
+FAMILIES = {
+    "from a teacher": ("LMD", "EMD", "PFMM", "AYF-LMD", "AYF-EMD", "CD", "FreeFlow"),
+    "flow matching,\nLagrangian": ("FM", "FMM", "LSD", "TVM"),
+    "Eulerian,\nconsistency": ("ESD", "EE", "naive Eulerian", "CT", "sCT"),
+    "progressive": ("PSD, midpoint", "PSD, uniform", "Shortcut", "SplitMeanFlow"),
+    "mean flows": (
+        *("MeanFlow", "MeanFlow, uniform"),
+        *("improved MeanFlow", "improved MeanFlow, uniform", "AlphaFlow"),
+    ),
 }
 
 
@@ -448,33 +461,55 @@ def report(lines, data_names, out):
 
 
 def draw(lines, data_names, out):
-    """Coupling error, and KL where there is one, against the number of jumps."""
+    """Coupling error, and KL where there is one, against the number of jumps.
+
+    A row for each family of objectives, with all others in grey behind it.
+    """
+    names = dict.fromkeys(line["settings"]["objective"] for line in lines)
+    rows = {
+        family: shown
+        for family, members in FAMILIES.items()
+        if (shown := [name for name in members if name in names])
+    }
+    keys = {(line["settings"]["data"], key) for line in lines for key in line["numbers"]}
+    columns = [
+        (data, metric)
+        for metric in ("coupling", "KL50")
+        for data in data_names
+        if (data, f"{metric} 1") in keys
+    ]
     figure, axes = plt.subplots(
-        2, len(data_names), figsize=(6 * len(data_names), 9), squeeze=False,
-        layout="constrained",
+        len(rows), len(columns), figsize=(1.5 * len(columns) + 1.6, 1.6 * len(rows)),
+        sharex=True, sharey="col", squeeze=False, layout="constrained",
     )  # fmt: skip
-    styles = [f"C{index % 10}" + ["-o", "--s", ":^"][index // 10] for index in range(30)]
-    for column, data in enumerate(data_names):
-        for axis, metric in zip(axes[:, column], ("coupling", "KL50"), strict=True):
-            names = dict.fromkeys(line["settings"]["objective"] for line in lines)
-            for style, name in zip(styles, names, strict=False):
-                group = [
-                    line["numbers"]
-                    for line in lines
-                    if line["settings"]["objective"] == name
-                    and line["settings"]["data"] == data
-                ]
-                jumps = [n for n in JUMPS if group and f"{metric} {n}" in group[0]]
-                means = [np.mean([g[f"{metric} {n}"] for g in group]) for n in jumps]
-                axis.plot(jumps, means, style, label=name, markersize=4)
-            axis.set(
-                xscale="log", yscale="log", xlabel="jumps", title=f"{data}: {metric}"
-            )
+    for (data, metric), column in zip(columns, axes.T, strict=True):
+        curves = {name: curve(lines, name, data, metric) for name in names}
+        column[0].set_title(f"{data}: {metric}", fontsize=8)
+        column[-1].set_xlabel("jumps", fontsize=8)
+        for axis, shown in zip(column, rows.values(), strict=True):
+            for points in curves.values():
+                axis.loglog(*points, "-", color="0.85", linewidth=0.8)
+            for index, name in enumerate(shown):
+                style = f"C{index}" + ("-o" if index % 2 == 0 else "--s")
+                axis.loglog(*curves[name], style, label=name, markersize=3, linewidth=1.2)
             axis.set_xticks(JUMPS, JUMPS)
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right center", fontsize="small")
-    figure.savefig(out / "objectives.png", dpi=110)
+            axis.xaxis.set_minor_locator(NullLocator())
+            axis.tick_params(labelsize=6, pad=1)
+    for family, line in zip(rows, axes, strict=True):
+        line[0].set_ylabel(family, fontsize=8)
+        line[-1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5), fontsize=7)
+    figure.savefig(out / "objectives.png", dpi=200)
     plt.close(figure)
+
+
+def curve(lines, name, data, metric):
+    """The numbers of jumps, and the mean over seeds at each of them."""
+    wanted = {"objective": name, "data": data}
+    group = [
+        line["numbers"] for line in lines if wanted.items() <= line["settings"].items()
+    ]
+    jumps = [n for n in JUMPS if group and f"{metric} {n}" in group[0]]
+    return jumps, [np.mean([g[f"{metric} {n}"] for g in group]) for n in jumps]
 
 
 # --- why Lagrangian distillation trains faster ----------------------------------------

@@ -1,73 +1,36 @@
-"""The code of the pages runs, one script a page, with fewer steps where it trains."""
+"""What the pages print is what their code prints: tests/pages.py says how it is compared.
+
+Pages that train are run in short, with two steps, and at full length in the slow tests.
+"""
 
 import contextlib
-import io
-import pathlib
 import re
+import subprocess
+import sys
 
 import jax
 import numpy as np
+import pages
 import pytest
 
-import flowdiffrax as fd
-
-ROOT = pathlib.Path(__file__).parent.parent
-BLOCK = re.compile(
-    r"^```python\n(.*?)^```\n(?:\n(?:</div>\n\n)?```text\n(.*?)^```\n)?", re.M | re.S
-)
-# These print the same however long they train, and that is compared with the page.
-QUICK = {
-    *("README", "index", "flow-maps", "notation", "theory", "interoperability"),
-    *("flow-matching", "trajectories", "lagrangian", "eulerian", "progressive"),
-    *("self-distillation", "mean-flow", "consistency"),
+PAGES = pages.pages()
+# These take longer than a quick test may, in short as well.
+SLOW = {
+    *("coming-from", "data", "extending", "fid", "getting-started", "networks"),
+    *("objectives", "recipes", "scientific", "testing", "training"),
+    *("tutorials/density", "tutorials/images", "tutorials/likelihoods"),
+    *("tutorials/ode", "tutorials/self-distillation"),
 }
-
-
-def blocks(path):
-    """The blocks of Python that are to run, each with what it prints on the page."""
-    return [match.groups() for match in BLOCK.finditer(path.read_text())]
-
-
-def is_quick(path):
-    return path.stem in QUICK and path.parent.name != "tutorials"
-
-
-PAGES = {
-    str(path.relative_to(ROOT)): path
-    for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-    if blocks(path)
-}
-
-
-def assert_prints(out, page):
-    """The same words, and the same numbers up to what CPUs and versions differ by."""
-    number = r"-?\d+\.?\d*(?:e-?\d+)?"
-    assert re.sub(number, "#", " ".join(out.split())) == re.sub(
-        number, "#", " ".join(page.split())
-    )
-    found, expected = (
-        np.asarray([float(text) for text in re.findall(number, text)])
-        for text in (out, page)
-    )
-    np.testing.assert_allclose(found, expected, rtol=0.02, atol=2e-5)
+SLOW = {f"docs/{name}.md" for name in SLOW}
 
 
 @pytest.mark.parametrize(
     "name",
-    [
-        name if is_quick(path) else pytest.param(name, marks=pytest.mark.slow)
-        for name, path in PAGES.items()
-    ],
+    [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in PAGES],
 )
 def test_code_of_page(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    # Files that nobody has at hand.
-    monkeypatch.setattr(fd.data, "imagenet32", lambda path: fd.data.digits())
-    monkeypatch.setattr(fd.data, "cifar10", lambda path, split: fd.data.digits())
-    inception = lambda path: fd.metrics.RandomFeatures((8, 8, 1), key=jax.random.key(0))
-    monkeypatch.setattr(fd.metrics.InceptionFeatures, "load", inception)
-    path, names = PAGES[name], {}
-    if path.stem == "interoperability":
+    if name.endswith("interoperability.md"):
         pytest.importorskip("distreqx")
         pytest.importorskip("flowjax")
     with contextlib.ExitStack() as stack:
@@ -75,24 +38,95 @@ def test_code_of_page(name, tmp_path, monkeypatch):
         stack.enter_context(jax.enable_x64(False))
         stack.enter_context(jax.numpy_dtype_promotion("standard"))
         stack.enter_context(jax.numpy_rank_promotion("allow"))
-        stack.enter_context(np.printoptions())
-        for code, printed in blocks(path):
-            code = re.sub(r"(?<!max_)steps( ?= ?)\d+", r"steps\1 2", code)
-            with contextlib.redirect_stdout(io.StringIO()) as out:
-                exec(compile(code, f"<{name}>", "exec"), names)
-            if is_quick(path):
-                assert_prints(out.getvalue(), printed or "")
+        outputs = pages.run(PAGES[name], short=True)
+    compared = zip(pages.blocks(PAGES[name]), outputs, strict=True)
+    wrong = [pages.difference(block, out, short=True) for block, out in compared]
+    assert not any(wrong), "\n".join(wrong)
 
 
-def test_quick_pages_are_there():
-    assert {path.stem for path in PAGES.values() if is_quick(path)} == QUICK
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PAGES)
+def test_page_at_full_length(name):
+    if name.endswith("interoperability.md"):
+        pytest.importorskip("distreqx")
+        pytest.importorskip("flowjax")
+    # As a reader runs it: without the settings of the tests.
+    command = [sys.executable, pages.__file__, str(PAGES[name])]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_slow_pages_are_there():
+    assert SLOW <= PAGES.keys()
 
 
 @pytest.mark.parametrize("path", PAGES.values(), ids=PAGES)
 def test_no_block_is_missed(path):
     text = path.read_text()
     # An indented one, say, within a list.
-    assert text.count("```python") == len(BLOCK.findall(text))
+    assert text.count("```python") == len(pages.BLOCK.findall(text))
+    # What is printed has the block that prints it right above.
+    assert "```text" not in pages.BLOCK.sub("", text)
+    assert "<!-- prints" not in pages.BLOCK.sub("", text)
     assert not re.search(
         r"^\s*```\n\s*\S", re.sub(r"```\w+\n.*?```\n", "", text, flags=re.S)
     )
+
+
+# How pages are compared
+
+
+def page(tmp_path, printed, how=None, code="print('2 jumps: 0.50')"):
+    comment = f"\n<!-- prints: {how} -->\n" if how else ""
+    path = tmp_path / "page.md"
+    text = f"```python\n{code}\n```\n{comment}"
+    if printed is not None:
+        text += f"\n```text\n{printed}\n```\n"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize(
+    "printed, how, is_right",
+    [
+        ("2 jumps: 0.50", None, True),
+        ("2  jumps:\n0.501", None, True),
+        ("2 jumps: 0.52", None, False),
+        ("2 jumps: 0.52", "rtol=0.1", True),
+        ("2 jumps: 0.40", "atol=0.05", False),
+        ("3 jumps: 0.50", "rtol=1.0", False),
+        ("2 steps: 0.50", "trained, rtol=1.0", False),
+        ("2 jumps: 0.50 0.50", None, False),
+        ("2 jumps: nan", "rtol=1.0", False),
+        (None, None, False),
+        (None, "not shown", True),
+        ("2 jumps: 0.50", "not shown", False),
+    ],
+)
+def test_pages_are_compared(tmp_path, printed, how, is_right):
+    wrong = pages.check(page(tmp_path, printed, how))
+    assert bool(wrong) != is_right
+
+
+def test_training_in_short_is_compared_by_its_words(tmp_path):
+    code = "num_steps = 1000\nprint(f'{num_steps} steps: {1 / num_steps}')"
+    check = lambda printed, how: pages.check(
+        page(tmp_path, printed, how, code), short=True
+    )
+    assert not check("1000 steps: 0.001", "trained")
+    assert check("1000 steps: 0.001, 2", "trained")
+    assert check("1000 jumps: 0.001", "trained")
+    # Not marked, it must not depend on training.
+    assert check("1000 steps: 0.001", None)
+
+
+def test_pages_are_written_anew(tmp_path):
+    path = page(tmp_path, "2 jumps: 0.70", "rtol=0.1")
+    assert pages.check(path, update=True)
+    assert path.read_text() == page(tmp_path, "2 jumps: 0.50", "rtol=0.1").read_text()
+    assert not pages.check(path)
+
+
+def test_unknown_settings_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="rtl"):
+        pages.blocks(page(tmp_path, "2 jumps: 0.50", "rtl=0.1"))

@@ -14,8 +14,16 @@ from ..data import to_uint8
 _GAP = 2
 
 
-def density(axes: Any, samples: ArrayLike, *, low: float, high: float, bins: int = 100):
-    """A two-dimensional histogram of samples, dark where they are dense.
+def density(
+    axes: Any,
+    samples: ArrayLike,
+    *,
+    low: float,
+    high: float,
+    bins: int = 100,
+    peak: float | None = None,
+):
+    """A two-dimensional histogram of samples, bright where they are dense.
 
     **Arguments:**
 
@@ -23,14 +31,21 @@ def density(axes: Any, samples: ArrayLike, *, low: float, high: float, bins: int
     - `samples`: of shape `(samples, 2)`.
     - `low`, `high`: the box drawn is `[low, high]` in both coordinates.
     - `bins`: bins a side.
+    - `peak`: the density that has the brightest colour; `None` for that of the fullest
+      bin. Panels that are to be compared need the same `peak`.
     """
     samples = np.asarray(samples)
+    # Every sample counts, those outside of the box too.
+    share = bins**2 / (len(samples) * (high - low) ** 2)
     axes.hist2d(
         samples[:, 0],
         samples[:, 1],
         bins=bins,
         range=[[low, high], [low, high]],
+        weights=np.full(len(samples), share),
         cmap="magma",
+        vmin=0.0,
+        vmax=peak,
     )
     axes.set(xticks=[], yticks=[], aspect="equal")
 

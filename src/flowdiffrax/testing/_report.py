@@ -75,7 +75,9 @@ class DefectReport:
     def plot(self, axes: Any = None) -> Any:
         """A heat-map for each identity: start times to the right, end times upwards.
 
-        Colours are logarithmic, and bright where the map is bad.
+        Colours are logarithmic, bright where the map is bad, and the same in all panels:
+        from the smallest defect of a jump between different times, but no less than
+        1/10,000 of the largest, to the largest.
 
         **Arguments:**
 
@@ -103,22 +105,20 @@ class DefectReport:
                 f"There must be axes for {len(self.by_times)} identities; got "
                 f"{len(axes)}."
             )
-        for panel, (name, values) in zip(axes, self.by_times.items(), strict=False):
+        panels, low_high = axes[: len(self.by_times)], _colour_range(self.by_times)
+        for panel, (name, values) in zip(panels, self.by_times.items(), strict=True):
             # Zero, an identity that holds exactly, has a colour too.
             values = np.maximum(values, np.finfo(np.float32).tiny)
-            finite = values[np.isfinite(values)]
-            high = max(np.max(finite, initial=0.0), 1e-30)
-            low = min(max(np.min(finite, initial=high), 1e-8 * high), 0.1 * high)
             mesh = panel.pcolormesh(
                 self.times,
                 self.times,
                 values.T,
-                norm=colours.LogNorm(low, high),
+                norm=colours.LogNorm(*low_high),
                 cmap="magma",
                 shading="nearest",
             )
-            panel.figure.colorbar(mesh, ax=panel)
             panel.set(title=name, xlabel="start s", ylabel="end t", aspect="equal")
+        panels[0].figure.colorbar(mesh, ax=[*panels], extend="min")
         for panel in axes[len(self.by_times) :]:
             panel.set_axis_off()
         return axes[0].figure
@@ -196,6 +196,19 @@ def defect_report(
 def _asked(name: str, values: np.ndarray) -> np.ndarray:
     """Without the entries beside the diagonal, where an identity has none."""
     return np.diagonal(values) if len(IDENTITIES[name].times) == 1 else values
+
+
+def _colour_range(by_times: dict[str, np.ndarray]) -> tuple[float, float]:
+    """From the smallest to the largest defect of the map, rather than of rounding."""
+    high, low = 1e-30, np.inf
+    for name, values in by_times.items():
+        values = np.where(np.isfinite(values), values, np.nan)
+        high = np.nanmax(values, initial=high)
+        if len(IDENTITIES[name].times) > 1:
+            # A jump from a time to itself obeys most identities exactly.
+            jumps = values[~np.eye(len(values), dtype=bool)]
+            low = np.nanmin(jumps, initial=low)
+    return float(np.clip(low, 1e-4 * high, 0.1 * high)), float(high)
 
 
 def _squared_norms(residual: State) -> np.ndarray:
