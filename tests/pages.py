@@ -147,7 +147,7 @@ def _numbers(text):
 
 
 def check(path, *, short=False, update=False):
-    """Runs a page in a folder of its own; returns what is wrong with it, block by block."""
+    """Runs a page in a folder of its own; returns what is wrong, block by block."""
     here = os.getcwd()
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)

@@ -1,0 +1,78 @@
+"""The files around the package: what workflows and instructions name is there."""
+
+import pathlib
+import re
+import shlex
+import tomllib
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+
+
+def jobs(path):
+    yaml = pytest.importorskip("yaml")
+    # In YAML 1.1, `on` is a truth value.
+    content = yaml.safe_load(path.read_text())
+    return content[True], content["jobs"]
+
+
+def commands(path):
+    _, found = jobs(path)
+    steps = [step for job in found.values() for step in job["steps"]]
+    return [step["run"] for step in steps if "run" in step]
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
+def test_commands_of_workflow_name_what_there_is(path):
+    markers = {text.partition(":")[0] for text in _pytest_options("markers")}
+    groups, extras = PROJECT["dependency-groups"], PROJECT["project"]
+    for command in commands(path):
+        words = shlex.split(command)
+        for word, following in zip(words, [*words[1:], ""], strict=True):
+            if word.startswith(("tests/", "docs/", ".ci/")):
+                assert (ROOT / word).exists(), command
+            if word == "-m":
+                assert {*re.findall(r"\w+", following)} - {"not", "and"} <= markers
+            if word == "--group":
+                assert following in groups
+            if match := re.fullmatch(r"\.\[(\w+)\]", word):
+                assert match[1] in extras["optional-dependencies"]
+            if word == "-k":
+                (name,) = {*re.findall(r"\w+", following)} - {"not"}
+                assert f"_{name}(" in (ROOT / "tests" / "test_docs.py").read_text()
+            if word.startswith("--hypothesis-profile="):
+                profile = word.partition("=")[2]
+                assert f'"{profile}"' in (ROOT / "tests" / "conftest.py").read_text()
+
+
+def test_nightly_is_scheduled_and_documented():
+    path = ROOT / ".github" / "workflows" / "nightly.yml"
+    triggers, found = jobs(path)
+    assert triggers.keys() == {"schedule", "workflow_dispatch"}
+    tested = [command for command in commands(path) if command.startswith("pytest")]
+    assert len(tested) == len(found)
+    for command in [*tested, *(c for c in commands(path) if "--pre " in c)]:
+        assert f"\n{command}\n" in (ROOT / "CONTRIBUTING.md").read_text()
+
+
+def test_no_file_is_in_the_wheel_twice():
+    # Hatchling copies these next to the metadata; what is in the package is there anyway.
+    files = [ROOT / name for name in PROJECT["project"]["license-files"]]
+    assert all(path.exists() for path in files)
+    assert not [path for path in files if ROOT / "src" in path.parents]
+
+
+def test_pip_is_new_enough_for_groups():
+    # The pip of Python 3.11 does not know `--group`.
+    for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]:
+        for line in re.findall(r"^.*pip install .*--group.*$", path.read_text(), re.M):
+            block = path.read_text().partition(line)[0].rpartition("```bash")[2] + line
+            before = block.partition("--group")[0]
+            assert re.search(r"(-U|--upgrade) pip\b", before), line
+
+
+def _pytest_options(name):
+    return PROJECT["tool"]["pytest"]["ini_options"][name]
