@@ -90,6 +90,7 @@ class DefectReport:
         identities.
         """
         colours = import_extra("matplotlib.colors", "plot", "DefectReport.plot")
+        mappables = import_extra("matplotlib.cm", "plot", "DefectReport.plot")
         if axes is None:
             # Not of `pyplot`, which keeps figures and may open windows.
             figures = import_extra("matplotlib.figure", "plot", "DefectReport.plot")
@@ -105,20 +106,22 @@ class DefectReport:
                 f"There must be axes for {len(self.by_times)} identities; got "
                 f"{len(axes)}."
             )
-        panels, low_high = axes[: len(self.by_times)], _colour_range(self.by_times)
+        panels = axes[: len(self.by_times)]
+        norm = colours.LogNorm(*_colour_range(self.by_times))
         for panel, (name, values) in zip(panels, self.by_times.items(), strict=True):
             # Zero, an identity that holds exactly, has a colour too.
             values = np.maximum(values, np.finfo(np.float32).tiny)
-            mesh = panel.pcolormesh(
+            panel.pcolormesh(
                 self.times,
                 self.times,
                 values.T,
-                norm=colours.LogNorm(*low_high),
+                norm=norm,
                 cmap="magma",
                 shading="nearest",
             )
             panel.set(title=name, xlabel="start s", ylabel="end t", aspect="equal")
-        panels[0].figure.colorbar(mesh, ax=[*panels], extend="min")
+        scale = mappables.ScalarMappable(norm, "magma")
+        axes[0].figure.colorbar(scale, ax=[*panels], extend="min")
         for panel in axes[len(self.by_times) :]:
             panel.set_axis_off()
         return axes[0].figure
