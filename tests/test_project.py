@@ -32,7 +32,7 @@ def test_commands_of_workflow_name_what_there_is(path):
     for command in commands(path):
         words = shlex.split(command)
         for word, following in zip(words, [*words[1:], ""], strict=True):
-            if word.startswith(("tests/", "docs/", ".ci/")):
+            if word.startswith(("tests/", "docs/", "benchmarks/", ".ci/")):
                 assert (ROOT / word).exists(), command
             if word == "-m":
                 assert {*re.findall(r"\w+", following)} - {"not", "and"} <= markers
@@ -52,7 +52,8 @@ def test_nightly_is_scheduled_and_documented():
     path = ROOT / ".github" / "workflows" / "nightly.yml"
     triggers, found = jobs(path)
     assert triggers.keys() == {"schedule", "workflow_dispatch"}
-    tested = [command for command in commands(path) if command.startswith("pytest")]
+    tests = "pytest ", "python benchmarks/"
+    tested = [command for command in commands(path) if command.startswith(tests)]
     assert len(tested) == len(found)
     for command in [*tested, *(c for c in commands(path) if "--pre " in c)]:
         assert f"\n{command}\n" in (ROOT / "CONTRIBUTING.md").read_text()
