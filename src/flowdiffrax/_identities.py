@@ -12,7 +12,14 @@ import jax.numpy as jnp
 from ._custom_types import Args, State, Time, TwoTimeMap, VectorField
 from ._derivative import Derivative
 from ._flow_map import AbstractFlowMap
-from ._misc import add_scaled, check_like, scale, subtract, times_like
+from ._misc import (
+    add_scaled,
+    check_flow_map,
+    check_like,
+    scale,
+    subtract,
+    times_like,
+)
 
 
 def end_derivative(
@@ -103,6 +110,7 @@ def end_and_residual(
     jvp: Derivative = jax.jvp,
 ) -> tuple[State, State]:
     r"""The pair $X_{s,t}(x)$ and its Lagrangian residual, from one forward-mode pass."""
+    check_flow_map(flow_map)
     s, t = times_like(x, s, t)
     X_st, dX_dt = end_derivative(flow_map, s, t, x, args, jvp=jvp)
     X_st = check_like(X_st, x, "`flow_map`")
@@ -138,6 +146,7 @@ def eulerian_residual(
 
         Eulerian map distillation: [arXiv:2406.07507](https://arxiv.org/abs/2406.07507).
     """
+    check_flow_map(flow_map)
     s, t = times_like(x, s, t)
     b_s = check_like(teacher(s, x, args), x, "`teacher`")
     _, residual = transport_derivative(flow_map, s, t, x, b_s, args, jvp=jvp)
@@ -166,6 +175,7 @@ def semigroup_residual(
         Progressive self-distillation:
         [arXiv:2505.18825](https://arxiv.org/abs/2505.18825).
     """
+    check_flow_map(flow_map)
     s, u, t = times_like(x, s, u, t)
     X_su = flow_map(s, u, x, args)
     return subtract(flow_map(u, t, X_su, args), flow_map(s, t, x, args))
@@ -184,6 +194,7 @@ def tangent_residual(
 
     **Returns:** a state like `x`.
     """
+    check_flow_map(flow_map)
     (t,) = times_like(x, t)
     b_t = check_like(teacher(t, x, args), x, "`teacher`")
     return subtract(flow_map.velocity(t, x, args), b_t)
@@ -198,6 +209,7 @@ def inverse_residual(
 
     **Returns:** a state like `x`.
     """
+    check_flow_map(flow_map)
     s, t = times_like(x, s, t)
     return subtract(flow_map(t, s, flow_map(s, t, x, args), args), x)
 

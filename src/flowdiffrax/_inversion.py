@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Int
 
 from ._custom_types import Args, Scalar, State, Time, TwoTimeMap
 from ._misc import (
-    check_callable,
+    check_flow_map,
     check_like,
     real_dtype,
     subtract,
@@ -110,7 +110,7 @@ def invert(
     what is no solver or a complex state, `RuntimeError` at run time if the solver does
     not converge and `throw` is true.
     """
-    check_callable(flow_map, "flow_map", "flow_map(s, t, x, args)")
+    check_flow_map(flow_map)
     y = jtu.tree_map(jnp.asarray, y)
     s, t = times_like(y, s, t)
     guess = y if guess is None else jtu.tree_map(jnp.asarray, guess)

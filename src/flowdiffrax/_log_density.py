@@ -1,6 +1,7 @@
 r"""The log-density as one more component of the state, with its own velocity."""
 
 from collections.abc import Callable
+from typing import ClassVar
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from jaxtyping import Array, Float, Key
 
 from ._custom_types import Args, Scalar, State, Time, TwoTimeMap, VectorField
 from ._flow_map import AbstractFlowMap
-from ._misc import check_callable, check_like, time_dtype
+from ._misc import check_callable, check_flow_map, check_like, time_dtype
 from ._trace import AbstractTrace, ExactTrace, divergence, ravel_floats
 
 
@@ -83,6 +84,8 @@ class LogDensityNet(eqx.Module):
         [arXiv:2512.02636](https://arxiv.org/abs/2512.02636).
     """
 
+    is_network: ClassVar[bool] = True
+
     net: Callable
 
     def __check_init__(self):
@@ -118,7 +121,7 @@ class LogDensityFlowMap(AbstractFlowMap):
     flow_map: TwoTimeMap
 
     def __check_init__(self):
-        check_callable(self.flow_map, "flow_map", "flow_map(s, t, pair, args)")
+        check_flow_map(self.flow_map)
 
     @property
     def time_range(self):

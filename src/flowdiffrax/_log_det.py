@@ -12,7 +12,7 @@ from jaxtyping import Array, Key
 
 from ._custom_types import Args, Scalar, State, Time, TwoTimeMap, VectorField
 from ._log_density import LogDensityFlowMap
-from ._misc import check_callable, check_like, time_dtype, times_like
+from ._misc import check_callable, check_flow_map, check_like, time_dtype, times_like
 from ._trace import AbstractTrace, ExactTrace, Hutchinson, divergence, ravel_floats
 
 
@@ -210,7 +210,7 @@ def log_det(
     **Raises:** `ValueError` for a missing key or a map whose output has another shape
     than `x`, `TypeError` for another dtype or a complex state.
     """
-    check_callable(flow_map, "flow_map", "flow_map(s, t, x, args)")
+    check_flow_map(flow_map)
     x = jax.tree_util.tree_map(jnp.asarray, x)
     s, t = times_like(x, s, t)
     return method(flow_map, s, t, x, args, key)

@@ -283,6 +283,29 @@ def check_callable(
         )
 
 
+def check_flow_map(fn: object, name: str = "flow_map") -> None:
+    """**Raises:** `TypeError` for what is no two-time map, or is known to be a network.
+
+    A network has the arguments of a flow map, so that its velocity would pass for a
+    state.
+    """
+    # `jax.jit` and the like keep what they wrap.
+    inner = inspect.unwrap(fn)  # pyright: ignore
+    if not inspect.isclass(inner) and _is_network(inner):
+        raise TypeError(
+            f"`{name}` is a bare network, {type(inner).__name__}, whose output is a "
+            "velocity. Wrap it as `FlowMap(net)`."
+        )
+    check_callable(fn, name, f"{name}(s, t, x, args)")
+
+
+def _is_network(fn: object) -> bool:
+    # By a mark, since `nn` builds on this module; Equinox's own have none.
+    modules = [cls.__module__ for cls in type(fn).__mro__]
+    of_equinox = any(module.startswith("equinox.nn") for module in modules)
+    return of_equinox or getattr(fn, "is_network", False)
+
+
 def _takes(own: inspect.Signature, signature: str) -> bool:
     """Whether a call as `name(a, b, c)` is possible."""
     arguments = signature[signature.index("(") + 1 : -1].split(", ")

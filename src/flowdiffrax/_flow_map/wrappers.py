@@ -5,8 +5,7 @@ from jax import lax
 
 from .._custom_types import Args, State, Time, TwoTimeMap
 from .._interpolant import AbstractInterpolant
-from .._misc import check_callable, scale, times_like
-from ..nn import MLP
+from .._misc import check_flow_map, scale, times_like
 from .base import AbstractFlowMap, check_times
 
 
@@ -66,7 +65,7 @@ class InverseFlowMap(AbstractFlowMap):
     flow_map: TwoTimeMap
 
     def __check_init__(self):
-        check_callable(self.flow_map, "flow_map", "flow_map(s, t, x, args)")
+        check_flow_map(self.flow_map)
 
     @property
     def time_range(self):
@@ -78,12 +77,7 @@ class InverseFlowMap(AbstractFlowMap):
 
 def check_composable(flow_map: object) -> None:
     """**Raises:** `TypeError` for what is no map, or does not compose, as an inverse."""
-    check_callable(flow_map, "flow_map", "flow_map(s, t, x, args)")
-    if isinstance(flow_map, MLP):
-        raise TypeError(
-            f"`flow_map` is a bare network, {type(flow_map).__name__}, whose output is a "
-            "velocity. Wrap it as `FlowMap(net)`."
-        )
+    check_flow_map(flow_map)
     if isinstance(flow_map, InverseFlowMap):
         raise TypeError(
             "An `InverseFlowMap` is for one jump: inverses do not compose in the order "
@@ -122,7 +116,7 @@ class RescheduledFlowMap(AbstractFlowMap):
     target: AbstractInterpolant
 
     def __check_init__(self):
-        check_callable(self.flow_map, "flow_map", "flow_map(s, t, x, args)")
+        check_flow_map(self.flow_map)
         for interpolant in (self.source, self.target):
             if interpolant.has_latent:
                 raise ValueError(

@@ -2,7 +2,7 @@
 
 import abc
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -30,6 +30,8 @@ class Level(NamedTuple):
 
 class AbstractImageNetwork(eqx.Module):
     """What is the same around every image network: checks, precision, and scales."""
+
+    is_network: ClassVar[bool] = True
 
     condition: Condition
     shape: Shape = eqx.field(static=True)

@@ -1,5 +1,6 @@
 import math
 from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 import equinox as eqx
 import jax
@@ -40,6 +41,8 @@ class MLP(eqx.Module):
     **Raises:** `ValueError` for a size, width or depth below 1; when called, for a state
     or a condition of another shape.
     """
+
+    is_network: ClassVar[bool] = True
 
     first: eqx.nn.Linear
     hidden: list[eqx.nn.Linear]

@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from typing import ClassVar
 
 import equinox as eqx
 
@@ -23,6 +24,8 @@ class Ravelled(eqx.Module):
     **Raises:** `TypeError` if it cannot be called; when called, `TypeError` for complex
     entries, and `ValueError` or `TypeError` for an output unlike the vector.
     """
+
+    is_network: ClassVar[bool] = True
 
     net: Callable
 
