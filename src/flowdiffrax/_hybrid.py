@@ -210,13 +210,16 @@ class HybridSolver(diffrax.AbstractImplicitSolver, diffrax.AbstractAdaptiveSolve
                 "There is no step size controller to take tolerances from. Give both: "
                 "`HybridSolver(flow_map, rtol=1e-3, atol=1e-6)`."
             )
+        # Like the state, so that a loop under `jax.shard_map` can carry them.
+        like = jtu.tree_leaves(y0)[0]
+        full = lambda value, dtype: jnp.full_like(like, value, dtype, shape=())
         return HybridState(
-            num_learned=jnp.zeros((), jnp.int32),
-            num_classical=jnp.zeros((), jnp.int32),
-            wait=jnp.zeros((), jnp.int32),
-            patience=jnp.asarray(min(1, self.max_wait), jnp.int32),
-            shortest=jnp.zeros((), jnp.result_type(t0)),
-            is_fresh=jnp.asarray(True),
+            num_learned=full(0, jnp.int32),
+            num_classical=full(0, jnp.int32),
+            wait=full(0, jnp.int32),
+            patience=full(min(1, self.max_wait), jnp.int32),
+            shortest=full(0, jnp.result_type(t0)),
+            is_fresh=full(True, jnp.bool_),
             fallback=self._fallback().init(terms, t0, t1, y0, args),
         )
 
@@ -446,5 +449,6 @@ def _run_if_any(condition: Bool[ArrayLike, ""], fn: Callable[[], PyTree]) -> PyT
     that `fn` closes over, the network's weights among it, for each of them.
     """
     shapes = jax.eval_shape(fn)
-    zeros = lambda: jtu.tree_map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    # Like the shapes, so that under `jax.shard_map` they vary along the same axes.
+    zeros = lambda: jtu.tree_map(jnp.zeros_like, shapes)
     return lax.cond(eqxi.unvmap_any(condition), fn, zeros)

@@ -18,6 +18,7 @@ from ._misc import (
     subtract,
     time_dtype,
     times_like,
+    vary_like,
 )
 from ._trace import ravel_floats
 
@@ -175,7 +176,7 @@ def _largest_singular_value(fn, x: Array, num_iterations: int) -> Scalar:
         return z / jnp.where(size == 0, 1, size)
 
     # Any start will do that is not orthogonal to the singular vector.
-    z = normalise(jr.normal(jr.key(0), x.shape, x.dtype))
+    z = normalise(vary_like(jr.normal(jr.key(0), x.shape, x.dtype), x))
     turn = lambda _, z: normalise(backward(forward(z))[0])
     z = lax.fori_loop(0, num_iterations, turn, z)
     return lax.stop_gradient(jnp.linalg.norm(forward(z)))

@@ -182,16 +182,12 @@ def _checked(flow_map: TwoTimeMap, x: State, ts) -> tuple[State, Array]:
 def _jumps(jump: Callable, grid: Array, x: State, key) -> tuple[State, Scalar]:
     """The last state and the sum of the log-determinants."""
 
-    def turn(carry, inputs):
-        x, total = carry
+    def turn(x, inputs):
         start, end, index = inputs
-        x, gain = jump(start, end, x, None if key is None else jr.fold_in(key, index))
-        return (x, total + gain), None
+        return jump(start, end, x, None if key is None else jr.fold_in(key, index))
 
-    carry = (x, jnp.zeros((), time_dtype(x)))
     inputs = grid[:-1], grid[1:], jnp.arange(grid.size - 1)
     if grid.size == 2:  # a scan would loop, if only once
-        carry, _ = turn(carry, jax.tree_util.tree_map(lambda leaf: leaf[0], inputs))
-    else:
-        carry, _ = lax.scan(turn, carry, inputs)
-    return carry
+        return turn(x, jax.tree_util.tree_map(lambda leaf: leaf[0], inputs))
+    x, gains = lax.scan(turn, x, inputs)
+    return x, jnp.sum(gains)

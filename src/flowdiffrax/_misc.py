@@ -98,6 +98,14 @@ def squared_norm(x: State) -> Scalar:
         return jnp.asarray(sum(leaves))
 
 
+def vary_like(value: Array, like: Array) -> Array:
+    """`value`, varying along those axes of `jax.shard_map` along which `like` varies.
+
+    Linearised functions and loops refuse a constant in place of what varies.
+    """
+    return value + jnp.zeros_like(like, value.dtype, shape=())
+
+
 def all_finite(x: State) -> Array:
     """Whether every entry of every leaf is finite, as a scalar boolean array."""
     # As counts, for the compiler: booleans would become one `and` a leaf, and all of them

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Key
 
 from ._custom_types import Args, Scalar, State, Time, VectorField
 from ._leaves import ravel
-from ._misc import at_least_float32, check_like, times_like
+from ._misc import at_least_float32, check_like, times_like, vary_like
 
 # `z -> A z` for a square matrix `A`.
 Product: TypeAlias = Callable[[Float[Array, " d"]], Float[Array, " d"]]
@@ -44,7 +44,7 @@ class ExactTrace(AbstractTrace):
 
     def __call__(self, product, like, key) -> Scalar:
         del key
-        basis = jnp.eye(like.size, dtype=like.dtype)
+        basis = vary_like(jnp.eye(like.size, dtype=like.dtype), like)
         return jnp.trace(_widen(jax.vmap(product)(basis)))
 
 
@@ -180,7 +180,7 @@ def _signs(key: Key[Array, ""] | None, number: int, like: Array) -> Array:
             "A stochastic trace draws random probes: pass `key=jax.random.key(...)`, "
             "another for each example."
         )
-    return jr.rademacher(key, (number, like.size), like.dtype)
+    return vary_like(jr.rademacher(key, (number, like.size), like.dtype), like)
 
 
 def _widen(x: Array) -> Array:

@@ -1,0 +1,72 @@
+"""Under `jax.shard_map` with its default check of which values vary from shard to shard.
+
+A mesh of one device is checked as strictly as a large one. Diffrax's own loops, in
+`diffeqsolve` and in most of its solvers, do not pass this check: solvers are stepped by
+hand, with a classical solver that has no loop.
+"""
+
+import diffrax
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+from helpers import linear_map, mlp_map, nonlinear_field
+from jax import lax
+from jax.sharding import Mesh, PartitionSpec
+
+import flowdiffrax as fd
+from flowdiffrax._inversion import _largest_singular_value
+
+EXACT = linear_map()
+FIELD = lambda t, x, args: EXACT.velocity(t, x)
+WITHOUT_LOOP = diffrax.HalfSolver(diffrax.Euler())
+BASE = lambda x: -jnp.sum(x**2)
+
+
+def steps(flow_map, estimate):
+    """A function of a start that makes three steps of a `HybridSolver`."""
+    solver = fd.HybridSolver(flow_map, WITHOUT_LOOP, estimate, rtol=1e-3, atol=1e-3)
+    term, h = diffrax.ODETerm(FIELD), 0.1
+
+    def turn(carry, _):
+        t, x, state = carry
+        x, _, _, state, _ = solver.step(term, t, t + h, x, None, state, False)
+        return (t + h, x, state), None
+
+    def run(x):
+        t = jnp.asarray(0.0)
+        state = solver.init(term, t, t + h, x, None)
+        (_, x, state), _ = lax.scan(turn, (t, x, state), None, length=3)
+        return x, state.num_learned
+
+    return run
+
+
+def divergence(trace):
+    return lambda x: fd.divergence(nonlinear_field, 0.3, x, trace=trace, key=jr.key(1))
+
+
+CASES = {
+    "hybrid, jumps": steps(EXACT, None),
+    "hybrid, classical steps": steps(mlp_map(), fd.ResidualIntegral()),
+    "log-density": lambda x: fd.log_prob(EXACT, BASE, x, 3),
+    "exact trace": divergence(fd.ExactTrace()),
+    "random probes": divergence(fd.Hutchinson(2)),
+    "sketch": divergence(fd.HutchPlusPlus(3)),
+    "singular value": lambda x: _largest_singular_value(jnp.sin, x, 3),
+}
+# How many of the three steps are jumps.
+LEARNED = {"hybrid, jumps": 3, "hybrid, classical steps": 0}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_shards_get_what_a_batch_gets(name):
+    xs = jr.normal(jr.key(2), (2, 2))
+    mesh, spec = Mesh(np.array(jax.devices()[:1]), ("data",)), PartitionSpec("data")
+    batched = jax.vmap(CASES[name])
+    sharded = jax.shard_map(batched, mesh=mesh, in_specs=spec, out_specs=spec)
+    found, expected = jax.jit(sharded)(xs), jax.jit(batched)(xs)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-12), found, expected)
+    if name in LEARNED:
+        assert np.unique(found[1]) == LEARNED[name]
