@@ -136,17 +136,56 @@ def test_two_processes_in_one_folder(tmp_path, unbroken):
     assert numbers(run) == unbroken[1]
 
 
-@pytest.mark.slow
-def test_error_in_a_report(tmp_path, unbroken):
+@pytest.mark.parametrize("error", [RuntimeError("a bug"), KeyboardInterrupt("a bug")])
+def test_error_in_a_report(tmp_path, unbroken, error):
     def fail(state, report):
         if report["step"] == 8:
-            raise RuntimeError("a bug of the user's")
+            raise error
 
-    with pytest.raises(RuntimeError, match="a bug"):
+    with pytest.raises(type(error), match="a bug") as caught:
         train(make(tmp_path), on_report=fail)
+    assert "The state of step 8 is saved in" in caught.value.__notes__[-1]
     run = make(tmp_path)
-    assert run.newest_step == 6
+    assert run.newest_step == 8
     assert (digest(train(run)), numbers(run)) == unbroken
+
+
+class FailingStream(fd.data.StreamBatches):
+    """The batches of `train`, five times."""
+
+    def __init__(self):
+        pass
+
+    def each_step(self, step, accumulate=1, place=None):
+        points = jnp.linspace(-1.0, 1.0, 64).reshape(32, 2)
+        for _ in range(step, 5):
+            yield fd.data.InterpolantBatches(fd.LinearInterpolant(), points, 8)
+        raise OSError("the disk is gone")
+
+
+def test_error_of_a_stream(tmp_path, unbroken):
+    with pytest.raises(OSError, match="the disk is gone"):
+        train(make(tmp_path), batches=FailingStream(), report_every=4)
+    run = make(tmp_path)
+    assert run.newest_step == 5
+    assert digest(train(run)) == unbroken[0]
+
+
+def test_error_before_the_first_step_saves_nothing(tmp_path):
+    with pytest.raises(TypeError, match="must return a pair"):
+        train(make(tmp_path), batches=lambda key: jnp.ones(3))
+    assert make(tmp_path).steps == ()
+
+
+def test_error_without_a_run_hands_the_state_on(unbroken):
+    def fail(state, report):
+        if report["step"] == 8:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        train(None, on_report=fail)
+    assert "The state of step 8" in caught.value.__notes__[-1]
+    assert digest(train(None, flow_map=caught.value.state)) == unbroken[0]
 
 
 def started(folder, *arguments):
@@ -546,8 +585,10 @@ def sometimes_nan(rate):
 def test_some_skipped_steps_are_borne():
     reports = []
     settings = {"batches": sometimes_nan(0.2), "report_every": 10}
-    train(None, 40, on_report=lambda s, r: reports.append(r["skipped"]), **settings)
+    with pytest.warns(RuntimeWarning) as warned:
+        train(None, 40, on_report=lambda s, r: reports.append(r["skipped"]), **settings)
     assert 2 <= reports[-1] <= 16
+    assert f"{reports[-1]} of 40 steps were skipped" in str(warned[0].message)
     with pytest.raises(fd.train.TrainingDiverged, match="not finite in"):
         train(None, 40, max_skipped=1, **settings)
 
@@ -567,10 +608,12 @@ def test_skips_do_not_depend_on_where_a_run_was_stopped(tmp_path):
 
     batches = fd.data.InterpolantBatches(fd.LinearInterpolant(), Once(), 8)
     settings = {"batches": batches, "report_every": 5}
-    whole = train(None, 20, **settings)
+    with pytest.warns(RuntimeWarning, match="1 of 20 steps were skipped"):
+        whole = train(None, 20, **settings)
     assert int(whole.skipped) == 1
     train(make(tmp_path), 9, **settings)
-    assert digest(train(make(tmp_path), 20, **settings)) == digest(whole)
+    with pytest.warns(RuntimeWarning, match="1 of 11 steps were skipped"):
+        assert digest(train(make(tmp_path), 20, **settings)) == digest(whole)
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 import contextlib
 import itertools
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,12 +12,13 @@ from jaxtyping import Array, Key
 
 from .._flow_map import AbstractFlowMap
 from .._misc import check_whole, num_rows
-from .._objective import AbstractObjective, Mixture, Scheduled
-from ..data import StreamBatches
+from .._objective import AbstractObjective, Mixture, Scheduled, TrajectoryMatching
+from .._objective.base import as_mixture
+from ..data import ConditionDropout, StreamBatches, TrajectoryBatches
 from ._parallel import DataParallel
 from ._run import Run
 from ._signals import StopRequests
-from ._step import StepInfo, TrainState, make_step
+from ._step import StepInfo, TrainState, at_step, make_step
 
 
 class TrainingDiverged(RuntimeError):
@@ -80,7 +82,9 @@ def fit(
     - `run`: the folder of the run, [`flowdiffrax.train.Run`][]. The same call goes on
       from its newest checkpoint, be it begun with a map or with a state. SIGTERM and
       Ctrl-C wait for the step and report that are being made, save, and end the program,
-      if `fit` runs in the main thread. Handlers of your own do not see them.
+      if `fit` runs in the main thread. Handlers of your own do not see them. An error,
+      in `on_report` or `batches` for example, saves the state of the last step first,
+      if there is one process. Without a run, that state is the exception's `.state`.
     - `report_every`: how many steps lie between reports.
     - `on_report`: called with the state and a dictionary of numbers: `step`, `loss`,
       one entry for each objective, `grad_norm`, `skipped` (how many steps so far were
@@ -93,10 +97,12 @@ def fit(
     - `progress`: whether to show a bar. It needs tqdm, from the `train` extra, and is
       left out without it.
 
-    **Returns:** the final state; `state.ema_map` is the map to use.
+    **Returns:** the final state; `state.ema_map` is the map to use. If some steps were
+    skipped, a `RuntimeWarning` says how many.
 
-    **Raises:** `ValueError` for a number of steps below 1, a missing key or several, or
-    checkpoints of another run, or names in the report that it has already; `TypeError`
+    **Raises:** `ValueError` for a number of steps below 1, a missing key or several,
+    checkpoints of another run, names in the report that it has already, or trajectories
+    that end before the times that [`flowdiffrax.TrajectoryMatching`][] draws; `TypeError`
     for what is no flow map, objective, optimiser, key, whole number of steps, or batches;
     `OSError` if a checkpoint cannot be written; and
     [`flowdiffrax.train.TrainingDiverged`][], with the last good state, if too many steps
@@ -135,6 +141,7 @@ def fit(
             ema_decay=ema_decay,
             teacher_decay=teacher_decay,
         )
+    _check_times(objective, batches, state)
     if parallel is not None:
         state = parallel.place(state)
         batches, teacher = parallel.replicate((batches, teacher))
@@ -151,39 +158,127 @@ def fit(
     with StopRequests(run is not None) as requests, run or contextlib.nullcontext():
         if run is not None:
             state = run.resume(state)
-        begun = int(state.step)
+        begun, skipped = int(state.step), int(state.skipped)
         reports = _Reports(state, report_every, max_skipped, accumulate)
         source = _source(batches, begun, accumulate, parallel)
-        for index in (bar := _steps(begun, num_steps, progress)):
-            if run is not None:
-                run.profile_at(index - begun, state)
-            drawn = next(source)
-            before = info and info.loss
-            state, info = step(state, drawn, teacher)
-            # The host stays one step ahead of the device, and no more: a signal would
-            # wait for all of them, and their batches would pile up.
-            jax.block_until_ready(before)
-            done, report = index + 1, {}
-            # Reading a number waits for the device, so only reports do.
-            if done % report_every == 0 or done == num_steps:
-                report = reports.make(state, info, drawn)
-                if hasattr(bar, "set_postfix"):
-                    bar.set_postfix(_short(report, info))
-                try:
-                    reports.check(state, report)
-                    for call in calls:
-                        _join(report, call(_copy(state), dict(report)))
-                finally:
-                    if run is not None:
-                        run.log(report)
-                if run is not None and (run.is_due(done) or done == num_steps):
+        report: dict[str, Any] = {}
+        try:
+            for index in (bar := _steps(begun, num_steps, progress)):
+                if run is not None:
+                    run.profile_at(index - begun, state)
+                drawn = next(source)
+                before = info and info.loss
+                state, info = step(state, drawn, teacher)
+                # The host stays one step ahead of the device, and no more: a signal would
+                # wait for all of them, and their batches would pile up.
+                jax.block_until_ready(before)
+                done, report = index + 1, {}
+                # Reading a number waits for the device, so only reports do.
+                if done % report_every == 0 or done == num_steps:
+                    report = reports.make(state, info, drawn)
+                    if hasattr(bar, "set_postfix"):
+                        bar.set_postfix(_short(report, info))
+                    try:
+                        reports.check(state, report)
+                        for call in calls:
+                            _join(report, call(_copy(state), dict(report)))
+                    finally:
+                        if run is not None:
+                            run.log(report)
+                    if run is not None and (run.is_due(done) or done == num_steps):
+                        run.save(state, report)
+                    reports.start_clock()
+                if requests.stops(done) and run is not None:
                     run.save(state, report)
-                reports.start_clock()
-            if requests.stops(done) and run is not None:
-                run.save(state, report)
-                run.close()
-                requests.stop()
+                    run.close()
+                    requests.stop()
+        except TrainingDiverged:
+            raise
+        except (Exception, KeyboardInterrupt) as error:
+            # A second Ctrl-C asks not to wait.
+            if not (isinstance(error, KeyboardInterrupt) and requests.received):
+                _keep(state, begun, report, run, error)
+            raise
+    _warn_of_skipped(state, begun, skipped)
     return state
+
+
+def _keep(
+    state: TrainState,
+    begun: int,
+    report: dict[str, Any],
+    run: Run | None,
+    error: BaseException,
+) -> None:
+    """Saves the state that an error would lose, or hands it on with the error."""
+    # Of several processes the others may go on, and a checkpoint waits for all.
+    if jax.process_count() > 1:
+        return
+    try:
+        # An error within the step has taken the state's memory along.
+        step = int(jax.block_until_ready(state.step))
+        jax.block_until_ready(eqx.filter(state, eqx.is_array))
+        if step == begun:
+            return
+        if run is None:
+            if not hasattr(error, "state"):
+                error.state = state  # pyright: ignore
+                error.add_note(f"The state of step {step} is this exception's `.state`.")
+            return
+        # An entry that a function returned may be the error itself.
+        own = report if report.get("step") == step else {}
+        run.save(state, {name: own[name] for name in own if _is_plain(own[name])})
+        run.wait()
+        error.add_note(
+            f"The state of step {step} is saved in {run.folder}: the same call goes on "
+            "from there."
+        )
+    # Whatever it is, the error that came first says more.
+    except Exception as another:
+        error.add_note(f"The last state could not be saved: {another}")
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, float | int)
+
+
+def _warn_of_skipped(state: TrainState, begun: int, skipped_before: int) -> None:
+    skipped = int(state.skipped) - skipped_before
+    if skipped > 0:
+        warnings.warn(
+            f"{skipped} of {int(state.step) - begun} steps were skipped, since loss, "
+            "gradient or new weights were not finite: the map has learned nothing from "
+            "them. Look for rows of data that are not finite, or times at which the "
+            "loss is not; see `TrainingDiverged` and `max_skipped`.",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+
+def _check_times(objective: Any, batches: Any, state: TrainState) -> None:
+    """**Raises:** `ValueError` for trajectories that end before the times drawn do.
+
+    Beyond its own times a trajectory is NaN, and so would the loss be.
+    """
+    batches = batches.batches if isinstance(batches, ConditionDropout) else batches
+    if not isinstance(batches, TrajectoryBatches):
+        return
+    low = float(batches.ts[..., 0].max())
+    high = float(batches.ts[..., -1].min())
+    slack = 1e-6 * abs(high - low)
+    for one in as_mixture(at_step(objective, state.step)).objectives:
+        if not isinstance(one, TrajectoryMatching) or one.positions:
+            continue
+        drawn = jax.numpy.stack(one.times(jax.random.key(0), 1024))
+        first, last = float(drawn.min()), float(drawn.max())
+        if first < low - slack or last > high + slack:
+            raise ValueError(
+                f"`TrajectoryMatching` draws times from {first:.3g} to {last:.3g}, and "
+                f"what all trajectories have in common is [{low:.3g}, {high:.3g}]: "
+                "beyond its own times a trajectory is NaN. Where each has times of its "
+                "own, use `TrajectoryMatching(positions=True)`; where they share them, "
+                "`GridTimes(ts)` or `OnInterval(times, low, high)`."
+            )
 
 
 def _join(report: dict[str, Any], more: Any) -> None:

@@ -46,7 +46,7 @@ class Run:
     - `config`: what the run is, in anything that JSON can hold. A folder with another
       configuration is refused.
     - `save_every`: how many steps lie between checkpoints, at least; they are written at
-      reports, when a run ends, and when it is stopped.
+      reports, when a run ends, and when it is stopped or an error ends it.
     - `newest`: how many of the newest to keep, at least 1.
     - `best`: how many of the best to keep besides.
     - `best_by`: the number in the report that tells the best; the smallest is. The loss

@@ -45,6 +45,11 @@ class StopRequests:
                 "\nSaving after this step; Ctrl-C again to stop at once.", file=sys.stderr
             )
 
+    @property
+    def received(self) -> bool:
+        """Whether a signal has come."""
+        return self._received is not None
+
     def stops(self, step: int) -> bool:
         """Whether the run is to stop after this step."""
         if not self._active:
