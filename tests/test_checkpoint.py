@@ -71,6 +71,33 @@ def test_round_trip_of_all_kinds_of_leaves(tmp_path, name):
     assert [type(leaf) for leaf in loaded["python"]] == [float, int, bool]
 
 
+def keys(seed):
+    key = lambda impl: jr.key(seed, impl=impl)
+    return {"key": key("threefry2x32"), "row": jr.split(key("rbg"), 3), "x": jnp.ones(2)}
+
+
+@pytest.mark.parametrize("name", ["tree", "tree.safetensors"])
+@pytest.mark.parametrize("of_shapes", [False, True])
+def test_round_trip_of_random_keys(tmp_path, name, of_shapes):
+    fd.train.save(tmp_path / name, None, keys(3))
+    blank = lambda config: (
+        eqx.filter_eval_shape(lambda: keys(0)) if of_shapes else keys(0)
+    )
+    _, loaded = fd.train.load(tmp_path / name, blank)
+    expected = keys(3)
+    assert jtu.tree_map(lambda leaf: leaf.dtype, loaded) == jtu.tree_map(
+        lambda leaf: leaf.dtype, expected
+    )
+    draw = lambda tree: (jr.normal(tree["key"]), jax.vmap(jr.normal)(tree["row"]))
+    assert_same(draw(loaded), draw(expected))
+
+
+def test_random_key_of_another_kind(tmp_path):
+    fd.train.save(tmp_path / "key", None, jr.key(0))
+    with pytest.raises(ValueError, match=r"key<fry>\[\] in the file, key<rbg>\[\]"):
+        fd.train.load(tmp_path / "key", lambda config: jr.key(0, impl="rbg"))
+
+
 @pytest.mark.parametrize("name", ["state", "state.safetensors"])
 def test_round_trip_of_a_state(tmp_path, name):
     optim = optax.adam(1e-3)

@@ -8,7 +8,9 @@ from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
+import jax.random as jr
 import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import PyTree
@@ -36,7 +38,7 @@ def save(path: str | os.PathLike, config: Any, tree: PyTree) -> None:
     - `config`: what is needed to rebuild the tree without its arrays; anything that
       JSON can hold, and as JSON holds it: tuples come back as lists, and keys as strings.
     - `tree`: a map, a [`flowdiffrax.train.TrainState`][], or any PyTree. Its arrays,
-      NumPy arrays and Python numbers are saved.
+      NumPy arrays, random keys and Python numbers are saved.
 
     **Raises:** `TypeError` for a configuration that JSON cannot hold, or arrays that
     safetensors cannot, such as of complex128; `ValueError` for keys of a configuration
@@ -56,7 +58,7 @@ def save(path: str | os.PathLike, config: Any, tree: PyTree) -> None:
             f"`config` has keys that are the same in JSON, where all are strings: {text}."
         )
     to_bytes = _to_safetensors if path.suffix == _SAFETENSORS else _to_lines
-    write_whole(path, to_bytes(header, tree))
+    write_whole(path, to_bytes(header, jtu.tree_map(_key_numbers, tree)))
 
 
 def load(path: str | os.PathLike, make: Callable[[Any], PyTree]) -> tuple[Any, PyTree]:
@@ -95,7 +97,8 @@ def load(path: str | os.PathLike, make: Callable[[Any], PyTree]) -> tuple[Any, P
             f"{len(leaves)}; first differences: {differing[:3] or 'in their number'}. "
             "Build the tree with the configuration that it was saved with."
         )
-    return header["config"], fill(like)
+    filled = fill(jtu.tree_map(_key_numbers, like))
+    return header["config"], jtu.tree_map(_as_key, filled, like)
 
 
 def _is_saved(leaf: Any) -> bool:
@@ -104,7 +107,25 @@ def _is_saved(leaf: Any) -> bool:
 
 def _describe(tree: PyTree) -> list[str]:
     saved = filter(_is_saved, jtu.tree_leaves(tree))
-    return [f"{jnp.result_type(leaf)}{list(jnp.shape(leaf))}" for leaf in saved]
+    dtype = lambda leaf: leaf.dtype if _is_key(leaf) else jnp.result_type(leaf)
+    return [f"{dtype(leaf)}{list(jnp.shape(leaf))}" for leaf in saved]
+
+
+def _is_key(leaf: Any) -> bool:
+    is_jax = isinstance(leaf, jax.Array | jax.ShapeDtypeStruct)
+    return is_jax and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _key_numbers(leaf: Any) -> Any:
+    """The numbers of a random key, which files can hold; anything else as it is."""
+    if not _is_key(leaf):
+        return leaf
+    is_shape = isinstance(leaf, jax.ShapeDtypeStruct)
+    return jax.eval_shape(jr.key_data, leaf) if is_shape else jr.key_data(leaf)
+
+
+def _as_key(leaf: Any, like: Any) -> Any:
+    return jr.wrap_key_data(leaf, impl=like.dtype._impl.name) if _is_key(like) else leaf
 
 
 def _read_header(path: pathlib.Path, text: str | bytes) -> dict[str, Any]:
