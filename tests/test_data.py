@@ -6,8 +6,15 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
+import optax
 import pytest
-from helpers import assert_close, linear_map, nonlinear_field, tight_solve
+from helpers import (
+    assert_close,
+    linear_map,
+    nonlinear_field,
+    tight_solve,
+    without_type_checks,
+)
 from scipy import stats
 
 import flowdiffrax as fd
@@ -464,3 +471,117 @@ def test_straight_lines_are_no_trajectories():
     paths, _ = source(jr.key(0))
     with pytest.raises(TypeError, match="trajectories of the ODE; got a Interpolant"):
         fd.batch_loss(fd.TrajectoryMatching(), linear_map(), None, paths, key=jr.key(1))
+
+
+# --- rows that are not finite ---------------------------------------------------------
+
+
+def spoilt(value=jnp.nan, rows=(1, 3)):
+    """Five points, of which two are not finite."""
+    return jnp.ones((5, 2)).at[jnp.asarray(rows), 1].set(value)
+
+
+POOLS = {
+    "trajectories": lambda bad: fd.data.TrajectoryBatches(
+        jnp.asarray([0.0, 1.0]), jnp.stack([jnp.ones((5, 2)), bad], axis=1), 4
+    ),
+    "parameters": lambda bad: fd.data.TrajectoryBatches(
+        jnp.asarray([0.0, 1.0]), jnp.ones((5, 2, 2)), 4, {"a": jnp.ones(5), "b": bad}
+    ),
+    "states": lambda bad: fd.data.StateBatches({"x": bad}, 4),
+    "parameters of states": lambda bad: fd.data.StateBatches(jnp.ones((5, 2)), 4, bad),
+    "points": lambda bad: fd.data.InterpolantBatches(fd.LinearInterpolant(), bad, 4),
+    "conditions": lambda bad: fd.data.InterpolantBatches(
+        fd.LinearInterpolant(), jnp.ones((5, 2)), 4, args=bad
+    ),
+    "initial states": lambda bad: fd.solve_trajectories(
+        nonlinear_field, bad, jnp.asarray([0.0, 1.0])
+    ),
+    "parameters of solves": lambda bad: fd.solve_trajectories(
+        nonlinear_field, bad, jnp.asarray([0.0, 1.0]), bad, args_per_example=True
+    ),
+}
+
+
+@pytest.mark.parametrize("pool", POOLS)
+@pytest.mark.parametrize("value", [jnp.nan, -jnp.inf])
+def test_rows_that_are_not_finite_are_refused(pool, value):
+    match = "2 of 5 (rows|examples) are not, the first of them (row|example) 1"
+    with pytest.raises(ValueError, match=match):
+        POOLS[pool](spoilt(value))
+
+
+@pytest.mark.parametrize("kind", [jnp.asarray, np.asarray])
+def test_finite_rows(kind):
+    labels = kind([10, 11, 12, 13, 14])
+    (points, kept), dropped = fd.data.finite_rows((kind(spoilt()), labels))
+    assert (kept.tolist(), dropped) == ([10, 12, 14], 2)
+    assert points.tolist() == [[1.0, 1.0]] * 3 and type(points) is type(labels)
+    assert fd.data.finite_rows({"x": points})[1] == 0
+
+
+def test_pool_may_be_made_inside_jit():
+    draw = lambda x: fd.data.StateBatches(x, 4)(jr.key(0))[0].x
+    assert jnp.isnan(jax.jit(draw)(jnp.full((3, 1), jnp.nan))).all()
+
+
+# --- trajectories of different lengths, and times of their own -------------------------
+
+RAGGED = [np.linspace(0.0, 1.0, 4), np.linspace(0.0, 1.0, 6)]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda ts, ys: fd.data.TrajectoryBatches(ts, ys, 4),
+        lambda ts, ys: fd.data.TrajectoryBatches(np.linspace(0.0, 1.0, 4), ys, 4),
+        lambda ts, ys: fd.data.TrajectoryBatches(
+            np.asarray(ts, dtype=object), np.ones((2, 4, 2)), 4
+        ),
+        lambda ts, ys: fd.solve_trajectories(nonlinear_field, jnp.ones((2, 2)), ts),
+    ],
+)
+def test_trajectories_of_different_lengths(make):
+    ys = [np.ones((4, 2)), np.ones((6, 2))]
+    with without_type_checks():
+        with pytest.raises(ValueError, match=r"the same number of times; got.*\(4,\), "):
+            make(RAGGED, ys)
+
+
+OWN_TIMES = jnp.asarray([[0.0, 0.5], [0.5, 1.0]])
+
+
+@pytest.mark.parametrize(
+    "ts, objective, is_fine",
+    [
+        (OWN_TIMES, fd.TrajectoryMatching(), False),
+        (OWN_TIMES, fd.Mixture([fd.TrajectoryMatching()], [1.0]), False),
+        (jnp.asarray([0.0, 0.5]), fd.TrajectoryMatching(), False),
+        (
+            OWN_TIMES,
+            fd.TrajectoryMatching(fd.GridTimes([0.0, 1.0]), positions=True),
+            True,
+        ),
+        (
+            jnp.asarray([0.0, 0.5]),
+            fd.TrajectoryMatching(fd.OnInterval(fd.UniformTriangle(), 0.0, 0.5)),
+            True,
+        ),
+    ],
+)
+def test_trajectories_that_end_before_the_times_drawn(ts, objective, is_fine):
+    batches = fd.data.TrajectoryBatches(ts, jnp.ones((2, 2, 2)), 4)
+    train = lambda: fd.train.fit(
+        fd.FlowMap(fd.nn.MLP(2, 4, 1, key=jr.key(0))),
+        objective,
+        batches,
+        optax.sgd(0.1),
+        num_steps=1,
+        key=jr.key(1),
+        progress=False,
+    )
+    if is_fine:
+        assert int(train().skipped) == 0
+    else:
+        with pytest.raises(ValueError, match=r"draws times from.*g\(positions=True\)`"):
+            train()

@@ -9,9 +9,10 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+import numpy as np
 import wadler_lindig as wl
 from jax.core import Tracer
-from jaxtyping import Array, ArrayLike, Inexact, PyTree
+from jaxtyping import Array, ArrayLike, Bool, Inexact, PyTree
 
 from ._custom_types import Scalar, State, Time
 
@@ -218,6 +219,28 @@ def num_rows(tree: PyTree, name: str) -> int:
             f"leading axes {sorted(sizes)}."
         )
     return sizes.pop()[0]
+
+
+def rows_not_finite(tree: PyTree) -> Bool[np.ndarray, " rows"]:
+    """Which rows of a batch are known to have an entry that is not finite."""
+    leaves = jtu.tree_leaves(tree)
+    bad = np.zeros(jnp.shape(leaves[0])[0], bool)
+    is_inexact = lambda leaf: jnp.issubdtype(leaf.dtype, jnp.inexact)
+    for leaf in filter(is_inexact, leaves):
+        # Of an array on several hosts, each knows its own part alone.
+        is_known = is_concrete(leaf) and getattr(leaf, "is_fully_addressable", True)
+        if is_known and isinstance(leaf, jax.Array):
+            # A constant within `jit` is concrete, but what is computed from it is not.
+            with jax.ensure_compile_time_eval():
+                bad |= np.asarray(_has_not_finite(leaf))
+        elif is_known:
+            bad |= ~np.isfinite(leaf).all(axis=tuple(range(1, np.ndim(leaf))))
+    return bad
+
+
+@jax.jit
+def _has_not_finite(leaf: Array) -> Bool[Array, " rows"]:
+    return jnp.any(~jnp.isfinite(leaf), axis=tuple(range(1, leaf.ndim)))
 
 
 def null_like(null: PyTree, condition: PyTree) -> PyTree:

@@ -1,3 +1,5 @@
+from typing import Any
+
 import diffrax
 import equinox as eqx
 import jax.numpy as jnp
@@ -13,6 +15,7 @@ from ._misc import (
     nan_where,
     num_rows,
     real_dtype,
+    rows_not_finite,
     subtract,
     time_dtype,
     times_like,
@@ -94,6 +97,23 @@ class TrajectoryPath(diffrax.AbstractPath):
         return jtu.tree_map(between, self.ys)
 
 
+def check_one_length(rows: Any) -> None:
+    """**Raises:** `ValueError` for rows of different lengths.
+
+    NumPy would call them inhomogeneous.
+    """
+    is_object = isinstance(rows, np.ndarray) and rows.dtype.kind == "O"
+    if not (is_object or isinstance(rows, list | tuple)):
+        return
+    lengths = sorted({np.shape(row)[:1] for row in rows})
+    if len(lengths) > 1:
+        raise ValueError(
+            "All trajectories must be saved at the same number of times; got leading "
+            f"axes {lengths}. Their times may differ, as `ts` of shape (pool, times): "
+            "cut long ones into several, or save each at as many times of its own."
+        )
+
+
 def solve_trajectories(
     vector_field: VectorField,
     x0: State,
@@ -129,18 +149,19 @@ def solve_trajectories(
       an implicit solver gets 1e-3: with less, rounding may let none of its steps pass.
     - `max_steps`: the most steps a solve may take before it has failed.
     - `chunk_size`: how many examples are integrated at a time, which bounds the memory.
-    - `throw`: whether it is an error if a solve fails. If not, all its states are NaN:
-      drop the rows in which some are.
+    - `throw`: whether it is an error if a solve fails. If not, all its states are NaN;
+      [`flowdiffrax.data.finite_rows`][] drops such rows, and counts them.
 
     **Returns:** the states, every leaf of shape `(batch, times, ...)`.
 
     **Raises:** `ValueError` for times that are too few or, if known, not monotone, for
     a `chunk_size` below 1, for an `x0` that is no batch, and for rows of `ts` or `args`
-    that are not one for each of its examples; `TypeError` for a `vector_field` of other
-    arguments.
+    that are not one for each of its examples, or if known, not finite; `TypeError` for a
+    `vector_field` of other arguments.
     """
     check_callable(vector_field, "vector_field", "vector_field(t, x, args)")
     batch_size = num_rows(x0, "`x0` is a batch of states: its leaves")
+    check_one_length(ts)
     if chunk_size < 1:
         raise ValueError(f"`chunk_size` must be at least 1; got {chunk_size}.")
     if jnp.ndim(ts) not in (1, 2) or jnp.shape(ts)[-1] < 2:
@@ -157,6 +178,12 @@ def solve_trajectories(
     if args_per_example:
         _check_rows("args", args, batch_size)
     rows = x0, ts if jnp.ndim(ts) == 2 else None, args if args_per_example else None
+    bad = np.flatnonzero(rows_not_finite(rows))
+    if bad.size > 0:
+        raise ValueError(
+            f"`x0` and `args` must be finite; {bad.size} of {batch_size} examples are "
+            f"not, the first of them example {bad[0]}."
+        )
     shared = None if jnp.ndim(ts) == 2 else ts, None if args_per_example else args
     return _solve_trajectories(
         vector_field, rows, shared, solver, rtol, atol, max_steps, chunk_size, throw

@@ -7,6 +7,7 @@ from ._batches import GaussianBase as GaussianBase
 from ._batches import InterpolantBatches as InterpolantBatches
 from ._batches import StateBatches as StateBatches
 from ._batches import TrajectoryBatches as TrajectoryBatches
+from ._batches import finite_rows as finite_rows
 from ._cifar import cifar10 as cifar10
 from ._conditions import ConditionDropout as ConditionDropout
 from ._conditions import PowerLawScale as PowerLawScale

@@ -7,21 +7,62 @@ import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
 import numpy as np
-from jaxtyping import Array, Key
+from jaxtyping import Array, Key, PyTree
 
 from .._coupling import AbstractCoupling, IndependentCoupling
 from .._custom_types import Args, State
 from .._interpolant import AbstractInterpolant
-from .._misc import check_callable, is_concrete, num_rows
+from .._misc import check_callable, is_concrete, num_rows, rows_not_finite
 from .._times import check_batch_size
-from .._trajectory import StatePath, TrajectoryPath
+from .._trajectory import StatePath, TrajectoryPath, check_one_length
 
 Batch = tuple[diffrax.AbstractPath, Args]
 
 
 def _as_jax(tree: Any) -> Any:
     # Equinox takes NumPy arrays for constants, which `jit` would compile in.
-    return tree if callable(tree) else jtu.tree_map(jnp.asarray, tree)
+    return tree if callable(tree) else jtu.tree_map(_to_device, tree)
+
+
+def _to_device(leaf: Any) -> Array:
+    if isinstance(leaf, np.memmap):
+        raise TypeError(
+            f"A memory map of shape {leaf.shape} would be copied to the device whole. "
+            "Stream it from the disk with `data.StreamBatches`; or if there is room for "
+            "it, pass `np.array(memory_map)`."
+        )
+    return jnp.asarray(leaf)
+
+
+def _as_saved_times(ts: Any) -> Array:
+    check_one_length(ts)
+    return _to_device(ts)
+
+
+def finite_rows(tree: PyTree) -> tuple[PyTree, int]:
+    """Drops the rows of a pool in which some entry is not finite.
+
+    Solves that failed, for example, which [`flowdiffrax.solve_trajectories`][] returns as
+    NaN if they are not to be errors:
+
+    ```python
+    ys = fd.solve_trajectories(vector_field, x0, ts, throw=False)
+    (ys, x0), num_dropped = fd.data.finite_rows((ys, x0))
+    ```
+
+    **Arguments:**
+
+    - `tree`: arrays with a common leading axis.
+
+    **Returns:** the arrays without these rows, and how many were dropped.
+
+    **Raises:** `ValueError` for arrays without a common leading axis.
+    """
+    num_rows(tree, "A pool")
+    bad = rows_not_finite(tree)
+    # What has no bad rows is not copied.
+    kept = jtu.tree_map(lambda leaf: leaf[~bad], tree) if bad.any() else tree
+    return kept, int(bad.sum())
 
 
 class GaussianBase(eqx.Module):
@@ -71,10 +112,14 @@ class InterpolantBatches(eqx.Module):
     - `base`: a function `(key, x1) -> x0` that draws base points like a batch of data.
     - `coupling`: how the two are paired.
     - `args`: conditions, one row for each data point, or `None`. Only with array data.
+    - `draw`: whether to draw. Without it, a batch is all rows as they come, those of one
+      batch of [`flowdiffrax.data.stream`][], and their values are not checked.
 
-    **Raises:** `ValueError` for a batch size below 1, data without points, or conditions
-    that do not go with the data; `TypeError` for data of integers, for what is no
-    interpolant, and for functions of other arguments.
+    **Raises:** `ValueError` for a batch size below 1, data without points, rows that are
+    not finite (see [`flowdiffrax.data.finite_rows`][]), or conditions that do not go with
+    the data; `TypeError` for data of integers, for a memory map, for what is no
+    interpolant, and for functions of other arguments. When called without `draw`,
+    `ValueError` for another number of rows than `batch_size`.
     """
 
     interpolant: AbstractInterpolant
@@ -85,6 +130,7 @@ class InterpolantBatches(eqx.Module):
     base: Callable[[Key[Array, ""], State], State] = GaussianBase()
     coupling: AbstractCoupling = IndependentCoupling()
     args: Args = eqx.field(converter=_as_jax, default=None)
+    draw: bool = eqx.field(static=True, default=True)
 
     def __check_init__(self):
         check_batch_size(self.batch_size)
@@ -110,6 +156,8 @@ class InterpolantBatches(eqx.Module):
                     f"`data` must be floating-point or complex; got {dtypes}. Convert "
                     "integers with `.astype(float)`."
                 )
+            if self.draw:
+                _check_finite((self.data, self.args), "Data and conditions")
 
     def __call__(self, key: Key[Array, ""]) -> Batch:
         """Draws a batch: its paths and conditions, every array with the batch axis.
@@ -123,7 +171,8 @@ class InterpolantBatches(eqx.Module):
             has_args = isinstance(drawn, ConditionedPoints)
             x1, args = drawn if has_args else (drawn, None)
         else:
-            x1, args = _draw_rows(data_key, (self.data, self.args), self.batch_size)
+            rows = self.data, self.args
+            x1, args = _draw_rows(data_key, rows, self.batch_size, self.draw)
         x0 = self.coupling(pair_key, self.base(base_key, x1), x1, args)
         has_latent = self.interpolant.has_latent
         z = _normal_like(latent_key, x1, 1.0) if has_latent else None
@@ -150,18 +199,25 @@ class TrajectoryBatches(eqx.Module):
       [`flowdiffrax.solve_trajectories`][] returns it.
     - `batch_size`: trajectories a batch, at least 1.
     - `args`: conditions, one row for each trajectory, or `None`.
+    - `draw`: whether to draw. Without it, a batch is all rows as they come, those of one
+      batch of [`flowdiffrax.data.stream`][], and their values are not checked.
 
-    **Raises:** `ValueError` for a batch size below 1, shapes that do not match, or times
-    that are known and do not rise.
+    **Raises:** `ValueError` for a batch size below 1, shapes that do not match,
+    trajectories of different lengths, times that are known and do not rise, or rows that
+    are not finite (see [`flowdiffrax.data.finite_rows`][]); `TypeError` for a memory map.
+    When called without `draw`, `ValueError` for another number of rows than `batch_size`.
     """
 
-    ts: Array = eqx.field(converter=jnp.asarray)
+    ts: Array = eqx.field(converter=_as_saved_times)
     ys: State = eqx.field(converter=_as_jax)
     batch_size: int = eqx.field(static=True)
     args: Args = eqx.field(converter=_as_jax, default=None)
+    draw: bool = eqx.field(static=True, default=True)
 
     def __check_init__(self):
         check_batch_size(self.batch_size)
+        if isinstance(self.ys, list | tuple):
+            check_one_length(jtu.tree_leaves(self.ys))
         _num_rows((self.ys, self.args))
         for leaf in jtu.tree_leaves(self.ys):
             if jnp.shape(self.ts) not in (leaf.shape[1:2], leaf.shape[:2]):
@@ -170,16 +226,20 @@ class TrajectoryBatches(eqx.Module):
                     f"shape (times,) or (pool, times); got {leaf.shape} and "
                     f"{jnp.shape(self.ts)}."
                 )
+        if not self.draw:
+            return
         if is_concrete(self.ts) and not np.all(np.diff(np.asarray(self.ts)) > 0):
             raise ValueError(
                 f"`ts` must rise; got {self.ts}. For trajectories solved backwards in "
                 "time, flip the last axis of `ts`, and the second of `ys`."
             )
+        _check_finite((self.ys, self.args), "Trajectories and conditions")
 
     def __call__(self, key: Key[Array, ""]) -> Batch:
         """Draws a batch: its paths and conditions, every leaf with the batch axis."""
         own = self.ts if self.ts.ndim == 2 else None
-        ts, ys, args = _draw_rows(key, (own, self.ys, self.args), self.batch_size)
+        rows = own, self.ys, self.args
+        ts, ys, args = _draw_rows(key, rows, self.batch_size, self.draw)
         if ts is None:
             ts = jnp.broadcast_to(self.ts, (self.batch_size, *self.ts.shape))
         return TrajectoryPath(ts, ys), args
@@ -197,8 +257,9 @@ class StateBatches(eqx.Module):
       `(key, batch_size) -> args`, which draws them independently of the states; or
       arrays, one row for each row of states, if those are arrays; or `None`.
 
-    **Raises:** `ValueError` for a batch size below 1, arrays without rows, or conditions
-    that do not go with the states; `TypeError` for functions of other arguments.
+    **Raises:** `ValueError` for a batch size below 1, arrays without rows, rows that are
+    not finite (see [`flowdiffrax.data.finite_rows`][]), or conditions that do not go with
+    the states; `TypeError` for functions of other arguments, or a memory map.
     """
 
     draw: State | Callable[[Key[Array, ""], int], State] = eqx.field(converter=_as_jax)
@@ -215,6 +276,7 @@ class StateBatches(eqx.Module):
                 check_callable(fn, name, f"{name}(key, batch_size)")
         if not callable(self.draw):
             _num_rows((self.draw, rows))
+            _check_finite((self.draw, rows), "States and conditions")
         elif rows is not None:
             raise ValueError(
                 "`args` as arrays needs states given as arrays, row for row. Beside a "
@@ -245,6 +307,24 @@ def _num_rows(tree) -> int:
     return num_rows(tree, "Data and conditions")
 
 
-def _draw_rows(key, tree, batch_size):
+def _check_finite(tree: PyTree, name: str) -> None:
+    """**Raises:** `ValueError` for rows that are known, and not finite."""
+    bad = rows_not_finite(tree)
+    if bad.any():
+        raise ValueError(
+            f"{name} must be finite; {bad.sum()} of {bad.size} rows are not, the first "
+            f"of them row {bad.argmax()}. Drop them: "
+            "`rows, num_dropped = data.finite_rows(rows)`."
+        )
+
+
+def _draw_rows(key, tree, batch_size, draw=True):
+    if not draw:
+        if _num_rows(tree) != batch_size:
+            raise ValueError(
+                f"Without `draw`, the batch is all {_num_rows(tree)} rows; got "
+                f"`batch_size` {batch_size}."
+            )
+        return tree
     rows = jr.randint(key, (batch_size,), 0, _num_rows(tree))
     return jtu.tree_map(lambda leaf: jnp.asarray(leaf)[rows], tree)
