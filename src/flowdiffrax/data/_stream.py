@@ -5,10 +5,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.tree_util as jtu
 import numpy as np
-from jaxtyping import Int32, UInt8
+from jaxtyping import Array, Int32, PyTree, UInt8
 
-from .._misc import check_callable
+from .._misc import check_callable, num_rows, rows_not_finite
 from .._times import check_batch_size
 from ._device import DeviceImages
 from ._files import import_extra
@@ -17,11 +18,16 @@ from ._images import Images
 # Batches on their way to the device besides those of the step.
 _AHEAD = 2
 
+# A function of row numbers.
+_Read = Callable[[np.ndarray], PyTree[np.ndarray]]
+_Source = Images | _Read | PyTree[Array | np.ndarray]
+
 
 def stream(
-    images: Images,
+    images: _Source,
     batch_size: int,
     *,
+    size: int | None = None,
     seed: int = 0,
     start: int = 0,
     process_index: int | None = None,
@@ -33,10 +39,11 @@ def stream(
         UInt8[np.ndarray, "batch height width channels"],
         Int32[np.ndarray, " batch"] | None,
     ]
+    | PyTree[np.ndarray]
 ]:
     """Batches from the host without end, for sets that the device has no room for.
 
-    Each epoch is a new order of all images, and a batch may span two. Batch `k` is a
+    Each epoch is a new order of all rows, and a batch may span two. Batch `k` is a
     function of `seed` and `k` alone: a run that is resumed at its step sees the same
     batches, on any number of processes.
 
@@ -45,21 +52,33 @@ def stream(
 
     **Arguments:**
 
-    - `images`: the set, for example one that [`flowdiffrax.data.load_images`][] maps
-      into memory.
-    - `batch_size`: images a batch, over all processes.
+    - `images`: the set, one of these:
+
+        - [`flowdiffrax.data.Images`][], for example those that
+          [`flowdiffrax.data.load_images`][] maps into memory;
+        - an array or a PyTree of arrays with a common leading axis, such as the states
+          and parameters of trajectories. They may be memory maps (`numpy.memmap`), of
+          which only the rows of a batch are read;
+        - for any other file, a function of an array of row numbers that returns these
+          rows, an array or a PyTree of arrays. It is called in several threads.
+    - `batch_size`: rows a batch, over all processes.
+    - `size`: the number of rows; for a function, which does not tell.
     - `seed`: of the orders, not negative.
     - `start`: the number of the first batch: the step at which a run is resumed.
     - `process_index`, `process_count`: which process this is, of how many; `None` for
       JAX's. Each gets consecutive rows of the batch, which it must divide.
     - `num_threads`, `prefetch`: how many threads read, and how many batches ahead.
 
-    **Returns:** an iterator of pairs: a batch of images, and their labels or `None`. See
-    [`flowdiffrax.data.DeviceImages`][] for how to train with them.
+    **Returns:** an iterator. Of images, of pairs: a batch of images, and their labels or
+    `None`; see [`flowdiffrax.data.DeviceImages`][] for how to train with them. Otherwise
+    of batches of the same structure as the arrays.
 
-    **Raises:** `ImportError` without grain, and `ValueError` for a batch size that the
-    processes do not divide, or settings that are too small.
+    **Raises:** `ImportError` without grain; `ValueError` for a batch size that the
+    processes do not divide, settings that are too small, arrays without a common leading
+    axis, or a function without `size`; `TypeError` for other sets; and when a batch is
+    drawn, `ValueError` for rows that are not finite.
     """
+    read, size = _reader(images, size)
     check_batch_size(batch_size)
     index = jax.process_index() if process_index is None else process_index
     count = jax.process_count() if process_count is None else process_count
@@ -76,9 +95,54 @@ def stream(
     grain = import_extra("grain", "train", "stream")
     share = batch_size // count
     rows = slice(index * share, (index + 1) * share)
-    batches = _Batches(images, batch_size, seed, start, rows)
+    batches = _Batches(read, size, batch_size, seed, start, rows)
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)
     return iter(grain.MapDataset.source(batches).to_iter_dataset(options))
+
+
+def _reader(source: Any, size: int | None) -> tuple[_Read, int]:
+    """A function of row numbers, and how many rows there are."""
+    if isinstance(source, Images):
+        images, labels = source.images, source.labels
+        pairs = lambda rows: (images[rows], None if labels is None else labels[rows])
+        return pairs, len(source)
+    if callable(source):
+        check_callable(source, "images", "images(rows)")
+        if size is None or size < 1:
+            raise ValueError(
+                "A function of row numbers needs `size`, the number of rows, at least 1; "
+                f"got {size}."
+            )
+        return lambda rows: _checked(source(rows), rows), size
+    leaves = jtu.tree_leaves(source)
+    if not leaves or not all(isinstance(leaf, Array | np.ndarray) for leaf in leaves):
+        kinds = sorted({type(leaf).__name__ for leaf in leaves})
+        raise TypeError(
+            f"A stream is of `Images`, or of arrays or memory maps; got {kinds}. For "
+            "other files, give a function of row numbers that reads them, and `size`."
+        )
+    size = num_rows(source, "What is streamed")
+    # Of a device array, the rows would come from the device one by one.
+    as_numpy = lambda leaf: leaf if isinstance(leaf, np.ndarray) else np.asarray(leaf)
+    arrays = jtu.tree_map(as_numpy, source)
+    take = lambda rows: jtu.tree_map(lambda leaf: np.asarray(leaf[rows]), arrays)
+    return lambda rows: _checked(take(rows), rows), size
+
+
+def _checked(batch: PyTree, rows: np.ndarray) -> PyTree[np.ndarray]:
+    """**Raises:** `ValueError` for another number of rows, or for NaN or infinity."""
+    if num_rows(batch, "A batch") != rows.size:
+        raise ValueError(
+            f"The function must return the {rows.size} rows that it is given; got "
+            f"{num_rows(batch, 'A batch')}."
+        )
+    bad = rows_not_finite(batch)
+    if bad.any():
+        raise ValueError(
+            f"What is streamed must be finite; {bad.sum()} of a batch of {rows.size} "
+            f"rows are not, the first of them row {rows[bad.argmax()]}. Leave them out."
+        )
+    return batch
 
 
 class _Batches:
@@ -88,30 +152,35 @@ class _Batches:
     """
 
     def __init__(
-        self, images: Images, batch_size: int, seed: int, start: int, rows: slice
+        self,
+        read: _Read,
+        size: int,
+        batch_size: int,
+        seed: int,
+        start: int,
+        rows: slice,
     ):
-        self._images = images
+        self._read = read
+        self._size = size
         self._batch_size = batch_size
         self._start = start
         self._rows = rows
         # A batch may span two epochs, and the threads several more of a small set.
-        order = functools.partial(_order, seed, len(images))
+        order = functools.partial(_order, seed, size)
         self._order = functools.lru_cache(maxsize=4)(order)
 
     def __len__(self) -> int:
         return sys.maxsize // 2
 
-    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray | None]:
+    def __getitem__(self, index: int) -> PyTree[np.ndarray]:
         first = (self._start + index) * self._batch_size
         positions = np.arange(first, first + self._batch_size)[self._rows]
-        epochs, within = np.divmod(positions, len(self._images))
+        epochs, within = np.divmod(positions, self._size)
         rows = np.empty_like(positions)
         for epoch in range(epochs[0], epochs[-1] + 1):
             now = epochs == epoch
             rows[now] = self._order(epoch)[within[now]]
-        batch = self._images.images[rows]
-        labels = self._images.labels
-        return batch, None if labels is None else labels[rows]
+        return self._read(rows)
 
 
 def _order(seed: int, num_rows: int, epoch: int) -> np.ndarray:
@@ -132,28 +201,41 @@ class StreamBatches:
     batches = fd.data.StreamBatches(images, 256, make, flip=True)
     ```
 
+    Trajectories from a file, with their parameters:
+
+    ```python
+    pool = {"ys": np.load("ys.npy", mmap_mode="r"), "args": np.load("args.npy")}
+    make = lambda rows: fd.data.TrajectoryBatches(
+        ts, rows["ys"], 256, rows["args"], draw=False
+    )
+    batches = fd.data.StreamBatches(pool, 256, make)
+    ```
+
     **Arguments:**
 
     - `images`: the set, as for [`flowdiffrax.data.stream`][].
-    - `batch_size`: images a batch, over all processes.
-    - `make`: called with the [`flowdiffrax.data.DeviceImages`][] of a batch, returns the
-      function of a key that draws paths and conditions. It must build the same
-      functions each time: a lambda made inside would be compiled anew for each step.
+    - `batch_size`: rows a batch, over all processes.
+    - `make`: called with the [`flowdiffrax.data.DeviceImages`][] of a batch of images,
+      or with the batch itself, on the device, of any other set. Returns the function of
+      a key that draws paths and conditions. It must build the same functions each time:
+      a lambda made inside would be compiled anew for each step.
+    - `size`: as for [`flowdiffrax.data.stream`][].
     - `seed`: of the orders, not negative.
-    - `flip`: as for [`flowdiffrax.data.DeviceImages`][].
+    - `flip`: as for [`flowdiffrax.data.DeviceImages`][]; of images alone.
     - `num_threads`, `prefetch`: as for [`flowdiffrax.data.stream`][].
 
-    **Raises:** `ValueError` for a batch size below 1, `TypeError` for what are no images
-    or if `make` cannot be called; and as [`flowdiffrax.data.stream`][], when training
+    **Raises:** `TypeError` if `make` cannot be called, `ValueError` for `flip` of other
+    sets than images; and as [`flowdiffrax.data.stream`][], some of it when training
     begins.
     """
 
     def __init__(
         self,
-        images: Images,
+        images: _Source,
         batch_size: int,
-        make: Callable[[DeviceImages], Callable],
+        make: Callable[[Any], Callable],
         *,
+        size: int | None = None,
         seed: int = 0,
         flip: bool = False,
         num_threads: int = 4,
@@ -161,17 +243,17 @@ class StreamBatches:
     ):
         check_callable(make, "make", "make(source)", may_be_class=True)
         check_batch_size(batch_size)
-        if not isinstance(images, Images):
-            raise TypeError(
-                "`images` must be `Images`, as a loader returns them; got "
-                f"{type(images).__name__}. Of an array: `Images(array, labels)`."
-            )
+        _reader(images, size)
+        self._has_images = isinstance(images, Images)
+        if flip and not self._has_images:
+            raise ValueError("`flip` is for `Images`: mirror other rows in `make`.")
         self._make = make
         self._flip = flip
         self._stream = functools.partial(
             stream,
             images,
             batch_size,
+            size=size,
             seed=seed,
             num_threads=num_threads,
             prefetch=prefetch,
@@ -190,9 +272,10 @@ class StreamBatches:
         """
 
         def load():
-            images, labels = next(batches)
-            source = DeviceImages(*place((images, labels)), flip=self._flip, draw=False)
-            return self._make(source)
+            batch = place(next(batches))
+            if not self._has_images:
+                return self._make(batch)
+            return self._make(DeviceImages(*batch, flip=self._flip, draw=False))
 
         batches = self._stream(start=step * accumulate)
         ahead = collections.deque()
