@@ -99,6 +99,28 @@ def test_wrong_args(args):
         network(args_size=2)(S, T, X, args)
 
 
+@pytest.mark.parametrize(
+    "args", [{"a": jnp.ones(1), "b": 1.0}, (jnp.ones(1), jnp.ones(2)), "ab", jr.key(0)]
+)
+def test_args_of_other_structure(args):
+    with pytest.raises(ValueError, match=r"`nn.Ravelled\(net\)`, with an `args_size`"):
+        network(args_size=2)(S, T, X, args)
+
+
+@pytest.mark.parametrize("number", [0.7, jnp.asarray(0.7), np.float32(0.7)])
+def test_args_that_are_a_number(number):
+    net = shaken(network(args_size=1))
+    expected = net(S, T, X, jnp.asarray([number], X.dtype))
+    assert_close(net(S, T, X, number), expected, 0, 0)
+    assert max_abs(expected - net(S, T, X, 0.3)) > 1e-4
+
+
+def test_args_that_are_a_list_of_traced_numbers():
+    net = shaken(network(args_size=2))
+    jitted = jax.jit(lambda a, b: net(S, T, X, [a, b]))
+    assert_close(jitted(0.7, 0.2), net(S, T, X, jnp.asarray([0.7, 0.2])), 1e-12)
+
+
 @pytest.mark.parametrize("sizes", [(0, 8, 2), (2, 0, 2), (2, 8, 0)])
 def test_bad_sizes(sizes):
     with pytest.raises(ValueError, match="must be at least 1"):

@@ -106,7 +106,8 @@ class Condition(eqx.Module):
             raise TypeError(
                 f"`args` must be a label, an integer from 0 to {self.num_classes} (which "
                 f"stands for no class), or `None`; got {_kind(args)}. Convert labels "
-                "with `.astype(int)`."
+                "with `.astype(int)`. Of a dictionary, pick the label: "
+                "`FlowMap(lambda s, t, x, args: net(s, t, x, args['label']))`."
             )
         if jnp.shape(args) != ():
             raise ValueError(

@@ -6,7 +6,6 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-import numpy as np
 from jaxtyping import Array, Float, Key
 
 from .._custom_types import Args, Time
@@ -19,7 +18,8 @@ class MLP(eqx.Module):
     Inputs are the state over its scale, sines and cosines of it, and cosines of both
     times, all of low frequency: derivatives in time are part of many objectives, and
     each frequency multiplies them. Hidden layers after the first are residual. `args`,
-    if any, is a vector that is appended to the inputs.
+    if any, is a vector that is appended to the inputs, or a number. For parameters in a
+    dictionary, or any other structure, wrap it in [`flowdiffrax.nn.Ravelled`][].
 
     **Arguments:**
 
@@ -29,8 +29,8 @@ class MLP(eqx.Module):
     - `frequencies`: frequencies $k$ of $\sin(\pi k x)$ and $\cos(\pi k x)$ of each entry
       $x$, in units of `scale`.
     - `time_frequencies`: frequencies $k$ of $\cos(\pi k s)$ and $\cos(\pi k t)$.
-    - `args_size`: length of the vector `args`; 0 for no condition: `args` are then
-      ignored, as they may be for the vector field alone.
+    - `args_size`: length of the vector `args`, 1 for a number; 0 for no condition:
+      `args` are then ignored, as they may be for the vector field alone.
     - `activation`: a smooth function. With ReLU, objectives that differentiate the
       network in time lose half their gradient.
     - `key`: for the initial weights.
@@ -122,12 +122,16 @@ class MLP(eqx.Module):
         for frequency in self.time_frequencies:
             features.append(jnp.cos(math.pi * frequency * times).astype(x.dtype))
         if self.args_size > 0:
-            is_array = isinstance(args, jax.Array | np.ndarray | list | tuple)
-            found = np.shape(args) if is_array else type(args).__name__
+            try:
+                vector = jnp.atleast_1d(jnp.asarray(args, x.dtype))
+                found = vector.shape
+            except (TypeError, ValueError):  # a dictionary, or rows of many lengths
+                vector, found = x, type(args).__name__
             if found != (self.args_size,):
                 raise ValueError(
                     f"This network takes `args` of shape ({self.args_size},); got "
-                    f"{found}."
+                    f"{found}. For a dictionary, or arrays of other shapes, wrap it: "
+                    "`nn.Ravelled(net)`, with an `args_size` of all numbers in them."
                 )
-            features.append(jnp.asarray(args, x.dtype))
+            features.append(vector)
         return jnp.concatenate(features)
