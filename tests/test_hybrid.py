@@ -1,4 +1,4 @@
-"""`HybridSolver` keeps the tolerance whatever its map does."""
+"""`HybridSolver`: jumps where their estimate allows them, classical steps elsewhere."""
 
 import diffrax
 import equinox as eqx
@@ -72,6 +72,48 @@ def counts(sol):
 
 
 # What is promised
+
+
+def pulse(t, x, onset):
+    """Decay, and a push of half a time unit that `decay` knows nothing of."""
+    is_on = (t >= onset) & (t < onset + 0.5)
+    return jnp.where(is_on, 5.0, 0.0) - x
+
+
+def decay(s, t, x, args):
+    return x * jnp.exp(s - t)
+
+
+@pytest.mark.parametrize("cure", ["steps that end there", "short steps"])
+def test_short_events_are_missed_no_more_than_by_a_classical_solver(cure):
+    def errors(onset):
+        ends = jnp.stack([onset, onset + 0.5])
+        dtmax = 0.5 if cure == "short steps" else None
+        controller = diffrax.PIDController(rtol=1e-3, atol=1e-3, dtmax=dtmax)
+        if cure == "steps that end there":
+            controller = diffrax.ClipStepSizeController(controller, jump_ts=ends)
+        exact = X * jnp.exp(-4.0) + 5 * (jnp.exp(ends[1] - 4) - jnp.exp(onset - 4))
+
+        def error(solver):
+            sol = diffrax.diffeqsolve(
+                diffrax.ODETerm(pulse),
+                solver,
+                0.0,
+                4.0,
+                8.0,
+                X,
+                args=onset,
+                stepsize_controller=controller,
+                saveat=diffrax.SaveAt(t1=True, solver_state=True),
+            )
+            return jnp.max(jnp.abs(sol.ys[0] - exact)), sol.solver_state
+
+        found, state = error(fd.HybridSolver(decay))
+        return found, error(diffrax.Tsit5())[0], state.num_learned
+
+    found, classical, learned = jax.jit(jax.vmap(errors))(jnp.linspace(0.1, 3.4, 12))
+    assert jnp.max(found) < 1.2 * jnp.max(classical) + 1e-3 < 0.2
+    assert jnp.min(learned) >= 1
 
 
 @pytest.mark.parametrize("t0, t1", SPANS)

@@ -548,7 +548,9 @@ def test_image_of_integers():
     "args", [1.0, jnp.ones(()), {"label": 1}, "cat", True, fd.GuidanceArgs(0.5, 1.0)]
 )
 def test_args_of_a_wrong_kind(args):
-    with pytest.raises(TypeError, match=r"must be a label, an integer from 0 to 3.*pick th"):
+    with pytest.raises(
+        TypeError, match=r"must be a label, an integer from 0 to 3.*pick th"
+    ):
         shaken("UNet")(S, T, X, args)
 
 

@@ -62,10 +62,11 @@ class HybridSolver(diffrax.AbstractImplicitSolver, diffrax.AbstractAdaptiveSolve
     r"""Takes the learned jump where its estimated error meets the tolerance, and a step
     of a classical solver where it does not.
 
-    The answer keeps the tolerance as a classical solver keeps it, step by step, as far as
-    the estimate sees: a map that returns NaN costs time and no accuracy, and one that is
-    merely bad is taken only where a small share of the tolerance allows it. With a good
-    map, most of the interval is one jump.
+    Each step is judged by an estimate of its error, as a classical solver judges its own:
+    a map that returns NaN costs time and no accuracy, and one that is merely bad is taken
+    only where a small share of the tolerance allows it. With a good map, most of the
+    interval is one jump. Events that are short against the jump can escape the estimate:
+    see the warning below.
 
     ```python
     sol = diffrax.diffeqsolve(
@@ -98,14 +99,25 @@ class HybridSolver(diffrax.AbstractImplicitSolver, diffrax.AbstractAdaptiveSolve
         `diffrax.ClipStepSizeController(controller, step_ts=ts)` makes ends of the times
         that are saved.
 
-        The promise is as good as the estimate, which looks at the start and at three
-        more times within the jump: a map that follows the ODE at all of them can still
-        take a wrong step in between. By default it has the vector field for its witness:
+        By default, the estimate asks the vector field:
         [`flowdiffrax.LinearisedError`][] for states of up to 32 entries, and for larger
         ones beside an implicit fallback, since most errors of stiff systems die out at
         once; [`flowdiffrax.ResidualIntegral`][] for others. A root finder that is given
         to an implicit fallback should solve more exactly than the tolerance, as
         `optimistix.Newton(1e-6, 1e-12)` does.
+
+    !!! warning "Short events within a long jump"
+
+        The estimate looks at the start of a jump and at three more times in it, at 16 %,
+        64 % and 100 % of its length. An event between them goes undetected: a pulse or a
+        switch in the vector field that the map does not know is jumped over, with an
+        error of any size. So does a map's own fault, if it hops to a neighbouring
+        trajectory within a short part of the jump.
+
+        If the times of events are known, let steps end there, with
+        `diffrax.ClipStepSizeController(controller, jump_ts=times)`. If only their
+        duration is, keep jumps no longer than that:
+        `diffrax.PIDController(rtol, atol, dtmax=duration)`.
 
     !!! info "Cost"
 
