@@ -265,7 +265,7 @@ def _check_times(objective: Any, batches: Any, state: TrainState) -> None:
         return
     low = float(batches.ts[..., 0].max())
     high = float(batches.ts[..., -1].min())
-    slack = 1e-6 * abs(high - low)
+    slack = 1e-6 * max(abs(low), abs(high))
     for one in as_mixture(at_step(objective, state.step)).objectives:
         if not isinstance(one, TrajectoryMatching) or one.positions:
             continue
