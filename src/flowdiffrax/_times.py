@@ -691,7 +691,7 @@ def _karras_time(share, sigma_min, sigma_max, base_std, power):
 
 
 def _check_karras(num_times: ArrayLike, sigma_min: float, sigma_max: float) -> None:
-    is_few = is_concrete(num_times) and num_times < 2
+    is_few = is_concrete(num_times) and bool(np.asarray(num_times) < 2)
     if is_few or not 0 < sigma_min < sigma_max:
         raise ValueError(
             "Expected at least two times and 0 < sigma_min < sigma_max; got "

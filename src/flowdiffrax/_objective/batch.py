@@ -64,7 +64,7 @@ def as_mixture(objective: AbstractObjective | Mixture) -> Mixture:
 class Segment(NamedTuple):
     """Rows of a batch that follow one another and share one form of the loss."""
 
-    index: int  # of the objective in the mixture
+    objective: int  # its index in the mixture
     on_diagonal: bool
     num_rows: int
 
@@ -95,7 +95,7 @@ def objective_sizes(segments: list[Segment]) -> Counter[int]:
     """How many rows each objective has, by its index in the mixture."""
     sizes: Counter[int] = Counter()
     for segment in segments:
-        sizes[segment.index] += segment.num_rows
+        sizes[segment.objective] += segment.num_rows
     return sizes
 
 
@@ -252,8 +252,8 @@ def summed(
     for segment, rows in zip(part, examples, strict=True):
         kind, total = segment[:2], jnp.sum(rows.loss)
         terms[names[kind]] = total / counts[kind]
-        weight = jnp.asarray(mixture.weights[segment.index], total.dtype)
-        loss = loss + weight * (total / sizes[segment.index])
+        weight = jnp.asarray(mixture.weights[segment.objective], total.dtype)
+        loss = loss + weight * (total / sizes[segment.objective])
     for name in names.values():
         terms.setdefault(name, jnp.zeros_like(loss))
     return loss, terms

@@ -94,8 +94,8 @@ def weighted_losses(
     sizes = objective_sizes(segments)
     all_rows = []
     for segment, rows in zip(segments, examples, strict=True):
-        weight = jnp.asarray(mixture.weights[segment.index], rows.loss.dtype)
-        factor = weight * (batch_size / sizes[segment.index])
+        weight = jnp.asarray(mixture.weights[segment.objective], rows.loss.dtype)
+        factor = weight * (batch_size / sizes[segment.objective])
         all_rows.append(rows._replace(loss=factor * rows.loss))
     return ExampleLosses(*map(jnp.concatenate, zip(*all_rows, strict=True)))
 

@@ -13,7 +13,7 @@ from jaxtyping import Array, Key
 from .._flow_map import AbstractFlowMap
 from .._misc import check_whole, num_rows
 from .._objective import AbstractObjective, Mixture, Scheduled, TrajectoryMatching
-from .._objective.base import as_mixture
+from .._objective.batch import as_mixture
 from ..data import ConditionDropout, StreamBatches, TrajectoryBatches
 from ._parallel import DataParallel
 from ._run import Run

@@ -357,7 +357,7 @@ def _accumulated_gradients(
 ) -> _Means:
     """The means over a batch in several pieces, one after the other."""
     batch_key, loss_key = jr.split(key)
-    arrays: list[Any] = [None] * num_parts
+    arrays: Sequence[Any] = [None] * num_parts
     source = lambda _: batches
     if isinstance(batches, tuple):
         if len(batches) != num_parts:
@@ -394,7 +394,7 @@ def _accumulated_gradients(
         one = functools.partial(part_gradients, part)
         if total is None:
             shape = jax.eval_shape(one, *rows[0])
-            total = jtu.tree_map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shape)
+            total = jtu.tree_map(jnp.zeros_like, shape)
         add = lambda total, row, one=one: (
             jtu.tree_map(jnp.add, total, one(*row)),
             None,
