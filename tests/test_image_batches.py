@@ -32,7 +32,7 @@ def test_scaling_and_back():
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float64])
 def test_values_beyond_the_range_are_clipped(dtype):
-    x = jnp.asarray([-7.0, -1.0, 0.003, 1.0, jnp.inf], dtype)
+    x = jnp.asarray([-7.0, -1.0, 0.003, 1.0, 1e30], dtype)
     assert fd.data.to_uint8(x).tolist() == [0, 0, 128, 255, 255]
 
 

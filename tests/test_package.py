@@ -60,6 +60,13 @@ def test_import_computes_nothing():
     assert done.stdout.strip() == "False"
 
 
+def test_one_meaning_for_a_name():
+    found = {}
+    for name, value in NAMES.items():
+        first = found.setdefault(name.rpartition(".")[2], value)
+        assert first is value, name
+
+
 def test_typed():
     assert importlib.resources.files("flowdiffrax").joinpath("py.typed").is_file()
 

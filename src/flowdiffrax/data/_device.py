@@ -5,6 +5,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Integer, Key, UInt8
 
+from .._misc import at_least_float32, is_concrete
 from ._batches import ConditionedPoints
 from ._images import Images, check_images, check_labels
 
@@ -101,14 +102,37 @@ def from_uint8(
 def to_uint8(
     x: Float[Array | np.ndarray, "*shape"],
 ) -> UInt8[Array, "*shape"]:
-    """The inverse of [`flowdiffrax.data.from_uint8`][]: rounds, and clips to [-1, 1].
+    """Samples as 8-bit values: the inverse of [`flowdiffrax.data.from_uint8`][].
+
+    Rounds to the nearest value, in float32 at least, and clips to [-1, 1]. A sampler
+    that fails does not draw black images, so what is not finite is refused.
+    `flowdiffrax.metrics.to_uint8` is this function.
 
     **Arguments:**
 
-    - `x`: of any shape.
+    - `x`: of any shape; images have their last three axes.
 
-    **Raises:** `TypeError` for what is not of floating point.
+    **Raises:** `TypeError` for what is not of floating point, and `ValueError` for values
+    that are not finite; under `jax.jit`, an error at run time.
     """
-    if not jnp.issubdtype(jnp.result_type(x), jnp.floating):
-        raise TypeError(f"`to_uint8` takes floats in [-1, 1]; got {jnp.result_type(x)}.")
-    return jnp.clip(jnp.round((jnp.asarray(x) + 1) * 127.5), 0, 255).astype(jnp.uint8)
+    dtype = jnp.result_type(x)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(
+            f"`to_uint8` takes floats in [-1, 1]; got {dtype}. Images of 8 bits need no "
+            "rounding."
+        )
+    x = jnp.asarray(x)
+    # Bfloat16 has 8 bits for [-1, 1]: in it, the sum below would round once more.
+    x = x.astype(at_least_float32(x.dtype))
+    finite = jnp.isfinite(x)
+    whole = finite.all(axis=(-3, -2, -1)) if x.ndim >= 3 else finite
+    advice = "A score without them would flatter the sampler: find out why."
+    if is_concrete(whole):
+        if not whole.all():
+            what = "images hold values that" if x.ndim >= 3 else "values"
+            raise ValueError(
+                f"{jnp.sum(~whole)} of {whole.size} {what} are not finite. {advice}"
+            )
+    else:
+        x = eqx.error_if(x, ~whole, f"Some values of `x` are not finite. {advice}")
+    return jnp.clip(jnp.round((x + 1) * 127.5), 0, 255).astype(jnp.uint8)

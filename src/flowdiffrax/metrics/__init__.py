@@ -1,5 +1,6 @@
 """Distances between samples and what they should be."""
 
+from ..data import to_uint8 as to_uint8
 from ._alexnet import AlexNetFeatures as AlexNetFeatures
 from ._classifier import ClassifierFeatures as ClassifierFeatures
 from ._classifier import fit_classifier as fit_classifier
@@ -16,7 +17,6 @@ from ._distances import sliced_wasserstein as sliced_wasserstein
 from ._features import AbstractFeatures as AbstractFeatures
 from ._features import RandomFeatures as RandomFeatures
 from ._features import image_features as image_features
-from ._features import to_uint8 as to_uint8
 from ._frechet import FeatureStatistics as FeatureStatistics
 from ._frechet import frechet_distance as frechet_distance
 from ._inception import InceptionFeatures as InceptionFeatures

@@ -2,7 +2,6 @@
 
 import abc
 import functools
-import hashlib
 import math
 from collections.abc import Iterator, Sequence
 
@@ -10,51 +9,13 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Float, Float32, Key, UInt8
 
-from .. import data
 from .._custom_types import AbstractVar
+from .._fingerprint import fingerprint
 from .._misc import describe
 from ..data import Images
-
-
-def to_uint8(
-    images: Float[Array | np.ndarray, "*shape"],
-) -> UInt8[np.ndarray, "*shape"]:
-    """Samples as what they are scored as: 8-bit images, on the host.
-
-    By [`flowdiffrax.data.to_uint8`][], rounded to the nearest value and clipped. A
-    sampler that gives no numbers is not one that gives black images, so these are
-    refused.
-
-    **Arguments:**
-
-    - `images`: in [-1, 1], of shape `(..., height, width, channels)`.
-
-    **Raises:** `ValueError` if some images are not finite, or for fewer axes;
-    `TypeError` for integers.
-    """
-    # In bfloat16, a value could be off by one.
-    values = np.asarray(images)
-    if not jnp.issubdtype(values.dtype, jnp.floating):
-        raise TypeError(
-            f"`to_uint8` takes floats in [-1, 1]; got {values.dtype}. Images of 8 bits "
-            "need no rounding."
-        )
-    if values.ndim < 3:
-        raise ValueError(
-            "`images` must have shape (..., height, width, channels); got "
-            f"{values.shape}. Reshape vectors first."
-        )
-    whole = np.isfinite(values).all(axis=(-3, -2, -1))
-    if not whole.all():
-        raise ValueError(
-            f"{np.sum(~whole)} of {whole.size} images hold values that are not finite. "
-            "A score without them would flatter the sampler: find out why."
-        )
-    return np.asarray(data.to_uint8(values.astype(np.float32)))
 
 
 class AbstractFeatures(eqx.Module):
@@ -91,12 +52,7 @@ class AbstractFeatures(eqx.Module):
         Of their places, shapes, dtypes and values as they are used, not of the file that
         they came in: the same weights have the same one in every form.
         """
-        found = hashlib.sha256()
-        for path, leaf in jtu.tree_leaves_with_path(eqx.filter(self, eqx.is_array)):
-            array = np.asarray(leaf)
-            about = f"{jtu.keystr(path)} {array.shape} {array.dtype.str};"
-            found.update(about.encode() + array.tobytes())
-        return found.hexdigest()[:16]
+        return fingerprint(eqx.filter(self, eqx.is_array))
 
 
 class ConvStack(eqx.Module):

@@ -1,5 +1,6 @@
 """One exported training step, a loop around it, the folder of a run, and recipes."""
 
+from .._fingerprint import fingerprint as fingerprint
 from ._checkpoint import load as load
 from ._checkpoint import save as save
 from ._fit import TrainingDiverged as TrainingDiverged
