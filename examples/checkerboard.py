@@ -35,7 +35,7 @@ BASE_STD = 3**-0.5  # of the data, so that the flow need not rescale
 # A thousandth of the base is left in the data: it keeps the velocity bounded at t = 1.
 INTERPOLANT = fd.LinearInterpolant(sigma_min=1e-3)
 # Trajectories are saved on sixteenths, and closer where the squares take shape.
-GRID = jnp.asarray([*np.arange(16) / 16, 31 / 32, 63 / 64, 1.0])
+GRID = np.asarray([*np.arange(16) / 16, 31 / 32, 63 / 64, 1.0])
 JUMPS = (1, 2, 4, 8, 16)
 
 

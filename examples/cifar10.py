@@ -52,17 +52,17 @@ def smoke():
 
 def presets():
     """The papers' runs on these data, without the prefix, and `smoke`."""
-    names = [name for name in fd.train.recipes() if name.startswith(PREFIX)]
-    found = {name.removeprefix(PREFIX): fd.train.recipe(name) for name in names}
-    return {"smoke": smoke(), **found}
+    return image_runs.Presets({"smoke": smoke, **image_runs.published(PREFIX)})
 
 
-def load(path):
+def load(options):
     """Images to train on, and others to compare with."""
-    if path is None:
+    if options.data is None:
         images = fd.data.load_images(EMOJI)
         return images[::2], images[1::2]
-    return image_runs.load_split(path, fd.data.cifar10)
+    return image_runs.load_split(
+        options.data, fd.data.cifar10, checksums=options.checksums
+    )
 
 
 def main(line=None):
@@ -77,7 +77,7 @@ def main(line=None):
     )
     if options.data is None and options.preset != "smoke":
         raise SystemExit("--data is needed: the archive, or its folder; see docs/data.md")
-    return image_runs.main("cifar10", options, presets(), *load(options.data))
+    return image_runs.main("cifar10", options, presets(), lambda: load(options))
 
 
 if __name__ == "__main__":

@@ -37,13 +37,18 @@ ANGLES = 2 * np.pi * np.arange(8) / 8
 MEANS = 1.5 * np.stack([np.cos(ANGLES), np.sin(ANGLES)], axis=1)
 ARMS = np.stack([np.cos(ANGLES + np.pi / 3), np.sin(ANGLES + np.pi / 3)], axis=1)
 COVARIANCES = 0.01 * np.eye(2) + 0.2 * ARMS[:, :, None] * ARMS[:, None, :]
-vector_field = fd.exact.GaussianMixtureVelocity(np.ones(8), MEANS, COVARIANCES)
-pair_velocity = fd.LogDensityVelocity(vector_field)
 # Trajectories are saved on sixteenths, and closer where the arms take shape.
-GRID = jnp.asarray([*np.arange(14) / 16, 29 / 32, 15 / 16, 31 / 32, 63 / 64, 1.0])
+GRID = np.asarray([*np.arange(14) / 16, 29 / 32, 15 / 16, 31 / 32, 63 / 64, 1.0])
 base_log_prob = lambda x: jnp.sum(jax.scipy.stats.norm.logpdf(x))
 arm_densities = jax.vmap(jax.scipy.stats.multivariate_normal.pdf, (None, 0, 0))
 data_density = jax.jit(lambda x: arm_densities(x, MEANS, COVARIANCES).mean(axis=0))
+
+
+def pair_velocity(t, pair, args):
+    """Of a point and its log-density."""
+    # Not made once above: its arrays would start JAX when the script is imported.
+    velocity = fd.exact.GaussianMixtureVelocity(np.ones(8), MEANS, COVARIANCES)
+    return fd.LogDensityVelocity(velocity)(t, pair, args)
 
 
 def draw(key, n):

@@ -95,11 +95,24 @@ def by_diffrax(flow_map, number=10):
         print(f"FlowMapSolver in {jumps}: equal to the jumps to {difference:.1e}")
 
 
-def train_teacher(options):
-    """With the same options, into the folder that they name."""
-    its_own = dict(preset="teacher", objective=None, both_directions=False, teacher=None)
-    options = dataclasses.replace(options, **its_own, out=options.teacher, do=("train",))
-    image_runs.main("digits", options, presets(), *load())
+def teach(options):
+    """Trains the teacher of a distillation that names none, in the run's own folder."""
+    recipe = image_runs.with_options(presets()[options.preset], options)
+    if recipe.teacher is None or options.teacher is not None:
+        return
+    options.out = options.out or pathlib.Path(f"out/digits-{options.preset}")
+    own = options.out / "teacher"
+    if "train" in options.do:
+        options.teacher = own
+        with image_runs.in_one_line():
+            image_runs.check(recipe, options)
+        # With the same options, into the folder that they name.
+        changes = dict(preset="teacher", objective=None, both_directions=False)
+        train = dict(teacher=None, out=own, do=("train",))
+        options = dataclasses.replace(options, **changes, **train)
+        image_runs.main("digits", options, presets(), load)
+    elif (own / "map.fdx").is_file():
+        options.teacher = own
 
 
 def main(line=None):
@@ -108,18 +121,14 @@ def main(line=None):
         "digits", __doc__, presets(), "lmd", line, num_samples=2000, jumps=(1, 2, 4),
         report_every=50, save_every=200, grid_every=200,
     )  # fmt: skip
-    recipe = image_runs.with_options(presets()[options.preset], options)
-    if recipe.teacher is not None and options.teacher is None:
-        options.out = options.out or pathlib.Path(f"out/digits-{options.preset}")
-        teacher = options.out / "teacher"
-        if "train" in options.do and not options.distributed:
-            options.teacher = teacher
-            image_runs.check(recipe, options, load()[0])
-            train_teacher(options)
-        elif (teacher / "map.fdx").is_file():
-            options.teacher = teacher
-    rows = image_runs.main("digits", options, presets(), *load())
-    by_diffrax(image_runs.load_map(options.out, presets())[0])
+    if options.data is not None:
+        raise SystemExit("--data: the digits come with the package, and nothing is read")
+    with image_runs.in_one_line():
+        image_runs.join(options)
+    teach(options)
+    rows = image_runs.main("digits", options, presets(), load)
+    if "grid" in options.do and jax.process_index() == 0:
+        by_diffrax(image_runs.load_map(options.out, presets())[0])
     return rows
 
 

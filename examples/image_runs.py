@@ -2,14 +2,17 @@
 
 `digits.py`, `cifar10.py` and `imagenet32.py` each bring their presets and a way to load
 their images; everything else is here. A preset is a `flowdiffrax.train.Recipe`, printed
-in full before anything runs.
+in full before anything runs. What is wrong with the options or their files is said in
+one line, before images are read.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
 import pathlib
 import time
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 import diffrax
@@ -21,6 +24,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import optax
 import tyro
+from jax.experimental import multihost_utils
 
 import flowdiffrax as fd
 
@@ -55,6 +59,9 @@ class Options:
     data: pathlib.Path | None = None
     """The images: the script's own archive or folder, a folder of Parquet files or of
     pictures, or a file by `flowdiffrax.data.save_images`."""
+    checksums: bool = True
+    """Insist on the files of the release. `--no-checksums` is for files of your own in
+    its format."""
     out: pathlib.Path | None = None
     """Folder of the run; `out/<script>-<preset>` if not given. The same command goes on
     from its newest checkpoint, and skips what is done."""
@@ -124,11 +131,37 @@ class Options:
     training images."""
 
 
+class Presets(Mapping):
+    """Recipes by the names of presets, each made when it is asked for.
+
+    Some have arrays, which start JAX: too early for `join` while options are read.
+    """
+
+    def __init__(self, makers):
+        self._makers = makers
+
+    def __getitem__(self, name):
+        return self._makers[name]()
+
+    def __iter__(self):
+        return iter(self._makers)
+
+    def __len__(self):
+        return len(self._makers)
+
+
+def published(prefix):
+    """The papers' runs on some data, by their names without the prefix."""
+    names = [name for name in fd.train.recipes() if name.startswith(prefix)]
+    make = lambda name: functools.partial(fd.train.recipe, name)
+    return {name.removeprefix(prefix): make(name) for name in names}
+
+
 def parse(script, doc, presets, default, line=None, own=None, **defaults):
     """The options with the preset's name, from the command line or a list of words.
 
-    `defaults` are those that the script has in the place of the common ones, and `own`
-    those of a preset, by its name.
+    Only the names of the presets are read. `defaults` replace the common ones in this
+    script, and `own` those of a preset, by its name.
     """
     names = Annotated[
         Literal[tuple(presets)],  # type: ignore
@@ -172,27 +205,30 @@ def siblings(lsd):
     }
 
 
-def load_split(path, archive, test="test"):
+def load_split(path, archive, test="test", *, checksums=True):
     """Training images and held-out ones: the script's own archive, or other forms.
 
-    Of forms without splits, every tenth image is held out.
+    Of forms without splits, every tenth image is held out. Of the others, the held-out
+    part comes first: if it is missing, the larger one has not been read yet.
     """
     path = pathlib.Path(path)
     if any(path.glob("train*.parquet")):
-        return fd.data.parquet_images(path, "train"), fd.data.parquet_images(path, test)
-    if (path / "train").is_dir() and (path / test).is_dir():
-        read = lambda part: _read_folder(path / part)
-        return read("train"), read(test)
-    if path.suffix in (".npz", ".npy"):
+        read = functools.partial(fd.data.parquet_images, path)
+    elif (path / "train").is_dir() and (path / test).is_dir():
+        read = lambda part: _read_folder(path / part, checksums)
+    elif path.suffix in (".npz", ".npy"):
         return _one_in_ten(fd.data.load_images(path))
-    if path.is_dir() and not any(path.glob("*batch*")):
-        return _one_in_ten(_read_folder(path))
-    return archive(path, "train"), archive(path, test)
+    elif path.is_dir() and not any(path.glob("*batch*")):
+        return _one_in_ten(_read_folder(path, checksums))
+    else:
+        read = functools.partial(archive, path, checksums=checksums)
+    held_out = read(test)
+    return read("train"), held_out
 
 
-def _read_folder(path):
+def _read_folder(path, checksums):
     try:
-        return fd.data.load_images(path)
+        return fd.data.load_images(path, checksums=checksums)
     except FileNotFoundError:  # not written by `save_images`
         return fd.data.image_folder(path)
 
@@ -234,7 +270,8 @@ def with_options(recipe, options):
     if options.objective is not None:
         objective = OBJECTIVES[options.objective]()
         needs_one = options.objective in FROM_TEACHER
-        teacher = (teacher or "a teacher's run") if needs_one else None
+        own = f"{recipe.name} --objective flow-matching"
+        teacher = (teacher or own) if needs_one else None
         changes["teacher"] = teacher
         changes["starts_from_teacher"] = recipe.starts_from_teacher and needs_one
     if options.both_directions:
@@ -246,41 +283,110 @@ def with_options(recipe, options):
     return dataclasses.replace(recipe, **changes)
 
 
-def check(recipe, options, images):
-    """What can be known before training: told now, not hours later."""
-    shape = recipe.architecture.keywords["shape"]
-    if tuple(shape) != images.images.shape[1:]:
-        raise SystemExit(f"The preset is for images of {shape}; these are {images!r}")
-    needs = recipe.num_classes
-    if needs is not None and images.num_classes != needs:
-        raise SystemExit(f"The preset has {needs} classes; these are {images!r}")
+@contextlib.contextmanager
+def in_one_line():
+    """Ends the program with the message of an error alone, without a traceback."""
+    try:
+        yield
+    except (ImportError, OSError, ValueError) as error:
+        # The loaders speak of their argument, of which there is an option here.
+        message = str(error).replace("`checksums=False`", "`--no-checksums`")
+        raise SystemExit(" ".join(message.split())) from error
+
+
+def join(options):
+    """Joins the other processes, if there are any: before anything starts JAX."""
+    if not options.distributed or jax.distributed.is_initialized():
+        return
+    try:
+        jax.distributed.initialize(
+            options.coordinator, options.num_processes, options.process_id
+        )
+    except ValueError as error:
+        raise ValueError(
+            f"--distributed: {error} Outside SLURM, Open MPI and TPUs, give "
+            "--coordinator, --num-processes and --process-id."
+        ) from error
+
+
+def check(recipe, options):
+    """What the options tell alone: now, and not once images are read or a map trained."""
     for name, values in {
         "steps": (recipe.num_steps,),
         "batch-size": (recipe.batch_size,),
         "accumulate": (options.accumulate,),
+        "report-every": (options.report_every,),
+        "save-every": (options.save_every,),
+        "grid-every": (options.grid_every,),
         "jumps": options.jumps,
         "num-samples": (options.num_samples,),
         "sample-batch": (options.sample_batch,),
     }.items():
         if min(values, default=0) < 1:
             raise SystemExit(f"--{name} must be at least 1; got {values}")
-    if recipe.batch_size % options.accumulate != 0:
+    part, rest = divmod(recipe.batch_size, options.accumulate)
+    if rest != 0:
         raise SystemExit(
             f"--accumulate must divide the batch of {recipe.batch_size}; got "
             f"{options.accumulate}"
         )
-    if recipe.teacher is not None and options.teacher is None and "train" in options.do:
+    if options.all_devices and part % jax.device_count() != 0:
         raise SystemExit(
-            f"The preset learns from a teacher: train `--preset {recipe.teacher}` first, "
+            f"--all-devices: {jax.device_count()} devices do not divide {part} images at "
+            "a time; change --batch-size or --accumulate"
+        )
+    if recipe.teacher is not None and options.teacher is None and "train" in options.do:
+        # Recipes are named for their data, and presets are not.
+        preset = recipe.teacher.removeprefix(f"{recipe.data}-")
+        raise SystemExit(
+            f"The preset learns from a teacher: train `--preset {preset}` first, "
             "and give its folder as --teacher."
         )
-    if options.guidance != 1.0 and needs is None:
+    if options.guidance != 1.0 and recipe.num_classes is None:
         raise SystemExit(
             f"--guidance needs a preset with classes; {recipe.name} has none"
         )
-    if "scores" in options.do and options.features not in ("classifier", "random"):
-        if not pathlib.Path(options.features).is_file():
-            raise SystemExit(f"--features: there are no weights at {options.features}")
+    if not all(0 <= time < 1 for time in options.restarts):
+        raise SystemExit(f"--restarts must lie in [0, 1); got {options.restarts}")
+    if "scores" in options.do:
+        check_features(recipe, options)
+
+
+def check_features(recipe, options):
+    """That the files to score with are there, whole, and of one network."""
+    if options.features == "classifier":
+        features = None  # trained on the images
+    elif options.features == "random":
+        features = random_features(recipe.architecture.keywords["shape"])
+    elif pathlib.Path(options.features).is_file():
+        features = features_of_file(options.features, options.checksums)
+    else:
+        raise SystemExit(f"--features: there are no weights at {options.features}")
+    if options.statistics is None:
+        return
+    known = fd.metrics.FeatureStatistics.load(options.statistics).fingerprint
+    if None not in (features, known) and known != features.fingerprint:
+        raise SystemExit(
+            f"--statistics: {options.statistics} is of the features {known}, and "
+            f"--features {options.features} are {features.fingerprint}; give both of one "
+            "network"
+        )
+
+
+def check_images(recipe, options, images):
+    """Whether the images are what the preset and the scores need."""
+    shape = recipe.architecture.keywords["shape"]
+    if tuple(shape) != images.images.shape[1:]:
+        raise SystemExit(f"The preset is for images of {shape}; these are {images!r}")
+    needs = recipe.num_classes
+    if needs is not None and images.num_classes != needs:
+        raise SystemExit(f"The preset has {needs} classes; these are {images!r}")
+    if "scores" in options.do and options.features == "classifier":
+        if images.labels is None:
+            raise SystemExit(
+                f"--features classifier needs labels, and {images!r} has none; take "
+                "`random`"
+            )
 
 
 def config_of(script, options, recipe):
@@ -301,14 +407,20 @@ def config_of(script, options, recipe):
     }
 
 
-def load_map(folder, presets):
-    """The map of a finished run, and its configuration."""
+def load_map(folder, presets, script=None):
+    """The map of a finished run, of this script, and its configuration."""
     defaults = {field.name: field.default for field in dataclasses.fields(Options)}
 
     def make(config):
+        found = config["script"], config["preset"]
+        if script not in (None, found[0]) or found[1] not in presets:
+            raise SystemExit(
+                f"{path} is of examples/{found[0]}.py, preset {found[1]}: another "
+                "script's. Give a run of this one."
+            )
         known = {name: value for name, value in config.items() if name in defaults}
         options = Options(**known)
-        recipe = with_options(presets[config["preset"]], options)
+        recipe = with_options(presets[found[1]], options)
         net = recipe.network(key=jr.key(0))
         return fd.FlowMap(net, time_range=(0.0, 1.0))
 
@@ -321,38 +433,84 @@ def load_map(folder, presets):
     return flow_map, config
 
 
-def train(script, recipe, options, presets, images):
-    """Trains, or goes on, and writes `map.fdx`; nothing if it is there already."""
-    config = config_of(script, options, recipe)
+def teacher_of(script, recipe, options, presets):
+    """The map of a finished run that this one learns from, or `None`."""
+    if recipe.teacher is None or options.teacher is None:
+        return None
+    teacher, config = load_map(options.teacher, presets, script)
+    theirs = presets[config["preset"]]
+    for name in ("num_classes", "base_std"):
+        own, other = getattr(recipe, name), getattr(theirs, name)
+        if own != other:
+            raise SystemExit(
+                f"--teacher: {options.teacher} is of preset {theirs.name}, whose {name} "
+                f"is {other}; {recipe.name} has {own}. Give a teacher of the same flow."
+            )
+    return teacher
+
+
+def untrained(recipe, options, teacher):
+    """The map that training begins with: its own network, maybe the teacher's weights."""
     key = jr.key(options.seed)
-    teacher = None
-    if recipe.teacher is None:
-        net = recipe.network(key=key)
-    else:
-        velocity, _ = load_map(options.teacher, presets)
-        teacher = velocity.velocity
-        net = recipe.network(key=key)
-        if recipe.starts_from_teacher:
-            net = fd.nn.two_times(velocity.net, key=key)
+    net = recipe.network(key=key)
+    if recipe.starts_from_teacher:
+        weights, settings = eqx.partition(net, eqx.is_array)
+        given = eqx.filter(fd.nn.two_times(teacher.net, key=key), eqx.is_array)
+        given, own = jax.tree.leaves(given), jax.tree.leaves(weights)
+        if [leaf.shape for leaf in given] != [leaf.shape for leaf in own]:
+            raise SystemExit(
+                f"--teacher: the network in {options.teacher} is of another size, and "
+                "this one starts as it. Give both the same --channels and --num-blocks."
+            )
+        weights = jax.tree.unflatten(jax.tree.structure(weights), given)
+        net = eqx.combine(weights, settings)
+    return fd.FlowMap(net, time_range=(0.0, 1.0))
+
+
+def check_finished(options, config, teacher):
+    """That a finished run is the one that the options name."""
+    if config["preset"] != options.preset:
+        raise SystemExit(
+            f"{options.out} has a run of `--preset {config['preset']}`, not of "
+            f"{options.preset}: give that one, or another folder as --out."
+        )
+    taught = config.get("teacher_weights")
+    if None not in (taught, teacher) and taught != fd.train.fingerprint(teacher):
+        raise SystemExit(
+            f"--teacher: {options.teacher} did not teach the map in {options.out}. Give "
+            "the folder of its teacher, or none."
+        )
+
+
+def contents(images, teacher):
+    """What a run must find again besides its options, when it goes on."""
+    return {
+        "training_images": fd.train.fingerprint((images.images, images.labels)),
+        "teacher_weights": None if teacher is None else fd.train.fingerprint(teacher),
+    }
+
+
+def train(recipe, options, flow_map, teacher, images, run):
+    """Trains, or goes on; nothing if it is done already."""
     x0, labels = noise(recipe, options, 16, images)
     grids = fd.train.SampleGrids(
         options.out / "samples", x0, labels, num_jumps=options.jumps,
         every=options.grid_every,
     )  # fmt: skip
     return fd.train.fit(
-        fd.FlowMap(net, time_range=(0.0, 1.0)),
+        flow_map,
         recipe.objective,
         batches_of(recipe, options, images),
         recipe.optim(),
         num_steps=recipe.num_steps,
-        teacher=teacher,
+        teacher=None if teacher is None else teacher.velocity,
         ema_decay=recipe.ema_decay,
         accumulate=options.accumulate,
         parallel=fd.train.DataParallel() if options.all_devices else None,
-        run=fd.train.Run(options.out, config, save_every=options.save_every),
+        run=run,
         report_every=options.report_every,
         on_report=grids,
-        key=jr.fold_in(key, 1),
+        key=jr.fold_in(jr.key(options.seed), 1),
     )
 
 
@@ -471,18 +629,24 @@ def draw_all(draw, x0, labels, batch_size):
 
 
 def features_of(options, images):
-    """What distances are taken in, and a word for the table."""
-    shape = images.images.shape[1:]
+    """What distances are taken in."""
     if options.features == "random":
-        return fd.metrics.RandomFeatures(shape, key=jr.key(0))
+        return random_features(images.images.shape[1:])
     if options.features == "classifier":
-        if images.labels is None:
-            raise SystemExit("`--features classifier` needs labels; take `random`")
         print("Training the classifier whose features are the proxy")
         return fd.metrics.fit_classifier(images.images, images.labels, key=jr.key(0))
-    if options.features.endswith(".ckpt"):
-        return fd.metrics.AlexNetFeatures.load(options.features)
-    return fd.metrics.InceptionFeatures.load(options.features)
+    return features_of_file(options.features, options.checksums)
+
+
+def random_features(shape):
+    return fd.metrics.RandomFeatures(shape, key=jr.key(0))
+
+
+@functools.cache
+def features_of_file(path, checksums):
+    if path.endswith(".ckpt"):
+        return fd.metrics.AlexNetFeatures.load(path, checksums=checksums)
+    return fd.metrics.InceptionFeatures.load(path)
 
 
 def score(recipe, options, flow_map, teacher, images, held_out):
@@ -597,27 +761,39 @@ def table(rows):
     return "\n".join(lines)
 
 
-def main(script, options, presets, images, held_out):
-    """Does what the options ask for, and returns the scores."""
-    if options.distributed:
-        jax.distributed.initialize(
-            options.coordinator, options.num_processes, options.process_id
-        )
-    recipe = with_options(presets[options.preset], options)
-    check(recipe, options, images)
-    if options.out is None:
-        options.out = pathlib.Path(f"out/{script}-{options.preset}")
+def main(script, options, presets, load):
+    """Does what the options ask for, and returns the scores.
+
+    `load` returns the images to train on and others to compare with, and comes last of
+    what may fail: everything that the options tell is checked before.
+    """
+    with in_one_line():
+        join(options)
+        recipe = with_options(presets[options.preset], options)
+        if options.out is None:
+            options.out = pathlib.Path(f"out/{script}-{options.preset}")
+        check(recipe, options)
+        teacher = teacher_of(script, recipe, options, presets)
+        if "train" in options.do:
+            flow_map = untrained(recipe, options, teacher)
+        else:
+            flow_map, config = load_map(options.out, presets, script)
+            check_finished(options, config, teacher)
+        images, held_out = load()
+        check_images(recipe, options, images)
+        if "train" in options.do:
+            config = config_of(script, options, recipe) | contents(images, teacher)
+            run = fd.train.Run(options.out, config, save_every=options.save_every)
     print(recipe, f"Images\n  {images!r}\n  {held_out!r}, held out\n", sep="\n")
-    file = options.out / "map.fdx"
     if "train" in options.do:
-        state = train(script, recipe, options, presets, images)
-        if jax.process_index() > 0:
-            return []
-        fd.train.save(file, config_of(script, options, recipe), state.ema_map)
-    flow_map, _ = load_map(options.out, presets)
-    teacher = None
-    if recipe.teacher is not None and options.teacher is not None:
-        teacher, _ = load_map(options.teacher, presets)
+        state = train(recipe, options, flow_map, teacher, images, run)
+        if jax.process_index() == 0:
+            fd.train.save(options.out / "map.fdx", config, state.ema_map)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("the map is written")
+        flow_map, _ = load_map(options.out, presets, script)
+    if jax.process_index() > 0:
+        return []
     if "grid" in options.do:
         grid(recipe, options, flow_map, teacher, images)
     rows = []

@@ -19,8 +19,14 @@ PREFIX = "imagenet32-"
 
 def presets():
     """The runs on these data, without the prefix."""
-    names = [name for name in fd.train.recipes() if name.startswith(PREFIX)]
-    return {name.removeprefix(PREFIX): fd.train.recipe(name) for name in names}
+    return image_runs.Presets(image_runs.published(PREFIX))
+
+
+def load(options):
+    """Images to train on, and others to compare with."""
+    return image_runs.load_split(
+        options.data, fd.data.imagenet32, "val", checksums=options.checksums
+    )
 
 
 def main(line=None):
@@ -28,8 +34,7 @@ def main(line=None):
     options = image_runs.parse("imagenet32", __doc__, presets(), "teacher", line)
     if options.data is None:
         raise SystemExit("--data is needed: the folder of the images; see docs/data.md")
-    images = image_runs.load_split(options.data, fd.data.imagenet32, test="val")
-    return image_runs.main("imagenet32", options, presets(), *images)
+    return image_runs.main("imagenet32", options, presets(), lambda: load(options))
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ import flowdiffrax as fd
 
 T0, T1 = 0.0, 8.0
 LOW, HIGH = 0.5, 1.5  # of alpha, beta, gamma and delta
-OBSERVED, NOISE = jnp.arange(1.0, 9.0), 0.05
+OBSERVED, NOISE = np.arange(1.0, 9.0), 0.05
 
 
 def vector_field(t, x, args):

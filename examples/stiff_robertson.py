@@ -33,7 +33,7 @@ import flowdiffrax as fd
 # The equations of an implicit step ask for more digits than float32 has.
 jax.config.update("jax_enable_x64", True)
 T0, T1 = 0.0, 1e4
-GRID = jnp.asarray([0.0, *np.logspace(-5, 4, 73)])
+GRID = np.asarray([0.0, *np.logspace(-5, 4, 73)])
 TIMES = GRID[17::8]  # 1e-3, 1e-2, ...
 # Diffrax's default, a chord method, takes five times as many steps. Less exactly than
 # this, long steps can end on a wrong branch.

@@ -1,9 +1,15 @@
 """The scripts for images: options, forms of data, bad settings, and whole short runs."""
 
+import functools
 import json
+import os
 import pathlib
+import re
+import subprocess
 import sys
+import types
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -68,8 +74,8 @@ def test_options_change_what_is_printed():
 def test_distillation_from_another_objective_needs_a_teacher():
     options = digits_options("--objective", "eulerian-distillation")
     recipe = image_runs.with_options(digits.presets()["lsd"], options)
-    with pytest.raises(SystemExit, match="learns from a teacher"):
-        image_runs.check(recipe, options, digits.load()[0])
+    with pytest.raises(SystemExit, match="`--preset lsd --objective flow-matching` fir"):
+        image_runs.check(recipe, options)
     own = image_runs.with_options(
         digits.presets()["lmd"], digits_options("--objective", "lsd")
     )
@@ -83,33 +89,119 @@ def test_help_names_the_presets(capsys):
     assert "align-your-flow" in shown and "--num-samples" in shown
 
 
+def never():
+    raise AssertionError("images were read before the options were checked")
+
+
+def refused(script, words, message, load=never):
+    """Ends in one line that says this, before images are read."""
+    made = script.presets()
+    options = image_runs.parse(script.__name__, "", made, next(iter(made)), words)
+    with pytest.raises(SystemExit, match=message) as end:
+        image_runs.main(script.__name__, options, made, load)
+    assert "\n" not in end.value.code
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--accumulate", "3"], "must divide the batch of 128"),
+        (["--accumulate", "0"], "--accumulate must be at least 1"),
+        (["--steps", "0"], "--steps must be at least 1"),
+        (["--save-every", "0"], "--save-every must be at least 1"),
+        (["--jumps", "2", "0"], "--jumps must be at least 1"),
+        (["--sample-batch", "0"], "--sample-batch must be at least 1"),
+        (["--restarts", "0.5", "1"], r"--restarts must lie in \[0, 1\)"),
+        (["--channels", "-1"], "channels"),
+        (["--preset", "lmd"], "train `--preset teacher` first"),
+        (["--preset", "lmd", "--teacher", "absent"], "absent.map.fdx is not there"),
+        (["--features", "absent.pth"], "no weights at absent.pth"),
+        (["--features", __file__], "no zip, pickle or safetensors"),
+        (["--statistics", "absent.npz"], "no statistics at absent.npz"),
+        (["--do", "scores", "--out", "absent"], "absent.map.fdx is not there"),
+    ],
+)
+def test_bad_settings_are_refused_before_images_are_read(words, message):
+    refused(digits, words, message)
+
+
+@pytest.mark.parametrize("script", [cifar10, digits, imagenet32])
+def test_a_teacher_is_asked_for_by_its_preset(script):
+    presets, needed = script.presets(), 0
+    for name in presets:
+        options = image_runs.parse(script.__name__, "", presets, name, [])
+        recipe = image_runs.with_options(presets[name], options)
+        if recipe.teacher is not None:
+            with pytest.raises(SystemExit) as end:
+                image_runs.check(recipe, options)
+            found = re.search("train `--preset (.*)` first", end.value.code)[1]
+            assert isinstance(presets[found].objective, fd.FlowMatching)
+            needed += 1
+    assert needed > 0
+
+
 @pytest.mark.parametrize(
     ("words", "images", "message"),
     [
         ([], pictures(8, 3), "for images of"),
         ([], pictures(8, 1, num_classes=12), "has 10 classes"),
-        (["--accumulate", "3"], pictures(8, 1), "must divide the batch of 128"),
-        (["--accumulate", "0"], pictures(8, 1), "--accumulate must be at least 1"),
-        (["--steps", "0"], pictures(8, 1), "--steps must be at least 1"),
-        (["--jumps", "2", "0"], pictures(8, 1), "--jumps must be at least 1"),
-        (["--sample-batch", "0"], pictures(8, 1), "--sample-batch must be at least 1"),
-        (["--preset", "lmd"], pictures(8, 1), "train `--preset teacher` first"),
-        (["--features", "absent.pth"], pictures(8, 1), "no weights at absent.pth"),
+        (["--features", "classifier"], fd.data.Images(pictures(8, 1).images), "classes"),
     ],
 )
-def test_bad_settings_are_refused_before_training(words, images, message):
+def test_bad_images_are_refused_before_training(words, images, message):
     options = digits_options(*words)
-    recipe = image_runs.with_options(digits.presets()[options.preset], options)
+    recipe = image_runs.with_options(digits.presets()["lsd"], options)
     with pytest.raises(SystemExit, match=message):
-        image_runs.check(recipe, options, images)
+        image_runs.check_images(recipe, options, images)
+
+
+def test_the_proxy_needs_labels():
+    options = image_runs.parse("cifar10", "", cifar10.presets(), "smoke", [])
+    images = fd.data.Images(pictures().images)
+    with pytest.raises(SystemExit, match="--features classifier needs labels"):
+        image_runs.check_images(cifar10.presets()["smoke"], options, images)
+
+
+def test_statistics_of_other_features(tmp_path):
+    features = fd.metrics.RandomFeatures((8, 8, 1), key=jr.key(1))
+    images = pictures(8, 1, name="mine")
+    fd.metrics.FeatureStatistics.of(features, images).save(tmp_path / "s.npz")
+    words = ["--features", "random", "--statistics", str(tmp_path / "s.npz")]
+    refused(digits, words, f"is of the features {features.fingerprint}, and --features")
 
 
 def test_guidance_needs_classes():
-    options = image_runs.parse(
-        "cifar10", "", cifar10.presets(), "smoke", ["--guidance", "2"]
-    )
-    with pytest.raises(SystemExit, match="--guidance needs a preset with classes; smoke"):
-        image_runs.check(cifar10.presets()["smoke"], options, pictures())
+    refused(cifar10, ["--guidance", "2"], "--guidance needs a preset with classes; smoke")
+
+
+def test_digits_have_their_own_data():
+    with pytest.raises(SystemExit, match="--data: the digits come with the package"):
+        digits.main(["--data", "mine.npz"])
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("cifar10.py --preset lmd --data absent", "train `--preset teacher` first"),
+        ("digits.py --distributed", "--distributed: .*give --coordinator, --num"),
+    ],
+)
+def test_a_mistake_ends_in_one_line_and_a_status(line, message):
+    outside = {name: os.environ[name] for name in os.environ if "SLURM" not in name}
+    done = subprocess.run(
+        [sys.executable, *line.split()], capture_output=True, text=True, env=outside,
+        cwd=pathlib.Path(image_runs.__file__).parent,
+    )  # fmt: skip
+    assert done.returncode == 1 and done.stdout == ""
+    (said,) = done.stderr.splitlines()
+    assert re.search(message, said)
+
+
+def test_missing_images():
+    words = ["--preset", "teacher", *SMALL, "--data", "absent"]
+    load = lambda: imagenet32.load(types.SimpleNamespace(data="absent", checksums=True))
+    message = "ImageNet-32 is not at absent. Fetch Imagenet32_train.* and Imagenet32_val"
+    refused(imagenet32, words, message, load)
 
 
 @pytest.mark.parametrize("script", [imagenet32, cifar10])
@@ -155,6 +247,39 @@ def test_the_archive_is_asked_for_by_name(tmp_path):
         image_runs.load_split(tmp_path / "absent", fd.data.cifar10)
 
 
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_a_missing_part_is_noticed_before_the_other_is_read(part, tmp_path, monkeypatch):
+    fd.data.save_images(tmp_path / part, pictures())
+    names = {"train": [f"data_batch_{k}" for k in range(1, 6)], "test": ["test_batch"]}
+    for name in names[part]:
+        (tmp_path / f"{name}.bin").write_bytes(bytes(3073))
+    read, cifar = [], fd.data.cifar10
+
+    def counted(path, split, **settings):
+        found = cifar(path, split, **settings)
+        read.append(split)
+        return found
+
+    with pytest.raises(FileNotFoundError, match="CIFAR-10"):
+        image_runs.load_split(tmp_path, counted, checksums=False)
+    # The small part may have been read, and the large one never.
+    assert read == ["test"] * (part == "test")
+
+
+def test_files_of_ones_own_in_the_format_of_imagenet(tmp_path):
+    for name in [*(f"train_data_batch_{k}" for k in range(1, 11)), "val_data"]:
+        rows = pictures(number=2).images.reshape(2, -1)
+        np.savez(tmp_path / f"{name}.npz", data=rows, labels=np.asarray([1, 1000]))
+    words = ["--preset", "teacher", *SMALL, "--data", str(tmp_path)]
+    parse = functools.partial(
+        image_runs.parse, "imagenet32", "", imagenet32.presets(), "teacher"
+    )
+    load = lambda: imagenet32.load(parse(words))
+    refused(imagenet32, words, "md5 .*in this format, pass `--no-checksums`", load)
+    train, val = imagenet32.load(parse([*words, "--no-checksums"]))
+    assert len(train) == 20 and len(val) == 2
+
+
 def test_digits_are_split_once():
     train, test = digits.load()
     assert (len(train), len(test)) == (1347, 450)
@@ -182,6 +307,81 @@ def test_a_saved_map_is_rebuilt_from_its_options(tmp_path):
         np.testing.assert_array_equal(ours, theirs)
 
 
+def without_training(monkeypatch):
+    """Runs end at once, with the map that they begin with."""
+    keep = lambda recipe, options, flow_map, *_: types.SimpleNamespace(ema_map=flow_map)
+    monkeypatch.setattr(image_runs, "train", keep)
+
+
+def test_a_run_goes_on_with_its_own_images_and_teacher(tmp_path, monkeypatch):
+    without_training(monkeypatch)
+    words = [*SMALL, "--steps", "2", "--features", "random", "--do", "train"]
+    words += ["--out", str(tmp_path)]
+    digits.main(words)
+    digits.main(words)
+    images, held_out = digits.load()
+    images.images[700, 3, 3] ^= 1
+    with monkeypatch.context() as other:
+        other.setattr(digits, "load", lambda: (images, held_out))
+        # That of the teacher, which comes first.
+        with pytest.raises(SystemExit, match="`training_images` is [0-9a-f]{16} there"):
+            digits.main(words)
+    config, teacher = image_runs.load_map(tmp_path / "teacher", digits.presets())[::-1]
+    teacher = jax.tree.map(lambda x: x + 0.1 if eqx.is_array(x) else x, teacher)
+    fd.train.save(tmp_path / "other" / "map.fdx", config, teacher)
+    named = ["--preset", "lmd", "--teacher", str(tmp_path / "other")]
+    with pytest.raises(SystemExit, match="`teacher_weights` is [0-9a-f]{16} there"):
+        digits.main([*words, *named])
+    # Nor are its scores compared with another teacher's.
+    with pytest.raises(SystemExit, match="other did not teach the map in"):
+        digits.main([*words, *named, "--do", "grid"])
+    with pytest.raises(SystemExit, match="has a run of `--preset lmd`, not of lsd"):
+        digits.main([*words, "--preset", "lsd", "--do", "grid"])
+    # Taken by default, in the place where the run looks for it.
+    (tmp_path / "other" / "map.fdx").replace(tmp_path / "teacher" / "map.fdx")
+    monkeypatch.setattr(digits, "teach", functools.partial(teach_nothing, tmp_path))
+    with pytest.raises(SystemExit, match="`teacher_weights` is [0-9a-f]{16} there"):
+        digits.main(words)
+
+
+def teach_nothing(folder, options):
+    options.teacher = folder / "teacher"
+
+
+def test_a_student_has_its_own_settings_and_its_teachers_weights(tmp_path):
+    teacher = digits_options(*SMALL, "--preset", "teacher")
+    made = digits.presets()
+    recipe = image_runs.with_options(made["teacher"], teacher)
+    flow_map = fd.FlowMap(recipe.network(key=jr.key(3)), time_range=(0.0, 1.0))
+    config = image_runs.config_of("digits", teacher, recipe)
+    fd.train.save(tmp_path / "map.fdx", config, flow_map)
+    words = ["--preset", "lmd", "--teacher", str(tmp_path), "--precision", "bfloat16"]
+    options = digits_options(*SMALL, *words)
+    recipe = image_runs.with_options(made["lmd"], options)
+    start = image_runs.untrained(recipe, options, flow_map)
+    assert start.net.dtype == jnp.bfloat16 and flow_map.net.dtype != jnp.bfloat16
+    np.testing.assert_array_equal(start.net.first.weight, flow_map.net.first.weight)
+    refused(digits, [*words, "--channels", "16"], "of another size.*same --channels")
+
+
+@pytest.mark.parametrize(
+    ("script", "preset", "message"),
+    [
+        (digits, "teacher", "is of examples/digits.py, preset teacher: another script's"),
+        (imagenet32, "class-teacher", "whose num_classes is 1000; .*-lmd has None"),
+    ],
+)
+def test_a_teacher_of_another_flow(script, preset, message, tmp_path):
+    made = script.presets()
+    options = image_runs.parse(script.__name__, "", made, preset, SMALL)
+    recipe = image_runs.with_options(made[preset], options)
+    flow_map = fd.FlowMap(recipe.network(key=jr.key(3)), time_range=(0.0, 1.0))
+    config = image_runs.config_of(script.__name__, options, recipe)
+    fd.train.save(tmp_path / "map.fdx", config, flow_map)
+    words = [*SMALL, "--preset", "lmd", "--teacher", str(tmp_path)]
+    refused(imagenet32, words, message)
+
+
 def test_samplers_agree_on_an_exact_map():
     flow_map = fd.exact.GaussianFlowMap(
         fd.LinearInterpolant(), base_std=1.0, target_std=0.5
@@ -196,6 +396,12 @@ def test_samplers_agree_on_an_exact_map():
     )
     assert drawn.shape == x0.shape and drawn.dtype == np.uint8
     assert mean == 2 and seconds > 0
+
+
+def test_samples_that_are_no_numbers_are_not_scored():
+    broken = lambda x0, labels, key: (x0.at[1].set(jnp.nan), 1)
+    with pytest.raises(ValueError, match="1 of 4 images hold values that are not fin"):
+        image_runs.draw_all(broken, jnp.zeros((4, 8, 8, 1)), None, 4)
 
 
 # --- whole runs -----------------------------------------------------------------------

@@ -73,7 +73,12 @@ def imagenet32(
     """
     check_split(split, tuple(_BATCHES))
     files = _find(pathlib.Path(folder), split)
-    parts = [_read(file, checksums) for file in files]
+    if checksums:
+        # All of them before any is decoded, which takes longer.
+        for file in files:
+            if file.name in _MD5S:
+                check_file(file, _MD5S[file.name])
+    parts = [_read(file) for file in files]
     # One batch at a time: turned about in one piece, they would be in memory twice.
     num_images = sum(len(rows) for rows, _ in parts)
     images = np.empty((num_images, 32, 32, 3), np.uint8)
@@ -100,21 +105,22 @@ def _find(folder: pathlib.Path, split: str) -> list[pathlib.Path]:
         if len(absent) < len(files):
             what = f"A part of ImageNet-32, {', '.join(absent)},"
             raise missing(what, folder, _cure(split))
-    raise missing("ImageNet-32", folder, _cure(split))
+    # The other part too, if it is missing: whoever trains needs both.
+    found = lambda name: (folder / name).is_file() or (folder / f"{name}.npz").is_file()
+    absent = [part for part, names in _BATCHES.items() if not any(map(found, names))]
+    raise missing("ImageNet-32", folder, _cure(*absent))
 
 
-def _cure(split: str) -> str:
+def _cure(*splits: str) -> str:
     return (
-        f"Fetch {_ZIPS[split]}, the downsampled ImageNet of Chrabaszcz, Loshchilov and "
-        "Hutter, from the download page of ImageNet, which asks you to register, "
-        "and unpack it there."
+        f"Fetch {' and '.join(_ZIPS[split] for split in splits)}, the downsampled "
+        "ImageNet of Chrabaszcz, Loshchilov and Hutter, from the download page of "
+        "ImageNet, which asks you to register, and unpack it there."
     )
 
 
-def _read(path: pathlib.Path, checksums: bool) -> tuple[np.ndarray, np.ndarray]:
+def _read(path: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
     if path.suffix == ".npz":
-        if checksums:
-            check_file(path, _MD5S[path.name])
         return check_batch(path, read_npz(path))
     if path.stat().st_size > _MAX_PICKLE:
         raise damaged(path, f"{path.stat().st_size} bytes")
