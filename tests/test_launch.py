@@ -185,7 +185,8 @@ class Cluster:
             "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
             # The run that goes on has compiled it all before.
             "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         }
 
     def start(self, command):
@@ -212,8 +213,9 @@ def test_printed_command_of_slurm_is_stopped_and_goes_on(script, tmp_path):
     job = cluster.start(f"{command} {TOY}")
     try:
         metrics = run / "metrics.jsonl"
+        late = time.monotonic() + 300
         while not (metrics.is_file() and metrics.read_text().count("\n") >= 1):
-            assert job.poll() is None, cluster.said()
+            assert job.poll() is None and time.monotonic() < late, cluster.said()
             time.sleep(0.01)
         # JAX looks for the signal once a second: without the other task, no step is made
         # meanwhile, however fast the machine.
