@@ -434,6 +434,43 @@ def test_share_of_the_tolerance():
         fd.HybridSolver(EXACT, safety=2.0)
 
 
+class Claimed(fd.AbstractErrorEstimate):
+    """The map's jump, with an error that is made up."""
+
+    error: jax.Array
+
+    @property
+    def order(self):
+        return 5  # as Tsit5 has, so that the step size controller sees the error itself
+
+    def __call__(self, flow_map, vector_field, s, t, x, args=None):
+        return flow_map(s, t, x, args), self.error
+
+
+@eqx.filter_jit
+def judged(error, safety, rtol, atol, x):
+    """Whether a jump from `x` to `3 x` is taken, and the error that is reported."""
+    triple = lambda s, t, x, args: 3 * x
+    given = {"rtol": rtol, "atol": atol, "norm": lambda y: jnp.max(jnp.abs(y))}
+    hybrid = fd.HybridSolver(triple, estimate=Claimed(error), safety=safety, **given)
+    term = diffrax.ODETerm(FIELD)
+    state = hybrid.init(term, 0.1, 0.9, x, None)
+    _, reported, *_, state, _ = hybrid.step(term, 0.1, 0.9, x, None, state, False)
+    return state.num_learned == 1, reported
+
+
+@pytest.mark.parametrize("safety", [0.5, 0.1])
+def test_jump_may_use_its_share_of_the_tolerance(safety):
+    # Of 2e-3, from the larger end of the jump, 6, and of 1e-3; the other entry has more.
+    x, rtol, atol = jnp.asarray([2.0, -9.0]), jnp.asarray(1e-3 / 3), jnp.asarray(1e-3)
+    run = lambda error: judged(jnp.asarray([error, 0.0]), safety, rtol, atol, x)
+    taken, reported = run(0.9 * safety * 3e-3)
+    assert taken
+    # The controller is to see how much of its share was used.
+    assert_close(reported, jnp.asarray([0.9 * 3e-3, 0.0]))
+    assert not run(1.1 * safety * 3e-3)[0]
+
+
 @pytest.mark.parametrize("estimate", [fd.SemigroupDefect(), fd.AlekseevGroebner()])
 def test_other_estimates(estimate):
     off = lambda s, t, x, args: EXACT(s, t, x) + 0.1 * (t - s) ** 3
@@ -699,6 +736,16 @@ def test_sorted_chunks():
     difficulty = jnp.linalg.norm(xs, axis=1).at[3].set(jnp.nan)
     sorted_run = jax.jit(lambda xs: fd.vmap_sorted(run, xs, difficulty, chunk_size=4))
     assert_close(sorted_run(xs), jax.vmap(run)(xs), 1e-12, 1e-12)
+
+
+def test_chunks_keep_the_order_of_examples():
+    # Sorted as 1, 3, 0, 4, 2: one cycle, which is not its own inverse.
+    xs = {"a": jnp.arange(5.0), "b": jnp.arange(10.0).reshape(5, 2)}
+    difficulty = jnp.asarray([0.3, 0.1, jnp.nan, 0.2, 0.4])
+    double = lambda x: {"sum": x["a"] + jnp.sum(x["b"]), "b": 2 * x["b"]}
+    made = fd.vmap_sorted(double, xs, difficulty, chunk_size=2)
+    assert made["sum"].tolist() == [1.0, 6.0, 11.0, 16.0, 21.0]
+    assert made["b"].tolist() == (2 * xs["b"]).tolist()
 
 
 def test_chunks_of_easy_examples_end_early():

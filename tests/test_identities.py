@@ -3,6 +3,7 @@
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from helpers import gaussian_map, linear_map, nonlinear_field
 
@@ -56,6 +57,40 @@ def test_wrong_map_violates_each():
     with pytest.raises(testing.IdentityError) as caught:
         assert_all(Shifted(exact), exact.velocity, IDENTITIES, rtol=0.0, atol=1e-3)
     assert {failure.identity for failure in caught.value.failures} == {*IDENTITIES}
+
+
+def test_args_reach_the_map_and_the_teacher():
+    # Growth at a rate that both are told; 0.1 more for the map in each jump.
+    grown = lambda s, t, x, args: x * jnp.exp(args["rate"] * (t - s))
+    field = lambda t, x, args: args["rate"] * x
+    more = lambda s, t, x, args: grown(s, t, x, args) + 0.1 * args["rate"] * (t - s)
+    args, (s, u, t) = {"rate": jnp.asarray(0.7)}, (0.2, 0.4, 0.9)
+
+    def residuals(flow_map):
+        both = {
+            "lagrangian": fd.lagrangian_residual(flow_map, field, s, t, X, args),
+            "eulerian": fd.eulerian_residual(flow_map, field, s, t, X, args),
+        }
+        alone = {
+            "semigroup": fd.semigroup_residual(flow_map, s, u, t, X, args),
+            "inverse": fd.inverse_residual(flow_map, s, t, X, args),
+        }
+        return both | alone
+
+    for residual in residuals(grown).values():
+        assert jnp.allclose(residual, 0, atol=1e-12)
+    # By hand, with e the growth over a piece.
+    e = lambda h: np.exp(0.7 * h)
+    expected = {
+        "lagrangian": 0.07 * (1 - 0.7 * (t - s)),
+        "eulerian": -0.07,
+        "semigroup": 0.07 * ((u - s) * e(t - u) + (t - u) - (t - s)),
+        "inverse": 0.07 * (t - s) * (e(s - t) - 1),
+    }
+    for name, residual in residuals(more).items():
+        assert jnp.allclose(residual, expected[name], atol=1e-12), name
+    velocity = fd.FlowMap(lambda s, t, x, args: args["rate"] * x + 0.1)
+    assert jnp.allclose(fd.tangent_residual(velocity, field, t, X, args), 0.1)
 
 
 def test_each_residual_is_its_equation():

@@ -58,6 +58,24 @@ def test_jumps_start_at_the_step_before(t0, t1):
     assert_close(path.evaluate(ts[0], ts[1]), x1 - X)
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_sides_of_a_saved_time(sign):
+    # States that no jump connects: 10, 20 and 30 at times of which the map is told.
+    ts, ys = sign * jnp.asarray([0.0, 0.3, 1.0]), jnp.asarray([[10.0], [20.0], [30.0]])
+    path = fd.FlowMapInterpolation(ts, ys, lambda s, t, x, args: x * (1 + t - s))
+    before, after = 10 * (1 + sign * 0.3), 20.0
+    assert_close(path.evaluate(ts[1]), jnp.asarray([before]))
+    assert_close(path.evaluate(ts[1], left=True), jnp.asarray([before]))
+    assert_close(path.evaluate(ts[1], left=False), jnp.asarray([after]))
+    assert_close(path.derivative(ts[1]), jnp.asarray([10.0]))
+    assert_close(path.derivative(ts[1], left=True), jnp.asarray([10.0]))
+    assert_close(path.derivative(ts[1], left=False), jnp.asarray([20.0]))
+    end = 20 * (1 + sign * 0.7)
+    assert_close(path.evaluate(ts[1], ts[2]), jnp.asarray([end - before]))
+    assert_close(path.evaluate(ts[1], ts[2], left=False), jnp.asarray([end - after]))
+    assert_close(path.evaluate(ts[0], ts[1], left=False), jnp.asarray([after - 10]))
+
+
 def test_equals_diffrax_at_saved_times():
     flow_map, ts = mlp_map(), jnp.linspace(0.12, 0.88, 7)
     both = diffrax.SaveAt(

@@ -100,6 +100,21 @@ def test_alpha_flow_has_the_gradient_of_its_paper():
     assert_close(gradient(plain(fd.AlphaFlow, alpha=alpha)), expected, 1e-12)
 
 
+def test_schedule_of_alpha_flow():
+    # Half way through it is one half, and falls at the rate of a sigmoid, a quarter of
+    # its steepness; it starts at 1 and stops at its floor.
+    schedule = fd.sigmoid_schedule(1000)
+    values = jax.vmap(schedule)(jnp.arange(1001))
+    assert jnp.all(jnp.diff(values) <= 0)
+    assert_close(values[0], 1.0, 1e-5, 0)
+    assert_close(values[500], 0.5)
+    assert_close((values[501] - values[499]) / 2, -25 / 4 / 1000, 1e-5, 0)
+    assert_close(values[-1], 5e-3)
+    other = fd.sigmoid_schedule(1000, temperature=8.0, low=0.1)
+    assert_close((other(501) - other(499)) / 2, -8 / 4 / 1000, 1e-6, 0)
+    assert_close(other(1000), 0.1)
+
+
 def test_alpha_flow_at_one_is_flow_matching_of_every_jump():
     value, _ = value_and_grad(plain(fd.AlphaFlow, alpha=1.0))
     v_st = MAP.average_velocity(S, T, PATH.evaluate(S))
@@ -420,8 +435,14 @@ def test_flow_map_matching_by_finite_differences():
     I_t = PATH.evaluate(T)
     y = MAP(T, S, I_t)
     rate = finite_difference(lambda t: MAP(S, t, y), T, jnp.ones(()))
-    expected = jnp.sum((rate - (X1 - X0)) ** 2) + jnp.sum((MAP(S, T, y) - I_t) ** 2)
-    assert_close(fd.FlowMapMatching()(MAP, None, PATH, S, T), expected, 1e-7, 1e-7)
+    rate_error = jnp.sum((rate - (X1 - X0)) ** 2)
+    round_trip = jnp.sum((MAP(S, T, y) - I_t) ** 2)
+    for factor, objective in (
+        (1.0, fd.FlowMapMatching()),
+        (3.0, fd.FlowMapMatching(inverse_weight=3.0)),
+    ):
+        expected = rate_error + factor * round_trip
+        assert_close(objective(MAP, None, PATH, S, T), expected, 1e-7, 1e-7)
 
 
 def test_flow_map_matching_holds_nothing_fixed():

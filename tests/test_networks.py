@@ -234,6 +234,29 @@ def test_lowers_for_cuda(kind):
     assert "custom_call" not in lowered.as_text()
 
 
+# --- places and times -----------------------------------------------------------------
+
+
+def test_every_place_of_a_transformer_is_its_own():
+    # Four equal patches: only their places tell them apart.
+    patch = jr.normal(jr.key(2), (2, 2, 2))
+    made = value(shaken("DiT"), S, T, jnp.tile(patch, (2, 2, 1)))
+    patches = made.reshape(2, 2, 2, 2, 2).swapaxes(1, 2).reshape(4, -1)
+    for a in range(4):
+        for b in range(a):
+            assert max_abs(patches[a] - patches[b]) > 1e-3, (a, b)
+
+
+def test_patches_are_put_back_where_they_were():
+    # With blocks that add nothing, a pixel reaches its own patch alone.
+    blocks, rest = eqx.partition(shaken("DiT").blocks, eqx.is_array)
+    still = eqx.combine(jtu.tree_map(jnp.zeros_like, blocks), rest)
+    net = eqx.tree_at(lambda net: net.blocks, shaken("DiT"), still)
+    moved = value(net, S, T, X.at[0, 3, 1].add(1.0)) - value(net, S, T, X)
+    touched = jnp.any(moved != 0, axis=2)
+    assert touched.tolist() == [[False, False, True, True]] * 2 + [[False] * 4] * 2
+
+
 # --- conditions -----------------------------------------------------------------------
 
 

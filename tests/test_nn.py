@@ -55,6 +55,16 @@ def test_every_weight_learns(objective):
         assert max_abs(leaf) > 0
 
 
+@pytest.mark.parametrize("waves", [(), (1.0, 2.0)])
+def test_both_times_matter(waves):
+    # Each by itself, and in its own way, with the waves of them and without.
+    net = shaken(network(time_frequencies=waves))
+    base, later = net(S, T, X, None), 0.3
+    for other in (net(S + later, T, X, None), net(S, T + later, X, None)):
+        assert max_abs(other - base) > 1e-3
+    assert max_abs(net(T, S, X, None) - base) > 1e-3
+
+
 def test_args_matter():
     net = shaken(network(args_size=2))
     assert max_abs(net(S, T, X, jnp.ones(2)) - net(S, T, X, jnp.zeros(2))) > 1e-3

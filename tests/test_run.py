@@ -526,6 +526,24 @@ def test_wrong_bits_are_noticed(tmp_path):
         train(make(tmp_path))
 
 
+def test_every_leaf_has_its_checksum(six_steps):
+    run = make(six_steps)
+    like = train(None, 1)
+    path = six_steps / "checkpoints" / "6" / "about" / "about.json"
+    about = json.loads(path.read_text())
+    arrays = [leaf for leaf in jax.tree.leaves(like) if eqx.is_array(leaf)]
+    assert len(about["sums"]) == sum(leaf.size > 0 for leaf in arrays)
+    try:
+        for name, value in about["sums"].items():
+            path.write_text(json.dumps(about | {"sums": about["sums"] | {name: value ^ 1}}))
+            with pytest.raises(ValueError, match=r"checksums differ in \[") as error:
+                run.restore(like)
+            assert repr(name) in str(error.value)
+    finally:
+        path.write_text(json.dumps(about))
+        run.close()
+
+
 @pytest.mark.parametrize("dtype", [bool, "int8", "bfloat16", "float32", float, complex])
 def test_checksum_sees_every_bit(dtype):
     from flowdiffrax.train._run import _sum

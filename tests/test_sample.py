@@ -267,6 +267,22 @@ def test_restarts_keep_the_law_of_the_data(times, unroll):
     np.testing.assert_allclose(x1.std(axis=0), [0.6, 0.4], atol=0.009)
 
 
+def test_args_reach_every_jump_of_restarts():
+    # Jumps to the data that forget their start: the last one's end is left.
+    flow_map = lambda s, t, x, args: args["scale"] * (t - s) * jnp.ones_like(x)
+    run = lambda times: fd.sample_with_restarts(
+        flow_map,
+        fd.LinearInterpolant(),
+        X,
+        jnp.asarray(times, float),
+        {"scale": jnp.asarray(3.0)},
+        base=fd.data.GaussianBase(),
+        key=jr.key(0),
+    )
+    assert_close(run([]), jnp.full(2, 3.0))
+    assert_close(run([0.75]), jnp.full(2, 0.75))
+
+
 def test_a_restart_at_the_base_forgets_the_start():
     x1 = restarted([0.0], jnp.full((40_000, 2), 50.0))
     np.testing.assert_allclose(x1.mean(axis=0), [0.7, 0.5], atol=0.012)

@@ -1,0 +1,510 @@
+"""Which small mistakes in the library the quick tests do not notice.
+
+Each mutant is the library with one mistake: a lost argument, two times swapped, another
+default, a sign, a boundary, a wrong axis. Only the quick tests that run the line are
+asked, fastest first, until one fails. Needs Linux (it forks) and the `tests` group:
+
+    python benchmarks/mutation.py --sample 200 --seed 0 --workers 2
+
+The first run traces the quick tests once, which takes some ten to twenty minutes;
+`--trace` does so again, after tests or sources have changed. `--again` asks the survivors
+of the last run only, and `--list` prints mutants without running any. The mutants are a
+random sample, spread over the groups of modules; the report gives the share that was
+noticed with its 95 % interval, by group and by operator, and names each survivor.
+
+What is left out, since no test should see it: messages of errors, warnings, docstrings,
+annotations, and the mutants of `EQUIVALENT`, which change nothing, each with its reason.
+"""
+
+import argparse
+import ast
+import collections
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import typing
+import xml.etree.ElementTree
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCE = Path("src/flowdiffrax")
+# What is asked last, and what reads the sources themselves and would notice anything.
+TABLES, READERS = ("tests/test_defaults.py",), ("tests/test_mutants.py",)
+GROUPS = {
+    "identities": ["_identities.py"],
+    "objectives": ["_objective/*.py", "_times.py", "_interpolant.py", "_coupling.py"],
+    "solvers": ["_solver.py", "_hybrid.py", "_dense.py", "_sample.py", "_batch.py"],
+    "estimates": ["_estimate.py", "_a_posteriori.py"],
+    "train": ["train/*.py"],
+    "data": ["data/*.py"],
+}
+# (file, line as it should be, line as it is mistaken): why it is no mistake.
+EQUIVALENT: dict[tuple[str, str, str], str] = {}
+TIMES = {"s", "t", "u", "t0", "t1", "tprev", "tnext"}
+OPPOSITES = {
+    **{"max": "min", "maximum": "minimum", "argmax": "argmin", "amax": "amin"},
+    **{"floor": "ceil", "any": "all"},
+}
+OPPOSITES |= {there: here for here, there in OPPOSITES.items()}
+
+
+class Mutant(typing.NamedTuple):
+    group: str
+    file: str
+    operator: str
+    line: int  # the first of the node, counted from 1
+    scope: tuple[int, int]  # lines of the function or class around it
+    start: int  # in characters, of what is replaced
+    stop: int
+    new: str
+
+    def text(self, source: str) -> str:
+        return source[: self.start] + self.new + source[self.stop :]
+
+    def lines(self, source: str) -> tuple[str, str]:
+        """The statement's lines before and after, on one line each."""
+        first = source.rfind("\n", 0, self.start) + 1
+        last = source.find("\n", self.stop)
+        before = source[first:last]
+        after = source[first : self.start] + self.new + source[self.stop : last]
+        return " ".join(before.split()), " ".join(after.split())
+
+
+# Operators: each yields (operator, node that is replaced, its replacement)
+
+
+def changed(node: ast.expr, **fields) -> ast.expr:
+    return type(node)(**{**dict(ast.iter_fields(node)), **fields})
+
+
+def is_time(node: ast.expr) -> bool:
+    return isinstance(node, ast.Name) and node.id in TIMES
+
+
+def is_number(node: ast.AST | None) -> typing.TypeGuard[ast.Constant]:
+    return isinstance(node, ast.Constant) and isinstance(node.value, int | float)
+
+
+def other_number(value):
+    if isinstance(value, bool):
+        return not value
+    return value + 1 if isinstance(value, int) or value == 0 else value / 2
+
+
+def of_call(node: ast.Call):
+    for index, keyword in enumerate(node.keywords):
+        if keyword.arg is None:
+            continue
+        if keyword.arg in ("axis", "in_axes", "out_axes"):
+            yield from of_axis(keyword.value)
+        elif keyword.arg not in ("default", "static", "converter", "stacklevel"):
+            rest = node.keywords[:index] + node.keywords[index + 1 :]
+            yield "lost argument", node, changed(node, keywords=rest)
+    for index, argument in enumerate(node.args):
+        name = getattr(argument, "id", getattr(argument, "attr", None))
+        if name in ("args", "key", "weight", "z"):
+            yield "lost argument", argument, ast.Constant(None)
+        pair = node.args[index : index + 2]
+        if len(pair) == 2 and all(map(is_time, pair)):
+            args = [*node.args[:index], *pair[::-1], *node.args[index + 2 :]]
+            yield "swapped times", node, changed(node, args=args)
+
+
+def of_axis(node: ast.expr):
+    if isinstance(node, ast.Constant) and node.value in (0, 1, None):
+        other = {0: -1, 1: 0, None: 0}[node.value]
+        yield "wrong axis", node, ast.Constant(other)
+    elif isinstance(node, ast.UnaryOp) and is_number(node.operand):
+        yield "wrong axis", node, ast.Constant(0)
+    elif isinstance(node, ast.Tuple):
+        for element in node.elts:
+            yield from of_axis(element)
+
+
+def of_node(node: ast.AST):
+    match node:
+        case ast.Call():
+            yield from of_call(node)
+        case ast.Tuple(ctx=ast.Load(), elts=[first, second]):
+            if is_time(first) and is_time(second):
+                yield "swapped times", node, ast.Tuple([second, first], ast.Load())
+        case ast.BinOp(op=ast.Add()):
+            yield "sign", node, changed(node, op=ast.Sub())
+        case ast.BinOp(op=ast.Sub()):
+            yield "sign", node, changed(node, op=ast.Add())
+        case ast.UnaryOp(op=ast.USub(), operand=operand):
+            if not is_number(operand) or operand.value != 1:  # -1 is mostly an index
+                yield "sign", node, operand
+        case ast.Compare(ops=[op], left=left, comparators=[right]):
+            swap = {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt}
+            if type(op) in swap:
+                ops = [swap[type(op)]()]
+                yield "boundary", node, ast.Compare(left, ops, [right])
+        case ast.Attribute(attr=attr, ctx=ast.Load()) if attr in OPPOSITES:
+            yield "boundary", node, changed(node, attr=OPPOSITES[attr])
+        case ast.Attribute(attr="T", value=value):
+            yield "wrong axis", node, value
+        case ast.Name(id=name, ctx=ast.Load()) if name in OPPOSITES:
+            yield "boundary", node, ast.Name(OPPOSITES[name], ast.Load())
+        case ast.Constant(value=value) if type(value) in (int, float):
+            if value in (0, 1, 2):
+                yield "boundary", node, ast.Constant(1 - value if value < 2 else 1)
+
+
+def defaults_of(node: ast.AST):
+    """Default values of parameters and of fields."""
+    match node:
+        case ast.FunctionDef(args=args):
+            yield from [*args.defaults, *filter(None, args.kw_defaults)]
+        case ast.ClassDef(body=body):
+            for statement in body:
+                if isinstance(statement, ast.AnnAssign) and statement.value is not None:
+                    value = statement.value
+                    if isinstance(value, ast.Call):  # `eqx.field(default=...)`
+                        found = [k.value for k in value.keywords if k.arg == "default"]
+                        yield from found
+                    else:
+                        yield value
+
+
+def is_prose(node: ast.AST) -> bool:
+    """Whether nobody should test the inside of it."""
+    prose = ast.Raise | ast.JoinedStr | ast.Import | ast.ImportFrom
+    if isinstance(node, prose):
+        return True
+    if isinstance(node, ast.FunctionDef):
+        return node.name in ("__repr__", "__pdoc__", "__str__", "tree_pformat")
+    if isinstance(node, ast.If):
+        return "TYPE_CHECKING" in ast.unparse(node.test)
+    if isinstance(node, ast.Call):
+        return ast.unparse(node.func).split(".")[-1] in ("warn", "print", "cast")
+    return False
+
+
+def mutants_of(group: str, file: Path) -> list[Mutant]:
+    source = (ROOT / file).read_text()
+    starts = [0]
+    for line in source.splitlines(keepends=True):
+        starts.append(starts[-1] + len(line))
+    found = []
+
+    def offset(line, column):
+        text = source[starts[line - 1] : starts[line]]
+        return starts[line - 1] + len(text.encode()[:column].decode())
+
+    def visit(node, scope):
+        defaults = list(defaults_of(node))
+        for default in defaults:
+            if is_number(default):
+                new = ast.Constant(other_number(default.value))
+                add("changed default", default, new, scope_of(node))
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            scope = scope_of(node)
+        for operator, old, new in of_node(node):
+            add(operator, old, new, scope)
+        skipped = [id(default) for default in defaults if is_number(default)]
+        for name, value in ast.iter_fields(node):
+            if name in ("annotation", "returns", "decorator_list"):
+                continue
+            for child in value if isinstance(value, list) else [value]:
+                if isinstance(child, ast.AST) and not is_prose(child):
+                    axis = isinstance(child, ast.keyword) and child.arg in (
+                        "axis", "in_axes", "out_axes"
+                    )  # fmt: skip
+                    if id(child) not in skipped and not axis:
+                        visit(child, scope)
+
+    def scope_of(node):
+        return node.lineno, node.end_lineno
+
+    def add(operator, old, new, scope):
+        start = offset(old.lineno, old.col_offset)
+        stop = offset(old.end_lineno, old.end_col_offset)
+        text = ast.unparse(ast.fix_missing_locations(new))
+        if isinstance(old, ast.BinOp | ast.Compare | ast.Tuple | ast.UnaryOp):
+            text = f"({text})"
+        args = group, str(file), operator, old.lineno, scope, start, stop, text
+        found.append(Mutant(*args))
+
+    visit(ast.parse(source), (1, len(starts)))
+    return found
+
+
+def all_mutants(groups) -> list[Mutant]:
+    found = []
+    for group in groups:
+        for pattern in GROUPS[group]:
+            for path in sorted((ROOT / SOURCE).glob(pattern)):
+                found += mutants_of(group, path.relative_to(ROOT))
+    sources = {m.file: (ROOT / m.file).read_text() for m in found}
+    short = lambda m: (m.file.removeprefix(f"{SOURCE}/"), *m.lines(sources[m.file]))
+    return [mutant for mutant in found if short(mutant) not in EQUIVALENT]
+
+
+def draw(mutants: list[Mutant], size: int, seed: int) -> list[Mutant]:
+    """A sample of which every group has the share of its mutants, and at least 12."""
+    chosen, rng = [], random.Random(seed)
+    for group in GROUPS:
+        rows = [mutant for mutant in mutants if mutant.group == group]
+        count = max(12, round(size * len(rows) / max(len(mutants), 1)))
+        chosen += rng.sample(rows, min(count, len(rows)))
+    rng.shuffle(chosen)
+    return chosen
+
+
+# Which tests run a line, and how long they take
+
+
+def environment(folder: Path, tree: Path) -> dict[str, str]:
+    cache = {
+        "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+    return {**os.environ, **cache, "PYTHONPATH": str(tree / "src")}
+
+
+def copy_tree(tree: Path) -> None:
+    """The files of the project, as they are now."""
+    shutil.rmtree(tree, ignore_errors=True)
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout
+    for name in names.decode().split("\0"):
+        if name and (ROOT / name).is_file():
+            (tree / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, tree / name)
+
+
+def trace(folder: Path, workers: int) -> None:
+    """Runs the quick tests once, and notes which lines each of them runs."""
+    copy_tree(folder / "traced")
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "not slow"]
+    command += ["-n", str(workers), "--dist", "worksteal", "--cov", "--cov-context=test"]
+    command += ["--cov-report=", "--cov-fail-under=0", f"--junitxml={folder}/times.xml"]
+    env = environment(folder, folder / "traced")
+    env |= {"COVERAGE_FILE": str(folder / "lines.coverage"), "COVERAGE_CORE": "ctrace"}
+    subprocess.run(command, cwd=folder / "traced", env=env, check=False)
+
+
+class Trace:
+    """Which quick tests ran a line, and how long each of them took."""
+
+    def __init__(self, folder: Path):
+        import coverage
+
+        self.data = coverage.CoverageData(str(folder / "lines.coverage"))
+        self.data.read()
+        self.seconds = {}
+        for case in xml.etree.ElementTree.parse(folder / "times.xml").iter("testcase"):
+            name = case.get("classname", "").replace(".", "/") + ".py"
+            if not len(case):  # it passed
+                self.seconds[f"{name}::{case.get('name')}"] = float(case.get("time", 1))
+        self.files = {}
+        for path in self.data.measured_files():
+            _, _, tail = path.partition(f"{SOURCE}/")
+            self.files[tail] = self.data.contexts_by_lineno(path)
+
+    def tests(self, mutant: Mutant) -> list[str]:
+        """Those that run the line; what only an import runs, its scope or its file."""
+        lines = self.files.get(mutant.file.removeprefix(f"{SOURCE}/"), {})
+        first, last = mutant.scope
+        scope = range(first, last + 1)
+        for wanted in ([mutant.line], scope, list(lines)):
+            found = {c.split("|")[0] for line in wanted for c in lines.get(line, ()) if c}
+            found = {t for t in found & {*self.seconds} if not t.startswith(READERS)}
+            if found:
+                break
+        if mutant.operator == "changed default":
+            found |= {test for test in self.seconds if test.startswith(TABLES)}
+        cost = lambda test: (test.startswith(TABLES), self.seconds[test])
+        return sorted(found, key=cost)
+
+
+# Running
+
+
+def ask(tests: list[str], tree: Path, log: Path, *options: str) -> int:
+    """Starts a process that runs tests of a tree, and returns its number."""
+    pid = os.fork()
+    if pid > 0:
+        return pid
+    import pytest
+
+    os.setsid()
+    os.chdir(tree)
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    sys.dont_write_bytecode = True
+    sys.path.insert(0, str(tree / "src"))
+    os.environ["PYTHONPATH"] = sys.path[0]
+    options = ("-q", "--no-header", "-p", "no:cacheprovider", "--tb=line", *options)
+    status = int(pytest.main([*options, *tests]))
+    sys.stdout.flush()
+    os._exit(status)
+
+
+def failed(log: Path) -> list[str]:
+    lines = log.read_text().splitlines()
+    return [x.split(" ")[1] for x in lines if x.startswith(("FAILED ", "ERROR "))]
+
+
+class Job:
+    """A mutant in a worker's tree: a few seconds' worth of tests first, then the rest."""
+
+    def __init__(self, mutant: Mutant, tree: Path, trace: Trace):
+        self.mutant, self.tree, self.trace = mutant, tree, trace
+        self.log, self.status = tree / "log.txt", "survived"
+        tests, spent = trace.tests(mutant), 0.0
+        first = []
+        for test in tests:
+            spent += trace.seconds[test]
+            if not first or (spent < 10 and len(first) < 40):
+                first.append(test)
+        self.parts = [part for part in (first, tests[len(first) :]) if part]
+        self.source = (tree / mutant.file).read_text()
+        self.mtime = (tree / mutant.file).stat().st_mtime
+        (tree / mutant.file).write_text(mutant.text(self.source))
+        self.next()
+
+    def next(self) -> None:
+        tests = self.parts.pop(0) if self.parts else []
+        seconds = sum(self.trace.seconds[test] for test in tests)
+        self.deadline = time.time() + 120 + 10 * seconds
+        self.pid = ask(tests, self.tree, self.log, "-x") if tests else None
+        if self.pid is None:
+            self.status = "no test"
+
+    def is_done(self) -> bool:
+        if self.pid is None:
+            return True
+        ended, code = os.waitpid(self.pid, os.WNOHANG)
+        if not ended and time.time() < self.deadline:
+            return False
+        if not ended:
+            os.killpg(self.pid, signal.SIGKILL)
+            os.waitpid(self.pid, 0)
+            self.status = "too long"
+            return True
+        code = os.waitstatus_to_exitcode(code)
+        if code == 0 and self.parts:
+            self.next()
+            return False
+        if code:  # 2 if the library cannot even be imported
+            self.status = "noticed" if code in (1, 2) else f"exit status {code}"
+        return True
+
+    def result(self) -> dict:
+        path = self.tree / self.mutant.file
+        path.write_text(self.source)
+        os.utime(path, (self.mtime, self.mtime))
+        before, after = self.mutant.lines(self.source)
+        found = failed(self.log) if self.pid else []
+        result = {"status": self.status, "by": found[0] if found else None}
+        result |= {"file": self.mutant.file, "before": before, "after": after}
+        return result | {"group": self.mutant.group, "operator": self.mutant.operator}
+
+
+def run(mutants: list[Mutant], folder: Path, workers: int) -> list[dict]:
+    trace = Trace(folder)
+    trees = [folder / f"worker-{index}" for index in range(workers)]
+    for tree in trees:
+        copy_tree(tree)
+    os.environ.update(environment(folder, trees[0]))
+    # Every process has these already; the library itself it reads anew.
+    import diffrax, equinox, hypothesis, optax, optimistix, scipy.stats  # noqa
+
+    waiting, jobs, results = collections.deque(mutants), [], []
+    while waiting or jobs:
+        for tree in {*trees} - {job.tree for job in jobs}:
+            if waiting:
+                jobs.append(Job(waiting.popleft(), tree, trace))
+        time.sleep(0.05)
+        for job in [job for job in jobs if job.is_done()]:
+            jobs.remove(job)
+            results.append(job.result())
+            (folder / "results.json").write_text(json.dumps(results, indent=1))
+            print(f"{len(results):4d} {job.status:10} {results[-1]['file']}", end=" ")
+            print(results[-1]["operator"], results[-1]["by"] or "", flush=True)
+    # A test that fails without any mistake has noticed nothing.
+    tests = sorted({result["by"] for result in results if result["by"]})
+    os.waitpid(ask(tests, trees[0], folder / "log.txt"), 0)
+    for result in results:
+        if result["by"] in failed(folder / "log.txt"):
+            result["status"] = "fails anyway"
+    return results
+
+
+# Report
+
+
+def interval(noticed: int, total: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share."""
+    z, p = 1.96, noticed / total
+    middle, width = (
+        p + z**2 / (2 * total),
+        z * math.sqrt(p * (1 - p) / total + z**2 / (4 * total**2)),
+    )
+    return tuple((middle + sign * width) / (1 + z**2 / total) for sign in (-1, 1))
+
+
+def report(results: list[dict]) -> None:
+    noticed = lambda rows: sum(row["status"] in ("noticed", "too long") for row in rows)
+    for key in ("group", "operator"):
+        for name in sorted({result[key] for result in results}):
+            rows = [result for result in results if result[key] == name]
+            print(f"{name:18} {noticed(rows):4d} of {len(rows):4d}")
+    for result in results:
+        if not noticed([result]):
+            print(f"{result['status']}: {result['file']}, {result['operator']}")
+            print(f"    - {result['before']}\n    + {result['after']}")
+    total, tables = len(results), sum(r["by"] in TABLES for r in results)
+    low, high = interval(noticed(results), total)
+    print(f"noticed: {noticed(results)} of {total}, {noticed(results) / total:.1%}")
+    print(
+        f"95 % interval: {low:.1%} to {high:.1%}; by a table of defaults alone: {tables}"
+    )
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sample", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--groups", nargs="*", default=list(GROUPS), choices=GROUPS)
+    parser.add_argument("--folder", type=Path, default=ROOT / "out/mutation")
+    parser.add_argument("--trace", action="store_true")
+    parser.add_argument("--again", action="store_true")
+    parser.add_argument("--list", action="store_true")
+    options = parser.parse_args()
+    folder = options.folder.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    everything = all_mutants(options.groups)
+    mutants, known = draw(everything, options.sample, options.seed), []
+    changes = {m: m.lines((ROOT / m.file).read_text()) for m in everything}
+    if options.again:
+        last = json.loads((folder / "results.json").read_text())
+        known = [r for r in last if r["status"] in ("noticed", "too long")]
+        open_ = {(r["file"], r["before"], r["after"]) for r in last if r not in known}
+        mutants = [m for m in everything if (m.file, *changes[m]) in open_]
+    print(f"{len(mutants)} of {len(everything)} mutants")
+    if options.list:
+        for mutant in mutants:
+            print(f"{mutant.file}:{mutant.line} {mutant.operator}")
+            print("    - {}\n    + {}".format(*changes[mutant]))
+        return
+    if options.trace or not (folder / "times.xml").exists():
+        trace(folder, options.workers)
+    results = known + run(mutants, folder, options.workers)
+    (folder / "results.json").write_text(json.dumps(results, indent=1))
+    report(results)
+
+
+if __name__ == "__main__":
+    main()
