@@ -428,10 +428,6 @@ def test_share_of_the_tolerance():
     learned = lambda **options: counts(solve(off, tol=1e-4, options=options))
     assert learned() == (1, 0)
     assert learned(safety=0.1)[1] > 0
-    implicit = fd.HybridSolver(EXACT, diffrax.HalfSolver(diffrax.ImplicitEuler()))
-    assert implicit.safety == fd.HybridSolver(EXACT, diffrax.Kvaerno3()).safety == 0.1
-    with pytest.raises(ValueError, match="`safety` must be in \\(0, 1\\]; got 2"):
-        fd.HybridSolver(EXACT, safety=2.0)
 
 
 class Claimed(fd.AbstractErrorEstimate):
@@ -469,6 +465,16 @@ def test_jump_may_use_its_share_of_the_tolerance(safety):
     # The controller is to see how much of its share was used.
     assert_close(reported, jnp.asarray([0.9 * 3e-3, 0.0]))
     assert not run(1.1 * safety * 3e-3)[0]
+
+
+def test_default_share_of_the_tolerance():
+    # Less with an implicit fallback, below whatever wraps it.
+    assert fd.HybridSolver(EXACT).safety == 0.3
+    half = diffrax.HalfSolver(diffrax.ImplicitEuler())
+    for fallback in (diffrax.Kvaerno3(), half):
+        assert fd.HybridSolver(EXACT, fallback).safety == 0.1
+    with pytest.raises(ValueError, match="`safety` must be in \\(0, 1\\]; got 2"):
+        fd.HybridSolver(EXACT, safety=2.0)
 
 
 @pytest.mark.parametrize("estimate", [fd.SemigroupDefect(), fd.AlekseevGroebner()])

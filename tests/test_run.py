@@ -535,7 +535,8 @@ def test_every_leaf_has_its_checksum(six_steps):
     assert len(about["sums"]) == sum(leaf.size > 0 for leaf in arrays)
     try:
         for name, value in about["sums"].items():
-            path.write_text(json.dumps(about | {"sums": about["sums"] | {name: value ^ 1}}))
+            sums = about["sums"] | {name: value ^ 1}
+            path.write_text(json.dumps(about | {"sums": sums}))
             with pytest.raises(ValueError, match=r"checksums differ in \[") as error:
                 run.restore(like)
             assert repr(name) in str(error.value)

@@ -1,0 +1,439 @@
+"""Whatever takes `args` hands them on, to all that it calls.
+
+Nothing is computed where tracing will do: the map and the field of these tests fail
+without the `args` that they were made for, and note that they were asked.
+"""
+
+import inspect
+
+import diffrax
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import optax
+import pytest
+from test_train import EVERY
+
+import flowdiffrax as fd
+from flowdiffrax import testing
+
+X = jnp.asarray([0.8, -0.5])
+S, U, T = jnp.asarray(0.2), jnp.asarray(0.5), jnp.asarray(0.9)
+ARGS = {"rate": jnp.asarray(0.7)}
+KEY = jr.key(0)
+PATH = fd.LinearInterpolant()(X, -X)
+LINEAR = fd.LinearInterpolant()
+asked = set()
+
+
+def field(t, x, args):
+    asked.add("field")
+    return args["rate"] * x
+
+
+class Growth(fd.AbstractFlowMap):
+    """The flow map of `field`."""
+
+    def __call__(self, s, t, x, args=None):
+        asked.add("map")
+        return x * jnp.exp(args["rate"] * (jnp.asarray(t) - jnp.asarray(s)))
+
+
+def net(s, t, x, args):
+    asked.add("map")
+    return jax.tree_util.tree_map(lambda leaf: args["rate"] * jnp.sin(leaf), x)
+
+
+def vector_net(s, t, x, args):
+    return net(s, t, x, {"rate": args[0]})
+
+
+def guided(velocity, t, x, args):
+    return 2 * velocity(t, x, args)
+
+
+MAP, MAP_OF_NET = Growth(), fd.FlowMap(net)
+PAIR = (X, jnp.asarray(0.0))
+TERM = diffrax.ODETerm(field)
+
+
+def solved(solver, args):
+    controller = diffrax.ConstantStepSize()
+    if isinstance(solver, fd.AdaptiveFlowMapSolver | fd.HybridSolver):
+        controller = diffrax.PIDController(rtol=1e-3, atol=1e-3)
+    return diffrax.diffeqsolve(
+        TERM, solver, 0.1, 0.9, 0.2, X, args=args, stepsize_controller=controller
+    ).ys
+
+
+def of_objective(objective, kind):
+    """At a jump and on the diagonal."""
+    teacher = {"velocity": field, "map": MAP, None: None}[kind]
+    path = PATH
+    if isinstance(objective, fd.TrajectoryMatching):
+        ts = jnp.linspace(0.0, 1.0, 5)
+        path = fd.TrajectoryPath(ts, jnp.outer(1 + ts, X))
+
+    def call(args):
+        inputs = MAP_OF_NET, teacher, path
+        jump = objective(*inputs, S, T, args, key=KEY)
+        try:
+            return jump, objective.on_diagonal(*inputs, T, args, key=KEY)
+        except ValueError:  # it has none
+            return jump
+
+    return call
+
+
+def of_map(flow_map, x=X):
+    return lambda args: (
+        flow_map(S, T, x, args),
+        flow_map.velocity(T, x, args),
+        flow_map.average_velocity(S, T, x, args),
+    )
+
+
+# What is called, and what it is to ask: a map ("map"), a vector field, or both.
+BOTH = {"map", "field"}
+RESIDUALS = {
+    "lagrangian_residual": (
+        lambda args: fd.lagrangian_residual(MAP, field, S, T, X, args),
+        BOTH,
+    ),
+    "eulerian_residual": (
+        lambda args: fd.eulerian_residual(MAP, field, S, T, X, args),
+        BOTH,
+    ),
+    "tangent_residual": (lambda args: fd.tangent_residual(MAP, field, T, X, args), BOTH),
+    "semigroup_residual": (
+        lambda args: fd.semigroup_residual(MAP, S, U, T, X, args),
+        {"map"},
+    ),
+    "inverse_residual": (lambda args: fd.inverse_residual(MAP, S, T, X, args), {"map"}),
+}
+ERRORS = {
+    "alekseev_groebner_error": (
+        lambda args: fd.alekseev_groebner_error(MAP, field, S, T, X, args),
+        BOTH,
+    ),
+    "eulerian_error": (
+        lambda args: (
+            fd.eulerian_error(MAP, field, S, T, X, args),
+            fd.eulerian_error(MAP, field, S, T, X, args, exact=MAP),
+        ),
+        BOTH,
+    ),
+    "linearised_error": (
+        lambda args: fd.linearised_error(MAP, field, S, T, X, args),
+        BOTH,
+    ),
+    "lagrangian_bound": (
+        lambda args: (
+            fd.lagrangian_bound(MAP, field, S, T, X, args),
+            fd.lagrangian_bound(
+                MAP, field, S, T, X, args, growth=lambda t, x, args: args["rate"]
+            ),
+        ),
+        BOTH,
+    ),
+    "logarithmic_norm": (lambda args: fd.logarithmic_norm(field, T, X, args), {"field"}),
+    "AlekseevGroebner": (
+        lambda args: fd.AlekseevGroebner()(MAP, field, S, T, X, args),
+        BOTH,
+    ),
+    "LagrangianDefect": (
+        lambda args: fd.LagrangianDefect()(MAP, field, S, T, X, args),
+        BOTH,
+    ),
+    "LinearisedError": (
+        lambda args: fd.LinearisedError()(MAP, field, S, T, X, args),
+        BOTH,
+    ),
+    "ResidualIntegral": (
+        lambda args: fd.ResidualIntegral()(MAP, field, S, T, X, args),
+        BOTH,
+    ),
+    "SemigroupDefect": (
+        lambda args: fd.SemigroupDefect()(MAP, field, S, T, X, args),
+        {"map"},
+    ),
+}
+INNER = {
+    "AutonomousFlowMap": (of_map(fd.AutonomousFlowMap(MAP)), {"map"}),
+    "ComposedFlowMap": (of_map(fd.ComposedFlowMap(MAP, 3)), {"map"}),
+    "DefectCorrectedFlowMap": (of_map(fd.DefectCorrectedFlowMap(MAP, field)), BOTH),
+    "FlowMap": (of_map(MAP_OF_NET), {"map"}),
+    "GuidedFlowMap": (of_map(fd.GuidedFlowMap(MAP, guided)), {"map"}),
+    "HypersolverFlowMap": (of_map(fd.HypersolverFlowMap(field, net)), BOTH),
+    "InverseFlowMap": (of_map(fd.InverseFlowMap(MAP)), {"map"}),
+    "LogDensityFlowMap": (
+        lambda args: (
+            of_map(fd.LogDensityFlowMap(fd.FlowMap(fd.LogDensityNet(net))))(args),
+            fd.LogDensityFlowMap(fd.FlowMap(net)).with_log_det(S, T, X, args),
+        ),
+        {"map"},
+    ),
+    "NormalisedFlowMap": (
+        of_map(fd.Normalisation(jnp.zeros(2), jnp.ones(2)).flow_map(MAP)),
+        {"map"},
+    ),
+    "ODEFlowMap": (of_map(fd.ODEFlowMap(field)), {"field"}),
+    "ProjectedFlowMap": (
+        of_map(
+            fd.ProjectedFlowMap(
+                MAP, fd.ConserveInvariants(lambda x, args: args["rate"] * jnp.sum(x**2))
+            )
+        ),
+        {"map"},
+    ),
+    "RescheduledFlowMap": (
+        of_map(fd.RescheduledFlowMap(MAP, LINEAR, fd.TrigonometricInterpolant())),
+        {"map"},
+    ),
+    "AbstractFlowMap": (of_map(MAP), {"map"}),
+    "nn.Ravelled": (
+        lambda args: fd.nn.Ravelled(vector_net)(S, T, {"x": X}, args),
+        {"map"},
+    ),
+    "LogDensityNet": (lambda args: fd.LogDensityNet(net)(S, T, PAIR, args), {"map"}),
+}
+FIELDS = {
+    "AutoguidedVelocity": (
+        lambda args: fd.AutoguidedVelocity(field, field, 2.0)(T, X, args),
+        {"field"},
+    ),
+    "GuidedVelocity": (
+        lambda args: fd.GuidedVelocity(field, guided)(T, X, args),
+        {"field"},
+    ),
+    "LogDensityVelocity": (
+        lambda args: fd.LogDensityVelocity(field)(T, PAIR, args),
+        {"field"},
+    ),
+    "VelocityFromDenoiser": (
+        lambda args: fd.VelocityFromDenoiser(field, LINEAR)(T, X, args),
+        {"field"},
+    ),
+    "VelocityFromNoise": (
+        lambda args: fd.VelocityFromNoise(field, LINEAR)(T, X, args),
+        {"field"},
+    ),
+    "VelocityFromScore": (
+        lambda args: fd.VelocityFromScore(field, LINEAR)(T, X, args),
+        {"field"},
+    ),
+    "divergence": (lambda args: fd.divergence(field, T, X, args), {"field"}),
+}
+LOG_DETS = {
+    "DivergenceIntegral": fd.DivergenceIntegral(vector_field=field),
+    "ExactJacobian": fd.ExactJacobian(),
+    "PowerSeries": fd.PowerSeries(),
+    "LearnedLogDet": fd.LearnedLogDet(),
+}
+
+
+def log_det_map(method):
+    learned = isinstance(method, fd.LearnedLogDet)
+    return fd.LogDensityFlowMap(fd.FlowMap(net)) if learned else MAP
+
+
+def of_log_det(method):
+    asks = {"field"} if isinstance(method, fd.DivergenceIntegral) else set()
+    flow_map = log_det_map(method)
+    return lambda args: method(flow_map, S, T, X, args, key=KEY), {"map", *asks}
+
+
+def normal(x):
+    return -jnp.sum(x**2)
+
+
+LIKELIHOODS = {name: of_log_det(method) for name, method in LOG_DETS.items()} | {
+    "log_det": (lambda args: fd.log_det(MAP, S, T, X, args), {"map"}),
+    "log_prob": (
+        lambda args: (
+            fd.log_prob(MAP, normal, X, 2, args),
+            fd.log_prob(MAP, normal, X, 2, args, inverse=fd.invert),
+        ),
+        {"map"},
+    ),
+    "pull_back": (lambda args: fd.pull_back(MAP, X, 2, args), {"map"}),
+    "sample_log_prob": (
+        lambda args: fd.sample_log_prob(MAP, normal, X, 2, args),
+        {"map"},
+    ),
+    "invert": (lambda args: fd.invert(MAP, S, T, X, args), {"map"}),
+}
+SAMPLES = {
+    "AdaptiveFlowMapSolver": (
+        lambda args: solved(fd.AdaptiveFlowMapSolver(MAP), args),
+        BOTH,
+    ),
+    "FlowMapSolver": (lambda args: solved(fd.FlowMapSolver(MAP), args), BOTH),
+    "HybridSolver": (lambda args: solved(fd.HybridSolver(MAP), args), BOTH),
+    "FlowMapInterpolation": (
+        lambda args: fd.FlowMapInterpolation(
+            jnp.stack([S, T]), jnp.stack([X, X]), MAP, args
+        ).evaluate(U),
+        {"map"},
+    ),
+    "sample": (
+        lambda args: (fd.sample(MAP, X, 1, args), fd.sample(MAP, X, 3, args)),
+        {"map"},
+    ),
+    "sample_with_restarts": (
+        lambda args: fd.sample_with_restarts(
+            MAP, LINEAR, X, S[None], args, base=fd.data.GaussianBase(), key=KEY
+        ),
+        {"map"},
+    ),
+    "solve_trajectories": (
+        lambda args: fd.solve_trajectories(field, X[None], jnp.stack([S, T]), args),
+        {"field"},
+    ),
+}
+
+
+def rows(args):
+    return {"rate": jnp.full(2, args["rate"])}
+
+
+PATHS = LINEAR(jnp.stack([X, X]), jnp.stack([-X, X]))
+LMD = fd.LagrangianMapDistillation()
+
+
+def updated(args):
+    optim, start = optax.sgd(0.1), fd.FlowMap(fd.nn.MLP(2, 4, 1, key=KEY))
+    state = fd.train.TrainState.create(start, optim, key=KEY)
+    inputs = state, LMD, optim, field, PATHS, rows(args)
+    return fd.train.update(*inputs, key=KEY, ema_decay=0.9)[1].loss
+
+
+BATCHES = {
+    "batch_loss": (
+        lambda args: fd.batch_loss(LMD, MAP, field, PATHS, rows(args), key=KEY)[0],
+        BOTH,
+    ),
+    "train.update": (updated, {"field"}),
+}
+OBJECTIVES = {
+    name: (
+        of_objective(getattr(fd, name)(), kind),
+        {"map", "field"} if kind == "velocity" else {"map"},
+    )
+    for name, kind in EVERY.items()
+}
+EVERYTHING = {
+    **{**RESIDUALS, **ERRORS, **INNER, **FIELDS, **LIKELIHOODS, **SAMPLES, **BATCHES},
+    **OBJECTIVES,
+}
+
+
+@pytest.mark.parametrize("name", EVERYTHING)
+def test_args_reach_all_that_is_called(name):
+    call, callees = EVERYTHING[name]
+    asked.clear()
+    jax.eval_shape(call, ARGS)
+    assert asked == callees
+
+
+TIMES, XS = (S[None], U[None], T[None]), X[None]
+S_, U_, T_ = TIMES
+# What gives numbers or says no: computed, on a batch of one.
+REPORTS = {
+    "metrics.defects": lambda args: fd.metrics.defects(MAP, field, S_, T_, XS, XS, args),
+    "metrics.loss_by_times": lambda args: fd.metrics.loss_by_times(
+        LMD,
+        MAP,
+        field,
+        PATHS,
+        jax.tree.map(lambda leaf: jnp.tile(leaf, 2), args),
+        key=KEY,
+    ),
+    "testing.assert_average_velocity": lambda args: testing.assert_average_velocity(
+        MAP, S_, T_, XS, args
+    ),
+    "testing.assert_both_directions": lambda args: testing.assert_both_directions(
+        MAP, S_, T_, XS, args
+    ),
+    "testing.assert_dense_output": lambda args: testing.assert_dense_output(
+        MAP, S_, T_, XS, args, num_steps=1
+    ),
+    "testing.assert_eulerian": lambda args: testing.assert_eulerian(
+        MAP, field, S_, T_, XS, args
+    ),
+    "testing.assert_identities": lambda args: testing.assert_identities(
+        MAP, field, *TIMES, XS, args, identities=["semigroup"]
+    ),
+    "testing.assert_inverse": lambda args: testing.assert_inverse(MAP, S_, T_, XS, args),
+    "testing.assert_lagrangian": lambda args: testing.assert_lagrangian(
+        MAP, field, S_, T_, XS, args
+    ),
+    "testing.assert_positive_jacobian": lambda args: testing.assert_positive_jacobian(
+        MAP, S_, T_, XS, args
+    ),
+    "testing.assert_semigroup": lambda args: testing.assert_semigroup(
+        MAP, *TIMES, XS, args
+    ),
+    "testing.assert_solver_equals_map": lambda args: testing.assert_solver_equals_map(
+        MAP, S_, T_, XS, args, num_steps=1
+    ),
+    "testing.assert_starts_as_identity": lambda args: testing.assert_starts_as_identity(
+        MAP, S_, XS, args
+    ),
+    "testing.assert_tangent": lambda args: testing.assert_tangent(
+        MAP, field, T_, XS, args
+    ),
+    "testing.defect_report": lambda args: testing.defect_report(
+        MAP, field, states=XS, num_times=2, args=args
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REPORTS)
+def test_args_reach_what_is_measured(name):
+    REPORTS[name]({"rate": ARGS["rate"][None]})
+
+
+# Elsewhere, with a reason.
+OTHERS = {
+    # A condition or a scale is taken out of `args`, or put into it: `test_guidance.py`.
+    *("ClassifierFreeGuidance", "MeanFlowGuidance"),
+    # `args` are conditions of a pool, drawn with its points: `test_data.py`.
+    *("data.ConditionedPoints", "data.InterpolantBatches", "data.StateBatches"),
+    *("data.TrajectoryBatches", "AbstractCoupling", "IndependentCoupling"),
+    "OptimalTransportCoupling",
+    # Closed forms take them and need none.
+    *("exact.GaussianFlowMap", "exact.GaussianMixtureVelocity", "exact.LinearFlowMap"),
+    *("exact.UniformBoxesVelocity", "testing.KnownField"),
+    # `args` are inputs of the network: `test_nn.py`, `test_networks.py`.
+    *("nn.MLP", "nn.DiT", "nn.UNet", "nn.MagnitudePreservingUNet"),
+    # By the maps that use it, `ProjectedFlowMap` above.
+    "ConserveInvariants",
+    # Abstract, or a result that quotes them.
+    *("AbstractErrorEstimate", "AbstractLogDet", "AbstractObjective"),
+    *("AbstractResidualObjective", "testing.Failure"),
+    # `test_reports.py` and, by the assertions that it makes, `test_testing.py`.
+    *("train.SampleGrids", "testing.check"),
+}
+
+
+def takes_args(value):
+    """Whether a function, or a class by its `__call__` or `step`, takes `args`."""
+    own = [value]
+    for base in value.__mro__[:-1] if isinstance(value, type) else ():
+        own += [vars(base)[name] for name in ("__call__", "step") if name in vars(base)]
+    return any(
+        "args" in inspect.signature(one).parameters for one in own if callable(one)
+    )
+
+
+def test_everything_that_takes_args_is_listed():
+    found = set()
+    for module in (fd, fd.data, fd.exact, fd.metrics, fd.nn, fd.train, testing):
+        prefix = module.__name__.partition(".")[2]
+        for name, value in vars(module).items():
+            is_own = getattr(value, "__module__", "").startswith("flowdiffrax")
+            if not name.startswith("_") and is_own and callable(value):
+                if takes_args(value):
+                    found.add(f"{prefix}.{name}" if prefix else name)
+    assert found == {*EVERYTHING, *REPORTS, *OTHERS}
