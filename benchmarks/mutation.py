@@ -43,7 +43,17 @@ GROUPS = {
     "estimates": ["_estimate.py", "_a_posteriori.py"],
     "train": ["train/*.py"],
     "data": ["data/*.py"],
+    "rest": [
+        *("_flow_map/*.py", "_derivative.py", "_guidance.py", "_inversion.py"),
+        *("_likelihood.py", "_log_density.py", "_log_det.py", "_normalisation.py"),
+        *("_teacher.py", "_trace.py", "_trajectory.py"),
+        *("exact/*.py", "metrics/*.py", "nn/*.py", "plot/*.py", "testing/*.py"),
+    ],
 }
+OPERATORS = [
+    *("lost argument", "ignored argument", "changed default"),
+    *("swapped times", "sign", "boundary", "wrong axis"),
+]
 # (file, line as it should be, line as it is mistaken): why it is no mistake.
 EQUIVALENT: dict[tuple[str, str, str], str] = {}
 TIMES = {"s", "t", "u", "t0", "t1", "tprev", "tnext"}
@@ -173,6 +183,34 @@ def defaults_of(node: ast.AST):
                         yield value
 
 
+def ignored(node: ast.AST):
+    """Parameters and fields that always have their default: (node, text in its place)."""
+    match node:
+        case ast.FunctionDef(args=args, body=[*_, _] as body):
+            if isinstance(body[0], ast.Expr):  # docstring
+                body = body[1:]
+            named = [*zip(args.args[::-1], args.defaults[::-1], strict=False)]
+            named += [*zip(args.kwonlyargs, args.kw_defaults, strict=True)]
+            for parameter, default in named:
+                if body and default is not None:
+                    line = f"{parameter.arg} = {ast.unparse(default)}"
+                    yield body[0], f"{line}\n{' ' * body[0].col_offset}{{}}"
+        case ast.ClassDef(body=body, decorator_list=[]):
+            for field in body:
+                if not isinstance(field, ast.AnnAssign) or field.value is None:
+                    continue
+                value, rest = field.value, {}
+                if isinstance(value, ast.Call) and "field" in ast.unparse(value.func):
+                    rest = {k.arg: ast.unparse(k.value) for k in value.keywords}
+                default = rest.pop("default", None if rest else ast.unparse(value))
+                if default and not default.startswith(
+                    ("ClassVar", "stop_gradient_field")
+                ):
+                    rest["converter"] = f"lambda _: {default}"
+                    rest = ", ".join(f"{k}={v}" for k, v in rest.items())
+                    yield field.value, f"eqx.field(default={default}, {rest})"
+
+
 def is_prose(node: ast.AST) -> bool:
     """Whether nobody should test the inside of it."""
     prose = ast.Raise | ast.JoinedStr | ast.Import | ast.ImportFrom
@@ -208,6 +246,8 @@ def mutants_of(group: str, file: Path) -> list[Mutant]:
             scope = scope_of(node)
         for operator, old, new in of_node(node):
             add(operator, old, new, scope)
+        for old, text in ignored(node):
+            add("ignored argument", old, text, scope)
         skipped = [id(default) for default in defaults if is_number(default)]
         for name, value in ast.iter_fields(node):
             if name in ("annotation", "returns", "decorator_list"):
@@ -226,7 +266,10 @@ def mutants_of(group: str, file: Path) -> list[Mutant]:
     def add(operator, old, new, scope):
         start = offset(old.lineno, old.col_offset)
         stop = offset(old.end_lineno, old.end_col_offset)
-        text = ast.unparse(ast.fix_missing_locations(new))
+        if isinstance(new, str):
+            text = new.replace("{}", source[start:stop])
+        else:
+            text = ast.unparse(ast.fix_missing_locations(new))
         if isinstance(old, ast.BinOp | ast.Compare | ast.Tuple | ast.UnaryOp):
             text = f"({text})"
         args = group, str(file), operator, old.lineno, scope, start, stop, text
@@ -344,8 +387,10 @@ def ask(tests: list[str], tree: Path, log: Path, *options: str) -> int:
     sys.dont_write_bytecode = True
     sys.path.insert(0, str(tree / "src"))
     os.environ["PYTHONPATH"] = sys.path[0]
-    options = ("-q", "--no-header", "-p", "no:cacheprovider", "--tb=line", *options)
-    status = int(pytest.main([*options, *tests]))
+    # Plugins were imported before, by the parent.
+    quiet = ("-q", "--no-header", "--tb=line", "-p", "no:cacheprovider")
+    quiet += ("-W", "ignore::pytest.PytestAssertRewriteWarning")
+    status = int(pytest.main([*quiet, *options, *tests]))
     sys.stdout.flush()
     os._exit(status)
 
@@ -414,9 +459,14 @@ class Job:
 def run(mutants: list[Mutant], folder: Path, workers: int) -> list[dict]:
     trace = Trace(folder)
     trees = [folder / f"worker-{index}" for index in range(workers)]
-    for tree in trees:
-        copy_tree(tree)
+    copy_tree(trees[0])
     os.environ.update(environment(folder, trees[0]))
+    # Compiles sources to bytecode, which mutants only read.
+    collect = [sys.executable, "-m", "pytest", "-q", "--collect-only"]
+    subprocess.run(collect, cwd=trees[0], stdout=subprocess.DEVNULL, check=True)
+    for tree in trees[1:]:
+        shutil.rmtree(tree, ignore_errors=True)
+        shutil.copytree(trees[0], tree)
     # Every process has these already; the library itself it reads anew.
     import diffrax, equinox, hypothesis, optax, optimistix, scipy.stats  # noqa
 
@@ -477,7 +527,9 @@ def main():
     parser.add_argument("--sample", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--groups", nargs="*", default=list(GROUPS), choices=GROUPS)
+    groups, default = list(GROUPS), list(GROUPS)[:-1]
+    parser.add_argument("--groups", nargs="*", default=default, choices=groups)
+    parser.add_argument("--operators", nargs="*", default=OPERATORS, choices=OPERATORS)
     parser.add_argument("--folder", type=Path, default=ROOT / "out/mutation")
     parser.add_argument("--trace", action="store_true")
     parser.add_argument("--again", action="store_true")
@@ -486,6 +538,7 @@ def main():
     folder = options.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     everything = all_mutants(options.groups)
+    everything = [m for m in everything if m.operator in options.operators]
     mutants, known = draw(everything, options.sample, options.seed), []
     changes = {m: m.lines((ROOT / m.file).read_text()) for m in everything}
     if options.again:

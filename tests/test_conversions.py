@@ -145,6 +145,21 @@ def test_wrappers_pass_args(kind):
     assert not np.allclose(teacher(T, X, 1.0), teacher(T, X, 2.0))
 
 
+@pytest.mark.parametrize("margin", [1e-3, 0.1])
+def test_wrappers_stay_within_their_margin(margin):
+    # Beyond it, predictor and weights are those at the margin: here the predictor tells
+    # the time it is asked at.
+    told = lambda t, x, args: jnp.full_like(x, t)
+    linear, near = fd.LinearInterpolant(), jnp.asarray(margin / 2)
+    settings = {} if margin == 1e-3 else {"margin": margin}
+    noise = fd.VelocityFromNoise(told, linear, **settings)(near, X)
+    assert_close(noise, (X - margin) / margin)
+    score = fd.VelocityFromScore(told, linear, base_std=2.0, **settings)(near, X)
+    assert_close(score, (X + 4 * (1 - margin) * margin) / margin)
+    denoiser = fd.VelocityFromDenoiser(told, linear, **settings)(1 - near, X)
+    assert_close(denoiser, (1 - margin - X) / margin)
+
+
 def test_wrapper_is_a_teacher_of_the_gaussian_map():
     flow_map = fd.exact.GaussianFlowMap(target_std=0.5)
     # The posterior mean of a Gaussian, by regression of x1 on x.

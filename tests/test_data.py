@@ -41,6 +41,13 @@ def test_density_of_single_points():
     assert_close(fd.data.checkerboard_density(points), np.asarray([0.5, 0, 0.5, 0, 0]))
 
 
+@pytest.mark.parametrize("squares", [2, 6])
+def test_points_of_other_boards(squares):
+    points = np.asarray(fd.data.checkerboard(jr.key(0), 500, squares))
+    np.testing.assert_allclose(fd.data.checkerboard_density(points, squares), 0.5)
+    assert 0 < np.mean(fd.data.checkerboard_density(points) == 0) < 1
+
+
 def test_board_is_uniform_on_its_squares():
     # 40,000 points in 8 squares of 4x4 cells: chi-squared at one in ten thousand.
     points = np.asarray(fd.data.checkerboard(jr.key(0), 40_000))

@@ -23,7 +23,7 @@ def shown(value):
     """On one line, without addresses and without the settings of other libraries."""
     if isinstance(value, tuple | list) and not hasattr(value, "_fields"):
         inner = ", ".join(map(shown, value))
-        return f"[{inner}]" if isinstance(value, list) else f"({inner})"
+        return f"({inner},)" if len(value) == 1 else f"({inner})"
     if eqx.is_array(value):
         low, high = float(value.min()), float(value.max())
         return f"{list(value.shape)} from {low:.4g} to {high:.4g}"

@@ -2,6 +2,7 @@
 
 import functools
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -396,6 +397,15 @@ def test_checkerboard_float32_agrees():
 def test_velocity_at_time_zero_is_the_mean_minus_the_state():
     velocity = fd.exact.checkerboard_velocity()
     assert_close(velocity(0.0, X), -X, 1e-12)
+
+
+def test_checkerboard_of_other_settings():
+    lower, upper = fd.data.checkerboard_boxes(2)
+    assert lower.tolist() == [[-1, -1], [0, 0]] and upper.tolist() == [[0, 0], [1, 1]]
+    path = fd.TrigonometricInterpolant()
+    expected = fd.exact.UniformBoxesVelocity(lower, upper, None, path, 0.7)
+    made = fd.exact.checkerboard_velocity(path, 0.7, 2)
+    assert eqx.tree_equal(made, expected)
 
 
 def test_velocity_at_time_one_inside_is_the_state():

@@ -297,7 +297,16 @@ def test_karras_times():
     levels = 1 / ts - 1
     assert ts.shape == (18,) and ts[-1] == 1 and levels[0] == pytest.approx(80)
     assert np.ptp(np.diff(levels[:-1] ** (1 / 7))) < 1e-12
+    # The last, 0.002, is put on the data.
+    least = lambda roots: 2 * roots[-1] - roots[-2]
+    assert least(levels[:-1] ** (1 / 7)) ** 7 == pytest.approx(0.002)
     assert np.asarray(fd.karras_times(3, base_std=2.0))[0] == pytest.approx(2 / 82)
+    # Of a range and a power of one's choice.
+    ts = np.asarray(fd.karras_times(7, 0.1, 10.0, base_std=2.0, power=3.0))
+    levels = 2 / ts - 2
+    roots = levels[:-1] ** (1 / 3)
+    assert np.ptp(np.diff(roots)) < 1e-12
+    assert levels[0] == pytest.approx(10) and least(roots) ** 3 == pytest.approx(0.1)
 
 
 def test_karras_neighbours_are_those_of_the_grid():
