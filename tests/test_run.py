@@ -49,6 +49,11 @@ def leave_nothing_open():
 
 
 @pytest.fixture(scope="module")
+def first_state():
+    return train(None, 1)
+
+
+@pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
     run = make(tmp_path_factory.mktemp("unbroken"))
     return digest(train(run)), numbers(run)
@@ -428,6 +433,83 @@ def test_profile(tmp_path):
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
 
 
+def test_begin_and_end_of_a_profile(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda path: calls.append(path))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append("stop"))
+    run, there = make(tmp_path, profile=(1, 3)), str(tmp_path / "profile")
+    for made, expected in enumerate([[], [there], [there], [there, "stop"]]):
+        run.profile_at(made, None)
+        assert calls == expected
+    # A run that ends within it ends it too, and once.
+    run = make(tmp_path, profile=(0, 3))
+    run.profile_at(0, None)
+    run.close()
+    run.close()
+    assert calls == [there, "stop", there, "stop"]
+    make(tmp_path).profile_at(0, None)
+    assert len(calls) == 4
+
+
+# --- without a step of training ------------------------------------------------------
+
+
+def test_lines_of_a_report(tmp_path):
+    run, path = make(tmp_path), tmp_path / "metrics.jsonl"
+    assert run.metrics() == []
+    run.log({"step": 1, "loss": float("inf")})
+    run.log({"step": 2, "loss": 0.5})
+    lines = [{"step": 1, "loss": None}, {"step": 2, "loss": 0.5}]
+    assert run.metrics() == lines
+    # Blank lines are none, and the last one may be torn.
+    whole = path.read_text()
+    path.write_text(whole.replace("\n", "\n\n") + '{"step": 3, "lo')
+    assert run.metrics() == lines
+    path.write_text("garbage\n" + whole)
+    with pytest.raises(ValueError, match=r"Line 1 of .*metrics.jsonl is no report"):
+        run.metrics()
+
+
+def test_checkpoints_that_are_kept(tmp_path, first_state):
+    # The newest, and of those with a number the one with the least.
+    step_of, state = lambda state: state.step, first_state
+    at = lambda step: eqx.tree_at(step_of, state, jnp.asarray(step, state.step.dtype))
+    with make(tmp_path, newest=1, best_by="score") as run:
+        for step, score in enumerate([5.0, float("nan"), 2.0, None, 3.0], 1):
+            run.save(at(step), {"score": score, "loss": -step})
+        run.wait()
+        assert run.steps == (3, 5) and (run.newest_step, run.best_step) == (5, 3)
+        assert run.restore(state).step == 5 and run.restore(state, 3).step == 3
+        # One that is there is not written again.
+        run.save(at(5), {"score": 0.0})
+        run.wait()
+        assert run.best_step == 3
+        with pytest.raises(ValueError, match="end at step 5, before step 6"):
+            run.resume(at(6))
+    with pytest.raises(ValueError, match=r"has a number 'scor' .*'score'"):
+        print(make(tmp_path, best_by="scor").best_step)
+    # By default the loss decides, which is least at the end.
+    assert make(tmp_path).best_step == 5
+
+
+@pytest.mark.parametrize(
+    "every, steps",
+    [(3, [3, 6, 9]), (1, [*range(1, 11)]), (4, [4, 8])],
+)
+def test_when_a_checkpoint_is_due(tmp_path, every, steps):
+    run = make(tmp_path, save_every=every)
+    assert [step for step in range(1, 11) if run.is_due(step)] == steps
+    # One that reports leap over is made up for.
+    assert run.is_due(100) and not run.is_due(100)
+
+
+def test_checkpoint_of_a_newer_version(tmp_path, six_steps, first_state):
+    shutil.copytree(six_steps / "checkpoints", tmp_path / "checkpoints")
+    edited(tmp_path, lambda about: about.update(format=9, version="7.0"))
+    with pytest.raises(ValueError, match=r"flowdiffrax 7\.0, in a newer format.*Update"):
+        make(tmp_path).restore(first_state)
+
+
 # --- what is refused ----------------------------------------------------------------
 
 
@@ -526,9 +608,8 @@ def test_wrong_bits_are_noticed(tmp_path):
         train(make(tmp_path))
 
 
-def test_every_leaf_has_its_checksum(six_steps):
-    run = make(six_steps)
-    like = train(None, 1)
+def test_every_leaf_has_its_checksum(six_steps, first_state):
+    run, like = make(six_steps), first_state
     path = six_steps / "checkpoints" / "6" / "about" / "about.json"
     about = json.loads(path.read_text())
     arrays = [leaf for leaf in jax.tree.leaves(like) if eqx.is_array(leaf)]
