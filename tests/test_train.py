@@ -1,6 +1,8 @@
 """The training step and `fit`: falling loss, exact resumption, averages, divergence."""
 
 import builtins
+import itertools
+import types
 
 import equinox as eqx
 import jax
@@ -457,6 +459,51 @@ def test_report():
         half = (report["VelocityDistillation"] + report["FlowMatching"]) / 2
         np.testing.assert_allclose(report["loss"], half)
         assert all(isinstance(value, int | float) for value in report.values())
+
+
+def test_report_of_the_time(monkeypatch):
+    # A clock that goes on by one whenever it is read: at the start, when the steps begin,
+    # and at each report, whose own time does not count as time of steps.
+    clock = types.SimpleNamespace(perf_counter=itertools.count().__next__)
+    monkeypatch.setattr("flowdiffrax.train._fit.time", clock)
+    reports = []
+    run(
+        num_steps=3,
+        source=batches(8),
+        accumulate=5,
+        report_every=2,
+        on_report=lambda state, report: reports.append(report),
+    )
+    assert [report["seconds"] for report in reports] == [2, 4]
+    assert [report["examples_per_second"] for report in reports] == [2 * 8 * 5, 8 * 5]
+
+
+@pytest.mark.parametrize(
+    "every, most, counts, ends",
+    [
+        (10, 3, [(10, 3), (20, 3)], False),
+        (10, 3, [(10, 3), (20, 4)], True),
+        (1, 100, [(1, 1)], True),  # no good step at all
+        (1, 100, [(1, 0), (2, 1), (3, 2)], False),
+        (2, 100, [(2, 1), (4, 3)], True),  # none since the last report
+        (5, 100, [(5, 0), (6, 1)], False),  # the last report, of one step
+        (5, 0, [(5, 0)], False),
+        (5, 0, [(5, 1)], True),
+    ],
+)
+def test_when_a_run_has_diverged(every, most, counts, ends):
+    from flowdiffrax.train._fit import _Reports
+
+    state = fd.train.TrainState.create(small_map(), OPTIM, key=jr.key(0))
+    reports = _Reports(state, every, most, 1)
+    made = [{"step": a, "skipped": b, "loss": 1.0, "grad_norm": 1.0} for a, b in counts]
+    for report in made[:-1]:
+        reports.check(state, report)
+    if not ends:
+        return reports.check(state, made[-1])
+    with pytest.raises(fd.train.TrainingDiverged, match="not finite in") as error:
+        reports.check(state, made[-1])
+    assert error.value.state is state
 
 
 def test_conditions_are_learned():
