@@ -19,6 +19,7 @@ annotations, and the mutants of `EQUIVALENT`, which change nothing, each with it
 import argparse
 import ast
 import collections
+import functools
 import json
 import math
 import os
@@ -56,6 +57,7 @@ OPERATORS = [
 ]
 # (file, line as it should be, line as it is mistaken): why it is no mistake.
 EQUIVALENT: dict[tuple[str, str, str], str] = {}
+AXES = ("axis", "axes", "in_axes", "out_axes")
 TIMES = {"s", "t", "u", "t0", "t1", "tprev", "tnext"}
 OPPOSITES = {
     **{"max": "min", "maximum": "minimum", "argmax": "argmin", "amax": "amin"},
@@ -107,12 +109,40 @@ def other_number(value):
     return value + 1 if isinstance(value, int) or value == 0 else value / 2
 
 
+def called(node: ast.Call) -> str:
+    return ast.unparse(node.func).split(".")[-1]
+
+
+@functools.cache
+def required() -> dict[str, set[str]]:
+    """Parameters without default of all functions and classes, by their last names."""
+    found = collections.defaultdict(set)
+    for path in sorted((ROOT / SOURCE).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef):
+                fields = [f for f in node.body if isinstance(f, ast.AnnAssign)]
+                names = {ast.unparse(f.target) for f in fields if f.value is None}
+                found[node.name] |= names
+                found["cls"] |= names
+            elif isinstance(node, ast.FunctionDef):
+                args = node.args
+                positional = args.args[: len(args.args) - len(args.defaults)]
+                rows = zip(args.kwonlyargs, args.kw_defaults, strict=True)
+                keywords = [argument for argument, default in rows if default is None]
+                found[node.name] |= {a.arg for a in positional + keywords}
+    return found
+
+
 def of_call(node: ast.Call):
+    if called(node) in ("minimum", "maximum"):
+        return  # of either order
     for index, keyword in enumerate(node.keywords):
         if keyword.arg is None:
             continue
-        if keyword.arg in ("axis", "in_axes", "out_axes"):
+        if keyword.arg in AXES:
             yield from of_axis(keyword.value)
+        elif keyword.arg in required()[called(node)]:
+            continue  # a `TypeError` for sure
         elif keyword.arg not in ("default", "static", "converter", "stacklevel"):
             rest = node.keywords[:index] + node.keywords[index + 1 :]
             yield "lost argument", node, changed(node, keywords=rest)
@@ -199,13 +229,13 @@ def ignored(node: ast.AST):
             for field in body:
                 if not isinstance(field, ast.AnnAssign) or field.value is None:
                     continue
+                if "ClassVar" in ast.unparse(field.annotation):
+                    continue
                 value, rest = field.value, {}
                 if isinstance(value, ast.Call) and "field" in ast.unparse(value.func):
                     rest = {k.arg: ast.unparse(k.value) for k in value.keywords}
                 default = rest.pop("default", None if rest else ast.unparse(value))
-                if default and not default.startswith(
-                    ("ClassVar", "stop_gradient_field")
-                ):
+                if default and not default.startswith("stop_gradient_field"):
                     rest["converter"] = f"lambda _: {default}"
                     rest = ", ".join(f"{k}={v}" for k, v in rest.items())
                     yield field.value, f"eqx.field(default={default}, {rest})"
@@ -221,7 +251,7 @@ def is_prose(node: ast.AST) -> bool:
     if isinstance(node, ast.If):
         return "TYPE_CHECKING" in ast.unparse(node.test)
     if isinstance(node, ast.Call):
-        return ast.unparse(node.func).split(".")[-1] in ("warn", "print", "cast")
+        return called(node) in ("warn", "print", "cast", "tqdm", "lru_cache")
     return False
 
 
@@ -230,7 +260,7 @@ def mutants_of(group: str, file: Path) -> list[Mutant]:
     starts = [0]
     for line in source.splitlines(keepends=True):
         starts.append(starts[-1] + len(line))
-    found = []
+    found, done = [], set()
 
     def offset(line, column):
         text = source[starts[line - 1] : starts[line]]
@@ -248,16 +278,14 @@ def mutants_of(group: str, file: Path) -> list[Mutant]:
             add(operator, old, new, scope)
         for old, text in ignored(node):
             add("ignored argument", old, text, scope)
-        skipped = [id(default) for default in defaults if is_number(default)]
+        done.update(id(default) for default in defaults if is_number(default))
         for name, value in ast.iter_fields(node):
             if name in ("annotation", "returns", "decorator_list"):
                 continue
             for child in value if isinstance(value, list) else [value]:
                 if isinstance(child, ast.AST) and not is_prose(child):
-                    axis = isinstance(child, ast.keyword) and child.arg in (
-                        "axis", "in_axes", "out_axes"
-                    )  # fmt: skip
-                    if id(child) not in skipped and not axis:
+                    axis = isinstance(child, ast.keyword) and child.arg in AXES
+                    if id(child) not in done and not axis:
                         visit(child, scope)
 
     def scope_of(node):
@@ -452,6 +480,7 @@ class Job:
         before, after = self.mutant.lines(self.source)
         found = failed(self.log) if self.pid else []
         result = {"status": self.status, "by": found[0] if found else None}
+        result["is_crash"] = bool(found) and "TypeError: " in self.log.read_text()
         result |= {"file": self.mutant.file, "before": before, "after": after}
         return result | {"group": self.mutant.group, "operator": self.mutant.operator}
 
@@ -494,7 +523,7 @@ def run(mutants: list[Mutant], folder: Path, workers: int) -> list[dict]:
 # Report
 
 
-def interval(noticed: int, total: int) -> tuple[float, float]:
+def interval(noticed: int, total: int) -> tuple[float, ...]:
     """Wilson's 95 % interval of a share."""
     z, p = 1.96, noticed / total
     middle, width = (
@@ -514,16 +543,17 @@ def report(results: list[dict]) -> None:
         if not noticed([result]):
             print(f"{result['status']}: {result['file']}, {result['operator']}")
             print(f"    - {result['before']}\n    + {result['after']}")
-    total, tables = len(results), sum(r["by"] in TABLES for r in results)
+    total, tables = len(results), sum(str(r["by"]).startswith(TABLES) for r in results)
+    soft = [result for result in results if not result["is_crash"]]
     low, high = interval(noticed(results), total)
     print(f"noticed: {noticed(results)} of {total}, {noticed(results) / total:.1%}")
-    print(
-        f"95 % interval: {low:.1%} to {high:.1%}; by a table of defaults alone: {tables}"
-    )
+    print(f"95 % interval: {low:.1%} to {high:.1%}")
+    print(f"by the table of defaults alone: {tables}")
+    print(f"without those that end in a `TypeError`: {noticed(soft)} of {len(soft)}")
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--sample", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2)
