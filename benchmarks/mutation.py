@@ -58,6 +58,8 @@ OPERATORS = [
 # (file, line as it should be, line as it is mistaken): why it is no mistake.
 EQUIVALENT: dict[tuple[str, str, str], str] = {}
 AXES = ("axis", "axes", "in_axes", "out_axes")
+# Of fields; of a place in the source; and what this platform does by itself.
+KEPT = ("default", "static", "converter", "stacklevel", "encoding")
 TIMES = {"s", "t", "u", "t0", "t1", "tprev", "tnext"}
 OPPOSITES = {
     **{"max": "min", "maximum": "minimum", "argmax": "argmin", "amax": "amin"},
@@ -143,7 +145,7 @@ def of_call(node: ast.Call):
             yield from of_axis(keyword.value)
         elif keyword.arg in required()[called(node)]:
             continue  # a `TypeError` for sure
-        elif keyword.arg not in ("default", "static", "converter", "stacklevel"):
+        elif keyword.arg not in KEPT:
             rest = node.keywords[:index] + node.keywords[index + 1 :]
             yield "lost argument", node, changed(node, keywords=rest)
     for index, argument in enumerate(node.args):

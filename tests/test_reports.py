@@ -180,6 +180,13 @@ def test_learned_weights_of_another_run():
     looked = fd.train.LossByTimes(objective, lambda key: (paths(4), None), key=jr.key(2))
     with pytest.raises(ValueError, match="1 learned weights and that of the run 0"):
         looked(state_of(mlp_map()), {"step": 1})
+    # An objective without any can look at a run that has some; at every second step.
+    state = state_of(mlp_map(), objective=objective)
+    plain = fd.train.LossByTimes(
+        Known(), lambda key: (paths(4), None), key=jr.key(2), num_bins=1, every=2
+    )
+    found = [plain(state, {"step": step}) for step in range(1, 5)]
+    assert not found[0] and found[1] and not found[2] and found[3] == found[1]
 
 
 @pytest.mark.parametrize(
