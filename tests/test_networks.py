@@ -234,6 +234,23 @@ def test_lowers_for_cuda(kind):
     assert "custom_call" not in lowered.as_text()
 
 
+def test_magnitude_preserving_network_in_short():
+    # Half as deep: what slow tests ask of the whole one, every day.
+    kind, inputs = "MagnitudePreservingUNet", (S, T, X)
+    net = smaller(kind)
+    along = lambda inputs: value(net, *inputs)
+    for index in range(3):
+        direction = [jnp.zeros_like(value) for value in inputs]
+        direction[index] = jnp.cos(1 + inputs[index])
+        expected = finite_difference(along, inputs, tuple(direction))
+        assert max_abs(expected) > 1e-3
+        assert_close(pushed(net, inputs, tuple(direction))[1], expected, 1e-8, 1e-6)
+    for args in (fd.GuidanceArgs(jnp.asarray(0), ARGS.scale), ARGS._replace(scale=T)):
+        assert max_abs(value(net, S, T, X, args) - value(net, S, T, X)) > 1e-3
+    scaled = smaller(kind, scale=2.0)
+    assert_close(value(scaled, S, T, 4 * X), 4 * value(net, S, T, X), 1e-9, 1e-9)
+
+
 # --- places and times -----------------------------------------------------------------
 
 
