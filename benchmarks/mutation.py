@@ -221,10 +221,12 @@ def ignored(node: ast.AST):
         case ast.FunctionDef(args=args, body=[*_, _] as body):
             if isinstance(body[0], ast.Expr):  # docstring
                 body = body[1:]
+            deleted = [ast.unparse(s) for s in body if isinstance(s, ast.Delete)]
             named = [*zip(args.args[::-1], args.defaults[::-1], strict=False)]
             named += [*zip(args.kwonlyargs, args.kw_defaults, strict=True)]
             for parameter, default in named:
-                if body and default is not None:
+                is_used = not any(parameter.arg in text for text in deleted)
+                if body and default is not None and is_used:
                     line = f"{parameter.arg} = {ast.unparse(default)}"
                     yield body[0], f"{line}\n{' ' * body[0].col_offset}{{}}"
         case ast.ClassDef(body=body, decorator_list=[]):

@@ -28,7 +28,7 @@ def test_boxes_of_a_small_board():
     assert_close(upper, np.asarray([[0.0, 0.0], [1.0, 1.0]]))
 
 
-@pytest.mark.parametrize("squares", [2, 4, 6])
+@pytest.mark.parametrize("squares", [2, 3, 4, 6])
 def test_density_integrates_to_one(squares):
     side = (np.arange(120) + 0.5) / 60 - 1
     grid = np.stack(np.meshgrid(side, side), axis=-1)

@@ -331,6 +331,10 @@ def test_weights_in_a_chain():
     chain = fd.WeightChain([fd.PseudoHuber(0.1), fd.InverseGap(1.0)])
     expected = fd.InverseGap(1.0)(S, T, fd.PseudoHuber(0.1)(S, T, jnp.asarray(2.0)))
     assert_close(chain(S, T, jnp.asarray(2.0)), expected)
+    # One that tells start from end.
+    chain = fd.WeightChain([fd.PseudoHuber(0.1), Slanted()])
+    expected = (1 + S + 3 * T) * fd.PseudoHuber(0.1)(S, T, jnp.asarray(2.0))
+    assert_close(chain(S, T, jnp.asarray(2.0)), expected)
 
 
 def test_learned_weight_finds_the_mean_error():
@@ -358,13 +362,15 @@ def test_objectives_apply_their_weight(name):
     objective, flow_map, teacher, path = EXACT[name]()
     arguments = (scaled(flow_map, 1.2), teacher, path, S, T)
     plain = eqx.tree_at(lambda o: o.weight, objective, fd.NoWeight())
-    doubled = eqx.tree_at(lambda o: o.weight, objective, Doubled())
-    assert_close(doubled(*arguments), 2 * plain(*arguments))
+    slanted = eqx.tree_at(lambda o: o.weight, objective, Slanted())
+    assert_close(slanted(*arguments), (1 + S + 3 * T) * plain(*arguments))
 
 
-class Doubled(fd.AbstractWeight):
+class Slanted(fd.AbstractWeight):
+    """Another number for other times, and for the same in the other order."""
+
     def __call__(self, s, t, squared_error):
-        return 2 * squared_error
+        return (1 + s + 3 * t) * squared_error
 
 
 @pytest.mark.parametrize(
