@@ -56,7 +56,13 @@ OPERATORS = [
     *("swapped times", "sign", "boundary", "wrong axis"),
 ]
 # (file, line as it should be, line as it is mistaken): why it is no mistake.
-EQUIVALENT: dict[tuple[str, str, str], str] = {}
+EQUIVALENT: dict[tuple[str, str, str], str] = {
+    (
+        "_hybrid.py",
+        "helps = taken & (ratio < 0.5)",
+        "helps = taken & ((ratio <= 0.5))",
+    ): "no ratio is exactly one half",
+}
 AXES = ("axis", "axes", "in_axes", "out_axes")
 # Of fields; of a place in the source; and what this platform does by itself.
 KEPT = ("default", "static", "converter", "stacklevel", "encoding")
@@ -240,9 +246,10 @@ def ignored(node: ast.AST):
                     rest = {k.arg: ast.unparse(k.value) for k in value.keywords}
                 default = rest.pop("default", None if rest else ast.unparse(value))
                 if default and not default.startswith("stop_gradient_field"):
+                    make = '__import__("equinox").field'
                     rest["converter"] = f"lambda _: {default}"
                     rest = ", ".join(f"{k}={v}" for k, v in rest.items())
-                    yield field.value, f"eqx.field(default={default}, {rest})"
+                    yield field.value, f"{make}(default={default}, {rest})"
 
 
 def is_prose(node: ast.AST) -> bool:

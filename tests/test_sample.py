@@ -170,7 +170,9 @@ def test_grids_of_other_shapes_are_refused(ts):
         fd.sample(mlp_map(), X, jnp.asarray(ts))
 
 
-@pytest.mark.parametrize("ts", [[0.0, 0.5, 0.5], [0.0, 0.6, 0.5], [0.5, 0.0, 1.0]])
+@pytest.mark.parametrize(
+    "ts", [[0.0, 0.5, 0.5], [0.5, 0.5, 0.0], [0.0, 0.6, 0.5], [0.5, 0.0, 1.0]]
+)
 @pytest.mark.parametrize("jit", [False, True])
 def test_grids_that_turn_are_refused(ts, jit):
     run = lambda x: fd.sample(mlp_map(), x, np.asarray(ts))
