@@ -480,8 +480,9 @@ class Job:
         if code == 0 and self.parts:
             self.next()
             return False
-        if code:  # 2 if the library cannot even be imported
-            self.status = "noticed" if code in (1, 2) else f"exit status {code}"
+        if code:  # not 1, if not even the tests can be imported
+            is_found = code in (1, 2) or "ERROR collecting" in self.log.read_text()
+            self.status = "noticed" if is_found else f"exit status {code}"
         return True
 
     def result(self) -> dict:

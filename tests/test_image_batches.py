@@ -270,6 +270,19 @@ def test_fit_on_a_stream():
     assert_close(fit_to_stream(6, begun=begun)[0], weights, 0, 0)
 
 
+def test_batches_of_a_stream_are_placed():
+    placed = []
+
+    def place(arrays):
+        placed.append(arrays)
+        return jax.device_put(arrays)
+
+    batches = fd.data.StreamBatches(labelled(), 4, lambda source: source, num_threads=2)
+    source = next(batches.each_step(0, place=place))
+    for made, given in zip((source.images, source.labels), placed[0], strict=True):
+        np.testing.assert_array_equal(made, given)
+
+
 def test_accumulated_stream_gives_each_batch_once():
     # Each of the two parts of a step sees images of its own: all seven in three steps of
     # two, were one batch seen twice, would not have their turn.
