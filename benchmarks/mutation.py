@@ -64,8 +64,8 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
     ): "no ratio is exactly one half",
 }
 AXES = ("axis", "axes", "in_axes", "out_axes")
-# Of fields; of a place in the source; and what this platform does by itself.
-KEPT = ("default", "static", "converter", "stacklevel", "encoding")
+# Of fields; of a place in the source; and what Python and NumPy do here by themselves.
+KEPT = ("default", "static", "converter", "stacklevel", "encoding", "allow_pickle")
 TIMES = {"s", "t", "u", "t0", "t1", "tprev", "tnext"}
 OPPOSITES = {
     **{"max": "min", "maximum": "minimum", "argmax": "argmin", "amax": "amin"},
@@ -271,7 +271,7 @@ def mutants_of(group: str, file: Path) -> list[Mutant]:
     starts = [0]
     for line in source.splitlines(keepends=True):
         starts.append(starts[-1] + len(line))
-    found, done = [], set()
+    found, done, of_defaults = [], set(), set()
 
     def offset(line, column):
         text = source[starts[line - 1] : starts[line]]
@@ -279,6 +279,7 @@ def mutants_of(group: str, file: Path) -> list[Mutant]:
 
     def visit(node, scope):
         defaults = list(defaults_of(node))
+        of_defaults.update(id(part) for value in defaults for part in ast.walk(value))
         for default in defaults:
             if is_number(default):
                 new = ast.Constant(other_number(default.value))
@@ -303,6 +304,8 @@ def mutants_of(group: str, file: Path) -> list[Mutant]:
         return node.lineno, node.end_lineno
 
     def add(operator, old, new, scope):
+        if id(old) in of_defaults and operator != "ignored argument":
+            operator = "changed default"
         start = offset(old.lineno, old.col_offset)
         stop = offset(old.end_lineno, old.end_col_offset)
         if isinstance(new, str):

@@ -467,6 +467,51 @@ def test_jump_may_use_its_share_of_the_tolerance(safety):
     assert not run(1.1 * safety * 3e-3)[0]
 
 
+@eqx.filter_jit
+def remembered(error, state, t1):
+    """The state after another step from 0.1 to `t1`, with this error of the jump."""
+    given = {"rtol": 0.0, "atol": 1.0, "norm": lambda y: jnp.max(jnp.abs(y))}
+    estimate = Claimed(jnp.full(2, error))
+    hybrid = fd.HybridSolver(EXACT, estimate=estimate, safety=0.5, **given)
+    term = diffrax.ODETerm(FIELD)
+    if state is None:
+        return hybrid.init(term, 0.1, t1, X, None)
+    return hybrid.step(term, 0.1, t1, X, None, state, False)[3]
+
+
+def test_what_a_failure_costs():
+    # Half of the tolerance is the most, and half of that is still no help.
+    fine, poor, bad = 0.1, 0.3, 0.9
+    state = remembered(jnp.asarray(0.0), None, jnp.asarray(0.9))
+    seen = []
+    for error in (poor, bad, bad, bad, bad, fine, bad, fine, fine):
+        state = remembered(jnp.asarray(error), state, jnp.asarray(0.9))
+        seen.append((int(state.wait), int(state.patience), int(state.num_learned)))
+    assert seen == [
+        (1, 2, 1),  # taken, and then left alone
+        (0, 2, 1),
+        (2, 4, 1),
+        (1, 4, 1),
+        (0, 4, 1),
+        (0, 1, 2),  # all is forgiven
+        (1, 2, 2),
+        (0, 2, 2),
+        (0, 1, 3),
+    ]
+
+
+def test_no_jump_is_shorter_than_the_last_classical_step():
+    step = lambda error, state, t1: remembered(jnp.asarray(error), state, jnp.asarray(t1))
+    state = step(0.9, step(0.0, None, 0.6), 0.6)
+    assert_close(state.shortest, jnp.asarray(0.5))
+    state = state._replace(wait=0 * state.wait)
+    for t1, learned in ((0.59, 0), (0.6, 1), (0.61, 1)):
+        made = step(0.1, state, t1)
+        assert int(made.num_learned) == learned
+        # That of the last classical step, which may have been this one.
+        assert_close(made.shortest, jnp.asarray(0.5 if learned else 0.49))
+
+
 def test_default_share_of_the_tolerance():
     # Less with an implicit fallback, below whatever wraps it.
     assert fd.HybridSolver(EXACT).safety == 0.3

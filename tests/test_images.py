@@ -719,6 +719,15 @@ def test_damaged_folder(part, damage, tmp_path):
         fd.data.load_images(tmp_path / "set")
 
 
+def test_folder_without_checksums(tmp_path):
+    # Quicker on many gigabytes, and blind to a flipped bit.
+    images = pictures(3)
+    fd.data.save_images(tmp_path / "set", fd.data.Images(images, LABELS))
+    flip_a_bit(tmp_path / "set" / "images.npy")
+    read = fd.data.load_images(tmp_path / "set", checksums=False)
+    assert np.sum(read.images != images) == 1 and read.labels.tolist() == [*LABELS]
+
+
 def test_folder_with_a_part_missing(tmp_path):
     fd.data.save_images(tmp_path / "set", fd.data.Images(pictures(3), LABELS))
     (tmp_path / "set" / "labels.npy").unlink()

@@ -154,6 +154,25 @@ def test_sizes_of_papers(millions, make):
     assert round(count / 1e6, 2) == millions
 
 
+def test_size_of_hidden_layers():
+    shapes = lambda **settings: (
+        eqx.filter_eval_shape(
+            lambda key: KINDS["DiT"](**settings, key=key), jr.key(0)
+        ).blocks.hidden.weight.shape
+    )
+    assert shapes(ratio=3) == (2, 16, 48) and shapes() == (2, 16, 64)
+
+
+@pytest.mark.parametrize(
+    "kind", [fd.nn.TwoTimeEmbedding, fd.nn.MagnitudePreservingEmbedding]
+)
+def test_number_of_features(kind):
+    make = lambda **settings: kind(8, **settings, key=jr.key(0))
+    weights = lambda net: {leaf.size for leaf in jtu.tree_leaves((net.start, net.gap))}
+    assert weights(make()) <= {64, 8} and 160 in weights(make(num_features=20))
+    assert make(two_times=False).gap is None and make().gap is not None
+
+
 edm2 = fd.nn.MagnitudePreservingUNet
 dit = functools.partial(fd.nn.DiT, num_classes=1000, two_times=False)
 

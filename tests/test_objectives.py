@@ -357,6 +357,16 @@ def test_learned_weight_finds_the_mean_error():
     assert jnp.sqrt(jnp.mean((found - (1 + s - t)) ** 2)) < 0.1
 
 
+def test_learned_weight_of_another_dtype():
+    for weight, dtype in (
+        (fd.LearnedWeight(), jnp.float64),
+        (fd.LearnedWeight(3, jnp.float32), jnp.float32),
+    ):
+        assert weight.coefficients.dtype == dtype
+    assert fd.LearnedWeight().coefficients.shape == (2, 2, 8)
+    assert fd.LearnedWeight(3).coefficients.shape == (2, 2, 3)
+
+
 @pytest.mark.parametrize("name", EXACT)
 def test_objectives_apply_their_weight(name):
     objective, flow_map, teacher, path = EXACT[name]()

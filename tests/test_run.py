@@ -505,9 +505,12 @@ def test_when_a_checkpoint_is_due(tmp_path, every, steps):
 
 def test_checkpoint_of_a_newer_version(tmp_path, six_steps, first_state):
     shutil.copytree(six_steps / "checkpoints", tmp_path / "checkpoints")
-    edited(tmp_path, lambda about: about.update(format=9, version="7.0"))
-    with pytest.raises(ValueError, match=r"flowdiffrax 7\.0, in a newer format.*Update"):
-        make(tmp_path).restore(first_state)
+    for newer in (9, 2):  # today's is 1
+        edited(tmp_path, lambda about, n=newer: about.update(format=n, version="7.0"))
+        with pytest.raises(ValueError, match=r"flowdiffrax 7\.0, in a newer format.*Upd"):
+            make(tmp_path).restore(first_state)
+    edited(tmp_path, lambda about: about.update(format=1))
+    assert make(tmp_path).restore(first_state).step == 6
 
 
 # --- what is refused ----------------------------------------------------------------

@@ -527,6 +527,46 @@ def test_states_are_as_asked(x, like, tree):
     assert leaves and all(leaf.dtype == jnp.float32 for leaf in leaves)
 
 
+@given(
+    testing.states_like(X, bound=0.5),
+    testing.pytrees(bound=0.25, max_leaves=2),
+    testing.gaussian_flows((3,), interpolants=[fd.TrigonometricInterpolant()]),
+    testing.vector_fields((4,)),
+)
+@hypothesis.settings(max_examples=4)
+def test_what_is_drawn_keeps_to_its_settings(like, tree, flow, field):
+    leaves = jax.tree_util.tree_leaves(tree)
+    assert np.max(np.abs(like)) <= 0.5 and len(leaves) <= 2
+    parts = [part for leaf in leaves for part in (leaf.real, leaf.imag)]
+    assert all(np.all(np.abs(part) <= 0.25) for part in parts)
+    assert flow.interpolant == fd.TrigonometricInterpolant()
+    assert flow(0.2, 0.9, jnp.zeros(3)).shape == (3,)
+    assert field(0.2, jnp.zeros(4), None).shape == (4,)
+
+
+def test_standard_errors_that_are_allowed():
+    # A mean that is off by eight, and a correlation of seven: of 400 draws of a normal
+    # number, whose mean is known to a twentieth.
+    off = lambda key: jr.normal(key) + 8 / 20
+    allowed = lambda sigmas: testing.assert_unbiased(
+        off, 0.0, jr.key(0), num_draws=400, sigmas=sigmas
+    )
+    allowed(12.0)
+    with pytest.raises(AssertionError, match="5 are allowed"):
+        allowed(5.0)
+
+    def related(key):
+        a, b = jr.normal(key, (2,))
+        return a, 0.35 * a + np.sqrt(1 - 0.35**2) * b
+
+    allowed = lambda sigmas: testing.assert_independent(
+        related, jr.key(0), num_draws=400, sigmas=sigmas
+    )
+    allowed(12.0)
+    with pytest.raises(AssertionError, match="not independent"):
+        allowed(4.0)
+
+
 def two_parts(size, bad=jnp.inf):
     """A draw of two parts, the second one `bad` where the first is large."""
 
@@ -570,7 +610,7 @@ def integrated(field, s, t, x):
     return tight_solve(field, s, t, x).ys[0]
 
 
-@hypothesis.settings(max_examples=10)
+@hypothesis.settings(max_examples=4)
 @given(testing.vector_fields(), testing.time_pairs(gap=0.1), testing.states(2))
 def test_known_flows_are_what_diffrax_integrates(field, times, x):
     truth = integrated(field, *map(jnp.asarray, times), x)
