@@ -259,6 +259,22 @@ def test_estimates(estimate, s, t):
     assert all(leaf.dtype == x32.dtype for leaf in estimate(single, field, s, t, x32))
 
 
+def test_numbers_of_nodes():
+    # Few enough for another number to give another error.
+    inputs = Bent(EXACT["logistic"], 0.3), EXACT["logistic"].velocity, 0.1, 0.9, X
+    for kind in (fd.AlekseevGroebner, fd.LinearisedError, fd.ResidualIntegral):
+        one, two = (kind(number)(*inputs)[1] for number in (1, 2))
+        assert max_abs(one - two) > 1e-4
+        if kind is fd.AlekseevGroebner:
+            made = fd.alekseev_groebner_error(*inputs, num_nodes=2)
+            assert_close(made, two, 1e-14)
+            corrected = fd.DefectCorrectedFlowMap(*inputs[:2], num_nodes=2)
+            end = inputs[0](*inputs[2:])
+            assert_close(corrected(*inputs[2:]), end - two, 1e-14)
+        if kind is fd.LinearisedError:
+            assert_close(fd.linearised_error(*inputs, num_nodes=2), two, 1e-14)
+
+
 def test_residuals_within_a_jump_are_seen():
     # Right at the end of the jump, wrong on the way: x' = 1 - t from 0 to 1, stood still.
     still = lambda s, t, x, args: x
