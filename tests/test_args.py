@@ -336,6 +336,43 @@ def test_args_reach_all_that_is_called(name):
     assert asked == callees
 
 
+def from_data(velocity, dI, t, x, args):
+    asked.add("rule")
+    return velocity(t, x, args) + dI
+
+
+def from_itself(velocity, t, x, args):
+    asked.add("rule")
+    return velocity(t, x, args)
+
+
+GUIDED = [
+    name
+    for name in EVERY
+    if "guidance" in inspect.signature(getattr(fd, name)).parameters
+]
+
+
+@pytest.mark.parametrize("name", GUIDED)
+def test_args_reach_the_rule_of_guidance(name):
+    cls = getattr(fd, name)
+    learns_from_data = cls in (fd.MeanFlow, fd.ImprovedMeanFlow, fd.AlphaFlow)
+    objective = cls(guidance=from_data if learns_from_data else from_itself)
+    # The diagonal of these two is plain flow matching.
+    plain = cls in (fd.LagrangianSelfDistillation, fd.EulerianSelfDistillation)
+    diagonal = lambda args: objective.on_diagonal(
+        MAP_OF_NET, None, PATH, T, args, key=KEY
+    )
+    jump = lambda args: objective(MAP_OF_NET, None, PATH, S, T, args, key=KEY)
+    for call, callees in (
+        (jump, {"map", "rule"}),
+        (diagonal, {"map"} if plain else {"map", "rule"}),
+    ):
+        asked.clear()
+        jax.eval_shape(call, ARGS)
+        assert asked == callees
+
+
 TIMES, XS = (S[None], U[None], T[None]), X[None]
 S_, U_, T_ = TIMES
 # What gives numbers or says no: computed, on a batch of one.
