@@ -214,7 +214,7 @@ def defaults_of(node: ast.AST):
             for statement in body:
                 if isinstance(statement, ast.AnnAssign) and statement.value is not None:
                     value = statement.value
-                    if isinstance(value, ast.Call):  # `eqx.field(default=...)`
+                    if isinstance(value, ast.Call) and called(value) == "field":
                         found = [k.value for k in value.keywords if k.arg == "default"]
                         yield from found
                     else:
