@@ -269,7 +269,13 @@ SAMPLES = {
         BOTH,
     ),
     "FlowMapSolver": (lambda args: solved(fd.FlowMapSolver(MAP), args), BOTH),
-    "HybridSolver": (lambda args: solved(fd.HybridSolver(MAP), args), BOTH),
+    "HybridSolver": (
+        lambda args: (
+            solved(fd.HybridSolver(MAP), args),
+            fd.HybridSolver(MAP).func(TERM, 0.1, X, args),
+        ),
+        BOTH,
+    ),
     "FlowMapInterpolation": (
         lambda args: fd.FlowMapInterpolation(
             jnp.stack([S, T]), jnp.stack([X, X]), MAP, args
