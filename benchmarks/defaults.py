@@ -60,14 +60,19 @@ class Density(NamedTuple):
         x = jnp.asarray(self.means)[part] + jnp.asarray(self.stds)[part][:, None] * noise
         return self.scale * x + self.mean
 
+    def base(self):
+        """A base of the mean and standard deviation of the data."""
+        return fd.data.GaussianBase(self.scale, self.mean)
+
     def velocity(self):
-        return fd.exact.GaussianMixtureVelocity(
+        centred = fd.exact.GaussianMixtureVelocity(
             self.weights,
-            self.scale * self.means + self.mean,
+            self.scale * self.means,
             (self.scale * self.stds) ** 2,
             fd.LinearInterpolant(),
             self.scale,
         )
+        return lambda t, x, args: centred(t, x - self.mean, args)
 
 
 def standardised(weights, means, stds, **units):
@@ -158,12 +163,11 @@ LEFT_OUT = {
 def batches_of(name, density):
     interpolant = fd.LinearInterpolant()
     if OBJECTIVES[name][1] != "trajectories":
-        base = fd.data.GaussianBase(density.scale)
         return fd.data.InterpolantBatches(
-            interpolant, density.draw, density.batch_size, base=base
+            interpolant, density.draw, density.batch_size, base=density.base()
         )
     ts = jnp.linspace(0.0, 1.0, 33)
-    x0 = density.scale * jr.normal(jr.key(7), (8192, density.size))
+    x0 = density.base()(jr.key(7), jnp.zeros((8192, density.size)))
     ys = fd.solve_trajectories(density.velocity(), x0, ts, atol=1e-5 * density.scale)
     return fd.data.TrajectoryBatches(ts, ys, density.batch_size)
 
@@ -232,7 +236,7 @@ def sliced_wasserstein(x, y, num_directions=128):
 @functools.cache
 def test_set(name):
     density = DENSITIES[name]
-    x0 = density.scale * jr.normal(jr.key(123), (NUM_SAMPLES, density.size))
+    x0 = density.base()(jr.key(123), jnp.zeros((NUM_SAMPLES, density.size)))
     return x0, np.asarray(density.draw(jr.key(321), NUM_SAMPLES))
 
 

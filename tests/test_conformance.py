@@ -205,7 +205,7 @@ def f(p, x, sigma):
 
 def consistency_training(p, q):
     error = f(p, X1 + SIGMA * X0, SIGMA) - f(q, X1 + NEXT * X0, NEXT)
-    return np.sqrt(square(error)) / (SIGMA - NEXT)
+    return square(error) / (SIGMA - NEXT)
 
 
 def consistency_distillation(p, q):
@@ -459,7 +459,7 @@ TIMES = {
     "TVM": (fd.TerminalVelocityMatching(), 0.0, terminal_times),
     "AYF-EMD": (fd.AlignYourFlowEMD(), 0.0, align_times),
     "AYF-LMD": (fd.AlignYourFlowLMD(), 0.0, align_times),
-    "CT": (fd.ConsistencyTraining(), 0.0, lambda: noise_levels(41)),
+    "CT": (fd.ConsistencyTraining(), 0.0, lambda: noise_levels(151)),
     "CD": (fd.ConsistencyDistillation(), 0.0, lambda: noise_levels(19)),
     "sCT": (fd.ContinuousConsistency(), 0.0, to_the_data),
     "FreeFlow": (fd.FreeFlow(), 0.0, from_the_base),

@@ -85,6 +85,13 @@ def test_base_is_normal():
     assert stats.kstest(np.ravel(base) / 2.5, "norm").pvalue > 1e-4
 
 
+def test_base_off_centre():
+    mean = np.asarray([20.0, -3.0])
+    base = fd.data.GaussianBase(0.5, mean)(jr.key(0), jnp.zeros((5000, 2)))
+    assert np.allclose(base.mean(axis=0), mean, atol=0.05)
+    assert np.allclose(base.std(axis=0), 0.5, atol=0.03)
+
+
 def test_base_leaves_are_independent_and_keep_dtypes():
     like = {"a": jnp.zeros((5000,), jnp.float32), "b": jnp.zeros((5000,))}
     base = fd.data.GaussianBase()(jr.key(0), like)

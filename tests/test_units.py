@@ -83,7 +83,13 @@ UNITS = {
     "AYF-EMD": Problem(fd.AlignYourFlowEMD(), "velocity"),
     "AYF-LMD": Problem(fd.AlignYourFlowLMD(), "velocity"),
     "AYF-LMD, finite": Problem(fd.AlignYourFlowLMD(epsilon=0.05), "velocity"),
-    "CT": Problem(fd.ConsistencyTraining(), power=1),
+    "CT": Problem(fd.ConsistencyTraining()),
+    "CT, distance": Problem(
+        fd.ConsistencyTraining(
+            weight=fd.WeightChain((fd.PseudoHuber(), fd.InverseNoiseGap()))
+        ),
+        power=1,
+    ),
     "CD": Problem(fd.ConsistencyDistillation(), "velocity"),
     "sCT": Problem(fd.ContinuousConsistency()),
     "sCD": Problem(fd.ContinuousConsistency(), "velocity"),
@@ -295,7 +301,7 @@ def gradients_on(problem, interpolant, clock):
     objective = problem.objective
     linear, other = times_of(objective, clock)
     if isinstance(objective, fd.ConsistencyTraining):
-        weight = fd.WeightChain((fd.PseudoHuber(), fd.InverseNoiseGap(interpolant)))
+        weight = fd.InverseNoiseGap(interpolant)
         changed = problem._replace(objective=fd.ConsistencyTraining(weight=weight))
     else:
         changed = problem

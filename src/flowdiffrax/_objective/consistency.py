@@ -15,27 +15,25 @@ from .weight import (
     AbstractWeight,
     InverseNoiseGap,
     NoWeight,
-    PseudoHuber,
-    WeightChain,
 )
 
 
 class ConsistencyTraining(AbstractResidualObjective):
     r"""CT: two neighbouring points of one path must have the same end.
 
-    $|X_{s,1}(I_s) - \mathrm{sg}(X_{u,1}(I_u))|^2$ with $u$ the next time of a grid, and
-    $I_u$ on the same path. Only jumps to the end are learned. The target at the data end
-    is the data point itself, which anchors it all; finer grids have less bias and
-    more variance.
+    $|X_{s,1}(I_s) - \mathrm{sg}(X_{u,1}(I_u))|^2 / (\sigma_s - \sigma_u)$ with $u$ the
+    next time of a grid, $\sigma$ the noise levels, and $I_u$ on the same path. Only jumps
+    to the end are learned. The target at the data end is the data point itself, which
+    anchors it all; finer grids have less bias and more variance.
 
     **Arguments:**
 
     - `times`: the distribution of pairs of neighbouring times, $s$ and $u$. To let the
       grid grow in training, as the papers do, see [`flowdiffrax.KarrasNeighbours`][].
-    - `weight`: maps the squared error to the loss, given $s$ and $u$. The default is the
-      distance over the difference of noise levels, $|e| / (\sigma_s - \sigma_u)$, which
-      is the paper's for small `c`. For another interpolant than the linear one, use
-      `WeightChain((PseudoHuber(), InverseNoiseGap(interpolant)))`.
+    - `weight`: maps the squared error to the loss, given $s$ and $u$. The default is for
+      the linear interpolant; for another one, use `InverseNoiseGap(interpolant)`. The
+      metric of iCT on images, `WeightChain((PseudoHuber(c), InverseNoiseGap()))`, moves
+      the minimiser in few dimensions: see [`flowdiffrax.PseudoHuber`][].
     - `end`: the time of the end.
 
     The teacher is `None`, for the map as it is, or a flow map that makes the target
@@ -43,12 +41,13 @@ class ConsistencyTraining(AbstractResidualObjective):
 
     ??? cite "Reference"
 
-        [arXiv:2303.01469](https://arxiv.org/abs/2303.01469), algorithm 3; metric and
-        weight of [arXiv:2310.14189](https://arxiv.org/abs/2310.14189).
+        [arXiv:2303.01469](https://arxiv.org/abs/2303.01469), algorithm 3, with the 150
+        intervals that its grid grows to; weight of
+        [arXiv:2310.14189](https://arxiv.org/abs/2310.14189).
     """
 
-    times: AbstractTimes = KarrasNeighbours(41)
-    weight: AbstractWeight = WeightChain((PseudoHuber(), InverseNoiseGap()))
+    times: AbstractTimes = KarrasNeighbours(151)
+    weight: AbstractWeight = InverseNoiseGap()
     end: float = 1.0
 
     def residual(self, flow_map, teacher, path, s, t, args, key) -> State:

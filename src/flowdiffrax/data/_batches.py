@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
 import numpy as np
-from jaxtyping import Array, Key, PyTree
+from jaxtyping import Array, ArrayLike, Key, PyTree
 
 from .._coupling import AbstractCoupling, IndependentCoupling
 from .._custom_types import Args, State
@@ -65,17 +65,28 @@ def finite_rows(tree: PyTree) -> tuple[PyTree, int]:
     return kept, int(bad.sum())
 
 
+def _as_number_or_jax(value: ArrayLike) -> ArrayLike:
+    # A number stays one: an array would start JAX where the library is imported.
+    return value if isinstance(value, float | int) else jnp.asarray(value)
+
+
 class GaussianBase(eqx.Module):
-    """The base of most flows: independent normals around zero.
+    """The base of most flows: independent normals.
+
+    Give it the standard deviation and, if data are off centre, the mean of the data: a
+    flow that has to carry every point along by a mean of many standard deviations is hard
+    to learn, above all along the data (`MeanFlow`, the consistency objectives).
 
     **Arguments:**
 
     - `std`: the standard deviation, positive.
+    - `mean`: the mean, a number or an array that broadcasts against a data point.
 
-    **Raises:** `ValueError` if it is not positive.
+    **Raises:** `ValueError` if the standard deviation is not positive.
     """
 
     std: float = 1.0
+    mean: ArrayLike = eqx.field(default=0.0, converter=_as_number_or_jax)
 
     def __check_init__(self):
         if self.std <= 0:
@@ -83,7 +94,11 @@ class GaussianBase(eqx.Module):
 
     def __call__(self, key: Key[Array, ""], x1: State) -> State:
         """A draw like the batch `x1`."""
-        return _normal_like(key, x1, self.std)
+
+        def move(leaf):
+            return leaf + jnp.broadcast_to(jnp.asarray(self.mean, leaf.dtype), leaf.shape)
+
+        return jtu.tree_map(move, _normal_like(key, x1, self.std))
 
 
 class ConditionedPoints(NamedTuple):
