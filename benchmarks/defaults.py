@@ -144,6 +144,8 @@ OBJECTIVES = {
 }
 
 _ONE_JUMP = "learns jumps to the end, or from the base, only: sample it in one"
+_NOISY = "noisy in small batches: its gradient runs through the derivative in space"
+_STEEP = "follows an exact velocity, which is steep near heavy tails: see `DataEndWeight`"
 # (name, number of jumps) -> why it may fail there
 EXCEPTIONS = {
     ("CT", 4): _ONE_JUMP,
@@ -151,6 +153,11 @@ EXCEPTIONS = {
     ("CD", 4): _ONE_JUMP,
     ("sCD", 4): _ONE_JUMP,
     ("FreeFlow", 4): _ONE_JUMP,
+    ("EMD", 1): _NOISY,
+    ("LMD", 1): _STEEP,
+    ("AYF-LMD", 1): _STEEP,
+    ("FreeFlow", 1): _STEEP,
+    ("PFMM", 4): "compares states, so that short jumps count little without `InverseGap`",
 }
 # These are not maps to be sampled, and do not run.
 LEFT_OUT = {

@@ -456,7 +456,7 @@ TIMES = {
     "MeanFlow": (fd.MeanFlow(), HALF, triangle),
     "improved MeanFlow": (fd.ImprovedMeanFlow(), HALF, triangle),
     "AlphaFlow": (fd.AlphaFlow(), 0.25, triangle),
-    "TVM": (fd.TerminalVelocityMatching(), 0.0, terminal_times),
+    "TVM": (fd.TerminalVelocityMatching(), HALF, triangle),
     "AYF-EMD": (fd.AlignYourFlowEMD(), 0.0, align_times),
     "AYF-LMD": (fd.AlignYourFlowLMD(), 0.0, align_times),
     "CT": (fd.ConsistencyTraining(), 0.0, lambda: noise_levels(151)),
@@ -493,6 +493,13 @@ def test_the_papers_times(name):
     # Four standard errors of a distance of two samples of this size.
     for ours, theirs in ((s, paper_s), (t, paper_t), (t - s, paper_t - paper_s)):
         assert distance(ours, theirs) < 0.05
+
+
+def test_times_of_terminal_velocity_matching_for_images():
+    times = fd.LogitNormalGap(-0.8, 1.0, end_mean=0.4, end_std=1.0)
+    s, t = map(np.asarray, times(jr.key(2), NUM))
+    paper_s, paper_t = terminal_times()
+    assert distance(s, paper_s) < 0.05 and distance(t, paper_t) < 0.05
 
 
 def test_diagonal_of_the_mean_flow_recipe_is_at_the_noisier_time():

@@ -15,7 +15,6 @@ from .._times import (
     AbstractTimes,
     Diagonal,
     DiagonalMixture,
-    LogitNormalGap,
     StartAt,
     UniformTriangle,
 )
@@ -200,7 +199,9 @@ class TerminalVelocityMatching(AbstractObjective):
 
     **Arguments:**
 
-    - `times`: the distribution of times: a logit-normal gap, then the end time.
+    - `times`: the distribution of times: uniform, half of it on the diagonal, where the
+      first term vanishes. The paper's, for latents of ImageNet, is
+      `LogitNormalGap(-0.8, 1.0, end_mean=0.4, end_std=1.0)`.
     - `weight`: maps the sum of both squared errors to the loss.
     - `guidance`: a rule for the velocity that is followed; `None` for none.
     - `jvp`: how the derivative is taken, see [`flowdiffrax.FiniteDifference`][].
@@ -213,7 +214,7 @@ class TerminalVelocityMatching(AbstractObjective):
         [arXiv:2511.19797](https://arxiv.org/abs/2511.19797).
     """
 
-    times: AbstractTimes = LogitNormalGap(-0.8, 1.0, end_mean=0.4, end_std=1.0)
+    times: AbstractTimes = DiagonalMixture(UniformTriangle(), 0.5)
     weight: AbstractWeight = NoWeight()
     guidance: Callable | None = None
     jvp: Derivative = jax.jvp
