@@ -1,7 +1,9 @@
 import os
+import pathlib
 
 import hypothesis
 import jax
+import pytest
 
 # Identities are checked in float64, and everything the library promotes, it promotes on
 # purpose.
@@ -27,3 +29,16 @@ hypothesis.settings.register_profile(
     "thorough", derandomize=False, max_examples=200, print_blob=True, **_COMPILES
 )
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_what_is_compiled():
+    """Keeps a process below the number of memory maps that Linux allows, 65,530.
+
+    Each compiled function takes some, and a process that runs thousands of tests ends in
+    a crash of the compiler otherwise.
+    """
+    yield
+    maps = pathlib.Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 20_000:
+        jax.clear_caches()

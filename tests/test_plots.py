@@ -11,13 +11,14 @@ def axes():
     return pytest.importorskip("matplotlib.figure").Figure().subplots()
 
 
-def test_density_counts_points_where_they_are(axes):
+def test_density_is_where_its_points_are(axes):
     # Three points in the cell at the lower right of a board of 2 by 2, one at its left.
     samples = np.asarray([[0.5, -0.5]] * 3 + [[-0.5, -0.7], [0.5, 5.0]])
     fd.plot.density(axes, samples, low=-1.0, high=1.0, bins=2)
     (mesh,) = axes.collections
-    counts = np.asarray(mesh.get_array()).reshape(2, 2)  # rows upwards
-    assert counts.tolist() == [[1, 3], [0, 0]]
+    drawn = np.asarray(mesh.get_array()).reshape(2, 2)  # rows upwards
+    # Of five samples, in cells of an area of one.
+    np.testing.assert_allclose(drawn, [[1 / 5, 3 / 5], [0, 0]], rtol=1e-12)
     assert axes.get_xlim() == axes.get_ylim() == (-1, 1)
     fd.plot.density(axes, samples, low=-1.0, high=1.0)
     assert np.asarray(axes.collections[-1].get_array()).size == 100 * 100

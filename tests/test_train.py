@@ -207,7 +207,7 @@ def test_several_averages():
     for average, decay in zip(both.ema_maps, (0.75, 0.15), strict=True):
         alone = run(ema_decay=decay).ema_map
         assert_close(arrays(average), arrays(alone))
-    assert both.ema_map is both.ema_maps[0]
+    assert_equal(both.ema_map, both.ema_maps[0])
 
 
 def test_state_with_other_averages():
