@@ -315,7 +315,7 @@ def check_callable(
 
 
 def check_flow_map(fn: object, name: str = "flow_map") -> None:
-    """**Raises:** `TypeError` for what is no two-time map, or is known to be a network.
+    """**Raises:** `TypeError` if it is not a two-time map, or is known to be a network.
 
     A network has the arguments of a flow map, so that its velocity would pass for a
     state.
