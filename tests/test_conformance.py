@@ -145,7 +145,7 @@ def shortcut(p, q, limit=np.inf):
     return square(s_of(p, I(S), S, 2 * d) - target)
 
 
-# The clock of MeanFlow and of what followed it: z = (1 - t) x + t e, from time t back to r.
+# The clock of MeanFlow and its successors: z = (1 - t) x + t e, from time t back to r.
 R_, T_ = 1 - T, 1 - S
 Z = (1 - T_) * X1 + T_ * X0
 V = X0 - X1
