@@ -25,6 +25,17 @@ def assert_close(x, y, atol=1e-10, rtol=1e-10):
         np.testing.assert_allclose(a, b, atol=atol, rtol=rtol)
 
 
+def public_objectives() -> set[str]:
+    """The names of all objectives that are there to be used."""
+    return {
+        name
+        for name, item in vars(fd).items()
+        if isinstance(item, type)
+        and issubclass(item, fd.AbstractObjective)
+        and not name.startswith("Abstract")
+    }
+
+
 def max_abs(x) -> float:
     """The largest entry of a PyTree, by magnitude."""
     return max(float(jnp.max(jnp.abs(leaf))) for leaf in jtu.tree_leaves(x))

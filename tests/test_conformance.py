@@ -16,7 +16,7 @@ import jax.random as jr
 import jax.tree_util as jtu
 import numpy as np
 import pytest
-from helpers import assert_close
+from helpers import assert_close, public_objectives
 
 import flowdiffrax as fd
 
@@ -341,13 +341,7 @@ def test_the_papers_equation(name):
 
 
 def test_every_objective_has_its_equation():
-    public = {
-        name
-        for name, item in vars(fd).items()
-        if isinstance(item, type)
-        and issubclass(item, fd.AbstractObjective)
-        and not name.startswith("Abstract")
-    }
+    public = public_objectives()
     assert {type(row.objective).__name__ for row in EQUATIONS.values()} == public
 
 
