@@ -27,7 +27,8 @@ LONG = 40
 
 def begin(devices, address=None, processes=1, index=0):
     """Before the first use of JAX, which fixes its devices."""
-    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+    flag = f"--xla_force_host_platform_device_count={devices}"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
     jax.config.update("jax_enable_x64", True)
     jax.config.update("jax_disable_most_optimizations", True)
     if address is not None:
