@@ -26,19 +26,25 @@ import flowdiffrax as fd
 
 # Name; function of map, field, times, state and args; evaluations of map and field.
 ESTIMATES = {
-    "semigroup defect": (lambda *jump: fd.SemigroupDefect()(*jump)[1], "3, 0"),
-    "Lagrangian defect": (lambda *jump: fd.LagrangianDefect()(*jump)[1], "2, 1"),
-    "residual integral": (lambda *jump: fd.ResidualIntegral()(*jump)[1], "8, 4"),
+    "semigroup defect": (lambda *jump: fd.estimates.SemigroupDefect()(*jump)[1], "3, 0"),
+    "Lagrangian defect": (
+        lambda *jump: fd.estimates.LagrangianDefect()(*jump)[1],
+        "2, 1",
+    ),
+    "residual integral": (
+        lambda *jump: fd.estimates.ResidualIntegral()(*jump)[1],
+        "8, 4",
+    ),
     "linearised error, 3 nodes": (
-        lambda *jump: fd.LinearisedError(3)(*jump)[1],
+        lambda *jump: fd.estimates.LinearisedError(3)(*jump)[1],
         "8, 4 + 6d",
     ),
     "Alekseev-Gröbner, 3 nodes": (
-        lambda *jump: fd.AlekseevGroebner(3)(*jump)[1],
+        lambda *jump: fd.estimates.AlekseevGroebner(3)(*jump)[1],
         "12, 3",
     ),
     "Alekseev-Gröbner, 8 nodes": (
-        lambda *jump: fd.AlekseevGroebner(8)(*jump)[1],
+        lambda *jump: fd.estimates.AlekseevGroebner(8)(*jump)[1],
         "32, 8",
     ),
 }

@@ -66,7 +66,7 @@ def load(options):
     if options.data == "digits":
         lsd, (train, test) = digits.self_distilled(), digits.load()
     else:
-        read = functools.partial(fd.data.fashion_mnist, options.folder)
+        read = functools.partial(fd.images.fashion_mnist, options.folder)
         lsd, train, test = fashion(), read("train"), read("test")
     return {"lsd": lsd, **image_runs.siblings(lsd)}, train, test
 
@@ -150,8 +150,8 @@ def measure(options, presets, images, held_out, features, reference, seed):
     for (method, jumps), draw in samplers.items():
         samples, calls, seconds = image_runs.draw_all(draw, *noise, 250)
         exact = samples if exact is None else exact
-        scores = fd.metrics.score_images(samples, reference, features, seed=seed)
-        near = fd.metrics.nearest_neighbours(samples, images.images, held_out.images)
+        scores = fd.images.score_images(samples, reference, features, seed=seed)
+        near = fd.images.nearest_neighbours(samples, images.images, held_out.images)
         config, _ = load_map(options, presets, method, seed)
         rows.append(
             {
@@ -233,7 +233,7 @@ def draw(rows, pictures, floor, path):
     shown = {key: images for key, images in pictures.items() if key[1] in ("Tsit5", 1, 4)}
     axes = bottom.subplots()
     labels = [f"{method}, {jumps}" for method, jumps in shown]
-    fd.plot.image_grid(axes, np.stack(list(shown.values())), row_labels=labels)
+    fd.images.image_grid(axes, np.stack(list(shown.values())), row_labels=labels)
     figure.savefig(path, dpi=100)
     plt.close(figure)
 
@@ -248,10 +248,10 @@ def main(options):
                 train(options, presets, images, method, seed)
     if options.only_train:
         return
-    features = fd.metrics.fit_classifier(images.images, images.labels, key=jr.key(0))
-    reference = fd.metrics.ImageReference.of(features, images)
+    features = fd.images.fit_classifier(images.images, images.labels, key=jr.key(0))
+    reference = fd.images.ImageReference.of(features, images)
     held_out = held_out[: options.num_samples]
-    floor = fd.metrics.score_images(held_out.images, reference, features, seed=0)
+    floor = fd.images.score_images(held_out.images, reference, features, seed=0)
     floor = floor.as_dict()
     rows, pictures = [], {}
     for seed in range(options.seeds):

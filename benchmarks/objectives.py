@@ -66,7 +66,7 @@ LIMIT = 1.15
 class Row:
     """An objective, and what it evaluates for one example off the diagonal."""
 
-    objective: fd.AbstractObjective
+    objective: fd.objectives.AbstractObjective
     # Evaluations, and derivatives along a direction, that gradients run through.
     trained: int
     # Those that are held fixed.
@@ -84,11 +84,16 @@ class Row:
 
 def rows():
     Row_ = functools.partial(Row, has_teacher=True)
-    none, transport = fd.StopGradient.NONE, fd.StopGradient.TRANSPORT
+    none, transport = (
+        fd.objectives.StopGradient.NONE,
+        fd.objectives.StopGradient.TRANSPORT,
+    )
     return {
         "FlowMatching": Row(fd.FlowMatching(), trained=1),
         "TrajectoryMatching": Row(fd.TrajectoryMatching(), trained=1),
-        "VelocityDistillation": Row_(fd.VelocityDistillation(), trained=1, frozen=1),
+        "VelocityDistillation": Row_(
+            fd.objectives.VelocityDistillation(), trained=1, frozen=1
+        ),
         # The evaluation, its derivative in t, the teacher.
         "LagrangianMapDistillation": Row_(
             fd.LagrangianMapDistillation(), trained=2, frozen=1
@@ -101,56 +106,64 @@ def rows():
         ),
         # The same, and flow matching.
         "TerminalVelocityMatching": Row(
-            fd.TerminalVelocityMatching(), trained=3, frozen=1
+            fd.objectives.TerminalVelocityMatching(), trained=3, frozen=1
         ),
         # The derivative is held fixed, and the teacher.
-        "FreeFlow": Row_(fd.FreeFlow(), trained=1, frozen=2),
-        "AlignYourFlowLMD": Row_(fd.AlignYourFlowLMD(), trained=1, frozen=2),
+        "FreeFlow": Row_(fd.objectives.FreeFlow(), trained=1, frozen=2),
+        "AlignYourFlowLMD": Row_(fd.objectives.AlignYourFlowLMD(), trained=1, frozen=2),
         # The state before the last piece, and the teacher there.
         "AlignYourFlowLMD, epsilon": Row_(
-            fd.AlignYourFlowLMD(epsilon=0.05), trained=1, frozen=2
+            fd.objectives.AlignYourFlowLMD(epsilon=0.05), trained=1, frozen=2
         ),
         # The evaluation, its derivative along the teacher, the teacher.
         "EulerianMapDistillation": Row_(
-            fd.EulerianMapDistillation(), trained=2, frozen=1
+            fd.objectives.EulerianMapDistillation(), trained=2, frozen=1
         ),
         # The derivatives in time and in space apart, the second one held fixed.
         "EulerianMapDistillation, TRANSPORT": Row_(
-            fd.EulerianMapDistillation(stop_gradient=transport), trained=2, frozen=2
+            fd.objectives.EulerianMapDistillation(stop_gradient=transport),
+            trained=2,
+            frozen=2,
         ),
-        "StopGradientEulerian": Row(fd.StopGradientEulerian(), trained=2, frozen=1),
-        "NaiveEulerian": Row(fd.NaiveEulerian(), trained=2),
+        "StopGradientEulerian": Row(
+            fd.objectives.StopGradientEulerian(), trained=2, frozen=1
+        ),
+        "NaiveEulerian": Row(fd.objectives.NaiveEulerian(), trained=2),
         "EulerianSelfDistillation": Row(
-            fd.EulerianSelfDistillation(), trained=2, frozen=2
+            fd.objectives.EulerianSelfDistillation(), trained=2, frozen=2
         ),
         # The derivative is held fixed, and what gives its direction, if not the data.
-        "MeanFlow": Row(fd.MeanFlow(), trained=1, frozen=1),
-        "ImprovedMeanFlow": Row(fd.ImprovedMeanFlow(), trained=1, frozen=2),
-        "AlignYourFlowEMD": Row_(fd.AlignYourFlowEMD(), trained=1, frozen=2),
-        "ContinuousConsistency": Row(fd.ContinuousConsistency(), trained=1, frozen=1),
+        "MeanFlow": Row(fd.objectives.MeanFlow(), trained=1, frozen=1),
+        "ImprovedMeanFlow": Row(fd.objectives.ImprovedMeanFlow(), trained=1, frozen=2),
+        "AlignYourFlowEMD": Row_(fd.objectives.AlignYourFlowEMD(), trained=1, frozen=2),
+        "ContinuousConsistency": Row(
+            fd.objectives.ContinuousConsistency(), trained=1, frozen=1
+        ),
         "ContinuousConsistency, teacher": Row_(
-            fd.ContinuousConsistency(), trained=1, frozen=2
+            fd.objectives.ContinuousConsistency(), trained=1, frozen=2
         ),
         # The map after a short step along the data, or along the teacher.
-        "AlphaFlow": Row(fd.AlphaFlow(), trained=1, frozen=1),
+        "AlphaFlow": Row(fd.objectives.AlphaFlow(), trained=1, frozen=1),
         "AlignYourFlowEMD, epsilon": Row_(
-            fd.AlignYourFlowEMD(epsilon=0.05), trained=1, frozen=2
+            fd.objectives.AlignYourFlowEMD(epsilon=0.05), trained=1, frozen=2
         ),
         # Two pieces.
         "ProgressiveSelfDistillation": Row(
-            fd.ProgressiveSelfDistillation(), trained=1, frozen=2
+            fd.objectives.ProgressiveSelfDistillation(), trained=1, frozen=2
         ),
-        "SplitMeanFlow": Row(fd.SplitMeanFlow(), trained=1, frozen=2),
-        "Shortcut": Row(fd.Shortcut(), trained=1, frozen=2),
+        "SplitMeanFlow": Row(fd.objectives.SplitMeanFlow(), trained=1, frozen=2),
+        "Shortcut": Row(fd.objectives.Shortcut(), trained=1, frozen=2),
         "ProgressiveFlowMapMatching": Row(
-            fd.ProgressiveFlowMapMatching(), trained=1, frozen=2, looped=1
+            fd.objectives.ProgressiveFlowMapMatching(), trained=1, frozen=2, looped=1
         ),
         # The way back, the evaluation, its derivative in t.
-        "FlowMapMatching": Row(fd.FlowMapMatching(), trained=3),
-        "ConsistencyTraining": Row(fd.ConsistencyTraining(), trained=1, frozen=1),
+        "FlowMapMatching": Row(fd.objectives.FlowMapMatching(), trained=3),
+        "ConsistencyTraining": Row(
+            fd.objectives.ConsistencyTraining(), trained=1, frozen=1
+        ),
         # The target, and the two stages of Heun's method.
         "ConsistencyDistillation": Row_(
-            fd.ConsistencyDistillation(), trained=1, frozen=3, looped=1
+            fd.objectives.ConsistencyDistillation(), trained=1, frozen=3, looped=1
         ),
     }
 
@@ -233,7 +246,7 @@ NETWORKS = {
 
 def off_diagonal(objective):
     """The objective with the law of its times off the diagonal, if there are any."""
-    if isinstance(objective.times, fd.DiagonalMixture):
+    if isinstance(objective.times, fd.times.DiagonalMixture):
         return dataclasses.replace(objective, times=objective.times.times)
     return objective
 
@@ -268,7 +281,7 @@ def off_diagonal_loss(objective, flow_map, teacher, paths, key):
 
 
 def whole_loss(objective, flow_map, teacher, paths, key):
-    return fd.batch_loss(objective, flow_map, teacher, paths, key=key)[0]
+    return fd.objectives.batch_loss(objective, flow_map, teacher, paths, key=key)[0]
 
 
 def step(loss_fn, optim, objective, flow_map, opt_state, teacher, paths, key):
@@ -361,7 +374,7 @@ def measure(network, chosen, options):
 
     # A trajectory of two points: what is not a network counts as nothing.
     ts = jnp.tile(jnp.asarray([0.0, 1.0]), (batch, 1))
-    trajectories = fd.TrajectoryPath(ts, jnp.stack(list(ends), axis=1))
+    trajectories = fd.paths.TrajectoryPath(ts, jnp.stack(list(ends), axis=1))
     optim = optax.adam(1e-3) if options.optimiser else None
     opt_state = None
     if optim is not None:

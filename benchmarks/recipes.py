@@ -1,4 +1,4 @@
-"""What the training runs of `train.recipes()` cost, from one step compiled on a CPU.
+"""What the training runs of `images.recipes()` cost, from one step compiled on a CPU.
 
     python benchmarks/recipes.py                        # all; a minute or two for each
     python benchmarks/recipes.py --recipes cifar10-lsd --out out/benchmarks
@@ -67,7 +67,7 @@ def data_of(recipe, images, labels):
     if recipe.data == "checkerboard":
         return fd.data.checkerboard
     labels = None if recipe.num_classes is None else labels
-    return fd.data.DeviceImages(images, labels, flip=recipe.flip)
+    return fd.images.DeviceImages(images, labels, flip=recipe.flip)
 
 
 def inputs_of(recipe, batch, settings):
@@ -84,7 +84,7 @@ def inputs_of(recipe, batch, settings):
         )
         teacher = None
         if recipe.teacher is not None:
-            net = fd.train.recipe(recipe.teacher).network(key=teacher_key, **settings)
+            net = fd.images.recipe(recipe.teacher).network(key=teacher_key, **settings)
             teacher = fd.FlowMap(net).velocity
         return state, recipe.batches(data_of(recipe, images, labels), batch), teacher
 
@@ -130,7 +130,7 @@ def products(jaxpr):
 def counted(recipe, flow_map, batch):
     """FLOPs of a step by hand: a multiple of one forward evaluation."""
     objective = recipe.objective
-    if isinstance(objective, fd.Scheduled):
+    if isinstance(objective, fd.objectives.Scheduled):
         objective = objective.at(jnp.zeros((), int))
     share = objective.times.num_diagonal(batch) / batch
     evaluations = 3 * share + COUNTS[type(objective).__name__] * (1 - share)
@@ -146,7 +146,7 @@ def counted(recipe, flow_map, batch):
 
 
 def measure(name, options):
-    recipe = fd.train.recipe(name)
+    recipe = fd.images.recipe(name)
     rows = recipe.batch_size if options.batch is None else options.batch
     inputs = inputs_of(recipe, rows, {"remat": True} if options.remat else {})
     flow_map = inputs[0].flow_map
@@ -184,7 +184,7 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    names = fd.train.recipes()
+    names = fd.images.recipes()
     parser.add_argument("--recipes", nargs="+", choices=names, default=names)
     parser.add_argument("--utilisation", type=float, default=0.4)
     parser.add_argument(

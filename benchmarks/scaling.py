@@ -30,8 +30,8 @@ OBJECTIVES = {
     "flow matching": fd.FlowMatching(),
     "LMD": fd.LagrangianMapDistillation(),
     "LSD": fd.LagrangianSelfDistillation(),
-    "PSD": fd.ProgressiveSelfDistillation(),
-    "improved MeanFlow": fd.ImprovedMeanFlow(),
+    "PSD": fd.objectives.ProgressiveSelfDistillation(),
+    "improved MeanFlow": fd.objectives.ImprovedMeanFlow(),
 }
 BASE = {"resolution": 32, "channels": 32, "batch": 16}
 VARIED = {
@@ -63,7 +63,7 @@ def make_step(objective, setting):
     )
     images = np.random.default_rng(0).integers(0, 256, (256, *shape), np.uint8)
     batches = fd.data.InterpolantBatches(
-        fd.LinearInterpolant(), fd.data.DeviceImages(images), setting["batch"]
+        fd.LinearInterpolant(), fd.images.DeviceImages(images), setting["batch"]
     )
     teacher = None
     if isinstance(objective, fd.LagrangianMapDistillation):

@@ -7,7 +7,7 @@
 
 **Engine.** For each network and objective, seconds a step of
 
-- `forward, backward`: `eqx.filter_value_and_grad` of `fd.batch_loss` on one fixed batch;
+- `forward, backward`: `eqx.filter_value_and_grad` of `batch_loss` on one fixed batch;
 - `and Adam`: that, Optax's update, and nothing else, which is what any loop pays; all
   ratios are to this one;
 - `and a batch`: that, on rows and noise drawn in the same program, as any loop needs;
@@ -199,7 +199,9 @@ def programs(flow_map, objective, optim, batches, state):
 
         def loss(weights):
             flow_map = eqx.combine(weights, static)
-            return fd.batch_loss(objective, flow_map, None, paths, args, key=key)
+            return fd.objectives.batch_loss(
+                objective, flow_map, None, paths, args, key=key
+            )
 
         return eqx.filter_value_and_grad(loss, has_aux=True)(weights)
 
@@ -342,13 +344,11 @@ def measure_host(images, net, size, steps, options):
     batches = lambda source: fd.data.InterpolantBatches(
         fd.LinearInterpolant(), source, size
     )
-    on_device = batches(fd.data.DeviceImages(images, flip=True))
+    on_device = batches(fd.images.DeviceImages(images, flip=True))
     stream = fd.data.stream(images, size)
-    ready = fd.data.StreamBatches(images, size, batches, flip=True).each_step(0)
-
-    def from_host():
-        x, labels = next(stream)
-        return batches(fd.data.DeviceImages(x, labels, flip=True, draw=False))
+    make = lambda batch: batches(fd.images.DeviceImages(*batch, flip=True, draw=False))
+    ready = fd.data.StreamBatches(images, size, make).each_step(0)
+    from_host = lambda: make(next(stream))
 
     def stream_alone(steps):
         for _ in range(steps):
@@ -376,8 +376,8 @@ def host(options):
         draw = np.random.default_rng(0)
         pixels = draw.integers(0, 256, (options.images, *SHAPE), np.uint8)
         labels = draw.integers(0, 10, options.images, np.int32)
-        fd.data.save_images(f"{folder}/set", fd.data.Images(pixels, labels))
-        images = fd.data.load_images(f"{folder}/set")
+        fd.images.save_images(f"{folder}/set", fd.images.Images(pixels, labels))
+        images = fd.images.load_images(f"{folder}/set")
         print(f"\nFed from the host: {options.images} images of 32x32x3 on disk\n")
         columns = "network", "fed by", "ms a step", "time", "images a second"
         table((*columns, "of the stream alone"))

@@ -180,7 +180,7 @@ def contenders(example, setting, flow_map, size):
         return run
 
     def difficulty(x0, args):
-        _, error = fd.LinearisedError()(
+        _, error = fd.estimates.LinearisedError()(
             flow_map, example.vector_field, example.T0, example.T1, x0, args
         )
         return jnp.sqrt(sum(jnp.sum(e**2) for e in jax.tree_util.tree_leaves(error)))

@@ -102,12 +102,19 @@ def distil_lagrangian(config, teacher, steps, key):
     pool_key, fit_key = jr.split(key)
     batches = solve_pool(config, teacher, pool_key)
     # Jumps from the base and into the data matter most: one jump is both.
-    grid = fd.GridTimes(GRID)
-    laws = (grid, fd.StartAt(grid, 0.0), fd.EndAt(grid, 1.0), fd.EndAt(fd.StartAt(grid)))
-    times = fd.MixedTimes(laws, (0.24, 0.16, 0.36, 0.24))
-    matching = fd.TrajectoryMatching(times, fd.InverseGap(1.0))
-    lagrangian = fd.LagrangianMapDistillation(fd.UniformTriangle(), fd.DataEndWeight(0.5))
-    objective = fd.Mixture(
+    grid = fd.times.GridTimes(GRID)
+    laws = (
+        grid,
+        fd.times.StartAt(grid, 0.0),
+        fd.times.EndAt(grid, 1.0),
+        fd.times.EndAt(fd.times.StartAt(grid)),
+    )
+    times = fd.times.MixedTimes(laws, (0.24, 0.16, 0.36, 0.24))
+    matching = fd.TrajectoryMatching(times, fd.weights.InverseGap(1.0))
+    lagrangian = fd.LagrangianMapDistillation(
+        fd.times.UniformTriangle(), fd.weights.DataEndWeight(0.5)
+    )
+    objective = fd.objectives.Mixture(
         (matching, lagrangian),
         shares=(0.75, 0.25),
         weights=(1.0, 0.05),
@@ -133,8 +140,8 @@ def distil_progressive(config, teacher, steps, key):
     pool_key, *stage_keys = jr.split(key, 6)
     batches = solve_pool(config, teacher, pool_key)
     objective = fd.LagrangianMapDistillation(
-        fd.DiagonalMixture(fd.UniformTriangle(max_gap=1 / 8), 0.25),
-        fd.DataEndWeight(0.5),
+        fd.times.DiagonalMixture(fd.times.UniformTriangle(max_gap=1 / 8), 0.25),
+        fd.weights.DataEndWeight(0.5),
     )
     flow_map, longest = make_map(config), 1 / 8
     for stage_key in stage_keys:
@@ -149,8 +156,9 @@ def distil_progressive(config, teacher, steps, key):
         ).ema_map
         longest = 2 * longest
         teacher = flow_map
-        objective = fd.ProgressiveFlowMapMatching(
-            times=fd.UniformTriangle(max_gap=min(longest, 1)), weight=fd.InverseGap(1.0)
+        objective = fd.objectives.ProgressiveFlowMapMatching(
+            times=fd.times.UniformTriangle(max_gap=min(longest, 1)),
+            weight=fd.weights.InverseGap(1.0),
         )
     return flow_map
 

@@ -30,7 +30,7 @@ PREFIX = "cifar10-"
 
 def smoke():
     """Self-distillation of a small U-Net."""
-    recipe = fd.train.recipe("cifar10-lsd")
+    recipe = fd.images.recipe("cifar10-lsd")
     return dataclasses.replace(
         recipe,
         name="smoke",
@@ -58,10 +58,10 @@ def presets():
 def load(options):
     """Images to train on, and others to compare with."""
     if options.data is None:
-        images = fd.data.load_images(EMOJI)
+        images = fd.images.load_images(EMOJI)
         return images[::2], images[1::2]
     return image_runs.load_split(
-        options.data, fd.data.cifar10, checksums=options.checksums
+        options.data, fd.images.cifar10, checksums=options.checksums
     )
 
 

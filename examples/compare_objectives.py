@@ -151,55 +151,67 @@ class Method(NamedTuple):
 
 def tamed(objective):
     """Exact velocities are steep near the data: their errors there count less."""
-    return eqx.tree_at(lambda o: o.weight, objective, fd.DataEndWeight(0.5))
+    return eqx.tree_at(lambda o: o.weight, objective, fd.weights.DataEndWeight(0.5))
 
 
 def with_velocity(objective):
     """Distillation on and off the diagonal, three rows to one."""
-    both = (tamed(fd.VelocityDistillation()), objective)
-    return fd.Mixture(both, (0.25, 0.75))
+    both = (tamed(fd.objectives.VelocityDistillation()), objective)
+    return fd.objectives.Mixture(both, (0.25, 0.75))
 
 
 def of_images(objective, share, floor=1e-2):
     """The papers' times and weight for images, which rarely draw the jump from 0 to 1."""
-    normal = fd.LogitNormal(0.4, 1.0)
-    times = fd.DiagonalMixture(normal, share, fd.Diagonal(normal, start=True))
-    return lambda: objective(times, fd.PowerWeight(1.0, floor))
+    normal = fd.times.LogitNormal(0.4, 1.0)
+    times = fd.times.DiagonalMixture(normal, share, fd.times.Diagonal(normal, start=True))
+    return lambda: objective(times, fd.weights.PowerWeight(1.0, floor))
 
 
 METHODS = {
     "FM": Method(fd.FlowMatching, 1),
-    "FMM": Method(fd.FlowMapMatching, 3),
+    "FMM": Method(fd.objectives.FlowMapMatching, 3),
     "LSD": Method(fd.LagrangianSelfDistillation, 3),
-    "ESD": Method(fd.EulerianSelfDistillation, 5),
-    "PSD, midpoint": Method(fd.ProgressiveSelfDistillation, 3),
-    "PSD, uniform": Method(lambda: fd.ProgressiveSelfDistillation(split=None), 3),
-    "Shortcut": Method(fd.Shortcut, 3),
-    "SplitMeanFlow": Method(fd.SplitMeanFlow, 3),
-    "TVM": Method(fd.TerminalVelocityMatching, 4),
-    "EE": Method(fd.StopGradientEulerian, 4),
-    "naive Eulerian": Method(fd.NaiveEulerian, 2),
-    "MeanFlow": Method(fd.MeanFlow, 2),
-    "improved MeanFlow": Method(fd.ImprovedMeanFlow, 3),
-    "AlphaFlow": Method(fd.AlphaFlow, 2),
-    "MeanFlow, images": Method(of_images(fd.MeanFlow, 0.75), 2),
-    "improved MeanFlow, images": Method(of_images(fd.ImprovedMeanFlow, 0.5), 3),
-    "AlphaFlow, images": Method(of_images(fd.AlphaFlow, 0.25, 1e-3), 2),
-    "CT": Method(fd.ConsistencyTraining, 2, single=True),
-    "sCT": Method(fd.ContinuousConsistency, 2, single=True),
+    "ESD": Method(fd.objectives.EulerianSelfDistillation, 5),
+    "PSD, midpoint": Method(fd.objectives.ProgressiveSelfDistillation, 3),
+    "PSD, uniform": Method(
+        lambda: fd.objectives.ProgressiveSelfDistillation(split=None), 3
+    ),
+    "Shortcut": Method(fd.objectives.Shortcut, 3),
+    "SplitMeanFlow": Method(fd.objectives.SplitMeanFlow, 3),
+    "TVM": Method(fd.objectives.TerminalVelocityMatching, 4),
+    "EE": Method(fd.objectives.StopGradientEulerian, 4),
+    "naive Eulerian": Method(fd.objectives.NaiveEulerian, 2),
+    "MeanFlow": Method(fd.objectives.MeanFlow, 2),
+    "improved MeanFlow": Method(fd.objectives.ImprovedMeanFlow, 3),
+    "AlphaFlow": Method(fd.objectives.AlphaFlow, 2),
+    "MeanFlow, images": Method(of_images(fd.objectives.MeanFlow, 0.75), 2),
+    "improved MeanFlow, images": Method(
+        of_images(fd.objectives.ImprovedMeanFlow, 0.5), 3
+    ),
+    "AlphaFlow, images": Method(of_images(fd.objectives.AlphaFlow, 0.25, 1e-3), 2),
+    "CT": Method(fd.objectives.ConsistencyTraining, 2, single=True),
+    "sCT": Method(fd.objectives.ContinuousConsistency, 2, single=True),
     "LMD": Method(
         lambda: with_velocity(tamed(fd.LagrangianMapDistillation())), 3, True, False, 0.25
     ),
     "EMD": Method(
-        lambda: with_velocity(tamed(fd.EulerianMapDistillation())), 3, True, False, 0.25
+        lambda: with_velocity(tamed(fd.objectives.EulerianMapDistillation())),
+        3,
+        True,
+        False,
+        0.25,
     ),
     "PFMM": Method(
-        lambda: with_velocity(fd.ProgressiveFlowMapMatching()), 3, True, False, 0.25
+        lambda: with_velocity(fd.objectives.ProgressiveFlowMapMatching()),
+        3,
+        True,
+        False,
+        0.25,
     ),
-    "AYF-EMD": Method(fd.AlignYourFlowEMD, 3, True),
-    "AYF-LMD": Method(fd.AlignYourFlowLMD, 3, True),
-    "CD": Method(fd.ConsistencyDistillation, 4, True, True),
-    "FreeFlow": Method(fd.FreeFlow, 3, True, True),
+    "AYF-EMD": Method(fd.objectives.AlignYourFlowEMD, 3, True),
+    "AYF-LMD": Method(fd.objectives.AlignYourFlowLMD, 3, True),
+    "CD": Method(fd.objectives.ConsistencyDistillation, 4, True, True),
+    "FreeFlow": Method(fd.objectives.FreeFlow, 3, True, True),
 }
 
 # The rows of the figure.
@@ -311,7 +323,9 @@ def memory(name, data, network, width, batch_size):
     teacher = teachers_of(name, density)
 
     def loss(flow_map, paths, key):
-        return fd.batch_loss(method.make(), flow_map, teacher, paths, key=key)[0]
+        return fd.objectives.batch_loss(method.make(), flow_map, teacher, paths, key=key)[
+            0
+        ]
 
     lowered = eqx.filter_jit(eqx.filter_grad(loss)).lower(flow_map, paths, jr.key(0))
     return lowered.compile().compiled.memory_analysis().temp_size_in_bytes / 1e6
@@ -520,7 +534,7 @@ def gradient_statistics(name, data, flow_map, options, key, num_batches=32):
     density = DATA[data]()
     teacher = teachers_of(name, density)
     objective = METHODS[name].make()
-    if isinstance(objective, fd.Mixture):
+    if isinstance(objective, fd.objectives.Mixture):
         objective = objective.objectives[1]  # the diagonal is the same for both
     batches = fd.data.InterpolantBatches(
         INTERPOLANT,
@@ -533,7 +547,9 @@ def gradient_statistics(name, data, flow_map, options, key, num_batches=32):
     def gradient(flow_map, key):
         batch_key, loss_key = jr.split(key)
         paths, _ = batches(batch_key)
-        loss = lambda m: fd.batch_loss(objective, m, teacher, paths, key=loss_key)[0]
+        loss = lambda m: fd.objectives.batch_loss(
+            objective, m, teacher, paths, key=loss_key
+        )[0]
         leaves = jax.tree_util.tree_leaves(eqx.filter_grad(loss)(flow_map))
         return jnp.concatenate([leaf.ravel() for leaf in leaves])
 

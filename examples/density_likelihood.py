@@ -48,7 +48,7 @@ def pair_velocity(t, pair, args):
     """Of a point and its log-density."""
     # Not made once above: its arrays would start JAX when the script is imported.
     velocity = fd.exact.GaussianMixtureVelocity(np.ones(8), MEANS, COVARIANCES)
-    return fd.LogDensityVelocity(velocity)(t, pair, args)
+    return fd.likelihood.LogDensityVelocity(velocity)(t, pair, args)
 
 
 def draw(key, n):
@@ -59,29 +59,35 @@ def draw(key, n):
 def learn(num_steps=4000, pool=16_384, seed=0):
     """The flow map of states, which knows its log-determinant, from trajectories."""
     net_key, base_key, fit_key = jr.split(jr.key(seed), 3)
-    net = fd.LogDensityNet(fd.nn.MLP(3, width=160, depth=5, scale=1.5, key=net_key))
+    net = fd.likelihood.LogDensityNet(
+        fd.nn.MLP(3, width=160, depth=5, scale=1.5, key=net_key)
+    )
     # What the log-density gains does not depend on where it starts.
     start = draw(base_key, pool), jnp.zeros(pool)
     ys = fd.solve_trajectories(pair_velocity, start, GRID, rtol=1e-4, atol=1e-4)
     # Half of the jumps start at the data, where a likelihood is asked for.
-    grid = fd.GridTimes(GRID, both_directions=True)
-    from_data = fd.StartAt(grid, T1)
-    times = fd.MixedTimes((grid, from_data, fd.EndAt(from_data, T0)), (0.5, 0.3, 0.2))
+    grid = fd.times.GridTimes(GRID, both_directions=True)
+    from_data = fd.times.StartAt(grid, T1)
+    times = fd.times.MixedTimes(
+        (grid, from_data, fd.times.EndAt(from_data, T0)), (0.5, 0.3, 0.2)
+    )
     rate = optax.warmup_cosine_decay_schedule(0, 3e-3, num_steps // 30, num_steps)
     state = fd.train.fit(
         fd.FlowMap(net, time_range=(T0, T1)),
-        fd.TrajectoryMatching(times, fd.InverseGap(1.0)),
+        fd.TrajectoryMatching(times, fd.weights.InverseGap(1.0)),
         fd.data.TrajectoryBatches(GRID, ys, batch_size=2048),
         optax.adam(rate, b2=0.99),
         num_steps=num_steps,
         key=fit_key,
     )
-    return fd.LogDensityFlowMap(state.ema_map)
+    return fd.likelihood.LogDensityFlowMap(state.ema_map)
 
 
 def by_map(flow_map, method, passes, jumps, x1):
     """The log-density of a point, and the evaluations."""
-    return fd.log_prob(flow_map, base_log_prob, x1, jumps, method=method), jumps * passes
+    return fd.likelihood.log_prob(
+        flow_map, base_log_prob, x1, jumps, method=method
+    ), jumps * passes
 
 
 def by_diffrax(solver, stages, controller, dt0, x1):
@@ -102,9 +108,13 @@ def methods(flow_map):
         dt0 = jnp.asarray(-1 / n)
         yield "Euler", n, partial(by_diffrax, diffrax.Euler(), 1, even, dt0)
     for n in (1, 2, 4, 8):
-        yield "learned", n, partial(by_map, flow_map, fd.LearnedLogDet(), 1, n)
+        yield "learned", n, partial(by_map, flow_map, fd.likelihood.LearnedLogDet(), 1, n)
     for n in (1, 2, 4, 8):
-        yield "Jacobian", n, partial(by_map, flow_map, fd.ExactJacobian(), 3, n)
+        yield (
+            "Jacobian",
+            n,
+            partial(by_map, flow_map, fd.likelihood.ExactJacobian(), 3, n),
+        )
 
 
 # In chunks: each goes on until its slowest point is done.

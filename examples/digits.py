@@ -35,7 +35,7 @@ TEACHER_STEPS, DISTILLATION_STEPS, SMALL_BATCH = 1600, 1400, 64
 
 def self_distilled():
     """The preset that needs no teacher, of which the others are variants."""
-    return fd.train.Recipe(
+    return fd.images.Recipe(
         name="lsd",
         source="ours, for two CPU cores",
         data="digits",
@@ -70,7 +70,7 @@ def presets():
 
 def load():
     """Three quarters to train on, and the rest, in an order drawn once."""
-    images = fd.data.digits()
+    images = fd.images.digits()
     order = np.random.default_rng(0).permutation(len(images))
     cut = 3 * len(images) // 4
     return images[order[:cut]], images[order[cut:]]

@@ -1,7 +1,7 @@
 """What the scripts for image benchmarks share: options, training, samples, scores.
 
 `digits.py`, `cifar10.py` and `imagenet32.py` each bring their presets and a way to load
-their images; everything else is here. A preset is a `flowdiffrax.train.Recipe`, printed
+their images; everything else is here. A preset is a `flowdiffrax.images.Recipe`, printed
 in full before anything runs. What is wrong with the options or their files is said in
 one line, before images are read.
 """
@@ -31,19 +31,19 @@ import flowdiffrax as fd
 OBJECTIVES = {
     "flow-matching": fd.FlowMatching,
     "lagrangian-distillation": fd.LagrangianMapDistillation,
-    "eulerian-distillation": fd.EulerianMapDistillation,
-    "progressive-distillation": fd.ProgressiveFlowMapMatching,
-    "align-your-flow": fd.AlignYourFlowEMD,
-    "consistency-distillation": fd.ConsistencyDistillation,
-    "flow-map-matching": fd.FlowMapMatching,
+    "eulerian-distillation": fd.objectives.EulerianMapDistillation,
+    "progressive-distillation": fd.objectives.ProgressiveFlowMapMatching,
+    "align-your-flow": fd.objectives.AlignYourFlowEMD,
+    "consistency-distillation": fd.objectives.ConsistencyDistillation,
+    "flow-map-matching": fd.objectives.FlowMapMatching,
     "lsd": fd.LagrangianSelfDistillation,
-    "esd": fd.EulerianSelfDistillation,
-    "psd": fd.ProgressiveSelfDistillation,
-    "meanflow": fd.MeanFlow,
-    "improved-meanflow": fd.ImprovedMeanFlow,
-    "terminal-velocity": fd.TerminalVelocityMatching,
-    "split-meanflow": fd.SplitMeanFlow,
-    "consistency-training": fd.ConsistencyTraining,
+    "esd": fd.objectives.EulerianSelfDistillation,
+    "psd": fd.objectives.ProgressiveSelfDistillation,
+    "meanflow": fd.objectives.MeanFlow,
+    "improved-meanflow": fd.objectives.ImprovedMeanFlow,
+    "terminal-velocity": fd.objectives.TerminalVelocityMatching,
+    "split-meanflow": fd.objectives.SplitMeanFlow,
+    "consistency-training": fd.objectives.ConsistencyTraining,
 }
 FROM_TEACHER = (
     "lagrangian-distillation", "eulerian-distillation", "progressive-distillation",
@@ -58,7 +58,7 @@ class Options:
 
     data: pathlib.Path | None = None
     """The images: the script's own archive or folder, a folder of Parquet files or of
-    pictures, or a file by `flowdiffrax.data.save_images`."""
+    pictures, or a file by `flowdiffrax.images.save_images`."""
     checksums: bool = True
     """Insist on the files of the release. `--no-checksums` is for files of your own in
     its format."""
@@ -152,8 +152,8 @@ class Presets(Mapping):
 
 def published(prefix):
     """The papers' runs on some data, by their names without the prefix."""
-    names = [name for name in fd.train.recipes() if name.startswith(prefix)]
-    make = lambda name: functools.partial(fd.train.recipe, name)
+    names = [name for name in fd.images.recipes() if name.startswith(prefix)]
+    make = lambda name: functools.partial(fd.images.recipe, name)
     return {name.removeprefix(prefix): make(name) for name in names}
 
 
@@ -184,7 +184,7 @@ def parse(script, doc, presets, default, line=None, own=None, **defaults):
 def siblings(lsd):
     """Other ways to train the network of a self-distilled preset, on the same data."""
     change = functools.partial(dataclasses.replace, lsd)
-    uniform = fd.DiagonalMixture(fd.UniformTriangle(), 0.75)
+    uniform = fd.times.DiagonalMixture(fd.times.UniformTriangle(), 0.75)
     return {
         "teacher": change(
             name="teacher",
@@ -197,10 +197,10 @@ def siblings(lsd):
             teacher="teacher",
             starts_from_teacher=True,
         ),
-        "psd": change(name="psd", objective=fd.ProgressiveSelfDistillation()),
+        "psd": change(name="psd", objective=fd.objectives.ProgressiveSelfDistillation()),
         "improved-meanflow": change(
             name="improved-meanflow",
-            objective=fd.ImprovedMeanFlow(uniform, fd.NoWeight()),
+            objective=fd.objectives.ImprovedMeanFlow(uniform, fd.weights.NoWeight()),
         ),
     }
 
@@ -213,11 +213,11 @@ def load_split(path, archive, test="test", *, checksums=True):
     """
     path = pathlib.Path(path)
     if any(path.glob("train*.parquet")):
-        read = functools.partial(fd.data.parquet_images, path)
+        read = functools.partial(fd.images.parquet_images, path)
     elif (path / "train").is_dir() and (path / test).is_dir():
         read = lambda part: _read_folder(path / part, checksums)
     elif path.suffix in (".npz", ".npy"):
-        return _one_in_ten(fd.data.load_images(path))
+        return _one_in_ten(fd.images.load_images(path))
     elif path.is_dir() and not any(path.glob("*batch*")):
         return _one_in_ten(_read_folder(path, checksums))
     else:
@@ -228,9 +228,9 @@ def load_split(path, archive, test="test", *, checksums=True):
 
 def _read_folder(path, checksums):
     try:
-        return fd.data.load_images(path, checksums=checksums)
+        return fd.images.load_images(path, checksums=checksums)
     except FileNotFoundError:  # not written by `save_images`
-        return fd.data.image_folder(path)
+        return fd.images.image_folder(path)
 
 
 def _one_in_ten(images):
@@ -277,7 +277,7 @@ def with_options(recipe, options):
     if options.both_directions:
         if not hasattr(objective, "times"):
             raise SystemExit("--both-directions needs an objective with times of its own")
-        turn = fd.EitherDirection(objective.times)
+        turn = fd.times.EitherDirection(objective.times)
         objective = eqx.tree_at(lambda o: o.times, objective, turn)
     changes["objective"] = objective
     return dataclasses.replace(recipe, **changes)
@@ -364,7 +364,7 @@ def check_features(recipe, options):
         raise SystemExit(f"--features: there are no weights at {options.features}")
     if options.statistics is None:
         return
-    known = fd.metrics.FeatureStatistics.load(options.statistics).fingerprint
+    known = fd.images.FeatureStatistics.load(options.statistics).fingerprint
     if None not in (features, known) and known != features.fingerprint:
         raise SystemExit(
             f"--statistics: {options.statistics} is of the features {known}, and "
@@ -493,7 +493,7 @@ def contents(images, teacher):
 def train(recipe, options, flow_map, teacher, images, run):
     """Trains, or goes on; nothing if it is done already."""
     x0, labels = noise(recipe, options, 16, images)
-    grids = fd.train.SampleGrids(
+    grids = fd.images.SampleGrids(
         options.out / "samples", x0, labels, num_jumps=options.jumps,
         every=options.grid_every,
     )  # fmt: skip
@@ -521,8 +521,12 @@ def batches_of(recipe, options, images):
         return recipe.batches(images, size)
     if recipe.num_classes is None:
         images = dataclasses.replace(images, labels=None)
-    make = lambda source: recipe.batches(source, size)
-    return fd.data.StreamBatches(images, size, make, flip=recipe.flip)
+
+    def make(batch):
+        on_device = fd.images.DeviceImages(*batch, flip=recipe.flip, draw=False)
+        return recipe.batches(on_device, size)
+
+    return fd.data.StreamBatches(images, size, make)
 
 
 # --- samples --------------------------------------------------------------------------
@@ -593,9 +597,9 @@ def samplers(recipe, options, flow_map, teacher):
     """What to compare, by name."""
     guided, velocity = flow_map, (teacher or flow_map).velocity
     if options.guidance != 1.0:
-        rule = fd.ClassifierFreeGuidance(recipe.num_classes, options.guidance)
-        guided = fd.GuidedFlowMap(flow_map, rule)
-        velocity = fd.GuidedVelocity(velocity, rule)
+        rule = fd.velocities.ClassifierFreeGuidance(recipe.num_classes, options.guidance)
+        guided = fd.velocities.GuidedFlowMap(flow_map, rule)
+        velocity = fd.velocities.GuidedVelocity(velocity, rule)
     named = {}
     if options.ode is not None:
         whose = "its own velocity" if teacher is None else "the teacher"
@@ -619,7 +623,7 @@ def draw_all(draw, x0, labels, batch_size):
     start, images, evaluations = time.perf_counter(), [], []
     for index, part in enumerate(batches):
         x1, number = draw(*rows(part), jr.key(index))
-        images.append(fd.data.to_uint8(x1))
+        images.append(fd.images.to_uint8(x1))
         evaluations.append(float(number))
     seconds = (time.perf_counter() - start) / len(x0) * 1000
     return np.concatenate(images), float(np.mean(evaluations)), seconds
@@ -634,30 +638,30 @@ def features_of(options, images):
         return random_features(images.images.shape[1:])
     if options.features == "classifier":
         print("Training the classifier whose features are the proxy")
-        return fd.metrics.fit_classifier(images.images, images.labels, key=jr.key(0))
+        return fd.images.fit_classifier(images.images, images.labels, key=jr.key(0))
     return features_of_file(options.features, options.checksums)
 
 
 def random_features(shape):
-    return fd.metrics.RandomFeatures(shape, key=jr.key(0))
+    return fd.images.RandomFeatures(shape, key=jr.key(0))
 
 
 @functools.cache
 def features_of_file(path, checksums):
     if path.endswith(".ckpt"):
-        return fd.metrics.AlexNetFeatures.load(path, checksums=checksums)
-    return fd.metrics.InceptionFeatures.load(path)
+        return fd.images.AlexNetFeatures.load(path, checksums=checksums)
+    return fd.images.InceptionFeatures.load(path)
 
 
 def score(recipe, options, flow_map, teacher, images, held_out):
     """A row for each sampler; the last two say what real images would score."""
     features = features_of(options, images)
     if options.statistics is not None:
-        reference = fd.metrics.FeatureStatistics.load(options.statistics)
+        reference = fd.images.FeatureStatistics.load(options.statistics)
     else:
-        reference = fd.metrics.ImageReference.of(features, images)
+        reference = fd.images.ImageReference.of(features, images)
     measure = functools.partial(
-        fd.metrics.score_images, reference=reference, features=features
+        fd.images.score_images, reference=reference, features=features
     )
     x0, labels = noise(recipe, options, options.num_samples, images)
     others = held_out.images[: options.num_samples]
@@ -666,7 +670,7 @@ def score(recipe, options, flow_map, teacher, images, held_out):
         drawn, evaluations, seconds = draw_all(draw, x0, labels, options.sample_batch)
         exact = drawn if exact is None and options.ode is not None else exact
         scores = measure(drawn, seed=options.seed)
-        near = fd.metrics.nearest_neighbours(drawn, images.images, others)
+        near = fd.images.nearest_neighbours(drawn, images.images, others)
         rows.append(
             {
                 "sampler": name,
@@ -699,7 +703,7 @@ def inversion(recipe, options, flow_map, images, number=8, num_jumps=16):
     Goes back by the map itself where it learned to, and otherwise solves for the start of
     each jump, of which short ones are easier.
     """
-    x1 = fd.data.from_uint8(jnp.asarray(images.images[:number]))
+    x1 = fd.images.from_uint8(jnp.asarray(images.images[:number]))
     labels = None
     if recipe.num_classes is not None:
         labels = jnp.asarray(images.labels[:number])
@@ -719,7 +723,7 @@ def inversion(recipe, options, flow_map, images, number=8, num_jumps=16):
     _, axes = plt.subplots(figsize=(number, 4.4), layout="constrained")
     names = ["images", "their noise", "and back", "half way to the\nnoise before"]
     rows = jnp.stack([x1, x0 / recipe.base_std / 2, back, half_way])
-    fd.plot.image_grid(axes, rows, row_labels=names)
+    fd.images.image_grid(axes, rows, row_labels=names)
     plt.savefig(options.out / "inversion.png", dpi=100, bbox_inches="tight")
     plt.close()
     error = float(jnp.sqrt(jnp.mean((back - x1) ** 2)))
@@ -735,7 +739,9 @@ def inversion(recipe, options, flow_map, images, number=8, num_jumps=16):
 
 @eqx.filter_jit
 def solve_for_start(flow_map, s, t, y, labels):
-    one = lambda y, label: fd.invert(flow_map, s, t, y, label, max_steps=128, throw=False)
+    one = lambda y, label: fd.likelihood.invert(
+        flow_map, s, t, y, label, max_steps=128, throw=False
+    )
     return jax.vmap(one)(y, labels)
 
 
@@ -812,6 +818,6 @@ def grid(recipe, options, flow_map, teacher, images, number=20):
     named = samplers(recipe, options, flow_map, teacher)
     rows = [draw(x0, labels, jr.key(options.seed))[0] for draw in named.values()]
     _, axes = plt.subplots(figsize=(10, 0.43 * len(rows) + 0.1), layout="constrained")
-    fd.plot.image_grid(axes, jnp.stack(rows), row_labels=[*named])
+    fd.images.image_grid(axes, jnp.stack(rows), row_labels=[*named])
     plt.savefig(options.out / "samples.png", dpi=120, bbox_inches="tight")
     plt.close()

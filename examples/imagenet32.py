@@ -7,7 +7,7 @@
 
 `--data` is the folder of the archives' `.npz` files; or better, since it is mapped into
 memory and not read, one with the parts `train` and `val` by
-`flowdiffrax.data.save_images`. Everything else is as in `cifar10.py`. `docs/scale.md`
+`flowdiffrax.images.save_images`. Everything else is as in `cifar10.py`. `docs/scale.md`
 has the commands for one GPU, one machine and several.
 """
 
@@ -25,7 +25,7 @@ def presets():
 def load(options):
     """Images to train on, and others to compare with."""
     return image_runs.load_split(
-        options.data, fd.data.imagenet32, "val", checksums=options.checksums
+        options.data, fd.images.imagenet32, "val", checksums=options.checksums
     )
 
 

@@ -78,9 +78,9 @@ def learn(num_steps=20_000, seed=0, pool=8192):
     # Some orbits beyond the last, as a map is worst at the edge of what it has seen.
     x0, solver = draw(draw_key, pool, largest=0.55), diffrax.Dopri8()
     ys = fd.solve_trajectories(vector_field, x0, ts, solver=solver, rtol=1e-7, atol=1e-7)
-    start = fd.StartAt(fd.GridTimes(ts), 0.0)
-    times = fd.MixedTimes((start, fd.EndAt(start, LONGEST)), (0.7, 0.3))
-    objective = fd.TrajectoryMatching(times, fd.InverseGap(1.0))
+    start = fd.times.StartAt(fd.times.GridTimes(ts), 0.0)
+    times = fd.times.MixedTimes((start, fd.times.EndAt(start, LONGEST)), (0.7, 0.3))
+    objective = fd.TrajectoryMatching(times, fd.weights.InverseGap(1.0))
     batches = fd.data.TrajectoryBatches(ts, ys, 1024)
     schedule, warmup = optax.warmup_cosine_decay_schedule, num_steps // 30
     rate = lambda peak: schedule(0, peak, warmup, num_steps, exponent=2)

@@ -55,8 +55,10 @@ def learn(num_steps=6000, seed=0, pool=65_536):
     net = fd.nn.MLP(2, 96, 4, args_size=4, activation=jnp.tanh, key=net_key)
     # The equations do not depend on time: the map sees the length of the jump alone.
     flow_map = fd.AutonomousFlowMap(fd.FlowMap(net, time_range=(0.0, 1.0)))
-    times = fd.GridTimes(grid), fd.StartAt(fd.GridTimes(grid), 0.0)
-    objective = fd.TrajectoryMatching(fd.MixedTimes(times, (1, 1)), fd.InverseGap(1.0))
+    times = fd.times.GridTimes(grid), fd.times.StartAt(fd.times.GridTimes(grid), 0.0)
+    objective = fd.TrajectoryMatching(
+        fd.times.MixedTimes(times, (1, 1)), fd.weights.InverseGap(1.0)
+    )
     batches = fd.data.TrajectoryBatches(grid, zs, 2048, jax.vmap(units.args)(args))
     rate = optax.warmup_cosine_decay_schedule(0, 0.02, num_steps // 30, num_steps)
     train = functools.partial(fd.train.fit, num_steps=num_steps, key=fit_key)

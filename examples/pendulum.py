@@ -46,12 +46,12 @@ def learn(num_steps=16_000, seed=0, pool=32_768):
     grid, zs = units.trajectories(ts, ys)
     net = fd.nn.MLP(2, 64, 4, activation=jax.nn.silu, key=net_key)
     # A third of the jumps start at the beginning, and half of those end at the end.
-    times = fd.GridTimes(grid)
-    start = fd.StartAt(times, 0.0)
-    times = fd.MixedTimes((times, start, fd.EndAt(start, 1.0)), (4, 1, 1))
+    times = fd.times.GridTimes(grid)
+    start = fd.times.StartAt(times, 0.0)
+    times = fd.times.MixedTimes((times, start, fd.times.EndAt(start, 1.0)), (4, 1, 1))
     # That the map's end moves with the field is what a hybrid solver tests.
     objectives = fd.TrajectoryMatching(times), fd.LagrangianMapDistillation()
-    objective = fd.Mixture(objectives, shares=(3, 1), weights=(1.0, 0.1))
+    objective = fd.objectives.Mixture(objectives, shares=(3, 1), weights=(1.0, 0.1))
     batches = fd.data.TrajectoryBatches(grid, zs, batch_size=2048)
     rate = optax.warmup_cosine_decay_schedule(0, 0.02, num_steps // 30, num_steps)
     state = fd.train.fit(
@@ -101,7 +101,7 @@ def draw_figure(path, flow_map, rows, x0):
     ts = jnp.linspace(T0, T1, 200)
     for x, ys in zip(x0, fd.solve_trajectories(vector_field, x0, ts), strict=True):
         jump = jnp.array([T0, T1]), jnp.stack([x, flow_map(T0, T1, x)])
-        between = fd.FlowMapInterpolation(*jump, flow_map).evaluate(ts)
+        between = fd.solvers.FlowMapInterpolation(*jump, flow_map).evaluate(ts)
         axes[2].plot(*ys.T, "C0", alpha=0.4, linewidth=4)
         axes[2].plot(*between.T, "C3", linewidth=1)
         axes[2].plot(*x, "k.")

@@ -73,11 +73,11 @@ class ExchangeFlowMap(fd.AbstractFlowMap):
         return jnp.stack([(x[0] + b * second) / (1 + a), second, x[2] + c * second])
 
 
-class LogMatching(fd.AbstractResidualObjective):
+class LogMatching(fd.objectives.AbstractResidualObjective):
     """Trajectory matching in logarithms, for species of very different amounts."""
 
-    times: fd.AbstractTimes
-    weight: fd.AbstractWeight = fd.NoWeight()
+    times: fd.times.AbstractTimes
+    weight: fd.weights.AbstractWeight = fd.weights.NoWeight()
 
     def residual(self, flow_map, teacher, path, s, t, args, key):
         log = lambda x: jnp.log(x + jnp.asarray([1e-6, 1e-9, 1e-8]))
@@ -95,8 +95,10 @@ def learn(num_steps=20_000, seed=0, pool=8192):
     # Half of them start late on the others: short steps are asked for there too.
     late = ys[jnp.arange(pool // 2), jr.randint(late_key, (pool // 2,), 1, GRID.size)]
     batches = fd.data.TrajectoryBatches(GRID, jnp.concatenate([ys, solve(late)]), 1024)
-    grid = fd.GridTimes(GRID)
-    objective = LogMatching(fd.MixedTimes((grid, fd.StartAt(grid, 0.0)), (0.5, 0.5)))
+    grid = fd.times.GridTimes(GRID)
+    objective = LogMatching(
+        fd.times.MixedTimes((grid, fd.times.StartAt(grid, 0.0)), (0.5, 0.5))
+    )
     rate = optax.warmup_cosine_decay_schedule(0, 5e-3, num_steps // 30, num_steps)
     optim, run = optax.adam(rate, b2=0.99), {"num_steps": num_steps, "key": fit_key}
     return fd.train.fit(ExchangeFlowMap(net), objective, batches, optim, **run).ema_map

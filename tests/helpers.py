@@ -29,9 +29,9 @@ def public_objectives() -> set[str]:
     """The names of all objectives that are there to be used."""
     return {
         name
-        for name, item in vars(fd).items()
+        for name, item in vars(fd.objectives).items()
         if isinstance(item, type)
-        and issubclass(item, fd.AbstractObjective)
+        and issubclass(item, fd.objectives.AbstractObjective)
         and not name.startswith("Abstract")
     }
 

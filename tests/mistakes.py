@@ -32,7 +32,7 @@ BATCHES = fd.data.InterpolantBatches(LINEAR, DRAW, 8)
 def fit(flow_map=MAP, objective=None, batches=BATCHES, optim=None, **settings):
     return fd.train.fit(
         flow_map,
-        fd.FlowMapMatching() if objective is None else objective,
+        fd.objectives.FlowMapMatching() if objective is None else objective,
         batches,
         optax.adam(1e-3) if optim is None else optim,
         **{"num_steps": 1, "key": jr.key(1), "progress": False, **settings},
@@ -186,7 +186,7 @@ MISTAKES = {
         "Pass its `.velocity`",
     ),
     "velocity as a flow map": (
-        lambda: fit(objective=fd.ProgressiveFlowMapMatching(), teacher=FIELD),
+        lambda: fit(objective=fd.objectives.ProgressiveFlowMapMatching(), teacher=FIELD),
         TypeError,
         "`teacher(s, t, x, args)`, which `<lambda>(t, x, args)` does not allow",
     ),
@@ -196,7 +196,7 @@ MISTAKES = {
         "`vector_field(t, x, args)`, which `<lambda>(t, x)` does not allow. Wrap it",
     ),
     "class of an objective": (
-        lambda: fit(objective=fd.FlowMapMatching),
+        lambda: fit(objective=fd.objectives.FlowMapMatching),
         TypeError,
         "must be an instance such as `FlowMatching()`",
     ),
@@ -324,7 +324,7 @@ MISTAKES = {
         "0 keeps the last weights",
     ),
     "density of each entry": (
-        lambda: fd.log_prob(MAP, jax.scipy.stats.norm.logpdf, STATE),
+        lambda: fd.likelihood.log_prob(MAP, jax.scipy.stats.norm.logpdf, STATE),
         ValueError,
         "Of independent entries, sum",
     ),
@@ -339,13 +339,13 @@ MISTAKES = {
         "must be two numbers, `(low, high)`; got 1.0",
     ),
     "class of an estimate": (
-        lambda: fd.AdaptiveFlowMapSolver(MAP, fd.SemigroupDefect),
+        lambda: fd.AdaptiveFlowMapSolver(MAP, fd.estimates.SemigroupDefect),
         TypeError,
         "an instance such as `ResidualIntegral()`",
     ),
     "class of a coupling": (
         lambda: fd.data.InterpolantBatches(
-            LINEAR, DRAW, 8, coupling=fd.IndependentCoupling
+            LINEAR, DRAW, 8, coupling=fd.paths.IndependentCoupling
         ),
         TypeError,
         "got the class IndependentCoupling, not an instance of it",
@@ -356,13 +356,13 @@ MISTAKES = {
         "`run` must be a `train.Run` or `None`",
     ),
     "channels first": (
-        lambda: fd.data.DeviceImages(np.zeros((9, 3, 32, 32), np.uint8)),
+        lambda: fd.images.DeviceImages(np.zeros((9, 3, 32, 32), np.uint8)),
         ValueError,
         "`images` must have its channels last",
     ),
     "more classes than a recipe has": (
-        lambda: fd.train.recipe("imagenet32-class-lmd").batches(
-            fd.data.Images(
+        lambda: fd.images.recipe("imagenet32-class-lmd").batches(
+            fd.images.Images(
                 np.zeros((9, 8, 8, 3), np.uint8), np.arange(9), num_classes=2000
             )
         ),
@@ -370,7 +370,7 @@ MISTAKES = {
         "num_classes=2000)`",
     ),
     "rounding twice": (
-        lambda: fd.data.to_uint8(np.zeros((2, 2), np.uint8)),
+        lambda: fd.images.to_uint8(np.zeros((2, 2), np.uint8)),
         TypeError,
         "takes floats in [-1, 1]; got uint8",
     ),

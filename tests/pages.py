@@ -94,14 +94,14 @@ def shortened(code):
 def run(path, *, short):
     """What each block prints, one after the other, in the folder that we are in."""
     names, printed = {"__name__": "page"}, []
-    stand_in = fd.data.digits
-    features = lambda path: fd.metrics.RandomFeatures((8, 8, 1), key=jax.random.key(0))
+    stand_in = fd.images.digits
+    features = lambda path: fd.images.RandomFeatures((8, 8, 1), key=jax.random.key(0))
     with contextlib.ExitStack() as stack:
         # Files that nobody has at hand.
         for owner, name, value in [
             (fd.data, "imagenet32", lambda path: stand_in()),
             (fd.data, "cifar10", lambda path, split: stand_in()),
-            (fd.metrics.InceptionFeatures, "load", features),
+            (fd.images.InceptionFeatures, "load", features),
         ]:
             stack.enter_context(mock.patch.object(owner, name, value))
         stack.enter_context(np.printoptions())

@@ -67,7 +67,7 @@ def test_bound_is_the_error_for_a_line(s, t, rate):
     flow_map = lambda s, t, x, args: x + 0.1 * (t - s)
     x = jnp.asarray(-0.7 * np.sign(rate) * np.sign(t - s))
     error = flow_map(s, t, x, None) - x * jnp.exp(rate * (t - s))
-    bound = fd.lagrangian_bound(flow_map, field, s, t, x, num_nodes=12)
+    bound = fd.estimates.lagrangian_bound(flow_map, field, s, t, x, num_nodes=12)
     assert bound == pytest.approx(abs(float(error)), rel=1e-10)
 
 
@@ -79,7 +79,7 @@ def test_bound_bounds(name, s, t):
     # Along the path, to first order: the error is small. With a rate that holds
     # everywhere, for any map.
     for flow_map, growth in ((Bent(exact, 0.02), None), (lambda s, t, x, args: x, 5.0)):
-        bound = lambda x, m=flow_map, growth=growth: fd.lagrangian_bound(
+        bound = lambda x, m=flow_map, growth=growth: fd.estimates.lagrangian_bound(
             m, exact.velocity, s, t, x, growth=growth
         )
         error = lambda x, m=flow_map: jnp.linalg.norm(m(s, t, x, None) - exact(s, t, x))
@@ -90,22 +90,22 @@ def test_bound_takes_a_rate():
     # A constant residual under a constant rate has a closed form.
     flow_map, field = lambda s, t, x, args: x, lambda t, x, args: jnp.asarray([0.3, 0.4])
     for growth in (1.5, lambda t, x, args: 1.5 + 0 * t):
-        bound = fd.lagrangian_bound(flow_map, field, 0.0, 2.0, X, growth=growth)
+        bound = fd.estimates.lagrangian_bound(flow_map, field, 0.0, 2.0, X, growth=growth)
         assert bound == pytest.approx(0.5 * (np.exp(3.0) - 1) / 1.5, rel=1e-9)
 
 
 def test_bound_of_no_residual_is_zero():
     field = lambda t, x, args: -x
     exact = lambda s, t, x, args: x * jnp.exp(s - t)
-    assert fd.lagrangian_bound(exact, field, 0.0, 0.0, X, growth=1e6) == 0
+    assert fd.estimates.lagrangian_bound(exact, field, 0.0, 0.0, X, growth=1e6) == 0
     still, none = lambda s, t, x, args: x, lambda t, x, args: 0 * x
-    assert fd.lagrangian_bound(still, none, 0.0, 2.0, X, growth=1e6) == 0
+    assert fd.estimates.lagrangian_bound(still, none, 0.0, 2.0, X, growth=1e6) == 0
 
 
 def test_logarithmic_norm_is_the_fastest_growth():
     # Over all directions, of the length of a small difference.
     t, step = 0.3, 1e-6
-    norm = fd.logarithmic_norm(nonlinear_field, t, X)
+    norm = fd.estimates.logarithmic_norm(nonlinear_field, t, X)
     angles = jnp.linspace(0, np.pi, 2001)
     directions = jnp.stack([jnp.cos(angles), jnp.sin(angles)], axis=1)
 
@@ -117,7 +117,7 @@ def test_logarithmic_norm_is_the_fastest_growth():
     assert norm == pytest.approx(float(jax.vmap(growth)(directions).max()), abs=1e-5)
     tree = lambda t, x, args: {"a": -2.0 * x["a"], "b": 0.5 * x["b"]}
     state = {"a": jnp.ones(()), "b": jnp.ones(3)}
-    assert fd.logarithmic_norm(tree, 0.0, state) == pytest.approx(0.5)
+    assert fd.estimates.logarithmic_norm(tree, 0.0, state) == pytest.approx(0.5)
 
 
 # Identities for the error
@@ -129,7 +129,7 @@ def test_eulerian_identity(name, s, t):
     exact = EXACT[name]
     for flow_map in (mlp_map(), Bent(exact, 0.1)):
         error = flow_map(s, t, X) - exact(s, t, X)
-        found = fd.eulerian_error(
+        found = fd.estimates.eulerian_error(
             flow_map, exact.velocity, s, t, X, exact=exact, num_nodes=14
         )
         assert_close(found, error, 1e-7, 1e-7)
@@ -137,7 +137,9 @@ def test_eulerian_identity(name, s, t):
 
 def test_eulerian_identity_solves_for_the_trajectory():
     error = mlp_map()(0.1, 0.9, X) - tight_solve(nonlinear_field, 0.1, 0.9, X).ys[0]
-    found = fd.eulerian_error(mlp_map(), nonlinear_field, 0.1, 0.9, X, num_nodes=14)
+    found = fd.estimates.eulerian_error(
+        mlp_map(), nonlinear_field, 0.1, 0.9, X, num_nodes=14
+    )
     assert_close(found, error, 1e-7, 1e-7)
 
 
@@ -147,11 +149,15 @@ def test_alekseev_groebner_is_exact_where_errors_do_not_bend(s, t):
     exact = linear_map()
     shift = jnp.asarray([0.2, -0.1])
     flow_map = lambda s, t, x, args: exact(s, t, x) + jnp.sin(2 * (t - s)) * shift
-    found = fd.alekseev_groebner_error(flow_map, exact.velocity, s, t, X, num_nodes=10)
+    found = fd.estimates.alekseev_groebner_error(
+        flow_map, exact.velocity, s, t, X, num_nodes=10
+    )
     assert_close(found, flow_map(s, t, X, None) - exact(s, t, X), 1e-10, 1e-10)
 
 
-@pytest.mark.parametrize("estimate", [fd.alekseev_groebner_error, fd.linearised_error])
+@pytest.mark.parametrize(
+    "estimate", [fd.estimates.alekseev_groebner_error, fd.estimates.linearised_error]
+)
 @pytest.mark.parametrize("s, t", SPANS)
 def test_vector_estimates_are_of_second_order(s, t, estimate):
     exact = EXACT["logistic"]
@@ -169,7 +175,9 @@ def test_vector_estimates_are_of_second_order(s, t, estimate):
 def test_linearised_error_is_exact_for_linear_odes(s, t):
     # Whatever the map.
     exact = linear_map()
-    found = fd.linearised_error(mlp_map(), exact.velocity, s, t, X, num_nodes=12)
+    found = fd.estimates.linearised_error(
+        mlp_map(), exact.velocity, s, t, X, num_nodes=12
+    )
     assert_close(found, mlp_map()(s, t, X) - exact(s, t, X), 1e-8, 1e-8)
 
 
@@ -182,10 +190,10 @@ def test_linearised_error_of_a_stiff_system(s, t, rate):
     exact = lambda t: jnp.sin(t) + (X - jnp.sin(s)) * jnp.exp(rate * (t - s))
     flow_map = lambda s, t, x, args: exact(t) + 0.01 * jnp.sin(2 * (t - s))
     error = flow_map(s, t, X, None) - exact(t)
-    found = fd.linearised_error(flow_map, field, s, t, X)
+    found = fd.estimates.linearised_error(flow_map, field, s, t, X)
     assert_close(found, error, 0.2 * max_abs(error))
     # What is for stiff systems must not go by the size of the residual.
-    _, blind = fd.ResidualIntegral()(flow_map, field, s, t, X)
+    _, blind = fd.estimates.ResidualIntegral()(flow_map, field, s, t, X)
     assert max_abs(blind) > 0.1 * abs(rate) * max_abs(error)
 
 
@@ -194,7 +202,7 @@ def test_corrected_map(s, t):
     exact = EXACT["logistic"]
     field, end = exact.velocity, exact(s, t, X)
     flow_map = Bent(exact, 0.02)
-    corrected = fd.DefectCorrectedFlowMap(flow_map, field, num_nodes=8)
+    corrected = fd.estimates.DefectCorrectedFlowMap(flow_map, field, num_nodes=8)
     assert max_abs(corrected(s, t, X) - end) < 0.1 * max_abs(flow_map(s, t, X) - end)
     assert_close(corrected(t, t, X), X)
     assert_close(corrected.velocity(t, X), field(t, X, None))
@@ -206,7 +214,7 @@ def test_corrected_map(s, t):
 
 def test_corrected_map_steps_in_diffrax():
     exact = gaussian_map()
-    flow_map = fd.DefectCorrectedFlowMap(Bent(exact, 0.02), exact.velocity)
+    flow_map = fd.estimates.DefectCorrectedFlowMap(Bent(exact, 0.02), exact.velocity)
     sol = diffrax.diffeqsolve(
         diffrax.ODETerm(exact.velocity), fd.FlowMapSolver(flow_map), 0.9, 0.1, -0.4, X
     )
@@ -231,10 +239,10 @@ def on_trees(flow_map, field):
 @pytest.mark.parametrize(
     "estimate",
     [
-        fd.ResidualIntegral(5),
-        fd.AlekseevGroebner(5),
-        fd.LinearisedError(5),
-        fd.LagrangianDefect(),
+        fd.estimates.ResidualIntegral(5),
+        fd.estimates.AlekseevGroebner(5),
+        fd.estimates.LinearisedError(5),
+        fd.estimates.LagrangianDefect(),
     ],
     ids=lambda e: type(e).__name__,
 )
@@ -262,39 +270,48 @@ def test_estimates(estimate, s, t):
 def test_numbers_of_nodes():
     # Few enough for another number to give another error.
     inputs = Bent(EXACT["logistic"], 0.3), EXACT["logistic"].velocity, 0.1, 0.9, X
-    for kind in (fd.AlekseevGroebner, fd.LinearisedError, fd.ResidualIntegral):
+    for kind in (
+        fd.estimates.AlekseevGroebner,
+        fd.estimates.LinearisedError,
+        fd.estimates.ResidualIntegral,
+    ):
         one, two = (kind(number)(*inputs)[1] for number in (1, 2))
         assert max_abs(one - two) > 1e-4
-        if kind is fd.AlekseevGroebner:
-            made = fd.alekseev_groebner_error(*inputs, num_nodes=2)
+        if kind is fd.estimates.AlekseevGroebner:
+            made = fd.estimates.alekseev_groebner_error(*inputs, num_nodes=2)
             assert_close(made, two, 1e-14)
-            corrected = fd.DefectCorrectedFlowMap(*inputs[:2], num_nodes=2)
+            corrected = fd.estimates.DefectCorrectedFlowMap(*inputs[:2], num_nodes=2)
             end = inputs[0](*inputs[2:])
             assert_close(corrected(*inputs[2:]), end - two, 1e-14)
-        if kind is fd.LinearisedError:
-            assert_close(fd.linearised_error(*inputs, num_nodes=2), two, 1e-14)
+        if kind is fd.estimates.LinearisedError:
+            assert_close(fd.estimates.linearised_error(*inputs, num_nodes=2), two, 1e-14)
 
 
 def test_residuals_within_a_jump_are_seen():
     # Right at the end of the jump, wrong on the way: x' = 1 - t from 0 to 1, stood still.
     still = lambda s, t, x, args: x
     field = lambda t, x, args: jnp.full_like(x, 1 - t)
-    _, at_end = fd.LagrangianDefect()(still, field, 0.0, 1.0, X)
-    _, on_the_way = fd.ResidualIntegral()(still, field, 0.0, 1.0, X)
+    _, at_end = fd.estimates.LagrangianDefect()(still, field, 0.0, 1.0, X)
+    _, on_the_way = fd.estimates.ResidualIntegral()(still, field, 0.0, 1.0, X)
     assert max_abs(at_end) == 0
     assert_close(on_the_way, jnp.full(2, 0.5))
 
 
 def test_linearised_error_of_complex_states():
     with pytest.raises(TypeError, match="takes real arrays"):
-        fd.linearised_error(
+        fd.estimates.linearised_error(
             EXACT["gaussian"], nonlinear_field, 0.0, 1.0, X.astype(complex)
         )
 
 
 @pytest.mark.parametrize("nodes", [0, 2.5])
 @pytest.mark.parametrize(
-    "make", [fd.ResidualIntegral, fd.AlekseevGroebner, fd.LinearisedError]
+    "make",
+    [
+        fd.estimates.ResidualIntegral,
+        fd.estimates.AlekseevGroebner,
+        fd.estimates.LinearisedError,
+    ],
 )
 def test_bad_number_of_nodes(make, nodes):
     with (

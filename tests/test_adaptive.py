@@ -26,7 +26,7 @@ PID = diffrax.PIDController(rtol=1e-6, atol=1e-6)
 # The first step is twice the span, which Diffrax cuts at `t1` to the last bit.
 SOLVERS = {
     "semigroup": fd.AdaptiveFlowMapSolver,
-    "lagrangian": lambda m: fd.AdaptiveFlowMapSolver(m, fd.LagrangianDefect()),
+    "lagrangian": lambda m: fd.AdaptiveFlowMapSolver(m, fd.estimates.LagrangianDefect()),
     "half": lambda m: diffrax.HalfSolver(fd.FlowMapSolver(m)),
 }
 

@@ -72,7 +72,7 @@ def of_objective(objective, kind):
     path = PATH
     if isinstance(objective, fd.TrajectoryMatching):
         ts = jnp.linspace(0.0, 1.0, 5)
-        path = fd.TrajectoryPath(ts, jnp.outer(1 + ts, X))
+        path = fd.paths.TrajectoryPath(ts, jnp.outer(1 + ts, X))
 
     def call(args):
         inputs = MAP_OF_NET, teacher, path
@@ -113,63 +113,73 @@ RESIDUALS = {
 }
 ERRORS = {
     "alekseev_groebner_error": (
-        lambda args: fd.alekseev_groebner_error(MAP, field, S, T, X, args),
+        lambda args: fd.estimates.alekseev_groebner_error(MAP, field, S, T, X, args),
         BOTH,
     ),
     "eulerian_error": (
         lambda args: (
-            fd.eulerian_error(MAP, field, S, T, X, args),
-            fd.eulerian_error(MAP, field, S, T, X, args, exact=MAP),
+            fd.estimates.eulerian_error(MAP, field, S, T, X, args),
+            fd.estimates.eulerian_error(MAP, field, S, T, X, args, exact=MAP),
         ),
         BOTH,
     ),
     "linearised_error": (
-        lambda args: fd.linearised_error(MAP, field, S, T, X, args),
+        lambda args: fd.estimates.linearised_error(MAP, field, S, T, X, args),
         BOTH,
     ),
     "lagrangian_bound": (
         lambda args: (
-            fd.lagrangian_bound(MAP, field, S, T, X, args),
-            fd.lagrangian_bound(
+            fd.estimates.lagrangian_bound(MAP, field, S, T, X, args),
+            fd.estimates.lagrangian_bound(
                 MAP, field, S, T, X, args, growth=lambda t, x, args: args["rate"]
             ),
         ),
         BOTH,
     ),
-    "logarithmic_norm": (lambda args: fd.logarithmic_norm(field, T, X, args), {"field"}),
+    "logarithmic_norm": (
+        lambda args: fd.estimates.logarithmic_norm(field, T, X, args),
+        {"field"},
+    ),
     "AlekseevGroebner": (
-        lambda args: fd.AlekseevGroebner()(MAP, field, S, T, X, args),
+        lambda args: fd.estimates.AlekseevGroebner()(MAP, field, S, T, X, args),
         BOTH,
     ),
     "LagrangianDefect": (
-        lambda args: fd.LagrangianDefect()(MAP, field, S, T, X, args),
+        lambda args: fd.estimates.LagrangianDefect()(MAP, field, S, T, X, args),
         BOTH,
     ),
     "LinearisedError": (
-        lambda args: fd.LinearisedError()(MAP, field, S, T, X, args),
+        lambda args: fd.estimates.LinearisedError()(MAP, field, S, T, X, args),
         BOTH,
     ),
     "ResidualIntegral": (
-        lambda args: fd.ResidualIntegral()(MAP, field, S, T, X, args),
+        lambda args: fd.estimates.ResidualIntegral()(MAP, field, S, T, X, args),
         BOTH,
     ),
     "SemigroupDefect": (
-        lambda args: fd.SemigroupDefect()(MAP, field, S, T, X, args),
+        lambda args: fd.estimates.SemigroupDefect()(MAP, field, S, T, X, args),
         {"map"},
     ),
 }
 INNER = {
     "AutonomousFlowMap": (of_map(fd.AutonomousFlowMap(MAP)), {"map"}),
     "ComposedFlowMap": (of_map(fd.ComposedFlowMap(MAP, 3)), {"map"}),
-    "DefectCorrectedFlowMap": (of_map(fd.DefectCorrectedFlowMap(MAP, field)), BOTH),
+    "DefectCorrectedFlowMap": (
+        of_map(fd.estimates.DefectCorrectedFlowMap(MAP, field)),
+        BOTH,
+    ),
     "FlowMap": (of_map(MAP_OF_NET), {"map"}),
-    "GuidedFlowMap": (of_map(fd.GuidedFlowMap(MAP, guided)), {"map"}),
+    "GuidedFlowMap": (of_map(fd.velocities.GuidedFlowMap(MAP, guided)), {"map"}),
     "HypersolverFlowMap": (of_map(fd.HypersolverFlowMap(field, net)), BOTH),
     "InverseFlowMap": (of_map(fd.InverseFlowMap(MAP)), {"map"}),
     "LogDensityFlowMap": (
         lambda args: (
-            of_map(fd.LogDensityFlowMap(fd.FlowMap(fd.LogDensityNet(net))))(args),
-            fd.LogDensityFlowMap(fd.FlowMap(net)).with_log_det(S, T, X, args),
+            of_map(
+                fd.likelihood.LogDensityFlowMap(
+                    fd.FlowMap(fd.likelihood.LogDensityNet(net))
+                )
+            )(args),
+            fd.likelihood.LogDensityFlowMap(fd.FlowMap(net)).with_log_det(S, T, X, args),
         ),
         {"map"},
     ),
@@ -187,7 +197,7 @@ INNER = {
         {"map"},
     ),
     "RescheduledFlowMap": (
-        of_map(fd.RescheduledFlowMap(MAP, LINEAR, fd.TrigonometricInterpolant())),
+        of_map(fd.RescheduledFlowMap(MAP, LINEAR, fd.paths.TrigonometricInterpolant())),
         {"map"},
     ),
     "AbstractFlowMap": (of_map(MAP), {"map"}),
@@ -195,50 +205,53 @@ INNER = {
         lambda args: fd.nn.Ravelled(vector_net)(S, T, {"x": X}, args),
         {"map"},
     ),
-    "LogDensityNet": (lambda args: fd.LogDensityNet(net)(S, T, PAIR, args), {"map"}),
+    "LogDensityNet": (
+        lambda args: fd.likelihood.LogDensityNet(net)(S, T, PAIR, args),
+        {"map"},
+    ),
 }
 FIELDS = {
     "AutoguidedVelocity": (
-        lambda args: fd.AutoguidedVelocity(field, field, 2.0)(T, X, args),
+        lambda args: fd.velocities.AutoguidedVelocity(field, field, 2.0)(T, X, args),
         {"field"},
     ),
     "GuidedVelocity": (
-        lambda args: fd.GuidedVelocity(field, guided)(T, X, args),
+        lambda args: fd.velocities.GuidedVelocity(field, guided)(T, X, args),
         {"field"},
     ),
     "LogDensityVelocity": (
-        lambda args: fd.LogDensityVelocity(field)(T, PAIR, args),
+        lambda args: fd.likelihood.LogDensityVelocity(field)(T, PAIR, args),
         {"field"},
     ),
     "VelocityFromDenoiser": (
-        lambda args: fd.VelocityFromDenoiser(field, LINEAR)(T, X, args),
+        lambda args: fd.velocities.VelocityFromDenoiser(field, LINEAR)(T, X, args),
         {"field"},
     ),
     "VelocityFromNoise": (
-        lambda args: fd.VelocityFromNoise(field, LINEAR)(T, X, args),
+        lambda args: fd.velocities.VelocityFromNoise(field, LINEAR)(T, X, args),
         {"field"},
     ),
     "VelocityFromScore": (
-        lambda args: fd.VelocityFromScore(field, LINEAR)(T, X, args),
+        lambda args: fd.velocities.VelocityFromScore(field, LINEAR)(T, X, args),
         {"field"},
     ),
-    "divergence": (lambda args: fd.divergence(field, T, X, args), {"field"}),
+    "divergence": (lambda args: fd.likelihood.divergence(field, T, X, args), {"field"}),
 }
 LOG_DETS = {
-    "DivergenceIntegral": fd.DivergenceIntegral(vector_field=field),
-    "ExactJacobian": fd.ExactJacobian(),
-    "PowerSeries": fd.PowerSeries(),
-    "LearnedLogDet": fd.LearnedLogDet(),
+    "DivergenceIntegral": fd.likelihood.DivergenceIntegral(vector_field=field),
+    "ExactJacobian": fd.likelihood.ExactJacobian(),
+    "PowerSeries": fd.likelihood.PowerSeries(),
+    "LearnedLogDet": fd.likelihood.LearnedLogDet(),
 }
 
 
 def log_det_map(method):
-    learned = isinstance(method, fd.LearnedLogDet)
-    return fd.LogDensityFlowMap(fd.FlowMap(net)) if learned else MAP
+    learned = isinstance(method, fd.likelihood.LearnedLogDet)
+    return fd.likelihood.LogDensityFlowMap(fd.FlowMap(net)) if learned else MAP
 
 
 def of_log_det(method):
-    asks = {"field"} if isinstance(method, fd.DivergenceIntegral) else set()
+    asks = {"field"} if isinstance(method, fd.likelihood.DivergenceIntegral) else set()
     flow_map = log_det_map(method)
     return lambda args: method(flow_map, S, T, X, args, key=KEY), {"map", *asks}
 
@@ -248,20 +261,20 @@ def normal(x):
 
 
 LIKELIHOODS = {name: of_log_det(method) for name, method in LOG_DETS.items()} | {
-    "log_det": (lambda args: fd.log_det(MAP, S, T, X, args), {"map"}),
+    "log_det": (lambda args: fd.likelihood.log_det(MAP, S, T, X, args), {"map"}),
     "log_prob": (
         lambda args: (
-            fd.log_prob(MAP, normal, X, 2, args),
-            fd.log_prob(MAP, normal, X, 2, args, inverse=fd.invert),
+            fd.likelihood.log_prob(MAP, normal, X, 2, args),
+            fd.likelihood.log_prob(MAP, normal, X, 2, args, inverse=fd.likelihood.invert),
         ),
         {"map"},
     ),
-    "pull_back": (lambda args: fd.pull_back(MAP, X, 2, args), {"map"}),
+    "pull_back": (lambda args: fd.likelihood.pull_back(MAP, X, 2, args), {"map"}),
     "sample_log_prob": (
-        lambda args: fd.sample_log_prob(MAP, normal, X, 2, args),
+        lambda args: fd.likelihood.sample_log_prob(MAP, normal, X, 2, args),
         {"map"},
     ),
-    "invert": (lambda args: fd.invert(MAP, S, T, X, args), {"map"}),
+    "invert": (lambda args: fd.likelihood.invert(MAP, S, T, X, args), {"map"}),
 }
 SAMPLES = {
     "AdaptiveFlowMapSolver": (
@@ -277,7 +290,7 @@ SAMPLES = {
         BOTH,
     ),
     "FlowMapInterpolation": (
-        lambda args: fd.FlowMapInterpolation(
+        lambda args: fd.solvers.FlowMapInterpolation(
             jnp.stack([S, T]), jnp.stack([X, X]), MAP, args
         ).evaluate(U),
         {"map"},
@@ -316,14 +329,16 @@ def updated(args):
 
 BATCHES = {
     "batch_loss": (
-        lambda args: fd.batch_loss(LMD, MAP, field, PATHS, rows(args), key=KEY)[0],
+        lambda args: fd.objectives.batch_loss(
+            LMD, MAP, field, PATHS, rows(args), key=KEY
+        )[0],
         BOTH,
     ),
     "train.update": (updated, {"field"}),
 }
 OBJECTIVES = {
     name: (
-        of_objective(getattr(fd, name)(), kind),
+        of_objective(getattr(fd.objectives, name)(), kind),
         {"map", "field"} if kind == "velocity" else {"map"},
     )
     for name, kind in EVERY.items()
@@ -355,17 +370,21 @@ def from_itself(velocity, t, x, args):
 GUIDED = [
     name
     for name in EVERY
-    if "guidance" in inspect.signature(getattr(fd, name)).parameters
+    if "guidance" in inspect.signature(getattr(fd.objectives, name)).parameters
 ]
 
 
 @pytest.mark.parametrize("name", GUIDED)
 def test_args_reach_the_rule_of_guidance(name):
-    cls = getattr(fd, name)
-    learns_from_data = cls in (fd.MeanFlow, fd.ImprovedMeanFlow, fd.AlphaFlow)
+    cls = getattr(fd.objectives, name)
+    learns_from_data = cls in (
+        fd.objectives.MeanFlow,
+        fd.objectives.ImprovedMeanFlow,
+        fd.objectives.AlphaFlow,
+    )
     objective = cls(guidance=from_data if learns_from_data else from_itself)
     # The diagonal of these two is plain flow matching.
-    plain = cls in (fd.LagrangianSelfDistillation, fd.EulerianSelfDistillation)
+    plain = cls in (fd.LagrangianSelfDistillation, fd.objectives.EulerianSelfDistillation)
     diagonal = lambda args: objective.on_diagonal(
         MAP_OF_NET, None, PATH, T, args, key=KEY
     )

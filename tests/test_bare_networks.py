@@ -20,7 +20,9 @@ NETWORKS = {
         (4, 4, 1), 8, (1,), 1, key=jr.key(0)
     ),
     "Ravelled": lambda: fd.nn.Ravelled(fd.nn.MLP(2, 8, 1, key=jr.key(0))),
-    "LogDensityNet": lambda: fd.LogDensityNet(fd.nn.MLP(2, 8, 1, key=jr.key(0))),
+    "LogDensityNet": lambda: fd.likelihood.LogDensityNet(
+        fd.nn.MLP(2, 8, 1, key=jr.key(0))
+    ),
     "MLP of Equinox": lambda: eqx.nn.MLP(2, 2, 8, 1, key=jr.key(0)),
     # Takes four arrays, as a flow map does.
     "attention of Equinox": lambda: eqx.nn.MultiheadAttention(1, 2, key=jr.key(0)),
@@ -34,33 +36,41 @@ ENTRIES = {
     "FlowMapSolver": fd.FlowMapSolver,
     "AdaptiveFlowMapSolver": fd.AdaptiveFlowMapSolver,
     "HybridSolver": fd.HybridSolver,
-    "FlowMapInterpolation": lambda net: fd.FlowMapInterpolation(
+    "FlowMapInterpolation": lambda net: fd.solvers.FlowMapInterpolation(
         jnp.asarray([0.0, 1.0]), jnp.stack([X, X]), net
     ),
-    "log_prob": lambda net: fd.log_prob(net, lambda x: jnp.sum(x), X),
-    "sample_log_prob": lambda net: fd.sample_log_prob(net, lambda x: jnp.sum(x), X),
-    "pull_back": lambda net: fd.pull_back(net, X),
-    "log_det": lambda net: fd.log_det(net, 0.0, 1.0, X),
-    "invert": lambda net: fd.invert(net, 0.0, 1.0, X),
+    "log_prob": lambda net: fd.likelihood.log_prob(net, lambda x: jnp.sum(x), X),
+    "sample_log_prob": lambda net: fd.likelihood.sample_log_prob(
+        net, lambda x: jnp.sum(x), X
+    ),
+    "pull_back": lambda net: fd.likelihood.pull_back(net, X),
+    "log_det": lambda net: fd.likelihood.log_det(net, 0.0, 1.0, X),
+    "invert": lambda net: fd.likelihood.invert(net, 0.0, 1.0, X),
     "ComposedFlowMap": lambda net: fd.ComposedFlowMap(net, 2),
     "InverseFlowMap": fd.InverseFlowMap,
     "RescheduledFlowMap": lambda net: fd.RescheduledFlowMap(
-        net, fd.LinearInterpolant(), fd.TrigonometricInterpolant()
+        net, fd.LinearInterpolant(), fd.paths.TrigonometricInterpolant()
     ),
-    "DefectCorrectedFlowMap": lambda net: fd.DefectCorrectedFlowMap(net, FIELD),
-    "GuidedFlowMap": lambda net: fd.GuidedFlowMap(net, lambda v, t, x, args: x),
-    "LogDensityFlowMap": fd.LogDensityFlowMap,
+    "DefectCorrectedFlowMap": lambda net: fd.estimates.DefectCorrectedFlowMap(net, FIELD),
+    "GuidedFlowMap": lambda net: fd.velocities.GuidedFlowMap(
+        net, lambda v, t, x, args: x
+    ),
+    "LogDensityFlowMap": fd.likelihood.LogDensityFlowMap,
     "lagrangian_residual": lambda net: fd.lagrangian_residual(net, FIELD, 0.0, 1.0, X),
     "eulerian_residual": lambda net: fd.eulerian_residual(net, FIELD, 0.0, 1.0, X),
     "semigroup_residual": lambda net: fd.semigroup_residual(net, 0.0, 0.5, 1.0, X),
     "tangent_residual": lambda net: fd.tangent_residual(net, FIELD, 0.5, X),
     "inverse_residual": lambda net: fd.inverse_residual(net, 0.0, 1.0, X),
-    "lagrangian_bound": lambda net: fd.lagrangian_bound(net, FIELD, 0.0, 1.0, X),
-    "linearised_error": lambda net: fd.linearised_error(net, FIELD, 0.0, 1.0, X),
-    "alekseev_groebner_error": lambda net: fd.alekseev_groebner_error(
+    "lagrangian_bound": lambda net: fd.estimates.lagrangian_bound(
         net, FIELD, 0.0, 1.0, X
     ),
-    "eulerian_error": lambda net: fd.eulerian_error(
+    "linearised_error": lambda net: fd.estimates.linearised_error(
+        net, FIELD, 0.0, 1.0, X
+    ),
+    "alekseev_groebner_error": lambda net: fd.estimates.alekseev_groebner_error(
+        net, FIELD, 0.0, 1.0, X
+    ),
+    "eulerian_error": lambda net: fd.estimates.eulerian_error(
         net, FIELD, 0.0, 1.0, X, exact=lambda s, t, x, args: x
     ),
     "defects": lambda net: fd.metrics.defects(

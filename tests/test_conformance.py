@@ -237,7 +237,7 @@ def trajectory_matching(p, q):
 
 
 class Equation(NamedTuple):
-    objective: fd.AbstractObjective
+    objective: fd.objectives.AbstractObjective
     loss: object  # (p, q) -> the paper's loss
     times: tuple[float, float] = (S, T)
     teacher: object = None  # "velocity" or "map"
@@ -248,62 +248,75 @@ class Equation(NamedTuple):
 EQUATIONS = {
     "flow matching": Equation(fd.FlowMatching(), flow_matching),
     "velocity distillation": Equation(
-        fd.VelocityDistillation(), velocity_distillation, teacher="velocity"
+        fd.objectives.VelocityDistillation(), velocity_distillation, teacher="velocity"
     ),
     "LMD": Equation(
         fd.LagrangianMapDistillation(), lagrangian_distillation, teacher="velocity"
     ),
     "EMD": Equation(
-        fd.EulerianMapDistillation(), eulerian_distillation, teacher="velocity"
+        fd.objectives.EulerianMapDistillation(), eulerian_distillation, teacher="velocity"
     ),
-    "EE": Equation(fd.StopGradientEulerian(), eulerian_along(lambda q: RATE)),
-    "naive Eulerian": Equation(fd.NaiveEulerian(), naive_eulerian),
-    "FMM": Equation(fd.FlowMapMatching(), flow_map_matching),
+    "EE": Equation(fd.objectives.StopGradientEulerian(), eulerian_along(lambda q: RATE)),
+    "naive Eulerian": Equation(fd.objectives.NaiveEulerian(), naive_eulerian),
+    "FMM": Equation(fd.objectives.FlowMapMatching(), flow_map_matching),
     "FMM, coefficient": Equation(
-        fd.FlowMapMatching(inverse_weight=0.3),
+        fd.objectives.FlowMapMatching(inverse_weight=0.3),
         lambda p, q: flow_map_matching(p, q, 0.3),
     ),
-    "PFMM": Equation(fd.ProgressiveFlowMapMatching(), progressive_matching),
+    "PFMM": Equation(fd.objectives.ProgressiveFlowMapMatching(), progressive_matching),
     "LSD": Equation(fd.LagrangianSelfDistillation(), lagrangian_self_distillation),
     "ESD": Equation(
-        fd.EulerianSelfDistillation(), eulerian_along(lambda q: v(q, S, S, I(S)))
+        fd.objectives.EulerianSelfDistillation(),
+        eulerian_along(lambda q: v(q, S, S, I(S))),
     ),
-    "PSD": Equation(fd.ProgressiveSelfDistillation(), two_pieces(0.5)),
-    "PSD, split": Equation(fd.ProgressiveSelfDistillation(split=0.3), two_pieces(0.3)),
-    "SplitMeanFlow": Equation(fd.SplitMeanFlow(split=0.3), two_pieces(0.3)),
-    "Shortcut": Equation(fd.Shortcut(), shortcut),
+    "PSD": Equation(fd.objectives.ProgressiveSelfDistillation(), two_pieces(0.5)),
+    "PSD, split": Equation(
+        fd.objectives.ProgressiveSelfDistillation(split=0.3), two_pieces(0.3)
+    ),
+    "SplitMeanFlow": Equation(fd.objectives.SplitMeanFlow(split=0.3), two_pieces(0.3)),
+    "Shortcut": Equation(fd.objectives.Shortcut(), shortcut),
     "Shortcut, clipped": Equation(
-        fd.Shortcut(clip=0.4), lambda p, q: shortcut(p, q, 0.4)
+        fd.objectives.Shortcut(clip=0.4), lambda p, q: shortcut(p, q, 0.4)
     ),
-    "MeanFlow": Equation(fd.MeanFlow(), mean_flow),
-    "improved MeanFlow": Equation(fd.ImprovedMeanFlow(), improved_mean_flow),
+    "MeanFlow": Equation(fd.objectives.MeanFlow(), mean_flow),
+    "improved MeanFlow": Equation(fd.objectives.ImprovedMeanFlow(), improved_mean_flow),
     # The library reports the limit of small alpha, whose gradient is the paper's.
-    "AlphaFlow": Equation(fd.AlphaFlow(), alpha_flow, value=1 / 5e-3),
+    "AlphaFlow": Equation(fd.objectives.AlphaFlow(), alpha_flow, value=1 / 5e-3),
     "AlphaFlow, share": Equation(
-        fd.AlphaFlow(alpha=0.5), lambda p, q: alpha_flow(p, q, 0.5), value=1 / 0.5
+        fd.objectives.AlphaFlow(alpha=0.5),
+        lambda p, q: alpha_flow(p, q, 0.5),
+        value=1 / 0.5,
     ),
-    "TVM": Equation(fd.TerminalVelocityMatching(), terminal_velocity),
-    "AYF-EMD": Equation(fd.AlignYourFlowEMD(), align_eulerian, teacher="velocity"),
+    "TVM": Equation(fd.objectives.TerminalVelocityMatching(), terminal_velocity),
+    "AYF-EMD": Equation(
+        fd.objectives.AlignYourFlowEMD(), align_eulerian, teacher="velocity"
+    ),
     "AYF-EMD, tangent": Equation(
-        fd.AlignYourFlowEMD(tangent_scale=0.4),
+        fd.objectives.AlignYourFlowEMD(tangent_scale=0.4),
         lambda p, q: align_eulerian(p, q, 0.4),
         teacher="velocity",
     ),
-    "AYF-LMD": Equation(fd.AlignYourFlowLMD(), align_lagrangian, teacher="velocity"),
-    "CT": Equation(fd.ConsistencyTraining(), consistency_training),
+    "AYF-LMD": Equation(
+        fd.objectives.AlignYourFlowLMD(), align_lagrangian, teacher="velocity"
+    ),
+    "CT": Equation(fd.objectives.ConsistencyTraining(), consistency_training),
     "CD": Equation(
-        fd.ConsistencyDistillation(), consistency_distillation, teacher="velocity"
+        fd.objectives.ConsistencyDistillation(),
+        consistency_distillation,
+        teacher="velocity",
     ),
     "sCT": Equation(
-        fd.ContinuousConsistency(), continuous_consistency(lambda: RATE), (S, 1.0)
+        fd.objectives.ContinuousConsistency(),
+        continuous_consistency(lambda: RATE),
+        (S, 1.0),
     ),
     "sCD": Equation(
-        fd.ContinuousConsistency(),
+        fd.objectives.ContinuousConsistency(),
         continuous_consistency(lambda: b(S, I(S))),
         (S, 1.0),
         "velocity",
     ),
-    "FreeFlow": Equation(fd.FreeFlow(), free_flow, (0.0, T), "velocity"),
+    "FreeFlow": Equation(fd.objectives.FreeFlow(), free_flow, (0.0, T), "velocity"),
     "trajectory matching": Equation(
         fd.TrajectoryMatching(), trajectory_matching, path="trajectory"
     ),
@@ -324,7 +337,9 @@ def test_the_papers_equation(name):
     row = EQUATIONS[name]
     path = {
         "interpolant": fd.LinearInterpolant()(jnp.asarray(X0), jnp.asarray(X1)),
-        "trajectory": fd.TrajectoryPath(jnp.asarray([S, T]), jnp.asarray([X_S, X_T])),
+        "trajectory": fd.paths.TrajectoryPath(
+            jnp.asarray([S, T]), jnp.asarray([X_S, X_T])
+        ),
     }[row.path]
     teach = {None: None, "velocity": teacher}[row.teacher]
     value, along = value_and_slope(
@@ -435,28 +450,28 @@ HALF, THREE_QUARTERS = 0.5, 0.75
 # name -> (objective, its share on the diagonal, times off the diagonal)
 TIMES = {
     "flow matching": (fd.FlowMatching(), 1.0, equal),
-    "velocity distillation": (fd.VelocityDistillation(), 1.0, equal),
+    "velocity distillation": (fd.objectives.VelocityDistillation(), 1.0, equal),
     "LMD": (fd.LagrangianMapDistillation(), 0.0, triangle),
-    "EMD": (fd.EulerianMapDistillation(), 0.0, triangle),
-    "EE": (fd.StopGradientEulerian(), THREE_QUARTERS, triangle),
-    "naive Eulerian": (fd.NaiveEulerian(), THREE_QUARTERS, triangle),
-    "FMM": (fd.FlowMapMatching(), 0.0, square_of_times),
-    "PFMM": (fd.ProgressiveFlowMapMatching(), 0.0, triangle),
+    "EMD": (fd.objectives.EulerianMapDistillation(), 0.0, triangle),
+    "EE": (fd.objectives.StopGradientEulerian(), THREE_QUARTERS, triangle),
+    "naive Eulerian": (fd.objectives.NaiveEulerian(), THREE_QUARTERS, triangle),
+    "FMM": (fd.objectives.FlowMapMatching(), 0.0, square_of_times),
+    "PFMM": (fd.objectives.ProgressiveFlowMapMatching(), 0.0, triangle),
     "LSD": (fd.LagrangianSelfDistillation(), THREE_QUARTERS, triangle),
-    "ESD": (fd.EulerianSelfDistillation(), THREE_QUARTERS, triangle),
-    "PSD": (fd.ProgressiveSelfDistillation(), THREE_QUARTERS, triangle),
-    "SplitMeanFlow": (fd.SplitMeanFlow(), HALF, triangle),
-    "Shortcut": (fd.Shortcut(), HALF, dyadic),
-    "MeanFlow": (fd.MeanFlow(), HALF, triangle),
-    "improved MeanFlow": (fd.ImprovedMeanFlow(), HALF, triangle),
-    "AlphaFlow": (fd.AlphaFlow(), 0.25, triangle),
-    "TVM": (fd.TerminalVelocityMatching(), HALF, triangle),
-    "AYF-EMD": (fd.AlignYourFlowEMD(), 0.0, align_times),
-    "AYF-LMD": (fd.AlignYourFlowLMD(), 0.0, align_times),
-    "CT": (fd.ConsistencyTraining(), 0.0, lambda: noise_levels(151)),
-    "CD": (fd.ConsistencyDistillation(), 0.0, lambda: noise_levels(19)),
-    "sCT": (fd.ContinuousConsistency(), 0.0, to_the_data),
-    "FreeFlow": (fd.FreeFlow(), 0.0, from_the_base),
+    "ESD": (fd.objectives.EulerianSelfDistillation(), THREE_QUARTERS, triangle),
+    "PSD": (fd.objectives.ProgressiveSelfDistillation(), THREE_QUARTERS, triangle),
+    "SplitMeanFlow": (fd.objectives.SplitMeanFlow(), HALF, triangle),
+    "Shortcut": (fd.objectives.Shortcut(), HALF, dyadic),
+    "MeanFlow": (fd.objectives.MeanFlow(), HALF, triangle),
+    "improved MeanFlow": (fd.objectives.ImprovedMeanFlow(), HALF, triangle),
+    "AlphaFlow": (fd.objectives.AlphaFlow(), 0.25, triangle),
+    "TVM": (fd.objectives.TerminalVelocityMatching(), HALF, triangle),
+    "AYF-EMD": (fd.objectives.AlignYourFlowEMD(), 0.0, align_times),
+    "AYF-LMD": (fd.objectives.AlignYourFlowLMD(), 0.0, align_times),
+    "CT": (fd.objectives.ConsistencyTraining(), 0.0, lambda: noise_levels(151)),
+    "CD": (fd.objectives.ConsistencyDistillation(), 0.0, lambda: noise_levels(19)),
+    "sCT": (fd.objectives.ContinuousConsistency(), 0.0, to_the_data),
+    "FreeFlow": (fd.objectives.FreeFlow(), 0.0, from_the_base),
     "trajectory matching": (fd.TrajectoryMatching(), 0.0, triangle),
     "recipe cifar10-meanflow": ("cifar10-meanflow", 0.25, mean_flow_cifar),
     "recipe cifar10-sct": ("cifar10-sct", 0.0, sct_noise),
@@ -475,8 +490,8 @@ def distance(x, y):
 def test_the_papers_times(name):
     objective, share, draw = TIMES[name]
     if isinstance(objective, str):
-        objective = fd.train.recipe(objective).objective
-        if isinstance(objective, fd.Scheduled):
+        objective = fd.images.recipe(objective).objective
+        if isinstance(objective, fd.objectives.Scheduled):
             objective = objective.at(jnp.asarray(20_000))
     size = NUM if share == 0 else round(NUM / (1 - share)) if share < 1 else NUM
     s, t = map(np.asarray, objective.times(jr.key(2), size))
@@ -490,14 +505,14 @@ def test_the_papers_times(name):
 
 
 def test_times_of_terminal_velocity_matching_for_images():
-    times = fd.LogitNormalGap(-0.8, 1.0, end_mean=0.4, end_std=1.0)
+    times = fd.times.LogitNormalGap(-0.8, 1.0, end_mean=0.4, end_std=1.0)
     s, t = map(np.asarray, times(jr.key(2), NUM))
     paper_s, paper_t = terminal_times()
     assert distance(s, paper_s) < 0.05 and distance(t, paper_t) < 0.05
 
 
 def test_diagonal_of_the_mean_flow_recipe_is_at_the_noisier_time():
-    objective = fd.train.recipe("cifar10-meanflow").objective
+    objective = fd.images.recipe("cifar10-meanflow").objective
     s, t = map(np.asarray, objective.times(jr.key(3), 4 * NUM))
     on = s[s == t]
     # The paper keeps t, the larger of two draws, and sets r to it.
@@ -513,7 +528,7 @@ def test_every_objective_has_its_times():
 
 
 def test_weights_of_the_mean_flow_recipe():
-    weight = fd.train.recipe("cifar10-meanflow").objective.weight
+    weight = fd.images.recipe("cifar10-meanflow").objective.weight
     error = jnp.asarray(2.5)
     # Power 0.75, floor 1e-3, of the squared error summed over all entries.
     assert_close(weight(S, T, error), jnp.asarray(2.5 / 2.501**0.75), 1e-12)
@@ -521,14 +536,14 @@ def test_weights_of_the_mean_flow_recipe():
 
 @pytest.mark.parametrize("name", ["cifar10-sct", "cifar10-align-your-flow"])
 def test_tangents_of_the_recipes_are_normalised(name):
-    objective = fd.train.recipe(name).objective.at(jnp.asarray(0))
+    objective = fd.images.recipe(name).objective.at(jnp.asarray(0))
     # |g|^2 becomes |g|^2 / (|g| + 0.1).
     assert_close(objective.weight(S, T, jnp.asarray(4.0)), jnp.asarray(4 / 2.1), 1e-12)
 
 
 def test_consistency_training_weighs_as_the_paper_over_all_levels():
     # Of one error, the loss at a pair of levels is that over their difference.
-    objective = fd.ConsistencyTraining()
+    objective = fd.objectives.ConsistencyTraining()
     sigma = 80 * 0.002 ** (np.arange(40) / 39)
     ts = jnp.asarray(1 / (1 + sigma))
     one = jnp.asarray(1.0)

@@ -15,16 +15,19 @@ T = 0.35
 SCHEDULES = {
     "linear": fd.LinearInterpolant(),
     "sigma": fd.LinearInterpolant(sigma_min=0.2),
-    "trigonometric": fd.TrigonometricInterpolant(),
-    "vp": fd.VariancePreservingInterpolant(),
-    "ve": fd.VarianceExplodingInterpolant(0.1, 5.0),
+    "trigonometric": fd.paths.TrigonometricInterpolant(),
+    "vp": fd.paths.VariancePreservingInterpolant(),
+    "ve": fd.paths.VarianceExplodingInterpolant(0.1, 5.0),
 }
 PAIRS = {
-    "noise": (fd.noise_from_velocity, fd.velocity_from_noise),
-    "denoiser": (fd.denoiser_from_velocity, fd.velocity_from_denoiser),
+    "noise": (fd.velocities.noise_from_velocity, fd.velocities.velocity_from_noise),
+    "denoiser": (
+        fd.velocities.denoiser_from_velocity,
+        fd.velocities.velocity_from_denoiser,
+    ),
     "score": (
-        lambda *a: fd.score_from_velocity(*a, base_std=1.4),
-        lambda *a: fd.velocity_from_score(*a, base_std=1.4),
+        lambda *a: fd.velocities.score_from_velocity(*a, base_std=1.4),
+        lambda *a: fd.velocities.velocity_from_score(*a, base_std=1.4),
     ),
 }
 
@@ -91,7 +94,7 @@ def test_conditional_expectations(schedule, kind):
 def test_score_is_the_gradient_of_the_log_density(schedule):
     interpolant = SCHEDULES[schedule]
     velocity = jnp.asarray(expectations(interpolant, T, X)["velocity"])
-    made = fd.score_from_velocity(interpolant, T, X, velocity, BASE_STD)
+    made = fd.velocities.score_from_velocity(interpolant, T, X, velocity, BASE_STD)
     expected = jax.grad(lambda x: log_density(interpolant, T, x))(X)
     np.testing.assert_allclose(made, expected, atol=1e-5, rtol=1e-5)
 
@@ -99,7 +102,7 @@ def test_score_is_the_gradient_of_the_log_density(schedule):
 @pytest.mark.slow
 def test_denoiser_by_monte_carlo():
     # E[x1 | I_t = x] of 4e6 draws, those within 0.05 of x, in standard errors.
-    interpolant = fd.TrigonometricInterpolant()
+    interpolant = fd.paths.TrigonometricInterpolant()
     rng = np.random.default_rng(0)
     x1 = POINTS[rng.integers(4, size=4_000_000)]
     x0 = BASE_STD * rng.standard_normal(x1.shape)
@@ -107,22 +110,22 @@ def test_denoiser_by_monte_carlo():
     near = np.abs(alpha * x0 + beta * x1 - np.asarray(X)).max(axis=1) < 0.05
     mean, error = x1[near].mean(axis=0), x1[near].std(axis=0) / np.sqrt(near.sum())
     velocity = jnp.asarray(expectations(interpolant, T, X)["velocity"])
-    made = fd.denoiser_from_velocity(interpolant, T, X, velocity)
+    made = fd.velocities.denoiser_from_velocity(interpolant, T, X, velocity)
     assert (np.abs(made - mean) < 4 * error).all()
 
 
 WRAPPERS = {
-    "noise": lambda interpolant: fd.VelocityFromNoise(
+    "noise": lambda interpolant: fd.velocities.VelocityFromNoise(
         lambda t, x, args: jnp.asarray(expectations(interpolant, t, x)["noise"]) * args,
         interpolant,
     ),
-    "denoiser": lambda interpolant: fd.VelocityFromDenoiser(
+    "denoiser": lambda interpolant: fd.velocities.VelocityFromDenoiser(
         lambda t, x, args: (
             jnp.asarray(expectations(interpolant, t, x)["denoiser"]) * args
         ),
         interpolant,
     ),
-    "score": lambda interpolant: fd.VelocityFromScore(
+    "score": lambda interpolant: fd.velocities.VelocityFromScore(
         lambda t, x, args: jax.grad(lambda x: log_density(interpolant, t, x))(x) * args,
         interpolant,
         base_std=BASE_STD,
@@ -152,11 +155,13 @@ def test_wrappers_stay_within_their_margin(margin):
     told = lambda t, x, args: jnp.full_like(x, t)
     linear, near = fd.LinearInterpolant(), jnp.asarray(margin / 2)
     settings = {} if margin == 1e-3 else {"margin": margin}
-    noise = fd.VelocityFromNoise(told, linear, **settings)(near, X)
+    noise = fd.velocities.VelocityFromNoise(told, linear, **settings)(near, X)
     assert_close(noise, (X - margin) / margin)
-    score = fd.VelocityFromScore(told, linear, base_std=2.0, **settings)(near, X)
+    score = fd.velocities.VelocityFromScore(told, linear, base_std=2.0, **settings)(
+        near, X
+    )
     assert_close(score, (X + 4 * (1 - margin) * margin) / margin)
-    denoiser = fd.VelocityFromDenoiser(told, linear, **settings)(1 - near, X)
+    denoiser = fd.velocities.VelocityFromDenoiser(told, linear, **settings)(1 - near, X)
     assert_close(denoiser, (1 - margin - X) / margin)
 
 
@@ -164,7 +169,7 @@ def test_wrapper_is_a_teacher_of_the_gaussian_map():
     flow_map = fd.exact.GaussianFlowMap(target_std=0.5)
     # The posterior mean of a Gaussian, by regression of x1 on x.
     denoiser = lambda t, x, args: t * 0.25 / ((1 - t) ** 2 + 0.25 * t**2) * x
-    teacher = fd.VelocityFromDenoiser(denoiser, fd.LinearInterpolant())
+    teacher = fd.velocities.VelocityFromDenoiser(denoiser, fd.LinearInterpolant())
     assert_close(fd.lagrangian_residual(flow_map, teacher, 0.2, 0.9, X), 0 * X)
 
 
@@ -181,6 +186,6 @@ def test_pytrees_keep_dtypes(kind):
 @pytest.mark.parametrize("kind", PAIRS)
 @pytest.mark.parametrize("way", [0, 1])
 def test_latents_are_refused(kind, way):
-    interpolant = fd.LinearInterpolant(latent=fd.SineSquaredLatent())
+    interpolant = fd.LinearInterpolant(latent=fd.paths.SineSquaredLatent())
     with pytest.raises(ValueError, match="without latent"):
         PAIRS[kind][way](interpolant, T, X, jr.normal(jr.key(0), (2,)))

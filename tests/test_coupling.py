@@ -39,12 +39,12 @@ def sorted_rows(x):
 @pytest.fixture(scope="module")
 def transport():
     pytest.importorskip("ott")
-    return fd.OptimalTransportCoupling()
+    return fd.paths.OptimalTransportCoupling()
 
 
 def test_independent_coupling_keeps_the_batch():
     x0, x1 = points(0)
-    assert_close(fd.IndependentCoupling()(jr.key(0), x0, x1, jnp.arange(40)), x0)
+    assert_close(fd.paths.IndependentCoupling()(jr.key(0), x0, x1, jnp.arange(40)), x0)
 
 
 @pytest.mark.parametrize("size, dim", [(1, 2), (2, 1), (40, 2), (33, 50)])
@@ -78,7 +78,7 @@ def test_transport_keeps_the_base_of_each_label(transport):
 
 def test_labels_may_be_put_aside(transport):
     x0, x1 = points(2)
-    across = fd.OptimalTransportCoupling(within_labels=False)
+    across = fd.paths.OptimalTransportCoupling(within_labels=False)
     assert_close(
         across(jr.key(0), x0, x1, jnp.ones((40, 3))), transport(jr.key(0), x0, x1)
     )
@@ -149,7 +149,7 @@ def test_batches_with_transport(transport, labels):
     assert paired_cost(paths.x0, paths.x1) < paired_cost(plain.x0, plain.x1)
 
 
-class Recorder(fd.AbstractCoupling):
+class Recorder(fd.paths.AbstractCoupling):
     """Marks each base draw with what the coupling is given."""
 
     def __call__(self, key, x0, x1, args=None):
@@ -196,4 +196,4 @@ def test_batches_of_two_sizes(transport):
 def test_without_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "ott.tools", None)
     with pytest.raises(ImportError, match=r'pip install "flowdiffrax\[ot\]"'):
-        fd.OptimalTransportCoupling()
+        fd.paths.OptimalTransportCoupling()

@@ -114,7 +114,7 @@ def test_data_from_a_function():
 
 
 def test_latent_is_a_fresh_normal():
-    interpolant = fd.LinearInterpolant(latent=fd.SineSquaredLatent())
+    interpolant = fd.LinearInterpolant(latent=fd.paths.SineSquaredLatent())
     source = interpolant_batches(interpolant=interpolant, batch_size=4000)
     paths, _ = source(jr.key(0))
     assert stats.kstest(np.ravel(paths.z), "norm").pvalue > 1e-4
@@ -143,7 +143,7 @@ def test_pytree_data():
     assert paths.x0["a"].shape == (6, 2) and paths.x0["b"].shape == (6,)
 
 
-class Reversed(fd.AbstractCoupling):
+class Reversed(fd.paths.AbstractCoupling):
     def __call__(self, key, x0, x1, args=None):
         return x0[::-1]
 
@@ -219,7 +219,9 @@ def test_trajectory_rows_with_times_of_their_own():
 
 def test_learning_from_rows_with_times_of_their_own():
     # Log-uniform steps from starts of their own, as one trains a map of short steps.
-    starts, ends = fd.OnInterval(fd.LogUniformGap(0.01), 2.0, 7.0)(jr.key(0), 5)
+    starts, ends = fd.times.OnInterval(fd.times.LogUniformGap(0.01), 2.0, 7.0)(
+        jr.key(0), 5
+    )
     ts = jnp.stack([starts, ends], axis=1)
     ys = fd.solve_trajectories(linear_map().velocity, jnp.ones((5, 2)), ts, rtol=1e-10)
     paths, _ = fd.data.TrajectoryBatches(ts, ys, 4)(jr.key(1))
@@ -229,7 +231,7 @@ def test_learning_from_rows_with_times_of_their_own():
 
 
 def test_trajectory_path_at_and_between_times():
-    path = fd.TrajectoryPath(TS, {"x": pool()[0]})
+    path = fd.paths.TrajectoryPath(TS, {"x": pool()[0]})
     assert_close(path.evaluate(0.3), {"x": jnp.asarray([2.0, 3.0])})
     assert_close(path.evaluate(1.0), {"x": jnp.asarray([4.0, 5.0])})
     assert_close(path.evaluate(0.65), {"x": jnp.asarray([3.0, 4.0])})
@@ -238,7 +240,7 @@ def test_trajectory_path_at_and_between_times():
 
 
 def test_trajectory_path_rate():
-    path = fd.TrajectoryPath(TS, pool()[0])
+    path = fd.paths.TrajectoryPath(TS, pool()[0])
     assert_close(path.derivative(jnp.asarray(0.5)), jnp.asarray([2.0, 2.0]) / 0.7)
 
 
@@ -374,7 +376,7 @@ def test_times_may_be_numpy_or_a_list(ts):
     batches = fd.data.TrajectoryBatches(ts, np.zeros((7, 3, 2)), 4)
     paths, _ = jax.jit(lambda key: batches(key))(jax.random.key(0))
     assert paths.ts.shape == (4, 3)
-    s, t = fd.GridTimes(ts)(jax.random.key(0), 8)
+    s, t = fd.times.GridTimes(ts)(jax.random.key(0), 8)
     assert set(np.asarray(s)) <= {0.0, 0.5} and set(np.asarray(t)) <= {0.5, 1.0}
 
 
@@ -394,14 +396,14 @@ def test_trajectories_of_what_is_no_batch(x0, options, message):
 @pytest.mark.parametrize(
     "interpolant",
     [
-        fd.Interpolant(lambda t: 1 - t, lambda t: t),
-        fd.Interpolant(lambda t: 1 - t, lambda t: t, lambda t: t * (1 - t)),
+        fd.paths.Interpolant(lambda t: 1 - t, lambda t: t),
+        fd.paths.Interpolant(lambda t: 1 - t, lambda t: t, lambda t: t * (1 - t)),
         fd.LinearInterpolant(latent=lambda t: t * (1 - t)),
     ],
 )
 def test_interpolants_of_plain_functions(interpolant):
     source = fd.data.InterpolantBatches(interpolant, jnp.ones((5, 2)), 8)
-    loss, _ = fd.batch_loss(
+    loss, _ = fd.objectives.batch_loss(
         fd.FlowMatching(), linear_map(), None, *source(jr.key(0)), key=jr.key(1)
     )
     assert np.isfinite(loss)
@@ -417,8 +419,8 @@ def test_data_of_integers():
     [
         fd.FlowMatching(),
         fd.LagrangianSelfDistillation(),
-        fd.MeanFlow(),
-        fd.ConsistencyTraining(),
+        fd.objectives.MeanFlow(),
+        fd.objectives.ConsistencyTraining(),
         fd.TrajectoryMatching(),
     ],
     ids=lambda objective: type(objective).__name__,
@@ -426,7 +428,7 @@ def test_data_of_integers():
 def test_single_states_are_no_data(objective):
     paths, _ = fd.data.StateBatches(jnp.ones((5, 2)), 8)(jr.key(0))
     with pytest.raises(TypeError, match="StatePath"):
-        fd.batch_loss(objective, linear_map(), None, paths, key=jr.key(1))
+        fd.objectives.batch_loss(objective, linear_map(), None, paths, key=jr.key(1))
 
 
 def draw_states(key, n):
@@ -464,7 +466,9 @@ def test_args_of_states_reach_the_teacher():
     teacher = lambda t, x, args: args["rate"] * x
     exact = fd.ODEFlowMap(teacher)
     objective = fd.LagrangianMapDistillation()
-    loss, _ = fd.batch_loss(objective, exact, teacher, *source(jr.key(0)), key=jr.key(1))
+    loss, _ = fd.objectives.batch_loss(
+        objective, exact, teacher, *source(jr.key(0)), key=jr.key(1)
+    )
     assert float(loss) < 1e-10
 
 
@@ -484,7 +488,9 @@ def test_straight_lines_are_no_trajectories():
     source = fd.data.InterpolantBatches(fd.LinearInterpolant(), jnp.ones((5, 2)), 8)
     paths, _ = source(jr.key(0))
     with pytest.raises(TypeError, match="trajectories of the ODE; got a Interpolant"):
-        fd.batch_loss(fd.TrajectoryMatching(), linear_map(), None, paths, key=jr.key(1))
+        fd.objectives.batch_loss(
+            fd.TrajectoryMatching(), linear_map(), None, paths, key=jr.key(1)
+        )
 
 
 # --- rows that are not finite ---------------------------------------------------------
@@ -569,16 +575,18 @@ OWN_TIMES = jnp.asarray([[0.0, 0.5], [0.5, 1.0]])
     "ts, objective, is_fine",
     [
         (OWN_TIMES, fd.TrajectoryMatching(), False),
-        (OWN_TIMES, fd.Mixture([fd.TrajectoryMatching()], [1.0]), False),
+        (OWN_TIMES, fd.objectives.Mixture([fd.TrajectoryMatching()], [1.0]), False),
         (jnp.asarray([0.0, 0.5]), fd.TrajectoryMatching(), False),
         (
             OWN_TIMES,
-            fd.TrajectoryMatching(fd.GridTimes([0.0, 1.0]), positions=True),
+            fd.TrajectoryMatching(fd.times.GridTimes([0.0, 1.0]), positions=True),
             True,
         ),
         (
             jnp.asarray([0.0, 0.5]),
-            fd.TrajectoryMatching(fd.OnInterval(fd.UniformTriangle(), 0.0, 0.5)),
+            fd.TrajectoryMatching(
+                fd.times.OnInterval(fd.times.UniformTriangle(), 0.0, 0.5)
+            ),
             True,
         ),
     ],

@@ -11,12 +11,12 @@ import inspect
 import pathlib
 
 import equinox as eqx
+from test_package import NAMES, public
 
-import flowdiffrax as fd
 from flowdiffrax import testing
 
+TESTING = {f"testing.{name}": value for name, value in public(testing).items()}
 TABLE = pathlib.Path(__file__).parent / "data" / "defaults.txt"
-SPACES = (fd, fd.data, fd.exact, fd.metrics, fd.nn, fd.plot, fd.train, testing)
 
 
 def shown(value):
@@ -58,22 +58,20 @@ def of_callable(name, value):
 
 def defaults():
     lines = set()
-    for space in SPACES:
-        prefix = space.__name__.removeprefix("flowdiffrax").lstrip(".")
-        for name, value in vars(space).items():
-            is_own = getattr(value, "__module__", "").startswith("flowdiffrax")
-            if name.startswith("_") or not callable(value) or not is_own:
-                continue
-            name = f"{prefix}.{name}" if prefix else name
-            if isinstance(value, type) and issubclass(value, enum.Enum):
-                continue
-            lines |= {*of_callable(name, value)}
-            for method in vars(value) if isinstance(value, type) else ():
-                is_public = method == "__call__" or not method.startswith("_")
-                bound = getattr(value, method)  # of whatever kind
-                is_field = method in getattr(value, "__dataclass_fields__", ())
-                if is_public and callable(bound) and not is_field:
-                    lines |= {*of_callable(f"{name}.{method}", bound)}
+    for name, value in {**NAMES, **TESTING}.items():
+        if (
+            not callable(value)
+            or isinstance(value, type)
+            and issubclass(value, enum.Enum)
+        ):
+            continue
+        lines |= {*of_callable(name, value)}
+        for method in vars(value) if isinstance(value, type) else ():
+            is_public = method == "__call__" or not method.startswith("_")
+            bound = getattr(value, method)  # of whatever kind
+            is_field = method in getattr(value, "__dataclass_fields__", ())
+            if is_public and callable(bound) and not is_field:
+                lines |= {*of_callable(f"{name}.{method}", bound)}
     return sorted(lines)
 
 

@@ -13,7 +13,7 @@ from scipy import stats
 import flowdiffrax as fd
 
 X = jnp.asarray([0.8, -0.5])
-LATENT = fd.LinearInterpolant(latent=fd.SineSquaredLatent(0.5))
+LATENT = fd.LinearInterpolant(latent=fd.paths.SineSquaredLatent(0.5))
 
 # --- Gaussians ----------------------------------------------------------------------
 
@@ -37,9 +37,9 @@ def regression_velocity(interpolant, t, x, mean, cov):
     [
         fd.LinearInterpolant(),
         LATENT,
-        fd.TrigonometricInterpolant(),
-        fd.VariancePreservingInterpolant(),
-        fd.VarianceExplodingInterpolant(0.1, 4.0),
+        fd.paths.TrigonometricInterpolant(),
+        fd.paths.VariancePreservingInterpolant(),
+        fd.paths.VarianceExplodingInterpolant(0.1, 4.0),
     ],
 )
 @pytest.mark.parametrize("t", [0.1, 0.8])
@@ -165,7 +165,7 @@ def mixture(interpolant=fd.LinearInterpolant()):
 
 
 @pytest.mark.parametrize(
-    "interpolant", [fd.LinearInterpolant(), fd.TrigonometricInterpolant(), LATENT]
+    "interpolant", [fd.LinearInterpolant(), fd.paths.TrigonometricInterpolant(), LATENT]
 )
 @pytest.mark.parametrize("t", [0.25, 0.7])
 def test_mixture_velocity_by_importance_sampling(interpolant, t):
@@ -282,7 +282,7 @@ POINTS = [[0.3, 0.1], [-0.7, -0.2], [0.0, 0.9], [-1.6, -0.8], [1.1, 0.31]]
 def test_boxes_against_scipy(name, t):
     interpolant = {
         "linear": fd.LinearInterpolant(),
-        "trigonometric": fd.TrigonometricInterpolant(),
+        "trigonometric": fd.paths.TrigonometricInterpolant(),
     }[name]
     predict = jax.jit(lambda t, x: boxes(interpolant).predict(t, x))
     for x in POINTS:
@@ -402,7 +402,7 @@ def test_velocity_at_time_zero_is_the_mean_minus_the_state():
 def test_checkerboard_of_other_settings():
     lower, upper = fd.data.checkerboard_boxes(2)
     assert lower.tolist() == [[-1, -1], [0, 0]] and upper.tolist() == [[0, 0], [1, 1]]
-    path = fd.TrigonometricInterpolant()
+    path = fd.paths.TrigonometricInterpolant()
     expected = fd.exact.UniformBoxesVelocity(lower, upper, None, path, 0.7)
     made = fd.exact.checkerboard_velocity(path, 0.7, 2)
     assert eqx.tree_equal(made, expected)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import flowdiffrax as fd
-from flowdiffrax import _fingerprint
+from flowdiffrax.train import _fingerprint
 
 IMAGES = np.arange(96, dtype=np.uint8).reshape(2, 4, 4, 3)
 

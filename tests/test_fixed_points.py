@@ -109,7 +109,7 @@ def slope(flow_map):
 
 def of(objective):
     """The objective without its weight, which would make residuals nonlinear."""
-    return eqx.tree_at(lambda o: o.weight, objective, fd.NoWeight())
+    return eqx.tree_at(lambda o: o.weight, objective, fd.weights.NoWeight())
 
 
 @pytest.mark.parametrize(
@@ -117,28 +117,32 @@ def of(objective):
 )
 def test_naive_eulerian_is_biased(target_std, biased):
     # The values are of the boundary problem w'' = (s0 s1 / sigma^2)^2 w.
-    flow_map = fixed_point(fd.NaiveEulerian(), target_std, (16, 1), slice_rule())
+    flow_map = fixed_point(
+        fd.objectives.NaiveEulerian(), target_std, (16, 1), slice_rule()
+    )
     assert abs(slope(flow_map) - biased) < 1e-4
 
 
 # Objectives that learn jumps to 1 by themselves, and those that need all jumps.
 TO_THE_END = {
-    "ee": fd.StopGradientEulerian(),
-    "ee-derivative": fd.StopGradientEulerian(stop_gradient=fd.StopGradient.DERIVATIVE),
-    "mean-flow": of(fd.MeanFlow()),
-    "continuous-consistency": of(fd.ContinuousConsistency()),
+    "ee": fd.objectives.StopGradientEulerian(),
+    "ee-derivative": fd.objectives.StopGradientEulerian(
+        stop_gradient=fd.objectives.StopGradient.DERIVATIVE
+    ),
+    "mean-flow": of(fd.objectives.MeanFlow()),
+    "continuous-consistency": of(fd.objectives.ContinuousConsistency()),
 }
 ALL_JUMPS = {
-    "ee": fd.StopGradientEulerian(),
-    "mean-flow": of(fd.MeanFlow()),
-    "improved-mean-flow": of(fd.ImprovedMeanFlow()),
+    "ee": fd.objectives.StopGradientEulerian(),
+    "mean-flow": of(fd.objectives.MeanFlow()),
+    "improved-mean-flow": of(fd.objectives.ImprovedMeanFlow()),
     "lsd": fd.LagrangianSelfDistillation(),
     "lsd-derivative": fd.LagrangianSelfDistillation(
-        stop_gradient=fd.StopGradient.DERIVATIVE
+        stop_gradient=fd.objectives.StopGradient.DERIVATIVE
     ),
-    "esd": fd.EulerianSelfDistillation(),
-    "psd": fd.ProgressiveSelfDistillation(),
-    "tvm": fd.TerminalVelocityMatching(),
+    "esd": fd.objectives.EulerianSelfDistillation(),
+    "psd": fd.objectives.ProgressiveSelfDistillation(),
+    "tvm": fd.objectives.TerminalVelocityMatching(),
 }
 
 

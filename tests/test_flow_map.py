@@ -395,10 +395,10 @@ def test_wrappers_keep_the_time_range():
 
 SCHEDULES = {
     "linear": fd.LinearInterpolant(),
-    "trigonometric": fd.TrigonometricInterpolant(),
-    "vp": fd.VariancePreservingInterpolant(),
-    "ve": fd.VarianceExplodingInterpolant(0.02, 5.0),
-    "quadratic": fd.Interpolant(lambda t: (1 - t) ** 2, lambda t: t * (2 - t)),
+    "trigonometric": fd.paths.TrigonometricInterpolant(),
+    "vp": fd.paths.VariancePreservingInterpolant(),
+    "ve": fd.paths.VarianceExplodingInterpolant(0.02, 5.0),
+    "quadratic": fd.paths.Interpolant(lambda t: (1 - t) ** 2, lambda t: t * (2 - t)),
 }
 SWITCHES = [
     ("linear", "trigonometric"),
@@ -470,7 +470,7 @@ def test_rescheduled_from_a_source_that_stops_short():
 
 
 def test_reschedule_refuses_a_latent():
-    latent = fd.LinearInterpolant(latent=fd.SineSquaredLatent())
+    latent = fd.LinearInterpolant(latent=fd.paths.SineSquaredLatent())
     with pytest.raises(ValueError, match="without latent"):
         fd.RescheduledFlowMap(gaussian_map(), fd.LinearInterpolant(), latent)
 

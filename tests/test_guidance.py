@@ -81,8 +81,8 @@ GUIDED_MEAN = np.asarray([1.8, -0.9])  # at scale 2.5
 
 def guided(scale, null=NONE, field=None, **kwargs):
     field = mixture_field() if field is None else field
-    guidance = fd.ClassifierFreeGuidance(null, scale, **kwargs)
-    return fd.GuidedVelocity(field, guidance)
+    guidance = fd.velocities.ClassifierFreeGuidance(null, scale, **kwargs)
+    return fd.velocities.GuidedVelocity(field, guidance)
 
 
 @pytest.mark.parametrize("t", [0.0, 0.4, 1.0])
@@ -147,19 +147,21 @@ def test_interval_without_end():
 
 def test_scale_from_args():
     teacher = guided(None, field=with_scale(mixture_field()))
-    out = teacher(0.4, X, fd.GuidanceArgs(LABEL, 3.0))
+    out = teacher(0.4, X, fd.velocities.GuidanceArgs(LABEL, 3.0))
     assert_close(out, guided(3.0)(0.4, X, LABEL))
 
 
 def test_scale_from_args_outside_the_interval():
     teacher = guided(None, field=with_scale(mixture_field()), interval=(0.0, 0.3))
-    out = teacher(0.4, X, fd.GuidanceArgs(LABEL, 3.0))
+    out = teacher(0.4, X, fd.velocities.GuidanceArgs(LABEL, 3.0))
     assert_close(out, mixture_field()(0.4, X, LABEL), 0, 0)
 
 
 def test_batch_of_scales():
     teacher = guided(None, field=with_scale(mixture_field()))
-    args = fd.GuidanceArgs(jnp.asarray([0, 1, 2]), jnp.asarray([1.0, 2.0, 3.0]))
+    args = fd.velocities.GuidanceArgs(
+        jnp.asarray([0, 1, 2]), jnp.asarray([1.0, 2.0, 3.0])
+    )
     out = jax.jit(jax.vmap(teacher, in_axes=(None, None, 0)))(0.4, X, args)
     assert_close(out, jnp.stack([guided(k + 1.0)(0.4, X, k) for k in range(3)]))
 
@@ -172,7 +174,7 @@ def test_scale_one_has_the_type_of_the_scale(scale):
         seen.append(args.scale)
         return x
 
-    guided(None, 0, field)(0.4, X, fd.GuidanceArgs(1, scale))
+    guided(None, 0, field)(0.4, X, fd.velocities.GuidanceArgs(1, scale))
     assert [float(one) for one in seen] == [1.0, 1.0]
     if eqx.is_array(scale):
         assert {one.dtype for one in seen} == {scale.dtype}
@@ -224,7 +226,7 @@ def test_condition_may_be_a_pytree():
     [
         ((0, 1), 0, ValueError, "structure of the condition"),
         (NULL, None, ValueError, "structure of the condition"),
-        (0, fd.GuidanceArgs(0, 2.0), ValueError, "`GuidanceArgs` only where"),
+        (0, fd.velocities.GuidanceArgs(0, 2.0), ValueError, "`GuidanceArgs` only where"),
         (0.0, C, ValueError, r"shape of the condition, \(2,\); got \(\)"),
         (0.5, jnp.asarray(1), TypeError, "integer where the condition is one"),
     ],
@@ -246,13 +248,15 @@ def test_scale_of_a_batch():
 
 def test_falling_interval():
     with pytest.raises(ValueError, match="low <= high; got"):
-        fd.ClassifierFreeGuidance(NONE, 2.0, (0.7, 0.3))
+        fd.velocities.ClassifierFreeGuidance(NONE, 2.0, (0.7, 0.3))
 
 
 def test_no_velocity():
     with pytest.raises(TypeError, match="`velocity` must be a callable"):
         with without_type_checks():
-            fd.GuidedVelocity(None, fd.ClassifierFreeGuidance(NONE, 2.0))
+            fd.velocities.GuidedVelocity(
+                None, fd.velocities.ClassifierFreeGuidance(NONE, 2.0)
+            )
 
 
 # --- autoguidance -------------------------------------------------------------------
@@ -263,21 +267,25 @@ WEAK = lambda t, x, args: 0.9 * jnp.sin(x) + 0.1 * args
 
 def test_autoguidance_at_one_and_zero():
     assert_close(
-        fd.AutoguidedVelocity(STRONG, WEAK, 1.0)(0.4, X, 2.0), STRONG(0.4, X, 2.0)
+        fd.velocities.AutoguidedVelocity(STRONG, WEAK, 1.0)(0.4, X, 2.0),
+        STRONG(0.4, X, 2.0),
     )
-    assert_close(fd.AutoguidedVelocity(STRONG, WEAK, 0.0)(0.4, X, 2.0), WEAK(0.4, X, 2.0))
+    assert_close(
+        fd.velocities.AutoguidedVelocity(STRONG, WEAK, 0.0)(0.4, X, 2.0),
+        WEAK(0.4, X, 2.0),
+    )
 
 
 def test_autoguidance_at_two_has_the_strong_one_in_the_middle():
-    out = fd.AutoguidedVelocity(STRONG, WEAK, 2.0)(0.4, X, 2.0)
+    out = fd.velocities.AutoguidedVelocity(STRONG, WEAK, 2.0)(0.4, X, 2.0)
     assert_close((out + WEAK(0.4, X, 2.0)) / 2, STRONG(0.4, X, 2.0))
 
 
 def test_autoguidance_scale_from_args():
-    teacher = fd.AutoguidedVelocity(STRONG, WEAK)
-    args = fd.GuidanceArgs(jnp.asarray([2.0, 1.0]), jnp.asarray([3.0, 0.5]))
+    teacher = fd.velocities.AutoguidedVelocity(STRONG, WEAK)
+    args = fd.velocities.GuidanceArgs(jnp.asarray([2.0, 1.0]), jnp.asarray([3.0, 0.5]))
     out = jax.vmap(teacher, in_axes=(None, None, 0))(0.4, X, args)
-    fixed = lambda scale: fd.AutoguidedVelocity(STRONG, WEAK, scale)
+    fixed = lambda scale: fd.velocities.AutoguidedVelocity(STRONG, WEAK, scale)
     expected = [fixed(3.0)(0.4, X, 2.0), fixed(0.5)(0.4, X, 1.0)]
     assert_close(out, jnp.stack(expected))
 
@@ -285,19 +293,19 @@ def test_autoguidance_scale_from_args():
 def test_autoguidance_by_a_field_without_condition_is_classifier_free():
     field = mixture_field()
     weak = lambda t, x, args: field(t, x, NONE)
-    out = fd.AutoguidedVelocity(field, weak, 3.0)(0.4, X, LABEL)
+    out = fd.velocities.AutoguidedVelocity(field, weak, 3.0)(0.4, X, LABEL)
     assert_close(out, guided(3.0)(0.4, X, LABEL))
 
 
 def test_autoguidance_without_scale():
     with pytest.raises(TypeError, match="`AutoguidedVelocity` with `scale=None`"):
-        fd.AutoguidedVelocity(STRONG, WEAK)(0.4, X, 2.0)
+        fd.velocities.AutoguidedVelocity(STRONG, WEAK)(0.4, X, 2.0)
 
 
 def test_autoguidance_without_teacher():
     with pytest.raises(TypeError, match="`weak` must be a callable"):
         with without_type_checks():
-            fd.AutoguidedVelocity(STRONG, 0.5, 2.0)
+            fd.velocities.AutoguidedVelocity(STRONG, 0.5, 2.0)
 
 
 # --- guided maps --------------------------------------------------------------------
@@ -305,7 +313,9 @@ def test_autoguidance_without_teacher():
 
 def guided_map(scale=2.5, flow_map=None, **kwargs):
     flow_map = LinearMap() if flow_map is None else flow_map
-    return fd.GuidedFlowMap(flow_map, fd.ClassifierFreeGuidance(NULL, scale, **kwargs))
+    return fd.velocities.GuidedFlowMap(
+        flow_map, fd.velocities.ClassifierFreeGuidance(NULL, scale, **kwargs)
+    )
 
 
 @pytest.mark.parametrize("s, t", [(0.0, 1.0), (0.9, 0.2)])
@@ -361,7 +371,7 @@ def test_guided_map_of_a_network_with_scales():
         return jnp.where(scale == 1, mlp_map().net(s, t, x, condition), jnp.nan)
 
     flow_map = guided_map(None, fd.FlowMap(net))
-    args = fd.GuidanceArgs(jnp.stack([C, C]), jnp.asarray([2.5, 1.0]))
+    args = fd.velocities.GuidanceArgs(jnp.stack([C, C]), jnp.asarray([2.5, 1.0]))
     out = jax.jit(jax.vmap(flow_map, in_axes=(None, None, None, 0)))(0.1, 0.8, X, args)
     expected = [guided_map(a, mlp_map())(0.1, 0.8, X, C) for a in (2.5, 1.0)]
     assert_close(out, jnp.stack(expected))
@@ -371,8 +381,8 @@ def test_guided_map_of_a_float32_network():
     cast = lambda tree: jtu.tree_map(
         lambda leaf: leaf.astype(jnp.float32) if eqx.is_array(leaf) else leaf, tree
     )
-    flow_map = fd.GuidedFlowMap(
-        cast(mlp_map()), fd.ClassifierFreeGuidance(NULL, jnp.asarray(2.5))
+    flow_map = fd.velocities.GuidedFlowMap(
+        cast(mlp_map()), fd.velocities.ClassifierFreeGuidance(NULL, jnp.asarray(2.5))
     )
     out = flow_map(0.1, 0.8, cast(X), cast(C))
     assert out.dtype == jnp.float32
@@ -403,9 +413,9 @@ FACTORS = [(1.0, 0.5, 2.0), (2.0, 0.25, 8 / 3), (1.0, 0.0, 1.0), (0.6, 0.8, 3.0)
 
 @pytest.mark.parametrize("omega, kappa, scale", FACTORS)
 def test_effective_scale(omega, kappa, scale):
-    guidance = fd.MeanFlowGuidance(NONE, omega, kappa)
+    guidance = fd.velocities.MeanFlowGuidance(NONE, omega, kappa)
     np.testing.assert_allclose(guidance.effective_scale, scale, rtol=1e-12)
-    assert fd.MeanFlowGuidance(NONE, kappa=None).effective_scale is None
+    assert fd.velocities.MeanFlowGuidance(NONE, kappa=None).effective_scale is None
 
 
 def learnt(scale):
@@ -416,7 +426,7 @@ def learnt(scale):
 @pytest.mark.parametrize("omega, kappa, scale", FACTORS)
 def test_guided_field_is_the_fixed_point(omega, kappa, scale):
     # The target is affine in dI, whose mean over the data is the plain velocity.
-    guidance = fd.MeanFlowGuidance(NONE, omega, kappa)
+    guidance = fd.velocities.MeanFlowGuidance(NONE, omega, kappa)
     mean = mixture_field()(0.4, X, LABEL)
     target = guidance(learnt(scale), mean, 0.4, X, LABEL)
     assert_close(target, learnt(scale)(0.4, X, LABEL), 1e-12)
@@ -427,7 +437,7 @@ def test_regression_on_data_has_the_guided_field_for_its_mean():
     size, t = 20_000, 0.4
     x0, noise = jr.normal(jr.key(0), (2, size, 2))
     x1 = MEANS[None, LABEL] + jnp.sqrt(0.1) * noise
-    velocity, guidance = learnt(2.0), fd.MeanFlowGuidance(NONE)
+    velocity, guidance = learnt(2.0), fd.velocities.MeanFlowGuidance(NONE)
 
     def residual(x0, x1):
         I_t, dI = (1 - t) * x0 + t * x1, x1 - x0
@@ -448,16 +458,16 @@ def test_fixed_point_at_every_scale():
         out = guided(args.scale)(t, x, args.condition)
         return jnp.where(is_known, out, jnp.nan)
 
-    guidance = fd.MeanFlowGuidance(NONE, kappa=None)
+    guidance = fd.velocities.MeanFlowGuidance(NONE, kappa=None)
     for scale in (1.0, 2.5, 8.0):
-        args = fd.GuidanceArgs(jnp.asarray(LABEL), jnp.asarray(scale))
+        args = fd.velocities.GuidanceArgs(jnp.asarray(LABEL), jnp.asarray(scale))
         target = guidance(velocity, plain(0.4, X, LABEL), 0.4, X, args)
         assert_close(target, velocity(0.4, X, args), 1e-11)
 
 
 def test_scale_from_args_has_omega_too():
-    args = fd.GuidanceArgs(LABEL, 3.0)
-    guidance = fd.MeanFlowGuidance(NONE, omega=2.0, kappa=None)
+    args = fd.velocities.GuidanceArgs(LABEL, 3.0)
+    guidance = fd.velocities.MeanFlowGuidance(NONE, omega=2.0, kappa=None)
     velocity = lambda t, x, args: guided(3.0)(t, x, args.condition)
     target = guidance(velocity, mixture_field()(0.4, X, LABEL), 0.4, X, args)
     assert_close(target, guided(3.0)(0.4, X, LABEL), 1e-12)
@@ -465,9 +475,9 @@ def test_scale_from_args_has_omega_too():
 
 @pytest.mark.parametrize("kappa", [0.5, None])
 def test_dropped_examples_learn_the_plain_velocity(kappa):
-    guidance = fd.MeanFlowGuidance(NONE, kappa=kappa)
+    guidance = fd.velocities.MeanFlowGuidance(NONE, kappa=kappa)
     labels, dI = jnp.asarray([NONE, LABEL]), jnp.asarray([[0.3, 0.1], [0.3, 0.1]])
-    args = labels if kappa else fd.GuidanceArgs(labels, jnp.full(2, 2.0))
+    args = labels if kappa else fd.velocities.GuidanceArgs(labels, jnp.full(2, 2.0))
     field = mixture_field()
     velocity = field if kappa else lambda t, x, args: field(t, x, args.condition)
     target = jax.jit(jax.vmap(lambda dI, c: guidance(velocity, dI, 0.4, X, c)))(dI, args)
@@ -476,7 +486,7 @@ def test_dropped_examples_learn_the_plain_velocity(kappa):
 
 
 def test_partly_equal_to_null_is_not_dropped():
-    guidance = fd.MeanFlowGuidance({"a": 0, "b": np.zeros(2)})
+    guidance = fd.velocities.MeanFlowGuidance({"a": 0, "b": np.zeros(2)})
     velocity = lambda t, x, args: x + args["a"] + args["b"]
     target = lambda a, b: guidance(velocity, X, 0.4, X, {"a": a, "b": jnp.asarray(b)})
     assert_close(target(0, [0.0, 0.0]), X, 0, 0)
@@ -486,9 +496,9 @@ def test_partly_equal_to_null_is_not_dropped():
 
 @pytest.mark.parametrize("t, inside", [(0.3, True), (0.7, True), (0.2, False)])
 def test_training_interval(t, inside):
-    guidance = fd.MeanFlowGuidance(NONE, interval=(0.3, 0.7))
+    guidance = fd.velocities.MeanFlowGuidance(NONE, interval=(0.3, 0.7))
     dI = jnp.asarray([0.3, 0.1])
-    everywhere = fd.MeanFlowGuidance(NONE)(mixture_field(), dI, t, X, LABEL)
+    everywhere = fd.velocities.MeanFlowGuidance(NONE)(mixture_field(), dI, t, X, LABEL)
     out = guidance(mixture_field(), dI, t, X, LABEL)
     assert_close(out, everywhere if inside else dI, 0, 0)
 
@@ -496,14 +506,14 @@ def test_training_interval(t, inside):
 def test_target_keeps_structure_and_dtypes():
     x = {"a": jnp.ones(2, jnp.float32), "b": (jnp.ones((1, 2), jnp.bfloat16),)}
     velocity = lambda t, x, args: x
-    out = fd.MeanFlowGuidance(0, jnp.asarray(2.0))(velocity, x, 0.4, x, 1)
+    out = fd.velocities.MeanFlowGuidance(0, jnp.asarray(2.0))(velocity, x, 0.4, x, 1)
     # The factors sum to one.
     assert_close(out, x, 1e-2)
     assert jtu.tree_map(jnp.result_type, out) == jtu.tree_map(jnp.result_type, x)
 
 
 def test_target_has_gradients_for_the_objective_to_stop():
-    guidance = fd.MeanFlowGuidance(NULL)
+    guidance = fd.velocities.MeanFlowGuidance(NULL)
     loss = lambda m: jnp.sum(guidance(m.velocity, X, 0.4, X, C))
     gradients = jtu.tree_leaves(eqx.filter_grad(loss)(mlp_map()))
     assert max(map(max_abs, gradients)) > 0
@@ -512,12 +522,14 @@ def test_target_has_gradients_for_the_objective_to_stop():
 @pytest.mark.parametrize("kappa", [1.0, 1, 1.5])
 def test_kappa_of_one(kappa):
     with pytest.raises(ValueError, match="`kappa` must be below 1; got 1"):
-        fd.MeanFlowGuidance(NONE, kappa=kappa)
+        fd.velocities.MeanFlowGuidance(NONE, kappa=kappa)
 
 
 def test_training_without_scale():
     with pytest.raises(TypeError, match="`MeanFlowGuidance` with `kappa=None`"):
-        fd.MeanFlowGuidance(NONE, kappa=None)(mixture_field(), X, 0.4, X, LABEL)
+        fd.velocities.MeanFlowGuidance(NONE, kappa=None)(
+            mixture_field(), X, 0.4, X, LABEL
+        )
 
 
 # --- batches ------------------------------------------------------------------------
@@ -592,7 +604,7 @@ def test_dropped_examples_have_scale_one():
 def test_dropped_examples_are_those_that_learn_the_plain_velocity():
     source = dropout(0.5, size=16, scale=fd.data.PowerLawScale(2.0, 3.0))
     _, args = source(jr.key(0))
-    guidance = fd.MeanFlowGuidance(10, kappa=None)
+    guidance = fd.velocities.MeanFlowGuidance(10, kappa=None)
     velocity = lambda t, x, args: jnp.where(args.condition == 10, -x, x)
     out = jax.vmap(lambda args: guidance(velocity, X, 0.4, X, args))(args)
     learns_plain = (np.asarray(out) == np.asarray(X)).all(axis=1)
@@ -608,7 +620,7 @@ def test_a_network_learns_from_scaled_batches():
 
     source = dropout(0.5, scale=fd.data.PowerLawScale())
     paths, args = source(jr.key(0))
-    loss = lambda m: fd.batch_loss(
+    loss = lambda m: fd.objectives.batch_loss(
         fd.FlowMatching(), m, None, paths, args, key=jr.key(1)
     )[0]
     gradient = eqx.filter_grad(loss)(fd.FlowMap(Net(jnp.zeros((11, 2)))))

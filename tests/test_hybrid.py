@@ -243,7 +243,7 @@ def test_good_map_of_a_stiff_system_is_one_jump():
     wild = Wild(mlp_map(), jnp.asarray(1.0))
     assert error_in_kaps(wild, jnp.asarray(1e-5), jnp.asarray(1e-3))[1] == (1, 0)
     # Residuals alone, of the fast direction, would refuse it.
-    estimate = fd.ResidualIntegral()
+    estimate = fd.estimates.ResidualIntegral()
     assert sum(error_in_kaps(wild, jnp.asarray(1e-5), jnp.asarray(1e-3), estimate)[1]) > 9
 
 
@@ -394,9 +394,9 @@ def test_manual_steps():
 @pytest.mark.parametrize(
     "size, fallback, estimate",
     [
-        (2, diffrax.Tsit5(), fd.LinearisedError()),
-        slow(40, diffrax.Tsit5(), fd.ResidualIntegral()),
-        slow(40, diffrax.Kvaerno3(), fd.LinearisedError()),
+        (2, diffrax.Tsit5(), fd.estimates.LinearisedError()),
+        slow(40, diffrax.Tsit5(), fd.estimates.ResidualIntegral()),
+        slow(40, diffrax.Kvaerno3(), fd.estimates.LinearisedError()),
     ],
     ids=["small", "large", "implicit"],
 )
@@ -415,8 +415,8 @@ def test_default_estimate(size, fallback, estimate):
             options={"estimate": estimate},
         ).controller_state
     )
-    other = {fd.LinearisedError(): fd.ResidualIntegral()}.get(
-        estimate, fd.LinearisedError()
+    other = {fd.estimates.LinearisedError(): fd.estimates.ResidualIntegral()}.get(
+        estimate, fd.estimates.LinearisedError()
     )
     assert eqx.tree_equal(error(None), error(estimate))
     assert not eqx.tree_equal(error(None), error(other))
@@ -430,7 +430,7 @@ def test_share_of_the_tolerance():
     assert learned(safety=0.1)[1] > 0
 
 
-class Claimed(fd.AbstractErrorEstimate):
+class Claimed(fd.estimates.AbstractErrorEstimate):
     """The map's jump, with an error that is made up."""
 
     error: jax.Array
@@ -522,7 +522,9 @@ def test_default_share_of_the_tolerance():
         fd.HybridSolver(EXACT, safety=2.0)
 
 
-@pytest.mark.parametrize("estimate", [fd.SemigroupDefect(), fd.AlekseevGroebner()])
+@pytest.mark.parametrize(
+    "estimate", [fd.estimates.SemigroupDefect(), fd.estimates.AlekseevGroebner()]
+)
 def test_other_estimates(estimate):
     off = lambda s, t, x, args: EXACT(s, t, x) + 0.1 * (t - s) ** 3
     sol = solve(off, options={"estimate": estimate}, tol=1e-4)

@@ -13,9 +13,9 @@ from flowdiffrax import testing
 X = jnp.asarray([0.8, -0.5])
 MAPS = {
     "gaussian-linear": gaussian_map,
-    "gaussian-trigonometric": lambda: gaussian_map(fd.TrigonometricInterpolant()),
+    "gaussian-trigonometric": lambda: gaussian_map(fd.paths.TrigonometricInterpolant()),
     "gaussian-latent": lambda: gaussian_map(
-        fd.LinearInterpolant(latent=fd.SineSquaredLatent(0.5))
+        fd.LinearInterpolant(latent=fd.paths.SineSquaredLatent(0.5))
     ),
     "linear": linear_map,
     "ode": lambda: fd.ODEFlowMap(nonlinear_field, rtol=1e-12, atol=1e-12),

@@ -20,25 +20,26 @@ from flowdiffrax.data._stream import _order
 
 
 def test_scaling():
-    x = fd.data.from_uint8(np.asarray([0, 51, 255], np.uint8))
+    x = fd.images.from_uint8(np.asarray([0, 51, 255], np.uint8))
     assert x.dtype == jnp.float32
     np.testing.assert_allclose(x, [-1, -0.6, 1], atol=1e-7)
 
 
 def test_scaling_and_back():
     values = np.arange(256, dtype=np.uint8).reshape(2, 8, 16)
-    np.testing.assert_array_equal(fd.data.to_uint8(fd.data.from_uint8(values)), values)
+    there_and_back = fd.images.to_uint8(fd.images.from_uint8(values))
+    np.testing.assert_array_equal(there_and_back, values)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float64])
 def test_values_beyond_the_range_are_clipped(dtype):
     x = jnp.asarray([-7.0, -1.0, 0.003, 1.0, 1e30], dtype)
-    assert fd.data.to_uint8(x).tolist() == [0, 0, 128, 255, 255]
+    assert fd.images.to_uint8(x).tolist() == [0, 0, 128, 255, 255]
 
 
 def test_scaling_what_is_scaled_already():
     with without_type_checks(), pytest.raises(TypeError, match="scales uint8; got float"):
-        fd.data.from_uint8(jnp.ones(3))
+        fd.images.from_uint8(jnp.ones(3))
 
 
 # --- on the device --------------------------------------------------------------------
@@ -48,12 +49,12 @@ def labelled(number=7, height=4, width=3, channels=2):
     """Images that tell their label, and where in the image each value stands."""
     place = np.arange(height * width * channels).reshape(1, height, width, channels)
     images = (place + 30 * np.arange(number)[:, None, None, None]).astype(np.uint8)
-    return fd.data.Images(images, np.arange(number))
+    return fd.images.Images(images, np.arange(number))
 
 
 def test_images_come_with_their_labels():
     images = labelled()
-    points, labels = fd.data.DeviceImages(images)(jr.key(0), 50)
+    points, labels = fd.images.DeviceImages(images)(jr.key(0), 50)
     assert points.shape == (50, 4, 3, 2) and points.dtype == jnp.float32
     assert set(np.asarray(labels)) == set(range(7))
     expected = images.images[np.asarray(labels)] / np.float32(127.5) - 1
@@ -62,32 +63,32 @@ def test_images_come_with_their_labels():
 
 def test_flips_mirror_left_and_right():
     images = labelled()
-    draw = fd.data.DeviceImages(images, flip=True)
+    draw = fd.images.DeviceImages(images, flip=True)
     points, labels = draw(jr.key(0), 4000)
     rows = images.images[np.asarray(labels)]
-    values = np.asarray(fd.data.to_uint8(points))
+    values = np.asarray(fd.images.to_uint8(points))
     kept = (values == rows).all((1, 2, 3))
     mirrored = (values == rows[:, :, ::-1]).all((1, 2, 3))
     assert (kept ^ mirrored).all()
     # 4,000 fair coins: four standard errors.
     assert abs(kept.mean() - 0.5) < 4 * 0.5 / np.sqrt(4000)
-    plain, plain_labels = fd.data.DeviceImages(images)(jr.key(0), 4000)
+    plain, plain_labels = fd.images.DeviceImages(images)(jr.key(0), 4000)
     assert_close(plain_labels, labels)
     assert_close(plain[kept], points[kept])
 
 
 def test_images_without_labels():
-    images = fd.data.Images(labelled().images)
-    points, labels = fd.data.DeviceImages(images)(jr.key(0), 5)
+    images = fd.images.Images(labelled().images)
+    points, labels = fd.images.DeviceImages(images)(jr.key(0), 5)
     assert labels is None and points.shape[0] == 5
 
 
 def test_all_images_in_order():
     images = labelled()
-    source = fd.data.DeviceImages(images.images, images.labels, draw=False)
+    source = fd.images.DeviceImages(images.images, images.labels, draw=False)
     points, labels = source(jr.key(0), 7)
     assert_close(labels, jnp.arange(7, dtype=jnp.int32))
-    assert_close(fd.data.to_uint8(points), images.images)
+    assert_close(fd.images.to_uint8(points), images.images)
     with pytest.raises(ValueError, match="all 7 images; got `batch_size` 6"):
         source(jr.key(0), 6)
 
@@ -95,7 +96,7 @@ def test_all_images_in_order():
 def test_images_stay_small_on_the_device():
     images = labelled()
     batches = fd.data.InterpolantBatches(
-        fd.LinearInterpolant(), fd.data.DeviceImages(images), 8
+        fd.LinearInterpolant(), fd.images.DeviceImages(images), 8
     )
     arrays = jax.tree_util.tree_leaves(eqx.filter(batches, eqx.is_array))
     assert sum(array.nbytes for array in arrays) == images.images.nbytes + 4 * 7
@@ -115,10 +116,14 @@ def test_images_stay_small_on_the_device():
 )
 def test_what_is_no_image(images, labels, error, match):
     with without_type_checks(), pytest.raises(error, match=match):
-        fd.data.DeviceImages(images, labels)
+        fd.images.DeviceImages(images, labels)
 
 
 # --- paths ----------------------------------------------------------------------------
+
+
+def on_device(batch, flip=True):
+    return fd.images.DeviceImages(*batch, flip=flip, draw=False)
 
 
 def batches_of(source, batch_size=6):
@@ -127,15 +132,15 @@ def batches_of(source, batch_size=6):
 
 def test_paths_of_images():
     images = labelled()
-    paths, labels = batches_of(fd.data.DeviceImages(images))(jr.key(0))
+    paths, labels = batches_of(fd.images.DeviceImages(images))(jr.key(0))
     assert paths.x0.shape == paths.x1.shape == (6, 4, 3, 2)
     assert paths.x0.dtype == paths.x1.dtype == jnp.float32
     rows = images.images[np.asarray(labels)]
-    np.testing.assert_array_equal(fd.data.to_uint8(paths.x1), rows)
+    np.testing.assert_array_equal(fd.images.to_uint8(paths.x1), rows)
 
 
 def test_batches_are_a_function_of_seed_and_step():
-    batches = batches_of(fd.data.DeviceImages(fd.data.digits()), 64)
+    batches = batches_of(fd.images.DeviceImages(fd.images.digits()), 64)
     draw = lambda seed, step: batches(jr.fold_in(jr.key(seed), step))
     assert_close(draw(0, 5)[0].x1, draw(0, 5)[0].x1)
     for seed, step in [(0, 6), (1, 5)]:
@@ -143,7 +148,7 @@ def test_batches_are_a_function_of_seed_and_step():
 
 
 def test_batches_under_jit():
-    batches = batches_of(fd.data.DeviceImages(labelled(), flip=True))
+    batches = batches_of(fd.images.DeviceImages(labelled(), flip=True))
     paths, labels = eqx.filter_jit(lambda batches, key: batches(key))(batches, jr.key(3))
     expected = batches(jr.key(3))
     assert_close(labels, expected[1])
@@ -151,9 +156,9 @@ def test_batches_under_jit():
 
 
 def test_labels_reach_couplings_and_dropout():
-    source = fd.data.DeviceImages(labelled())
+    source = fd.images.DeviceImages(labelled())
     coupled = fd.data.InterpolantBatches(
-        fd.LinearInterpolant(), source, 6, coupling=fd.OptimalTransportCoupling()
+        fd.LinearInterpolant(), source, 6, coupling=fd.paths.OptimalTransportCoupling()
     )
     dropped = fd.data.ConditionDropout(coupled, null=7, rate=1.0)
     _, labels = dropped(jr.key(0))
@@ -194,14 +199,14 @@ def test_training_on_images():
     fd.train.fit(
         image_map(),
         fd.FlowMatching(),
-        batches_of(fd.data.DeviceImages(labelled(), flip=True), 64),
+        batches_of(fd.images.DeviceImages(labelled(), flip=True), 64),
         optax.adam(1e-2),
         key=jr.key(1),
         on_report=lambda state, report: losses.append(report["loss"]),
         **settings,
     )
     # The velocity of an untrained map is near 0, and its loss that of predicting 0.
-    paths, _ = batches_of(fd.data.DeviceImages(labelled()), 512)(jr.key(2))
+    paths, _ = batches_of(fd.images.DeviceImages(labelled()), 512)(jr.key(2))
     untrained = float(jnp.mean(jnp.sum((paths.x1 - paths.x0) ** 2, (1, 2, 3))))
     assert losses[-1] < 0.8 * untrained
 
@@ -209,9 +214,8 @@ def test_training_on_images():
 def train_on_stream(images, num_steps, state, step):
     start = int(state.step)
     batches = fd.data.stream(images, 4, seed=3, start=start)
-    for _, (x, labels) in zip(range(start, num_steps), batches, strict=False):
-        source = fd.data.DeviceImages(x, labels, flip=True, draw=False)
-        state, _ = step(state, batches_of(source, 4))
+    for _, batch in zip(range(start, num_steps), batches, strict=False):
+        state, _ = step(state, batches_of(on_device(batch), 4))
     return state
 
 
@@ -229,13 +233,11 @@ def test_training_on_a_stream_compiles_once_and_resumes():
 
 def fit_to_stream(num_steps, *, batch_size=4, begun=None, **settings):
     """The same run by `fit`, from a stream of its own."""
-    make = lambda source: batches_of(source, batch_size)
+    make = lambda batch: batches_of(on_device(batch), batch_size)
     traced = []
     settings = {"num_threads": 2} | settings
     accumulate = settings.pop("accumulate", 1)
-    batches = fd.data.StreamBatches(
-        labelled(), batch_size, make, seed=3, flip=True, **settings
-    )
+    batches = fd.data.StreamBatches(labelled(), batch_size, make, seed=3, **settings)
 
     class Counted(fd.FlowMatching):
         def on_diagonal(self, *args, **kwargs):
@@ -277,9 +279,9 @@ def test_batches_of_a_stream_are_placed():
         placed.append(arrays)
         return jax.device_put(arrays)
 
-    batches = fd.data.StreamBatches(labelled(), 4, lambda source: source, num_threads=2)
-    source = next(batches.each_step(0, place=place))
-    for made, given in zip((source.images, source.labels), placed[0], strict=True):
+    batches = fd.data.StreamBatches(labelled(), 4, lambda batch: batch, num_threads=2)
+    batch = next(batches.each_step(0, place=place))
+    for made, given in zip(batch, placed[0], strict=True):
         np.testing.assert_array_equal(made, given)
 
 
@@ -288,9 +290,9 @@ def test_accumulated_stream_gives_each_batch_once():
     # two, were one batch seen twice, would not have their turn.
     seen = []
 
-    def make(source):
-        seen.append(np.asarray(source.labels))
-        return batches_of(source, 1)
+    def make(batch):
+        seen.append(np.asarray(batch[1]))
+        return batches_of(on_device(batch), 1)
 
     batches = fd.data.StreamBatches(labelled(), 1, make, seed=3)
     steps = batches.each_step(2, accumulate=2)
@@ -305,12 +307,12 @@ def test_accumulated_stream_gives_each_batch_once():
 def test_accumulated_stream_trains_like_one_batch():
     # No randomness, so that only the split of the batch differs.
     base = lambda key, x1: jnp.zeros_like(x1)
-    objective = fd.LagrangianMapDistillation(times=fd.GridTimes([0.0, 1.0]))
+    objective = fd.LagrangianMapDistillation(times=fd.times.GridTimes([0.0, 1.0]))
 
     def weights(batch_size, accumulate):
         interpolant = fd.LinearInterpolant()
-        make = lambda source: fd.data.InterpolantBatches(
-            interpolant, source, batch_size, base=base
+        make = lambda batch: fd.data.InterpolantBatches(
+            interpolant, on_device(batch, flip=False), batch_size, base=base
         )
         batches = fd.data.StreamBatches(labelled(), batch_size, make, seed=3)
         state = fd.train.fit(
@@ -332,7 +334,7 @@ def test_accumulated_stream_trains_like_one_batch():
 def test_tuple_of_another_length():
     step = fd.train.make_step(fd.FlowMatching(), optax.adam(1e-3), accumulate=3)
     state = fd.train.TrainState.create(image_map(), optax.adam(1e-3), key=jr.key(1))
-    batches = (batches_of(fd.data.DeviceImages(labelled()), 4),) * 2
+    batches = (batches_of(fd.images.DeviceImages(labelled()), 4),) * 2
     with pytest.raises(ValueError, match="`accumulate` is 3, and a tuple of 2 came"):
         step(state, batches)
 
@@ -375,7 +377,7 @@ def test_streamed_images_come_with_their_labels():
 
 
 def test_stream_without_labels():
-    x, labels = next(fd.data.stream(fd.data.Images(labelled().images), 5))
+    x, labels = next(fd.data.stream(fd.images.Images(labelled().images), 5))
     assert labels is None and x.shape == (5, 4, 3, 2)
 
 
@@ -437,8 +439,8 @@ def test_orders_are_even():
 
 def test_stream_of_mapped_images(tmp_path):
     images = labelled()
-    fd.data.save_images(tmp_path / "set", images)
-    mapped = fd.data.load_images(tmp_path / "set")
+    fd.images.save_images(tmp_path / "set", images)
+    mapped = fd.images.load_images(tmp_path / "set")
     x, labels = next(fd.data.stream(mapped, 5))
     assert not isinstance(x, np.memmap)
     np.testing.assert_array_equal(x, images.images[labels])

@@ -23,8 +23,8 @@ import scipy
 from helpers import without_type_checks
 
 import flowdiffrax as fd
-from flowdiffrax.metrics import _features, _inception
-from flowdiffrax.metrics._weights import check_shapes, read_weights
+from flowdiffrax.images.scores import _features, _inception
+from flowdiffrax.images.scores._weights import check_shapes, read_weights
 
 METRICS = fd.metrics
 CURE = "Fetch another."
@@ -53,7 +53,7 @@ def statistics(seed, number=200, size=5, **about):
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
 def test_rounding_is_the_inverse_of_scaling(dtype):
     values = np.arange(256, dtype=np.uint8).reshape(4, 8, 8, 1)
-    x = np.asarray(fd.data.from_uint8(values)).astype(dtype)
+    x = np.asarray(fd.images.from_uint8(values)).astype(dtype)
     made = METRICS.to_uint8(x)
     assert made.dtype == np.uint8
     # Bfloat16 has 8 bits for [-1, 1], so the values of dark pixels suffer, but by what
@@ -267,7 +267,7 @@ def test_statistics_of_images():
     np.testing.assert_allclose(made.covariance, np.cov(vectors.T), rtol=1e-6, atol=1e-9)
     assert (made.num_images, made.source) == (30, "a")
     assert made.fingerprint == features.fingerprint
-    digits = fd.data.digits()[:20]
+    digits = fd.images.digits()[:20]
     named = METRICS.FeatureStatistics.of(features, digits)
     assert named.source == "digits"
     with pytest.raises(ValueError, match="Say which images"):
@@ -474,14 +474,14 @@ def test_neighbours_of_bad_sets(shape, quantile, match):
 
 @pytest.fixture(scope="module")
 def classifier():
-    images = fd.data.digits()
+    images = fd.images.digits()
     return METRICS.fit_classifier(
         images[:1400], key=jr.key(0), num_steps=150, batch_size=32, learning_rate=1e-2
     )
 
 
 def test_classifier_learns(classifier):
-    images = fd.data.digits()[1400:]
+    images = fd.images.digits()[1400:]
     assert classifier.accuracy(images) > 0.85
     assert classifier.accuracy(images.images, images.labels) == classifier.accuracy(
         images
@@ -496,7 +496,7 @@ def test_classifier_learns(classifier):
 
 
 def test_classifier_is_a_function_of_its_key():
-    images = fd.data.digits()[:200]
+    images = fd.images.digits()[:200]
     fit = lambda seed: METRICS.fit_classifier(
         images, key=jr.key(seed), num_steps=2, width=4, batch_size=8
     )
@@ -523,11 +523,11 @@ def test_classifiers_that_cannot_be_fitted(labels, settings, match):
 
 
 def test_scores_and_their_provenance(classifier):
-    images = fd.data.digits()
+    images = fd.images.digits()
     train, test = images[:1400], images[1400:]
     rng = np.random.default_rng(0)
     noisy = lambda std: METRICS.to_uint8(
-        np.asarray(fd.data.from_uint8(test.images))
+        np.asarray(fd.images.from_uint8(test.images))
         + std * rng.normal(size=(397, 8, 8, 1))
     )
     score = lambda samples: METRICS.score_images(
@@ -588,7 +588,7 @@ def test_scores_against_statistics():
 
 def test_a_reference_is_used_again():
     features, samples = random_features(), pictures(0, 40)
-    images = fd.data.Images(pictures(1, 50), name="b")
+    images = fd.images.Images(pictures(1, 50), name="b")
     reference = METRICS.ImageReference.of(features, images)
     score = lambda reference: METRICS.score_images(samples, reference, features, seed=0)
     assert score(reference) == score(images)
@@ -1062,7 +1062,7 @@ def test_alexnet_against_torch(tmp_path):
 def test_published_alexnet():
     path = pathlib.Path(os.environ["FLOWDIFFRAX_ALEXNET"])
     features = METRICS.AlexNetFeatures.load(path)
-    images = fd.data.digits().images
+    images = fd.images.digits().images
     rng = np.random.default_rng(0)
     order = rng.permutation(len(images))
     train, test = images[order[:900]], images[order[900:]]

@@ -32,7 +32,7 @@ SMALL = ["--channels", "8", "--batch-size", "8"]
 def pictures(size=32, channels=3, number=20, **settings):
     rng = np.random.default_rng(0)
     values = rng.integers(0, 256, (number, size, size, channels), np.uint8)
-    return fd.data.Images(values, np.arange(number) % 10, **settings)
+    return fd.images.Images(values, np.arange(number) % 10, **settings)
 
 
 def digits_options(*words):
@@ -43,7 +43,7 @@ def digits_options(*words):
 
 
 def test_presets_are_the_recipes_of_the_data():
-    names = set(fd.train.recipes())
+    names = set(fd.images.recipes())
     for script, prefix in ((cifar10, "cifar10-"), (imagenet32, "imagenet32-")):
         found = {prefix + name for name in script.presets()} - {"cifar10-smoke"}
         assert found == {name for name in names if name.startswith(prefix)}
@@ -145,7 +145,11 @@ def test_a_teacher_is_asked_for_by_its_preset(script):
     [
         ([], pictures(8, 3), "for images of"),
         ([], pictures(8, 1, num_classes=12), "has 10 classes"),
-        (["--features", "classifier"], fd.data.Images(pictures(8, 1).images), "classes"),
+        (
+            ["--features", "classifier"],
+            fd.images.Images(pictures(8, 1).images),
+            "classes",
+        ),
     ],
 )
 def test_bad_images_are_refused_before_training(words, images, message):
@@ -157,15 +161,15 @@ def test_bad_images_are_refused_before_training(words, images, message):
 
 def test_the_proxy_needs_labels():
     options = image_runs.parse("cifar10", "", cifar10.presets(), "smoke", [])
-    images = fd.data.Images(pictures().images)
+    images = fd.images.Images(pictures().images)
     with pytest.raises(SystemExit, match="--features classifier needs labels"):
         image_runs.check_images(cifar10.presets()["smoke"], options, images)
 
 
 def test_statistics_of_other_features(tmp_path):
-    features = fd.metrics.RandomFeatures((8, 8, 1), key=jr.key(1))
+    features = fd.images.RandomFeatures((8, 8, 1), key=jr.key(1))
     images = pictures(8, 1, name="mine")
-    fd.metrics.FeatureStatistics.of(features, images).save(tmp_path / "s.npz")
+    fd.images.FeatureStatistics.of(features, images).save(tmp_path / "s.npz")
     words = ["--features", "random", "--statistics", str(tmp_path / "s.npz")]
     refused(digits, words, f"is of the features {features.fingerprint}, and --features")
 
@@ -220,7 +224,7 @@ def write_npz(path):
 
 def write_folders(path):
     for part, rows in (("train", slice(0, 18)), ("test", slice(18, 20))):
-        fd.data.save_images(path / part, pictures()[rows])
+        fd.images.save_images(path / part, pictures()[rows])
     return path
 
 
@@ -235,7 +239,7 @@ def write_pictures(path):
 
 @pytest.mark.parametrize("write", [write_npz, write_folders, write_pictures])
 def test_forms_of_data(tmp_path, write):
-    train, test = image_runs.load_split(write(tmp_path), fd.data.cifar10)
+    train, test = image_runs.load_split(write(tmp_path), fd.images.cifar10)
     assert len(train) == 18 and len(test) == 2
     together = np.concatenate([train.images, test.images]).reshape(20, -1)
     assert_close(np.sort(together.sum(axis=1)),
@@ -244,16 +248,16 @@ def test_forms_of_data(tmp_path, write):
 
 def test_the_archive_is_asked_for_by_name(tmp_path):
     with pytest.raises(FileNotFoundError, match="CIFAR-10"):
-        image_runs.load_split(tmp_path / "absent", fd.data.cifar10)
+        image_runs.load_split(tmp_path / "absent", fd.images.cifar10)
 
 
 @pytest.mark.parametrize("part", ["train", "test"])
 def test_a_missing_part_is_noticed_before_the_other_is_read(part, tmp_path, monkeypatch):
-    fd.data.save_images(tmp_path / part, pictures())
+    fd.images.save_images(tmp_path / part, pictures())
     names = {"train": [f"data_batch_{k}" for k in range(1, 6)], "test": ["test_batch"]}
     for name in names[part]:
         (tmp_path / f"{name}.bin").write_bytes(bytes(3073))
-    read, cifar = [], fd.data.cifar10
+    read, cifar = [], fd.images.cifar10
 
     def counted(path, split, **settings):
         found = cifar(path, split, **settings)
@@ -284,7 +288,7 @@ def test_digits_are_split_once():
     train, test = digits.load()
     assert (len(train), len(test)) == (1347, 450)
     rows = np.concatenate([train.images, test.images]).reshape(1797, -1)
-    whole = fd.data.digits().images.reshape(1797, -1)
+    whole = fd.images.digits().images.reshape(1797, -1)
     assert_close(np.sort(rows @ np.arange(64)), np.sort(whole @ np.arange(64)))
 
 

@@ -25,8 +25,9 @@ from helpers import without_type_checks
 from PIL import Image
 
 import flowdiffrax as fd
-from flowdiffrax.data import _cifar, _idx, _imagenet, _unpickle
-from flowdiffrax.data._unpickle import unpickle_arrays
+from flowdiffrax.images.sets import _cifar, _imagenet, _unpickle
+from flowdiffrax.images.sets import _fashion_mnist as _idx
+from flowdiffrax.images.sets._unpickle import unpickle_arrays
 
 HERE = pathlib.Path(__file__).parent
 
@@ -63,7 +64,7 @@ def real_data(variable):
 
 
 def test_part_of_a_set():
-    whole = fd.data.Images(pictures(5), np.arange(5), name="five")
+    whole = fd.images.Images(pictures(5), np.arange(5), name="five")
     part = whole[1:3]
     assert len(part) == 2 and part.num_classes == 5 and part.name == "five"
     np.testing.assert_array_equal(part.images, whole.images[1:3])
@@ -73,15 +74,15 @@ def test_part_of_a_set():
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int64, ">i2"])
 def test_labels_become_int32(dtype):
-    images = fd.data.Images(pictures(3), np.asarray([2, 0, 1], dtype))
+    images = fd.images.Images(pictures(3), np.asarray([2, 0, 1], dtype))
     assert images.labels.dtype == np.int32
     assert images.labels.tolist() == [2, 0, 1]
 
 
 def test_classes_that_no_image_has():
     names = ("a", "b", "c")
-    assert fd.data.Images(pictures(2), np.asarray([0, 1]), names).num_classes == 3
-    assert fd.data.Images(pictures(2), np.asarray([0, 1])).num_classes == 2
+    assert fd.images.Images(pictures(2), np.asarray([0, 1]), names).num_classes == 3
+    assert fd.images.Images(pictures(2), np.asarray([0, 1])).num_classes == 2
 
 
 @pytest.mark.parametrize(
@@ -112,7 +113,7 @@ def test_classes_that_no_image_has():
 def test_what_is_no_set_of_images(settings, error, match):
     settings = {"images": pictures(2), "labels": np.asarray([0, 0]), **settings}
     with without_type_checks(), pytest.raises(error, match=match):
-        fd.data.Images(**settings)
+        fd.images.Images(**settings)
 
 
 def test_import_reads_nothing():
@@ -129,7 +130,7 @@ def test_import_reads_nothing():
 
 def test_digits():
     # Counts and sum as scikit-learn's documentation and its copy of the data have them.
-    digits = fd.data.digits()
+    digits = fd.images.digits()
     assert digits.images.shape == (1797, 8, 8, 1)
     counts = [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
     assert np.bincount(digits.labels).tolist() == counts
@@ -149,7 +150,7 @@ def test_digits_bring_their_licence():
 
 
 def test_emoji():
-    emoji = fd.data.load_images(HERE / "data" / "twemoji-180.npz")
+    emoji = fd.images.load_images(HERE / "data" / "twemoji-180.npz")
     assert emoji.images.shape == (180, 32, 32, 3)
     assert np.bincount(emoji.labels).tolist() == [20] * 9
     assert emoji.class_names[3] == "Food & Drink"
@@ -164,7 +165,7 @@ def test_emoji():
 
 def test_part_of_the_emoji_is_not_all():
     with pytest.raises(ValueError, match="contents of sha256"):
-        fd.data.twemoji(HERE / "data" / "twemoji-180.npz")
+        fd.images.twemoji(HERE / "data" / "twemoji-180.npz")
 
 
 def test_emoji_from_their_source(tmp_path):
@@ -175,12 +176,12 @@ def test_emoji_from_their_source(tmp_path):
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     script.main(source, tmp_path / "all.npz")
-    emoji = fd.data.twemoji(tmp_path / "all.npz")
+    emoji = fd.images.twemoji(tmp_path / "all.npz")
     counts = [169, 360, 159, 131, 218, 85, 264, 224, 263]
     assert np.bincount(emoji.labels).tolist() == counts
     script.main(source, tmp_path / "part.npz", per_class=20)
-    part = fd.data.load_images(tmp_path / "part.npz")
-    vendored = fd.data.load_images(HERE / "data" / "twemoji-180.npz")
+    part = fd.images.load_images(tmp_path / "part.npz")
+    vendored = fd.images.load_images(HERE / "data" / "twemoji-180.npz")
     np.testing.assert_array_equal(part.images, vendored.images)
 
 
@@ -358,11 +359,11 @@ def test_cifar(release, packed, whole, tmp_path):
     bodies = cifar_bodies(release, CIFAR, CIFAR_LABELS)
     place = write_cifar(tmp_path, release, packed, bodies)
     path = tmp_path if whole else place
-    train = fd.data.cifar10(path, checksums=False)
+    train = fd.images.cifar10(path, checksums=False)
     np.testing.assert_array_equal(train.images, CIFAR[:15])
     assert train.labels.tolist() == CIFAR_LABELS[:15]
     assert train.class_names[3] == "cat" and train.name == "CIFAR-10 train (unverified)"
-    test = fd.data.cifar10(path, "test", checksums=False)
+    test = fd.images.cifar10(path, "test", checksums=False)
     np.testing.assert_array_equal(test.images, CIFAR[15:])
     assert test.num_classes == 10
 
@@ -400,14 +401,14 @@ def test_cifar_with_known_checksums(release, packed, tmp_path, monkeypatch):
             bodies[name] = python2_pickle(rows, chosen)
     place = write_cifar(tmp_path, release, packed, bodies)
     know_cifar(monkeypatch, release, bodies, place if packed else None, per_class=2)
-    assert repr(fd.data.cifar10(place)).startswith("Images('CIFAR-10 train': 20 of")
+    assert repr(fd.images.cifar10(place)).startswith("Images('CIFAR-10 train': 20 of")
     # One image damaged in place, without a change in size.
     target = place if packed else place / next(iter(bodies))
     body = bytearray(target.read_bytes())
     body[0 if release == "binary" and not packed else len(body) // 2] ^= 1
     target.write_bytes(body)
     with pytest.raises(ValueError, match="md5|images in the classes"):
-        fd.data.cifar10(place)
+        fd.images.cifar10(place)
 
 
 def test_checksums_come_before_unpickling(tmp_path, monkeypatch):
@@ -417,9 +418,9 @@ def test_checksums_come_before_unpickling(tmp_path, monkeypatch):
     hostile = {"data": Calls(os.system, f"touch {tmp_path / 'ran'}"), "labels": []}
     (place / "data_batch_1").write_bytes(pickle.dumps(hostile))
     with pytest.raises(ValueError, match="md5"):
-        fd.data.cifar10(place)
+        fd.images.cifar10(place)
     with pytest.raises(ValueError, match="system"):
-        fd.data.cifar10(place, checksums=False)
+        fd.images.cifar10(place, checksums=False)
     assert not (tmp_path / "ran").exists()
 
 
@@ -429,7 +430,7 @@ def test_files_of_ones_own_are_not_the_release(release, packed, tmp_path):
     bodies = cifar_bodies(release, CIFAR, CIFAR_LABELS)
     place = write_cifar(tmp_path, release, packed, bodies)
     with pytest.raises(ValueError, match="checksums=False"):
-        fd.data.cifar10(place)
+        fd.images.cifar10(place)
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -440,14 +441,14 @@ def test_truncated_cifar(release, packed, tmp_path):
     target = place if packed else sorted(place.iterdir())[1]
     target.write_bytes(target.read_bytes()[:-700])
     with pytest.raises(ValueError, match="truncated, damaged or another file"):
-        fd.data.cifar10(place, checksums=False)
+        fd.images.cifar10(place, checksums=False)
 
 
 def test_cifar_labels_out_of_range(tmp_path):
     labels = [*CIFAR_LABELS[:4], 10, *CIFAR_LABELS[5:]]
     place = write_cifar(tmp_path, "binary", False, cifar_bodies("binary", CIFAR, labels))
     with pytest.raises(ValueError, match=r"range\(10\); got 10 at row 4"):
-        fd.data.cifar10(place, checksums=False)
+        fd.images.cifar10(place, checksums=False)
 
 
 @pytest.mark.parametrize(
@@ -462,13 +463,13 @@ def test_cifar_labels_out_of_range(tmp_path):
 def test_pickles_of_another_shape(batch, match, tmp_path):
     (tmp_path / "test_batch").write_bytes(pickle.dumps(batch))
     with pytest.raises(ValueError, match=match):
-        fd.data.cifar10(tmp_path, "test", checksums=False)
+        fd.images.cifar10(tmp_path, "test", checksums=False)
 
 
 def test_archive_without_a_batch(tmp_path):
     place = write_cifar(tmp_path, "binary", True, {"data_batch_1.bin": bytes(3073)})
     with pytest.raises(ValueError, match="it has no data_batch_2.bin"):
-        fd.data.cifar10(place, checksums=False)
+        fd.images.cifar10(place, checksums=False)
 
 
 def test_archive_with_a_member_that_is_too_large(tmp_path, monkeypatch):
@@ -476,13 +477,13 @@ def test_archive_with_a_member_that_is_too_large(tmp_path, monkeypatch):
     place = write_cifar(tmp_path, "binary", True, bodies)
     monkeypatch.setattr(_cifar, "_MAX_BYTES", 5000)
     with pytest.raises(ValueError, match=r"data_batch_1.bin of 9219 bytes"):
-        fd.data.cifar10(place, checksums=False)
+        fd.images.cifar10(place, checksums=False)
 
 
 def test_archive_under_another_name(tmp_path):
     (tmp_path / "cifar.tar.gz").write_bytes(b"")
     with pytest.raises(ValueError, match="give it its name back"):
-        fd.data.cifar10(tmp_path / "cifar.tar.gz")
+        fd.images.cifar10(tmp_path / "cifar.tar.gz")
 
 
 # --- ImageNet-32 ----------------------------------------------------------------------
@@ -507,12 +508,12 @@ def write_imagenet(folder, suffix, labels=(1000, 1, 7)):
 @pytest.mark.parametrize("suffix", [".npz", ""])
 def test_imagenet(suffix, tmp_path):
     images = write_imagenet(tmp_path, suffix)
-    train = fd.data.imagenet32(tmp_path, checksums=False)
+    train = fd.images.imagenet32(tmp_path, checksums=False)
     np.testing.assert_array_equal(train.images, images[:20])
     # Ten comes after nine, and labels start at 0.
     assert train.labels[:4].tolist() == [999, 0, 6, 999]
     assert train.num_classes == 1000 and train.name == "ImageNet-32 train (unverified)"
-    val = fd.data.imagenet32(tmp_path, "val", checksums=False)
+    val = fd.images.imagenet32(tmp_path, "val", checksums=False)
     np.testing.assert_array_equal(val.images, images[20:])
 
 
@@ -520,33 +521,33 @@ def test_imagenet_with_known_checksums(tmp_path, monkeypatch):
     write_imagenet(tmp_path, ".npz")
     file = tmp_path / "val_data.npz"
     with pytest.raises(ValueError, match="md5"):
-        fd.data.imagenet32(tmp_path, "val")
+        fd.images.imagenet32(tmp_path, "val")
     monkeypatch.setattr(_imagenet, "_MD5S", {file.name: md5(file.read_bytes())})
     with pytest.raises(ValueError, match="2 images instead of 50000"):
-        fd.data.imagenet32(tmp_path, "val")
+        fd.images.imagenet32(tmp_path, "val")
     monkeypatch.setattr(_imagenet, "_NUM_IMAGES", {"val": 2})
-    assert len(fd.data.imagenet32(tmp_path, "val")) == 2
+    assert len(fd.images.imagenet32(tmp_path, "val")) == 2
 
 
 @pytest.mark.parametrize("wrong", [0, 1001])
 def test_imagenet_labels_out_of_range(wrong, tmp_path):
     write_imagenet(tmp_path, ".npz", labels=(5, wrong))
     with pytest.raises(ValueError, match=rf"range\(1000\); got {wrong - 1} at row 1"):
-        fd.data.imagenet32(tmp_path, checksums=False)
+        fd.images.imagenet32(tmp_path, checksums=False)
 
 
 def test_imagenet_with_a_batch_missing(tmp_path):
     write_imagenet(tmp_path, ".npz")
     (tmp_path / "train_data_batch_4.npz").unlink()
     with pytest.raises(FileNotFoundError, match="train_data_batch_4.npz"):
-        fd.data.imagenet32(tmp_path)
+        fd.images.imagenet32(tmp_path)
 
 
 def test_imagenet_pickle_that_is_too_large(tmp_path, monkeypatch):
     write_imagenet(tmp_path, "")
     monkeypatch.setattr(_imagenet, "_MAX_PICKLE", 100)
     with pytest.raises(ValueError, match="val_data is truncated, damaged or another"):
-        fd.data.imagenet32(tmp_path, "val")
+        fd.images.imagenet32(tmp_path, "val")
 
 
 # --- Fashion-MNIST --------------------------------------------------------------------
@@ -571,13 +572,13 @@ def write_fashion(folder, images, labels, packed=True):
 def test_fashion_mnist(packed, tmp_path, monkeypatch):
     images = pictures(4, 5, 3, 1)
     bodies = write_fashion(tmp_path, images, [9, 0, 3, 3], packed)
-    read = fd.data.fashion_mnist(tmp_path, "test", checksums=False)
+    read = fd.images.fashion_mnist(tmp_path, "test", checksums=False)
     np.testing.assert_array_equal(read.images, images)
     assert read.labels.tolist() == [9, 0, 3, 3] and read.class_names[9] == "ankle boot"
     with pytest.raises(ValueError, match="md5"):
-        fd.data.fashion_mnist(tmp_path, "test")
+        fd.images.fashion_mnist(tmp_path, "test")
     monkeypatch.setattr(_idx, "_MD5S", {name: md5(body) for name, body in bodies.items()})
-    assert len(fd.data.fashion_mnist(tmp_path, "test")) == 4
+    assert len(fd.images.fashion_mnist(tmp_path, "test")) == 4
 
 
 @pytest.mark.parametrize(
@@ -596,19 +597,19 @@ def test_damaged_idx(damage, tmp_path):
     name = "t10k-images-idx3-ubyte"
     (tmp_path / f"{name}.gz").write_bytes(damage(bodies[name]))
     with pytest.raises(ValueError, match="truncated, damaged or another file"):
-        fd.data.fashion_mnist(tmp_path, "test", checksums=False)
+        fd.images.fashion_mnist(tmp_path, "test", checksums=False)
 
 
 def test_fashion_labels_out_of_range(tmp_path):
     write_fashion(tmp_path, pictures(2, 5, 3, 1), [0, 10])
     with pytest.raises(ValueError, match=r"range\(10\); got 10 at row 1"):
-        fd.data.fashion_mnist(tmp_path, "test", checksums=False)
+        fd.images.fashion_mnist(tmp_path, "test", checksums=False)
 
 
 def test_real_fashion_mnist():
     folder = real_data("FLOWDIFFRAX_FASHION_MNIST")
     for split, per_class in [("train", 6000), ("test", 1000)]:
-        images = fd.data.fashion_mnist(folder, split)
+        images = fd.images.fashion_mnist(folder, split)
         assert np.bincount(images.labels).tolist() == [per_class] * 10
 
 
@@ -621,7 +622,7 @@ LABELS = np.asarray([2, 0, 1])
 def test_npz(save, tmp_path):
     images, path = pictures(3), tmp_path / "mine.npz"
     save(path, images=images, labels=LABELS, class_names=["a", "b", "c"])
-    read = fd.data.load_images(path)
+    read = fd.images.load_images(path)
     np.testing.assert_array_equal(read.images, images)
     assert read.labels.tolist() == [2, 0, 1]
     assert read.class_names == ("a", "b", "c") and read.name == "mine"
@@ -631,15 +632,15 @@ def test_npz_of_bare_arrays(tmp_path):
     images = pictures(3, channels=1)[..., 0]
     np.savez(tmp_path / "a.npz", images, LABELS)
     np.savez(tmp_path / "b.npz", images)
-    assert fd.data.load_images(tmp_path / "a.npz").labels.tolist() == [2, 0, 1]
-    read = fd.data.load_images(tmp_path / "b.npz")
+    assert fd.images.load_images(tmp_path / "a.npz").labels.tolist() == [2, 0, 1]
+    read = fd.images.load_images(tmp_path / "b.npz")
     assert read.labels is None
     np.testing.assert_array_equal(read.images[..., 0], images)
 
 
 def test_npy_is_mapped(tmp_path):
     np.save(tmp_path / "a.npy", pictures(3))
-    read = fd.data.load_images(tmp_path / "a.npy")
+    read = fd.images.load_images(tmp_path / "a.npy")
     assert isinstance(read.images, np.memmap)
     np.testing.assert_array_equal(read.images, pictures(3))
 
@@ -664,44 +665,44 @@ def test_damaged_npz(save, damage, tmp_path):
     save(tmp_path / "a.npz", images=pictures(3), labels=LABELS)
     damage(tmp_path / "a.npz")
     with pytest.raises(ValueError, match="truncated, damaged or another file"):
-        fd.data.load_images(tmp_path / "a.npz")
+        fd.images.load_images(tmp_path / "a.npz")
 
 
 def test_npz_of_objects_is_not_unpickled(tmp_path):
     hostile = np.asarray([Calls(os.system, f"touch {tmp_path / 'ran'}")], object)
     np.savez(tmp_path / "a.npz", images=hostile)
     with pytest.raises(ValueError, match="allow_pickle=False"):
-        fd.data.load_images(tmp_path / "a.npz")
+        fd.images.load_images(tmp_path / "a.npz")
     (tmp_path / "b.npz").write_bytes(pickle.dumps(hostile))
     with pytest.raises(ValueError, match="pickled"):
-        fd.data.load_images(tmp_path / "b.npz")
+        fd.images.load_images(tmp_path / "b.npz")
     assert not (tmp_path / "ran").exists()
 
 
 def test_npz_of_something_else(tmp_path):
     np.savez(tmp_path / "a.npz", x=pictures(3))
     with pytest.raises(ValueError, match=r"no array `images`; it has \['x'\]"):
-        fd.data.load_images(tmp_path / "a.npz")
+        fd.images.load_images(tmp_path / "a.npz")
 
 
 @pytest.mark.parametrize("labels", [LABELS, None])
 def test_saved_folder(labels, tmp_path):
-    images = fd.data.Images(pictures(3), labels, num_classes=5, name="three")
-    fd.data.save_images(tmp_path / "deep" / "set", images)
-    read = fd.data.load_images(tmp_path / "deep" / "set")
+    images = fd.images.Images(pictures(3), labels, num_classes=5, name="three")
+    fd.images.save_images(tmp_path / "deep" / "set", images)
+    read = fd.images.load_images(tmp_path / "deep" / "set")
     assert isinstance(read.images, np.memmap)
     np.testing.assert_array_equal(read.images, images.images)
     np.testing.assert_array_equal(read.labels, images.labels)
     assert (read.num_classes, read.class_names, read.name) == (5, None, "three")
     with pytest.raises(FileExistsError, match="exists"):
-        fd.data.save_images(tmp_path / "deep" / "set", images)
+        fd.images.save_images(tmp_path / "deep" / "set", images)
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["set"]
 
 
 def test_saving_leaves_nothing_behind(tmp_path, monkeypatch):
     monkeypatch.setattr(json, "dump", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        fd.data.save_images(tmp_path / "set", fd.data.Images(pictures(3)))
+        fd.images.save_images(tmp_path / "set", fd.images.Images(pictures(3)))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -713,26 +714,26 @@ def test_saving_leaves_nothing_behind(tmp_path, monkeypatch):
     ],
 )
 def test_damaged_folder(part, damage, tmp_path):
-    fd.data.save_images(tmp_path / "set", fd.data.Images(pictures(3), LABELS))
+    fd.images.save_images(tmp_path / "set", fd.images.Images(pictures(3), LABELS))
     damage(tmp_path / "set" / part)
     with pytest.raises(ValueError, match="truncated, damaged or another file"):
-        fd.data.load_images(tmp_path / "set")
+        fd.images.load_images(tmp_path / "set")
 
 
 def test_folder_without_checksums(tmp_path):
     # Quicker on many gigabytes, and blind to a flipped bit.
     images = pictures(3)
-    fd.data.save_images(tmp_path / "set", fd.data.Images(images, LABELS))
+    fd.images.save_images(tmp_path / "set", fd.images.Images(images, LABELS))
     flip_a_bit(tmp_path / "set" / "images.npy")
-    read = fd.data.load_images(tmp_path / "set", checksums=False)
+    read = fd.images.load_images(tmp_path / "set", checksums=False)
     assert np.sum(read.images != images) == 1 and read.labels.tolist() == [*LABELS]
 
 
 def test_folder_with_a_part_missing(tmp_path):
-    fd.data.save_images(tmp_path / "set", fd.data.Images(pictures(3), LABELS))
+    fd.images.save_images(tmp_path / "set", fd.images.Images(pictures(3), LABELS))
     (tmp_path / "set" / "labels.npy").unlink()
     with pytest.raises(ValueError, match="labels.npy is truncated, damaged"):
-        fd.data.load_images(tmp_path / "set")
+        fd.images.load_images(tmp_path / "set")
 
 
 # --- pictures -------------------------------------------------------------------------
@@ -757,30 +758,30 @@ def test_image_folder(tmp_path):
         write_png(tmp_path / name, image)
     (tmp_path / "b" / "notes.txt").write_text("passed over")
     (tmp_path / "b" / ".hidden.png").write_text("passed over")
-    read = fd.data.image_folder(tmp_path)
+    read = fd.images.image_folder(tmp_path)
     np.testing.assert_array_equal(read.images, images[[1, 2, 0]])
     assert read.labels.tolist() == [0, 1, 1] and read.class_names == ("a", "b")
 
 
 def test_folder_without_classes(tmp_path):
     write_png(tmp_path / "0.png", pictures(1, 6, 5)[0])
-    read = fd.data.image_folder(tmp_path)
+    read = fd.images.image_folder(tmp_path)
     assert read.images.shape == (1, 6, 5, 3) and read.labels is None
 
 
 def test_modes_of_pictures(tmp_path):
     grey = pictures(1, 6, 5, 1)[0, ..., 0]
     write_png(tmp_path / "grey" / "0.png", grey)
-    read = fd.data.image_folder(tmp_path / "grey", mode="L")
+    read = fd.images.image_folder(tmp_path / "grey", mode="L")
     np.testing.assert_array_equal(read.images[0, ..., 0], grey)
-    coloured = fd.data.image_folder(tmp_path / "grey")
+    coloured = fd.images.image_folder(tmp_path / "grey")
     np.testing.assert_array_equal(coloured.images[0], np.stack([grey] * 3, axis=-1))
     clear = pictures(1, 6, 5, 4)[0]
     write_png(tmp_path / "clear" / "0.png", clear)
-    read = fd.data.image_folder(tmp_path / "clear", mode="RGBA")
+    read = fd.images.image_folder(tmp_path / "clear", mode="RGBA")
     np.testing.assert_array_equal(read.images[0], clear)
     with pytest.raises(ValueError, match="`mode` must be one of"):
-        fd.data.image_folder(tmp_path / "clear", mode="CMYK")
+        fd.images.image_folder(tmp_path / "clear", mode="CMYK")
 
 
 @pytest.mark.parametrize(
@@ -794,23 +795,23 @@ def test_pictures_that_do_not_go_together(other, match, tmp_path):
     write_png(tmp_path / "a" / "0.png", pictures(1, 6, 5)[0])
     write_png(tmp_path / "a" / "1.png", other)
     with pytest.raises(ValueError, match=match):
-        fd.data.image_folder(tmp_path)
+        fd.images.image_folder(tmp_path)
 
 
 @pytest.mark.parametrize("form", ["png", "jpeg"])
 def test_truncated_picture(form, tmp_path):
     (tmp_path / f"0.{form}").write_bytes(encode(pictures(1)[0], form)[:-300])
     with pytest.raises(ValueError, match=f"0.{form} is truncated, damaged"):
-        fd.data.image_folder(tmp_path)
+        fd.images.image_folder(tmp_path)
 
 
 def test_class_without_pictures(tmp_path):
     write_png(tmp_path / "a" / "0.png", pictures(1)[0])
     (tmp_path / "b").mkdir()
     with pytest.raises(ValueError, match=r"without pictures: \['b'\]"):
-        fd.data.image_folder(tmp_path)
+        fd.images.image_folder(tmp_path)
     with pytest.raises(FileNotFoundError, match="no pictures"):
-        fd.data.image_folder(tmp_path / "b")
+        fd.images.image_folder(tmp_path / "b")
 
 
 # --- Parquet --------------------------------------------------------------------------
@@ -837,7 +838,7 @@ def test_parquet(column, tmp_path):
     images = pictures(3, 6, 5)
     features = {column: {"_type": "Image"}, "label": CLASS_LABEL}
     write_parquet(tmp_path / "a.parquet", images, [1, 0, 1], column, features)
-    read = fd.data.parquet_images(tmp_path / "a.parquet")
+    read = fd.images.parquet_images(tmp_path / "a.parquet")
     np.testing.assert_array_equal(read.images, images)
     assert read.labels.tolist() == [1, 0, 1]
     assert read.class_names == ("a", "b", "c") and read.name == "a"
@@ -848,17 +849,17 @@ def test_parquet_in_parts(tmp_path):
     write_parquet(tmp_path / "train-00001-of-2.parquet", images[3:], [0, 1])
     write_parquet(tmp_path / "train-00000-of-2.parquet", images[:3], [2, 2, 0])
     write_parquet(tmp_path / "test.parquet", images[:1], [1])
-    read = fd.data.parquet_images(tmp_path)
+    read = fd.images.parquet_images(tmp_path)
     np.testing.assert_array_equal(read.images, images)
     assert read.labels.tolist() == [2, 2, 0, 0, 1] and read.class_names is None
-    assert len(fd.data.parquet_images(tmp_path, "test")) == 1
+    assert len(fd.images.parquet_images(tmp_path, "test")) == 1
     with pytest.raises(FileNotFoundError, match=r"no val\*.parquet"):
-        fd.data.parquet_images(tmp_path, "val")
+        fd.images.parquet_images(tmp_path, "val")
 
 
 def test_parquet_without_labels(tmp_path):
     write_parquet(tmp_path / "a.parquet", pictures(2), features={"image": {}})
-    assert fd.data.parquet_images(tmp_path / "a.parquet").labels is None
+    assert fd.images.parquet_images(tmp_path / "a.parquet").labels is None
 
 
 @pytest.mark.parametrize(
@@ -877,14 +878,14 @@ def test_parquet_without_labels(tmp_path):
 def test_wrong_parquet(settings, match, tmp_path):
     write_parquet(tmp_path / "a.parquet", **{"images": pictures(2), **settings})
     with pytest.raises(ValueError, match=match):
-        fd.data.parquet_images(tmp_path / "a.parquet")
+        fd.images.parquet_images(tmp_path / "a.parquet")
 
 
 def test_parquet_of_plain_bytes(tmp_path):
     table = arrow.table({"image": arrow.array([encode(pictures(1)[0])])})
     parquet.write_table(table, tmp_path / "a.parquet")
     with pytest.raises(ValueError, match="must hold structs"):
-        fd.data.parquet_images(tmp_path / "a.parquet")
+        fd.images.parquet_images(tmp_path / "a.parquet")
 
 
 @pytest.mark.parametrize("damage", [flip_a_bit, cut, empty])
@@ -896,13 +897,13 @@ def test_damaged_parquet(damage, tmp_path):
     write_parquet(path, images, [0, 1, 2], compression="none", **options)
     damage(path)
     with pytest.raises(ValueError, match="truncated, damaged or another file"):
-        fd.data.parquet_images(path)
+        fd.images.parquet_images(path)
 
 
 def test_real_photographs():
     folder = real_data("FLOWDIFFRAX_CIFAR10_JPEG")
     for split, per_class in [("train", 5000), ("test", 1000)]:
-        images = fd.data.parquet_images(folder, split)
+        images = fd.images.parquet_images(folder, split)
         assert images.images.shape == (10 * per_class, 32, 32, 3)
         assert np.bincount(images.labels).tolist() == [per_class] * 10
         assert images.class_names[9] == "truck"
@@ -915,20 +916,20 @@ def test_real_photographs():
 
 MISSING = {
     "cifar": (
-        lambda path: fd.data.cifar10(path),
+        lambda path: fd.images.cifar10(path),
         ["cifar-10-binary.tar.gz", "170,052,171", "c32a1d4ab5d03f1284b67883e8d87530"]
         + ["cifar-10-python.tar.gz", "University of Toronto"],
     ),
     "imagenet": (
-        lambda path: fd.data.imagenet32(path),
+        lambda path: fd.images.imagenet32(path),
         ["Imagenet32_train_npz.zip", "3e3d1b7ddb901d59d1fbcba69b3676fa", "Chrabaszcz"],
     ),
     "fashion": (
-        lambda path: fd.data.fashion_mnist(path),
+        lambda path: fd.images.fashion_mnist(path),
         ["train-images-idx3-ubyte.gz", "f4a8712d7a061bf5bd6d2ca38dc4d50a", "Zalando"],
     ),
     "twemoji": (
-        lambda path: fd.data.twemoji(path),
+        lambda path: fd.images.twemoji(path),
         ["emoji-datasource-twitter-16.0.0.tgz", "f64a530c63bca463", "make_twemoji.py"],
     ),
 }
@@ -945,7 +946,7 @@ def test_missing_sets_say_what_to_fetch(kind, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "load", [fd.data.load_images, fd.data.image_folder, fd.data.parquet_images]
+    "load", [fd.images.load_images, fd.images.image_folder, fd.images.parquet_images]
 )
 def test_missing_files(load, tmp_path):
     with pytest.raises(FileNotFoundError, match="There (is|are) no"):
@@ -953,7 +954,7 @@ def test_missing_files(load, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "load", [fd.data.cifar10, fd.data.imagenet32, fd.data.fashion_mnist]
+    "load", [fd.images.cifar10, fd.images.imagenet32, fd.images.fashion_mnist]
 )
 def test_unknown_split(load, tmp_path):
     with pytest.raises(ValueError, match="`split` must be one of"):
@@ -962,7 +963,7 @@ def test_unknown_split(load, tmp_path):
 
 def test_folder_that_nobody_saved(tmp_path):
     with pytest.raises(FileNotFoundError, match="use `image_folder`"):
-        fd.data.load_images(tmp_path)
+        fd.images.load_images(tmp_path)
 
 
 @pytest.mark.parametrize("absent", ["PIL.Image", "pyarrow"])
@@ -970,4 +971,4 @@ def test_without_the_extra(absent, tmp_path, monkeypatch):
     write_parquet(tmp_path / "a.parquet", pictures(1))
     monkeypatch.setitem(sys.modules, absent, None)
     with pytest.raises(ImportError, match=r'pip install "flowdiffrax\[images\]"'):
-        fd.data.parquet_images(tmp_path / "a.parquet")
+        fd.images.parquet_images(tmp_path / "a.parquet")

@@ -109,7 +109,7 @@ def test_distribution_as_a_base(make):
     covariance = matrix @ jnp.diag(jnp.asarray([1.0, 4.0])) @ matrix.T
     mean = flow_map(0.0, 1.0, jnp.zeros(2))
     expected = jax.scipy.stats.multivariate_normal.logpdf(X, mean, covariance)
-    assert_close(fd.log_prob(flow_map, normal.log_prob, X, 2), expected, 1e-6)
+    assert_close(fd.likelihood.log_prob(flow_map, normal.log_prob, X, 2), expected, 1e-6)
 
 
 # --- Optimistix and Lineax ------------------------------------------------------------

@@ -12,13 +12,15 @@ import flowdiffrax as fd
 FAMILY = {
     "linear": lambda: fd.LinearInterpolant(),
     "linear-sigma": lambda: fd.LinearInterpolant(sigma_min=0.1),
-    "linear-latent": lambda: fd.LinearInterpolant(latent=fd.SineSquaredLatent(0.5)),
-    "linear-brownian": lambda: fd.LinearInterpolant(latent=fd.BrownianLatent(0.7)),
-    "trigonometric": lambda: fd.TrigonometricInterpolant(),
-    "trigonometric-latent": lambda: fd.TrigonometricInterpolant(fd.BrownianLatent(0.5)),
-    "vp": lambda: fd.VariancePreservingInterpolant(),
-    "ve": lambda: fd.VarianceExplodingInterpolant(),
-    "general": lambda: fd.Interpolant(
+    "linear-latent": lambda: fd.LinearInterpolant(latent=fd.paths.SineSquaredLatent(0.5)),
+    "linear-brownian": lambda: fd.LinearInterpolant(latent=fd.paths.BrownianLatent(0.7)),
+    "trigonometric": lambda: fd.paths.TrigonometricInterpolant(),
+    "trigonometric-latent": lambda: fd.paths.TrigonometricInterpolant(
+        fd.paths.BrownianLatent(0.5)
+    ),
+    "vp": lambda: fd.paths.VariancePreservingInterpolant(),
+    "ve": lambda: fd.paths.VarianceExplodingInterpolant(),
+    "general": lambda: fd.paths.Interpolant(
         lambda t: (1 - t) ** 3, lambda t: jnp.sin(jnp.pi * t / 2), lambda t: t * (1 - t)
     ),
 }
@@ -55,7 +57,7 @@ def test_derivative(name, t):
 @pytest.mark.parametrize("name", FAMILY)
 def test_rates_are_finite_at_the_ends(name):
     interpolant = FAMILY[name]()
-    if isinstance(getattr(interpolant, "latent", None), fd.BrownianLatent):
+    if isinstance(getattr(interpolant, "latent", None), fd.paths.BrownianLatent):
         pytest.skip("infinite by nature")
     for t in (0.0, 1.0):
         assert np.isfinite(interpolant.rates(t)).all()
@@ -69,7 +71,7 @@ def test_increment(name):
 
 
 def test_path_is_the_weighted_sum():
-    path = fd.LinearInterpolant(0.25, fd.SineSquaredLatent(2.0))(1.0, 10.0, 100.0)
+    path = fd.LinearInterpolant(0.25, fd.paths.SineSquaredLatent(2.0))(1.0, 10.0, 100.0)
     assert_close(path.evaluate(0.5), 0.625 + 5 + 200, 1e-9)
 
 
@@ -82,7 +84,7 @@ def test_variance_is_preserved(name, t):
 
 def test_vp_is_the_diffusion_run_backwards():
     # d log(beta)/d tau = -rate(tau)/2 with a rate that rises linearly in tau = 1 - t.
-    interpolant = fd.VariancePreservingInterpolant(0.2, 12.0)
+    interpolant = fd.paths.VariancePreservingInterpolant(0.2, 12.0)
     for t in (0.1, 0.6, 1.0):
         rate = 0.2 + (1 - t) * 11.8
         _, beta, _ = interpolant.coefficients(t)
@@ -92,21 +94,24 @@ def test_vp_is_the_diffusion_run_backwards():
 
 def test_vp_keeps_digits_near_the_data():
     t = 1 - 1e-4
-    single = fd.VariancePreservingInterpolant().coefficients(jnp.asarray(t, jnp.float32))
-    double = fd.VariancePreservingInterpolant().coefficients(t)
+    single = fd.paths.VariancePreservingInterpolant().coefficients(
+        jnp.asarray(t, jnp.float32)
+    )
+    double = fd.paths.VariancePreservingInterpolant().coefficients(t)
     # The clock itself is rounded: 1 - t has a relative error of 3e-4 in float32.
     np.testing.assert_allclose(single[0], double[0], rtol=5e-4)
 
 
 def test_ve_is_geometric():
     sigma = [
-        fd.VarianceExplodingInterpolant(0.02, 50.0).alpha(t) for t in (0.0, 0.5, 1.0)
+        fd.paths.VarianceExplodingInterpolant(0.02, 50.0).alpha(t)
+        for t in (0.0, 0.5, 1.0)
     ]
     np.testing.assert_allclose(sigma, [50, 1, 0.02])
 
 
 def test_brownian_latent_is_the_bridge():
-    assert_close(fd.BrownianLatent(4.0)(jnp.asarray(0.5)), jnp.asarray(1.0))
+    assert_close(fd.paths.BrownianLatent(4.0)(jnp.asarray(0.5)), jnp.asarray(1.0))
 
 
 def test_pytree_paths_keep_dtypes():
@@ -148,11 +153,11 @@ def test_latent_must_match():
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: fd.Interpolant(lambda t: t, lambda t: 1 - t),
-        lambda: fd.Interpolant(lambda t: 1 - t, lambda t: t, lambda t: 1 - t),
-        lambda: fd.Interpolant(lambda t: 1 - t, lambda t: 2 * t),
+        lambda: fd.paths.Interpolant(lambda t: t, lambda t: 1 - t),
+        lambda: fd.paths.Interpolant(lambda t: 1 - t, lambda t: t, lambda t: 1 - t),
+        lambda: fd.paths.Interpolant(lambda t: 1 - t, lambda t: 2 * t),
         lambda: fd.LinearInterpolant(latent=lambda t: t),
-        lambda: fd.TrigonometricInterpolant(latent=jnp.cos),
+        lambda: fd.paths.TrigonometricInterpolant(latent=jnp.cos),
     ],
 )
 @pytest.mark.parametrize("inside_jit", [False, True])
@@ -167,7 +172,7 @@ def test_wrong_boundary_values(make, inside_jit):
 
 def test_wrong_clock_is_named():
     with pytest.raises(ValueError, match="t replaced by 1 - t"):
-        fd.Interpolant(lambda t: t, lambda t: 1 - t)
+        fd.paths.Interpolant(lambda t: t, lambda t: 1 - t)
 
 
 @pytest.mark.parametrize(
@@ -175,12 +180,12 @@ def test_wrong_clock_is_named():
     [
         lambda: fd.LinearInterpolant(sigma_min=1.0),
         lambda: fd.LinearInterpolant(sigma_min=-0.1),
-        lambda: fd.VariancePreservingInterpolant(2.0, 1.0),
-        lambda: fd.VariancePreservingInterpolant(0.0, 1.0),
-        lambda: fd.VarianceExplodingInterpolant(2.0, 1.0),
-        lambda: fd.VarianceExplodingInterpolant(0.0, 1.0),
-        lambda: fd.BrownianLatent(0.0),
-        lambda: fd.BrownianLatent(-1.0),
+        lambda: fd.paths.VariancePreservingInterpolant(2.0, 1.0),
+        lambda: fd.paths.VariancePreservingInterpolant(0.0, 1.0),
+        lambda: fd.paths.VarianceExplodingInterpolant(2.0, 1.0),
+        lambda: fd.paths.VarianceExplodingInterpolant(0.0, 1.0),
+        lambda: fd.paths.BrownianLatent(0.0),
+        lambda: fd.paths.BrownianLatent(-1.0),
     ],
 )
 def test_bad_settings(make):
@@ -190,4 +195,4 @@ def test_bad_settings(make):
 
 def test_trigonometric_latent_stays_below_one():
     with pytest.raises(ValueError, match="must stay below 1.*got 1.2"):
-        fd.TrigonometricInterpolant(latent=fd.SineSquaredLatent(1.2))
+        fd.paths.TrigonometricInterpolant(latent=fd.paths.SineSquaredLatent(1.2))

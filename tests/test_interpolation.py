@@ -25,7 +25,7 @@ EXACT = gaussian_map()
 
 def path_of(flow_map, t0, t1, steps=3, **kwargs):
     sol = jump_solve(flow_map, t0, t1, X, steps=steps, saveat=STEPS, **kwargs)
-    return fd.FlowMapInterpolation.of(sol, flow_map)
+    return fd.solvers.FlowMapInterpolation.of(sol, flow_map)
 
 
 @pytest.mark.parametrize("steps", [1, 3])
@@ -62,7 +62,7 @@ def test_jumps_start_at_the_step_before(t0, t1):
 def test_sides_of_a_saved_time(sign):
     # States that no jump connects: 10, 20 and 30 at times of which the map is told.
     ts, ys = sign * jnp.asarray([0.0, 0.3, 1.0]), jnp.asarray([[10.0], [20.0], [30.0]])
-    path = fd.FlowMapInterpolation(ts, ys, lambda s, t, x, args: x * (1 + t - s))
+    path = fd.solvers.FlowMapInterpolation(ts, ys, lambda s, t, x, args: x * (1 + t - s))
     before, after = 10 * (1 + sign * 0.3), 20.0
     assert_close(path.evaluate(ts[1]), jnp.asarray([before]))
     assert_close(path.evaluate(ts[1], left=True), jnp.asarray([before]))
@@ -82,7 +82,7 @@ def test_equals_diffrax_at_saved_times():
         subs=[diffrax.SubSaveAt(ts=ts), diffrax.SubSaveAt(t0=True, steps=True)]
     )
     sol = jump_solve(flow_map, 0.1, 0.9, X, steps=3, saveat=both)
-    path = fd.FlowMapInterpolation(sol.ts[1], sol.ys[1], flow_map)
+    path = fd.solvers.FlowMapInterpolation(sol.ts[1], sol.ys[1], flow_map)
     assert_close(path.evaluate(ts), sol.ys[0])
 
 
@@ -98,7 +98,7 @@ def test_any_solver_and_its_map():
         saveat=STEPS,
         max_steps=64,
     )
-    path = fd.FlowMapInterpolation.of(sol, EXACT)
+    path = fd.solvers.FlowMapInterpolation.of(sol, EXACT)
     ts = jnp.linspace(0.1, 0.9, 50)
     truth = jax.vmap(lambda t: EXACT(0.1, t, X))(ts)
     assert_close(path.evaluate(ts), truth, 1e-6, 1e-6)
@@ -114,7 +114,7 @@ def test_shapes_and_transformations():
     slope = jax.jacfwd(path.evaluate)(0.33)
     assert_close(slope, path.derivative(0.33), 1e-12, 1e-12)
     xs = jnp.stack([X, -X])
-    run = lambda x: fd.FlowMapInterpolation.of(
+    run = lambda x: fd.solvers.FlowMapInterpolation.of(
         jump_solve(EXACT, 0.1, 0.9, x, saveat=STEPS), EXACT
     )
     batch = eqx.filter_vmap(run)(xs)
@@ -149,7 +149,7 @@ def test_trees_and_args_in_float32():
     exact = lambda s, t, y, args: {"a": y["a"] * jnp.exp(args * (t - s))}
     ts, rate = jnp.asarray([0.0, 0.5, 1.0], jnp.float32), jnp.asarray(0.7, jnp.float32)
     ys = {"a": jnp.exp(rate * ts)[:, None] * jnp.ones((1, 3), jnp.float32)}
-    path = fd.FlowMapInterpolation(ts, ys, exact, rate)
+    path = fd.solvers.FlowMapInterpolation(ts, ys, exact, rate)
     value, slope = path.evaluate(0.25), path.derivative(0.25)
     assert value["a"].dtype == slope["a"].dtype == jnp.float32
     assert_close(value["a"], np.full(3, np.exp(0.175)), 1e-6, 1e-6)
@@ -159,14 +159,14 @@ def test_trees_and_args_in_float32():
 def test_bad_solutions():
     ts, ys = jnp.asarray([0.1, 0.9]), jnp.stack([X, X])
     with pytest.raises(ValueError, match=r"SaveAt\(t0=True, steps=True\)"):
-        fd.FlowMapInterpolation(ts[:1], ys[:1], EXACT)
+        fd.solvers.FlowMapInterpolation(ts[:1], ys[:1], EXACT)
     with pytest.raises(ValueError, match=r"leading axis like `ts`, \(2,\)"):
-        fd.FlowMapInterpolation(ts, X[None], EXACT)
+        fd.solvers.FlowMapInterpolation(ts, X[None], EXACT)
     dense = jump_solve(EXACT, 0.1, 0.9, X, saveat=diffrax.SaveAt(dense=True))
     with pytest.raises(ValueError, match="no saved steps"):
-        fd.FlowMapInterpolation.of(dense, EXACT)
+        fd.solvers.FlowMapInterpolation.of(dense, EXACT)
     late = jump_solve(
         EXACT, 0.1, 0.9, X, saveat=diffrax.SaveAt(ts=ts.at[0].set(0.2)), steps=4
     )
     with pytest.raises(ValueError, match="first saved state is at 0.2"):
-        fd.FlowMapInterpolation.of(late, EXACT)
+        fd.solvers.FlowMapInterpolation.of(late, EXACT)

@@ -33,7 +33,7 @@ SOLVERS = {
 }
 
 
-_jitted = eqx.filter_jit(fd.invert)
+_jitted = eqx.filter_jit(fd.likelihood.invert)
 
 
 def invert(flow_map, s, t, *inputs, **options):
@@ -154,7 +154,7 @@ def test_divergence_is_flagged_above_one(factor):
 def test_divergence_raises():
     solver = optx.FixedPointIteration(1e-8, 1e-8)
     with pytest.raises(RUN_TIME_ERROR, match="maximum number of steps"):
-        fd.invert(scaled(1.1), 0, 1, X, solver=solver).x.block_until_ready()
+        fd.likelihood.invert(scaled(1.1), 0, 1, X, solver=solver).x.block_until_ready()
 
 
 # --- gradients ----------------------------------------------------------------------
@@ -172,7 +172,7 @@ INPUTS = (jnp.asarray(0.4), X, jnp.asarray(0.6), jnp.asarray(0.1), jnp.asarray(0
 
 def inverse_of(inputs, solver=None):
     weight, y, args, s, t = inputs
-    return fd.invert(fd.FlowMap(Net(weight)), s, t, y, args, solver=solver).x
+    return fd.likelihood.invert(fd.FlowMap(Net(weight)), s, t, y, args, solver=solver).x
 
 
 @pytest.mark.parametrize("name", ["default", "fixed point"])
@@ -199,7 +199,7 @@ def test_gradients(name):
 
 def test_gradient_through_the_round_trip_is_the_identity():
     def again(y):
-        inverse = fd.invert(mlp_map(), 0.1, 0.9, y, solver=SOLVERS["newton"])
+        inverse = fd.likelihood.invert(mlp_map(), 0.1, 0.9, y, solver=SOLVERS["newton"])
         return mlp_map()(0.1, 0.9, inverse.x)
 
     assert_close(jax.jit(jax.jacrev(again))(X), jnp.eye(2), 1e-8)
@@ -213,7 +213,7 @@ def test_vmap_of_several_inverses():
     x = jr.normal(jr.key(0), (3, 2))
     y = jax.vmap(gaussian_map())(s, t, x)
     solver = SOLVERS["newton"]
-    fn = lambda s, t, y: fd.invert(gaussian_map(), s, t, y, solver=solver)
+    fn = lambda s, t, y: fd.likelihood.invert(gaussian_map(), s, t, y, solver=solver)
     made = jax.jit(jax.vmap(fn))(s, t, y)
     assert_close(made.x, x, 1e-8)
     assert made.success.all() and made.contraction.shape == (3,)
@@ -224,7 +224,7 @@ def test_vmap_of_several_inverses():
 def test_one_failure_in_a_batch():
     # x + x^2 is never -1.
     flow_map = fd.FlowMap(lambda s, t, x, args: x**2)
-    fn = lambda y: fd.invert(flow_map, 0, 1, y, throw=False)
+    fn = lambda y: fd.likelihood.invert(flow_map, 0, 1, y, throw=False)
     made = jax.jit(jax.vmap(fn))(jnp.asarray([[2.0], [-1.0]]))
     assert made.success.tolist() == [True, False]
     np.testing.assert_allclose(made.x[0], 1.0, rtol=1e-8)
@@ -260,7 +260,7 @@ def test_low_precision(solver, dtype, tol):
 
 def test_python_number():
     flow_map = fd.FlowMap(lambda s, t, x, args: 0.5 * x)
-    made = fd.invert(flow_map, 0.0, 1.0, 3.0, solver=SOLVERS["newton"])
+    made = fd.likelihood.invert(flow_map, 0.0, 1.0, 3.0, solver=SOLVERS["newton"])
     np.testing.assert_allclose(made.x, 2.0, rtol=1e-8)
 
 
@@ -269,46 +269,46 @@ def test_python_number():
 
 def test_not_a_solver():
     with without_type_checks(), pytest.raises(TypeError, match="Optimistix solver.*str"):
-        fd.invert(gaussian_map(), 0.0, 0.5, X, solver="newton")
+        fd.likelihood.invert(gaussian_map(), 0.0, 0.5, X, solver="newton")
 
 
 def test_not_a_map():
     with without_type_checks(), pytest.raises(TypeError, match="must be a callable"):
-        fd.invert(3, 0.0, 0.5, X)
+        fd.likelihood.invert(3, 0.0, 0.5, X)
 
 
 @pytest.mark.parametrize("dtype", [complex, int])
 def test_states_without_an_inverse(dtype):
     with pytest.raises(TypeError, match="floating-point"):
-        fd.invert(gaussian_map(), 0.0, 0.5, jnp.zeros(2, dtype))
+        fd.likelihood.invert(gaussian_map(), 0.0, 0.5, jnp.zeros(2, dtype))
 
 
 def test_guess_of_another_shape():
     with pytest.raises(ValueError, match="`guess`.*shape"):
-        fd.invert(gaussian_map(), 0.0, 0.5, X, guess=X[:1])
+        fd.likelihood.invert(gaussian_map(), 0.0, 0.5, X, guess=X[:1])
 
 
 def test_guess_of_another_dtype():
     with pytest.raises(TypeError, match="`guess`.*float64; got float32"):
-        fd.invert(gaussian_map(), 0.0, 0.5, X, guess=X.astype(jnp.float32))
+        fd.likelihood.invert(gaussian_map(), 0.0, 0.5, X, guess=X.astype(jnp.float32))
 
 
 def test_map_to_another_shape():
     with pytest.raises(ValueError, match="`flow_map` must return the shape"):
-        fd.invert(lambda s, t, x, args: jnp.append(x, 0.0), 0.0, 0.5, X)
+        fd.likelihood.invert(lambda s, t, x, args: jnp.append(x, 0.0), 0.0, 0.5, X)
 
 
 def test_map_to_another_dtype():
     flow_map = lambda s, t, x, args: x.astype(jnp.float64)
     with pytest.raises(TypeError, match="`flow_map` must return the dtype"):
-        fd.invert(flow_map, 0.0, 0.5, X.astype(jnp.float32))
+        fd.likelihood.invert(flow_map, 0.0, 0.5, X.astype(jnp.float32))
 
 
 @pytest.mark.parametrize("size", [1000, 1001])
 def test_large_states_have_no_jacobian(size):
     jump = lambda s, t, x, args: x + (t - s) * jnp.sin(x + jnp.roll(x, 1))
     x = jr.normal(jr.key(0), (size,))
-    solve = lambda y: fd.invert(jump, 0.0, 0.3, y).x
+    solve = lambda y: fd.likelihood.invert(jump, 0.0, 0.3, y).x
     y = jump(0.0, 0.3, x, None)
     assert (f"[{size},{size}]" in str(jax.make_jaxpr(solve)(y))) == (size == 1000)
     if size > 1000:

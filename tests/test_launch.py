@@ -88,7 +88,7 @@ def test_processes_join_before_anything_starts_jax():
     path = os.pathsep.join([str(ROOT / "examples"), os.environ.get("PYTHONPATH", "")])
     done = run_python("-c", JOINS, **NO_BACKEND, PYTHONPATH=path)
     assert done.returncode == 0, done.stderr[-2000:]
-    number = 2 * (1 + len(fd.train.recipes()) - len(["checkerboard-lsd"]) + 5)
+    number = 2 * (1 + len(fd.images.recipes()) - len(["checkerboard-lsd"]) + 5)
     assert len(done.stdout.splitlines()) == number
 
 

@@ -31,7 +31,7 @@ BATCHES = fd.data.InterpolantBatches(
 
 # The default times of the mean-flow family are made for images: they hardly ever draw the
 # whole jump from 0 to 1, which is measured here.
-UNIFORM = fd.DiagonalMixture(fd.UniformTriangle(), 0.5)
+UNIFORM = fd.times.DiagonalMixture(fd.times.UniformTriangle(), 0.5)
 
 # name -> (objective, teacher, options of `fit`)
 QUICK = {
@@ -39,37 +39,41 @@ QUICK = {
     "lmd": (fd.LagrangianMapDistillation(), EXACT.velocity, {}),
 }
 ALL = QUICK | {
-    "mean-flow": (fd.MeanFlow(UNIFORM), None, {}),
-    "psd": (fd.ProgressiveSelfDistillation(), None, {}),
-    "esd": (fd.EulerianSelfDistillation(), None, {}),
-    "split": (fd.SplitMeanFlow(), None, {}),
-    "shortcut": (fd.Shortcut(), None, {"teacher_decay": 0.99}),
-    "tvm": (fd.TerminalVelocityMatching(), None, {"teacher_decay": 0.99}),
-    "ee": (fd.StopGradientEulerian(), None, {}),
-    "improved-mean-flow": (fd.ImprovedMeanFlow(UNIFORM), None, {}),
-    "alpha-flow": (fd.AlphaFlow(UNIFORM), None, {}),
-    "fmm": (fd.FlowMapMatching(), None, {}),
-    "consistency-training": (fd.ConsistencyTraining(), None, {}),
-    "scm": (fd.ContinuousConsistency(), None, {}),
-    "scm-teacher": (fd.ContinuousConsistency(), EXACT.velocity, {}),
-    "emd": (fd.EulerianMapDistillation(), EXACT.velocity, {}),
-    "pfmm": (fd.ProgressiveFlowMapMatching(), EXACT, {}),
-    "ayf-emd": (fd.AlignYourFlowEMD(), EXACT.velocity, {}),
-    "ayf-emd-finite": (fd.AlignYourFlowEMD(epsilon=0.05), EXACT.velocity, {}),
-    "ayf-lmd": (fd.AlignYourFlowLMD(), EXACT.velocity, {}),
-    "consistency-distillation": (fd.ConsistencyDistillation(), EXACT.velocity, {}),
-    "free-flow": (fd.FreeFlow(), EXACT.velocity, {}),
+    "mean-flow": (fd.objectives.MeanFlow(UNIFORM), None, {}),
+    "psd": (fd.objectives.ProgressiveSelfDistillation(), None, {}),
+    "esd": (fd.objectives.EulerianSelfDistillation(), None, {}),
+    "split": (fd.objectives.SplitMeanFlow(), None, {}),
+    "shortcut": (fd.objectives.Shortcut(), None, {"teacher_decay": 0.99}),
+    "tvm": (fd.objectives.TerminalVelocityMatching(), None, {"teacher_decay": 0.99}),
+    "ee": (fd.objectives.StopGradientEulerian(), None, {}),
+    "improved-mean-flow": (fd.objectives.ImprovedMeanFlow(UNIFORM), None, {}),
+    "alpha-flow": (fd.objectives.AlphaFlow(UNIFORM), None, {}),
+    "fmm": (fd.objectives.FlowMapMatching(), None, {}),
+    "consistency-training": (fd.objectives.ConsistencyTraining(), None, {}),
+    "scm": (fd.objectives.ContinuousConsistency(), None, {}),
+    "scm-teacher": (fd.objectives.ContinuousConsistency(), EXACT.velocity, {}),
+    "emd": (fd.objectives.EulerianMapDistillation(), EXACT.velocity, {}),
+    "pfmm": (fd.objectives.ProgressiveFlowMapMatching(), EXACT, {}),
+    "ayf-emd": (fd.objectives.AlignYourFlowEMD(), EXACT.velocity, {}),
+    "ayf-emd-finite": (fd.objectives.AlignYourFlowEMD(epsilon=0.05), EXACT.velocity, {}),
+    "ayf-lmd": (fd.objectives.AlignYourFlowLMD(), EXACT.velocity, {}),
+    "consistency-distillation": (
+        fd.objectives.ConsistencyDistillation(),
+        EXACT.velocity,
+        {},
+    ),
+    "free-flow": (fd.objectives.FreeFlow(), EXACT.velocity, {}),
     "learned-weight": (
-        fd.LagrangianSelfDistillation(weight=fd.LearnedWeight()),
+        fd.LagrangianSelfDistillation(weight=fd.weights.LearnedWeight()),
         None,
         {},
     ),
     "sum-of-three": (
-        fd.Mixture(
+        fd.objectives.Mixture(
             (
                 fd.LagrangianSelfDistillation(),
-                fd.EulerianSelfDistillation(),
-                fd.ProgressiveSelfDistillation(),
+                fd.objectives.EulerianSelfDistillation(),
+                fd.objectives.ProgressiveSelfDistillation(),
             ),
             (1.0, 1.0, 1.0),
         ),
@@ -114,7 +118,7 @@ def test_learns_well(name):
 
 @pytest.mark.slow
 def test_naive_eulerian_learns_a_contraction():
-    error = error_of_one_jump(fd.NaiveEulerian(), None, 2000)
+    error = error_of_one_jump(fd.objectives.NaiveEulerian(), None, 2000)
     assert 0.25 < error < 1.0
 
 

@@ -30,8 +30,8 @@ import flowdiffrax as fd
 X = jnp.asarray([0.8, -0.5])
 MATRIX = np.asarray([[0.2, -1.1], [0.7, -0.4]])
 
-_jitted = eqx.filter_jit(fd.log_det)
-log_prob = eqx.filter_jit(fd.log_prob)
+_jitted = eqx.filter_jit(fd.likelihood.log_det)
+log_prob = eqx.filter_jit(fd.likelihood.log_prob)
 
 
 def log_det(flow_map, s, t, *inputs, **options):
@@ -55,7 +55,9 @@ def estimates(trace, a, number=4000):
     return np.asarray(jax.jit(jax.vmap(one))(jr.split(jr.key(0), number)))
 
 
-@pytest.mark.parametrize("trace", [fd.Hutchinson(4), fd.HutchPlusPlus(6)])
+@pytest.mark.parametrize(
+    "trace", [fd.likelihood.Hutchinson(4), fd.likelihood.HutchPlusPlus(6)]
+)
 def test_estimates_are_unbiased(trace):
     a = matrix(12, 4)
     made = estimates(trace, a)
@@ -67,7 +69,7 @@ def test_hutchinson_has_its_variance():
     a = np.asarray(matrix(12, 4))
     symmetric = (a + a.T) / 2
     expected = 2 * (np.sum(symmetric**2) - np.sum(np.diag(symmetric) ** 2)) / 4
-    made = estimates(fd.Hutchinson(4), jnp.asarray(a))
+    made = estimates(fd.likelihood.Hutchinson(4), jnp.asarray(a))
     # The relative error of a variance from 4000 draws is about 0.04 for light tails.
     np.testing.assert_allclose(made.var(), expected, rtol=0.2)
 
@@ -76,13 +78,15 @@ def test_hutch_plus_plus_does_better_on_low_rank():
     a = matrix(24, 3)
     plain, better = (
         estimates(trace, a, 400).var()
-        for trace in (fd.Hutchinson(12), fd.HutchPlusPlus(12))
+        for trace in (fd.likelihood.Hutchinson(12), fd.likelihood.HutchPlusPlus(12))
     )
     # The same cost; the rank is below that of the sketch.
     assert better < 1e-4 * plain
 
 
-@pytest.mark.parametrize("trace", [fd.ExactTrace(), fd.HutchPlusPlus(15)])
+@pytest.mark.parametrize(
+    "trace", [fd.likelihood.ExactTrace(), fd.likelihood.HutchPlusPlus(15)]
+)
 def test_exact_traces(trace):
     a = matrix(5, 5)
     made = jax.jit(lambda key: trace(lambda z: a @ z, jnp.zeros(5), key))(jr.key(1))
@@ -90,7 +94,9 @@ def test_exact_traces(trace):
 
 
 def test_one_sign_is_enough_for_a_diagonal():
-    made = fd.Hutchinson()(lambda z: jnp.arange(5.0) * z, jnp.zeros(5), jr.key(3))
+    made = fd.likelihood.Hutchinson()(
+        lambda z: jnp.arange(5.0) * z, jnp.zeros(5), jr.key(3)
+    )
     np.testing.assert_allclose(made, 10.0, rtol=1e-12)
 
 
@@ -99,11 +105,13 @@ def test_gradient_of_a_sketched_trace():
     u, v = jr.normal(jr.key(0), (2, 8))
 
     def value(u):
-        return fd.HutchPlusPlus(18)(lambda z: u * (v @ z), jnp.zeros(8), jr.key(1))
+        return fd.likelihood.HutchPlusPlus(18)(
+            lambda z: u * (v @ z), jnp.zeros(8), jr.key(1)
+        )
 
     assert np.isfinite(jax.jit(jax.grad(value))(u)).all()
     one = lambda key: jax.grad(
-        lambda u: fd.HutchPlusPlus(6)(lambda z: u * (v @ z), jnp.zeros(8), key)
+        lambda u: fd.likelihood.HutchPlusPlus(6)(lambda z: u * (v @ z), jnp.zeros(8), key)
     )(u)
     made = np.asarray(jax.jit(jax.vmap(one))(jr.split(jr.key(2), 4000)))
     error = made.std(axis=0) / np.sqrt(4000)
@@ -114,7 +122,11 @@ def test_traces_in_half_precision():
     a = matrix(6, 6).astype(jnp.bfloat16)
     made = [
         jax.jit(lambda key, trace=trace: trace(lambda z: a @ z, a[0], key))(jr.key(0))
-        for trace in (fd.ExactTrace(), fd.Hutchinson(), fd.HutchPlusPlus(18))
+        for trace in (
+            fd.likelihood.ExactTrace(),
+            fd.likelihood.Hutchinson(),
+            fd.likelihood.HutchPlusPlus(18),
+        )
     ]
     assert [value.dtype for value in made] == [jnp.float32] * 3
     np.testing.assert_allclose(made[0], np.trace(a.astype(float)), rtol=1e-2)
@@ -123,15 +135,15 @@ def test_traces_in_half_precision():
 @pytest.mark.parametrize("number", [0, 2, 4])
 def test_number_of_products(number):
     with pytest.raises(ValueError, match=f"positive multiple of 3.*got {number}"):
-        fd.HutchPlusPlus(number)
+        fd.likelihood.HutchPlusPlus(number)
 
 
 @pytest.mark.parametrize(
     "make, name",
     [
-        (fd.Hutchinson, "num_probes"),
-        (lambda n: fd.PowerSeries(num_terms=n), "num_terms"),
-        (fd.DivergenceIntegral, "num_nodes"),
+        (fd.likelihood.Hutchinson, "num_probes"),
+        (lambda n: fd.likelihood.PowerSeries(num_terms=n), "num_terms"),
+        (fd.likelihood.DivergenceIntegral, "num_nodes"),
     ],
 )
 def test_numbers_are_positive(make, name):
@@ -142,7 +154,9 @@ def test_numbers_are_positive(make, name):
 def test_divergence():
     # Of the curl-free part only: the swirl has none.
     field = lambda t, x, args: jnp.stack([x[0] ** 2 * t - x[1], x[0] + args * x[1]])
-    velocity, made = jax.jit(functools.partial(fd.divergence, field))(0.5, X, 0.3)
+    velocity, made = jax.jit(functools.partial(fd.likelihood.divergence, field))(
+        0.5, X, 0.3
+    )
     assert_close(velocity, field(0.5, X, 0.3))
     np.testing.assert_allclose(made, 2 * 0.5 * 0.8 + 0.3, rtol=1e-12)
 
@@ -150,7 +164,7 @@ def test_divergence():
 def test_divergence_of_a_pytree():
     field = lambda t, x, args: {"q": x["q"] * x["p"], "p": 3 * x["p"] + x["q"]}
     x = {"q": jnp.asarray([[1.0], [2.0]]), "p": jnp.asarray([[0.5], [-1.0]])}
-    velocity, made = jax.jit(functools.partial(fd.divergence, field))(0.0, x)
+    velocity, made = jax.jit(functools.partial(fd.likelihood.divergence, field))(0.0, x)
     assert_close(velocity, field(0.0, x, None))
     np.testing.assert_allclose(made, 0.5 - 1.0 + 2 * 3.0, rtol=1e-12)
 
@@ -159,9 +173,9 @@ def test_divergence_of_a_pytree():
 
 SHORT = 0.2
 METHODS = {
-    "exact": fd.ExactJacobian(),
-    "series": fd.PowerSeries(fd.ExactTrace(), 16),
-    "divergence": fd.DivergenceIntegral(16),
+    "exact": fd.likelihood.ExactJacobian(),
+    "series": fd.likelihood.PowerSeries(fd.likelihood.ExactTrace(), 16),
+    "divergence": fd.likelihood.DivergenceIntegral(16),
 }
 
 
@@ -196,9 +210,9 @@ def test_jacobian_of_an_inconsistent_map():
 @pytest.mark.parametrize(
     "method",
     [
-        fd.PowerSeries(fd.Hutchinson(2), 6),
-        fd.PowerSeries(fd.HutchPlusPlus(3), 6),
-        fd.DivergenceIntegral(8, fd.Hutchinson(1)),
+        fd.likelihood.PowerSeries(fd.likelihood.Hutchinson(2), 6),
+        fd.likelihood.PowerSeries(fd.likelihood.HutchPlusPlus(3), 6),
+        fd.likelihood.DivergenceIntegral(8, fd.likelihood.Hutchinson(1)),
     ],
 )
 def test_stochastic_log_dets_are_unbiased(method):
@@ -214,7 +228,7 @@ def test_stochastic_log_dets_are_unbiased(method):
 def test_truncation_of_the_series_is_bounded():
     half = fd.FlowMap(lambda s, t, x, args: 0.5 * x)
     for terms in (2, 8):
-        method = fd.PowerSeries(fd.ExactTrace(), terms)
+        method = fd.likelihood.PowerSeries(fd.likelihood.ExactTrace(), terms)
         error = abs(log_det(half, 0.0, 1.0, X, method=method)[1] - 2 * math.log(1.5))
         assert 1e-8 < error < 2 * 0.5 ** (terms + 1) / ((terms + 1) * 0.5)
 
@@ -241,7 +255,7 @@ def test_a_fold_has_no_density():
 def test_divergence_of_a_teacher_on_the_way_of_a_map():
     # A callable that knows no velocity of its own.
     field = linear_map().velocity
-    method = fd.DivergenceIntegral(2, vector_field=field)
+    method = fd.likelihood.DivergenceIntegral(2, vector_field=field)
     flow_map = lambda s, t, x, args: linear_map()(s, t, x)
     made = log_det(flow_map, 0.2, 0.9, X, method=method)[1]
     np.testing.assert_allclose(made, 0.7 * np.trace(MATRIX), rtol=1e-12)
@@ -286,7 +300,11 @@ def test_args_and_jit():
 
 
 @pytest.mark.parametrize(
-    "method", [fd.PowerSeries(), fd.DivergenceIntegral(4, fd.HutchPlusPlus(3))]
+    "method",
+    [
+        fd.likelihood.PowerSeries(),
+        fd.likelihood.DivergenceIntegral(4, fd.likelihood.HutchPlusPlus(3)),
+    ],
 )
 def test_missing_key(method):
     with pytest.raises(ValueError, match="pass `key=jax.random.key"):
@@ -298,7 +316,7 @@ def test_maps_to_another_shape(name):
     flow_map = lambda s, t, x, args: jnp.append(x, x[0])
     method = METHODS[name]
     if name == "divergence":
-        method = fd.DivergenceIntegral(vector_field=nonlinear_field)
+        method = fd.likelihood.DivergenceIntegral(vector_field=nonlinear_field)
     with pytest.raises(ValueError, match=r"shape of the state, \(2,\); got \(3,\)"):
         log_det(flow_map, 0.0, 1.0, X, method=method)
 
@@ -329,7 +347,7 @@ def gaussian_data(x1):
     return stats.norm.logpdf(x1, [0.7, 0.5], [0.6, 0.4]).sum()
 
 
-newton = functools.partial(fd.invert, solver=optx.Newton(1e-10, 1e-10))
+newton = functools.partial(fd.likelihood.invert, solver=optx.Newton(1e-10, 1e-10))
 
 
 @pytest.mark.parametrize(
@@ -338,7 +356,7 @@ newton = functools.partial(fd.invert, solver=optx.Newton(1e-10, 1e-10))
         (1, None),
         (3, None),
         ([0.0, 0.1, 1.0], None),
-        (1, fd.invert),
+        (1, fd.likelihood.invert),
         (3, newton),
         ([0.0, 0.1, 0.6, 1.0], newton),
     ],
@@ -351,7 +369,7 @@ def test_gaussian_density(ts, inverse):
 
 @pytest.mark.parametrize("ts", [1, 4])
 def test_gaussian_density_of_a_sample(ts):
-    fn = eqx.filter_jit(fd.sample_log_prob)
+    fn = eqx.filter_jit(fd.likelihood.sample_log_prob)
     x1, made = fn(gaussian_map(), gaussian_base, X, ts)
     assert_close(x1, fd.sample(gaussian_map(), X, ts))
     np.testing.assert_allclose(made, gaussian_data(x1), atol=1e-10)
@@ -373,16 +391,18 @@ def test_jumps_add_up():
         x, gain = log_det(flow_map, ts[k], ts[k + 1], x, X)
         total = total + gain
     base = lambda x0: jnp.sum(-(x0**2))
-    x1, made = fd.sample_log_prob(flow_map, base, X, ts, X)
+    x1, made = fd.likelihood.sample_log_prob(flow_map, base, X, ts, X)
     assert_close(x1, x)
     assert_close(made, base(X) - total)
 
 
 def test_stochastic_jumps_have_probes_of_their_own():
     flow_map = fd.exact.LinearFlowMap([[0.0, 1.0], [0.5, 0.0]])
-    method = fd.DivergenceIntegral(1, fd.Hutchinson())
+    method = fd.likelihood.DivergenceIntegral(1, fd.likelihood.Hutchinson())
     base = lambda x0: jnp.zeros(())
-    prob = lambda key: fd.log_prob(flow_map, base, X, 4, method=method, key=key)
+    prob = lambda key: fd.likelihood.log_prob(
+        flow_map, base, X, 4, method=method, key=key
+    )
     made = jax.jit(jax.vmap(prob))(jr.split(jr.key(0), 64))
     # With one sign for all four jumps there would be but two values.
     assert len(np.unique(np.round(made, 6))) > 2
@@ -398,7 +418,7 @@ TOLS = {"solver": diffrax.Tsit5(), "rtol": 1e-9, "atol": 1e-9}
 def test_mixture_density():
     x1 = jr.normal(jr.key(5), (8, 2))
     flow_map = fd.ODEFlowMap(MIXTURE, **TOLS)
-    prob = lambda x: fd.log_prob(flow_map, normal_base, x, 2)
+    prob = lambda x: fd.likelihood.log_prob(flow_map, normal_base, x, 2)
     parts = zip([0.3, 0.7], MIXTURE.means, COVARIANCES, strict=True)
     expected = sum(w * stats.multivariate_normal.pdf(x1, m, c) for w, m, c in parts)
     np.testing.assert_allclose(jax.jit(jax.vmap(prob))(x1), np.log(expected), atol=1e-7)
@@ -425,7 +445,7 @@ def continuous_flow():
 def test_jacobian_against_the_continuous_flow():
     x1, expected = continuous_flow()
     flow_map = fd.ODEFlowMap(nonlinear_field, **TOLS)
-    prob = lambda x: fd.log_prob(flow_map, normal_base, x, 2)
+    prob = lambda x: fd.likelihood.log_prob(flow_map, normal_base, x, 2)
     np.testing.assert_allclose(jax.jit(jax.vmap(prob))(x1), expected, atol=1e-7)
 
 
@@ -434,7 +454,7 @@ def test_density_integrates_to_one():
     flow_map = fd.FlowMap(lambda s, t, x, args: 0.4 * jnp.sin(x + t) * (1 + s) + args)
     side = np.linspace(-7, 7, 141)
     points = jnp.asarray(np.stack(np.meshgrid(side, side), axis=-1).reshape(-1, 2))
-    prob = lambda x: fd.log_prob(flow_map, normal_base, x, 2, 0.3)
+    prob = lambda x: fd.likelihood.log_prob(flow_map, normal_base, x, 2, 0.3)
     mass = jnp.exp(jax.jit(jax.vmap(prob))(points)).sum() * 0.1**2
     np.testing.assert_allclose(mass, 1, atol=1e-3)
 
@@ -443,7 +463,7 @@ def test_gradients_of_a_density():
     def value(inputs):
         x, weight = inputs
         net = lambda s, t, x, args: weight * jnp.sin(x[::-1] + s - 2 * t)
-        return fd.log_prob(fd.FlowMap(net), normal_base, x, 2)
+        return fd.likelihood.log_prob(fd.FlowMap(net), normal_base, x, 2)
 
     inputs = X, jnp.asarray(0.3)
     direction = jnp.asarray([0.4, -1.0]), jnp.asarray(0.7)
@@ -456,22 +476,24 @@ def test_gradients_of_a_density():
 def test_round_trip_error():
     # There and back the net's times are swapped, and its sign is not.
     flow_map = fd.FlowMap(lambda s, t, x, args: (1 + s) * jnp.ones_like(x))
-    there = fd.pull_back(flow_map, X, 1)
+    there = fd.likelihood.pull_back(flow_map, X, 1)
     # Back by 2, then forth by 1.
     assert_close(there.x0, X - 2)
     np.testing.assert_allclose(there.error, 1.0, rtol=1e-12)
-    exact = jax.jit(lambda x: fd.pull_back(gaussian_map(), x, 3))(X)
+    exact = jax.jit(lambda x: fd.likelihood.pull_back(gaussian_map(), x, 3))(X)
     assert exact.error < 1e-12
 
 
 def test_jump_that_cannot_be_inverted_has_no_density():
     inverse = functools.partial(newton, throw=False, max_steps=8)
     flow_map = fd.FlowMap(lambda s, t, x, args: x**2)
-    there = jax.jit(lambda x: fd.pull_back(flow_map, x, 1, inverse=inverse))(-jnp.ones(2))
+    there = jax.jit(lambda x: fd.likelihood.pull_back(flow_map, x, 1, inverse=inverse))(
+        -jnp.ones(2)
+    )
     assert np.isnan(there.log_det) and there.error > 0.5
 
 
-@pytest.mark.parametrize("fn", [fd.log_prob, fd.sample_log_prob])
+@pytest.mark.parametrize("fn", [fd.likelihood.log_prob, fd.likelihood.sample_log_prob])
 def test_bad_times(fn):
     with pytest.raises(ValueError, match="strictly"):
         fn(gaussian_map(), gaussian_base, X, np.asarray([0.0, 0.5, 0.5]))
@@ -482,7 +504,9 @@ def test_bad_times(fn):
 
 
 def test_bad_times_inside_jit():
-    made = jax.jit(lambda ts: fd.log_prob(gaussian_map(), gaussian_base, X, ts))
+    made = jax.jit(
+        lambda ts: fd.likelihood.log_prob(gaussian_map(), gaussian_base, X, ts)
+    )
     np.testing.assert_allclose(made(jnp.asarray([0.0, 1.0])), gaussian_data(X), atol=1e-9)
     with pytest.raises(RUN_TIME_ERROR, match="leaves the time range"):
         made(jnp.asarray([0.0, 1.5])).block_until_ready()
@@ -496,7 +520,7 @@ PAIR = X, jnp.asarray(0.7)
 @pytest.mark.parametrize("field", [MIXTURE, nonlinear_field])
 def test_pair_has_the_velocity_of_the_continuous_flow(field):
     states, levels = jr.normal(jr.key(5), (3, 2)), jnp.arange(3.0)
-    made = jax.jit(jax.vmap(lambda *y: fd.LogDensityVelocity(field)(0.6, y)))
+    made = jax.jit(jax.vmap(lambda *y: fd.likelihood.LogDensityVelocity(field)(0.6, y)))
     trace = lambda x: jnp.trace(jax.jacrev(lambda x: field(0.6, x, None))(x))
     expected = jax.jit(jax.vmap(lambda x: (field(0.6, x, None), -trace(x))))
     assert_close(made(states, levels), expected(states))
@@ -504,9 +528,12 @@ def test_pair_has_the_velocity_of_the_continuous_flow(field):
 
 def test_density_by_a_map_of_pairs():
     x1, expected = continuous_flow()
-    pair = fd.ODEFlowMap(fd.LogDensityVelocity(nonlinear_field), **TOLS)
-    flow_map, method = fd.LogDensityFlowMap(pair), fd.LearnedLogDet()
-    prob = lambda x: fd.log_prob(flow_map, normal_base, x, 2, method=method)
+    pair = fd.ODEFlowMap(fd.likelihood.LogDensityVelocity(nonlinear_field), **TOLS)
+    flow_map, method = (
+        fd.likelihood.LogDensityFlowMap(pair),
+        fd.likelihood.LearnedLogDet(),
+    )
+    prob = lambda x: fd.likelihood.log_prob(flow_map, normal_base, x, 2, method=method)
     np.testing.assert_allclose(jax.jit(jax.vmap(prob))(x1), expected, atol=1e-7)
 
 
@@ -525,7 +552,7 @@ def test_network_does_not_see_the_log_density(net):
         net = eqx.tree_at(lambda net: net.last.bias, net, jnp.asarray([0.1, 0.2, 0.3]))
     else:
         x, net = {"a": X}, PairNet()
-    flow_map = fd.FlowMap(fd.LogDensityNet(net))
+    flow_map = fd.FlowMap(fd.likelihood.LogDensityNet(net))
     jump = jax.jit(lambda level: flow_map(0.1, 0.8, (x, level)))
     (low, gain_low), (high, gain_high) = jump(-3.0), jump(5.0)
     assert_close(low, high, 0, 0)
@@ -534,12 +561,12 @@ def test_network_does_not_see_the_log_density(net):
 
 
 @pytest.mark.parametrize(
-    "objective", [fd.LagrangianMapDistillation(), fd.EulerianMapDistillation()]
+    "objective", [fd.LagrangianMapDistillation(), fd.objectives.EulerianMapDistillation()]
 )
 def test_pair_is_a_teacher(objective):
     # Zero at the closed form, which gains minus the trace, and not at half of it.
-    teacher = fd.LogDensityVelocity(linear_map().velocity)
-    path = fd.StatePath(PAIR)
+    teacher = fd.likelihood.LogDensityVelocity(linear_map().velocity)
+    path = fd.paths.StatePath(PAIR)
 
     class Exact(fd.AbstractFlowMap):
         share: jax.Array
@@ -556,8 +583,8 @@ def test_pair_is_a_teacher(objective):
 
 @pytest.mark.slow
 def test_pair_is_learned():
-    teacher = fd.LogDensityVelocity(linear_map().velocity)
-    net = fd.LogDensityNet(fd.nn.MLP(3, 32, 2, key=jr.key(0)))
+    teacher = fd.likelihood.LogDensityVelocity(linear_map().velocity)
+    net = fd.likelihood.LogDensityNet(fd.nn.MLP(3, 32, 2, key=jr.key(0)))
     draw = lambda key, n: (jr.normal(key, (n, 2), jnp.float32), jnp.zeros(n, jnp.float32))
     with jax.numpy_dtype_promotion("standard"):
         state = fd.train.fit(
@@ -571,9 +598,9 @@ def test_pair_is_learned():
             ema_decay=0.98,
             progress=False,
         )
-    state_map = fd.LogDensityFlowMap(state.ema_map)
+    state_map = fd.likelihood.LogDensityFlowMap(state.ema_map)
     x = X.astype(jnp.float32)
-    made = log_det(state_map, 0.0, 1.0, x, method=fd.LearnedLogDet())[1]
+    made = log_det(state_map, 0.0, 1.0, x, method=fd.likelihood.LearnedLogDet())[1]
     np.testing.assert_allclose(made, np.trace(MATRIX), atol=0.02)
 
 
@@ -582,7 +609,9 @@ def _as_float32(leaf):
 
 
 def test_fixed_probes_are_smooth_in_time():
-    field = fd.LogDensityVelocity(nonlinear_field, fd.Hutchinson(), jr.key(0))
+    field = fd.likelihood.LogDensityVelocity(
+        nonlinear_field, fd.likelihood.Hutchinson(), jr.key(0)
+    )
     term = diffrax.ODETerm(field)
     ends = jnp.asarray(0.2), jnp.asarray(0.9)
     # One key on purpose, at all times.
@@ -597,10 +626,12 @@ def test_fresh_probes_average_out():
     # Around one state: the mean of probes, where a fixed probe has the same error.
     key = jr.key(3)
     states = X[None] + 1e-6 * jr.normal(jr.key(4), (4000, 2))
-    exact = fd.divergence(nonlinear_field, 0.4, X)[1]
+    exact = fd.likelihood.divergence(nonlinear_field, 0.4, X)[1]
 
     def rates(fresh):
-        field = fd.LogDensityVelocity(nonlinear_field, fd.Hutchinson(), key, fresh)
+        field = fd.likelihood.LogDensityVelocity(
+            nonlinear_field, fd.likelihood.Hutchinson(), key, fresh
+        )
         one = lambda x: -field(0.4, (x, jnp.zeros(())))[1]
         return np.asarray(jax.jit(jax.vmap(one))(states))
 
@@ -611,32 +642,36 @@ def test_fresh_probes_average_out():
 
 def test_pair_keeps_its_dtypes():
     x = X.astype(jnp.bfloat16), jnp.asarray(0.5, jnp.float32)
-    b_t, rate = fd.LogDensityVelocity(lambda t, x, args: -x)(0.3, x)
+    b_t, rate = fd.likelihood.LogDensityVelocity(lambda t, x, args: -x)(0.3, x)
     assert (b_t.dtype, rate.dtype) == (jnp.bfloat16, jnp.float32)
     np.testing.assert_allclose(rate, 2.0)
 
 
 @pytest.mark.parametrize("x", [X, (X, X), (X, jnp.zeros(()), X), [X, jnp.zeros(())]])
 def test_not_a_pair(x):
-    field = fd.LogDensityVelocity(nonlinear_field)
+    field = fd.likelihood.LogDensityVelocity(nonlinear_field)
     with without_type_checks(), pytest.raises(ValueError, match=r"a tuple `\(x, l\)`"):
         field(0.3, x)
 
 
 def test_pair_without_a_key():
-    field = fd.LogDensityVelocity(nonlinear_field, fd.Hutchinson())
+    field = fd.likelihood.LogDensityVelocity(nonlinear_field, fd.likelihood.Hutchinson())
     with pytest.raises(ValueError, match="pass `key=jax.random.key"):
         field(0.3, PAIR)
 
 
 def test_learned_log_det_needs_a_map_of_pairs():
     with pytest.raises(TypeError, match="needs a `LogDensityFlowMap`.*GaussianFlowMap"):
-        log_det(gaussian_map(), 0.0, 1.0, X, method=fd.LearnedLogDet())
+        log_det(gaussian_map(), 0.0, 1.0, X, method=fd.likelihood.LearnedLogDet())
 
 
 @pytest.mark.parametrize(
     "make",
-    [fd.LogDensityVelocity, fd.LogDensityNet, fd.LogDensityFlowMap],
+    [
+        fd.likelihood.LogDensityVelocity,
+        fd.likelihood.LogDensityNet,
+        fd.likelihood.LogDensityFlowMap,
+    ],
 )
 def test_pairs_of_what_is_not_callable(make):
     with without_type_checks(), pytest.raises(TypeError, match="must be a callable"):
@@ -644,5 +679,5 @@ def test_pairs_of_what_is_not_callable(make):
 
 
 def test_map_of_pairs_keeps_the_time_range():
-    flow_map = fd.FlowMap(fd.LogDensityNet(PairNet()), time_range=(-1.0, 2.0))
-    assert fd.LogDensityFlowMap(flow_map).time_range == (-1.0, 2.0)
+    flow_map = fd.FlowMap(fd.likelihood.LogDensityNet(PairNet()), time_range=(-1.0, 2.0))
+    assert fd.likelihood.LogDensityFlowMap(flow_map).time_range == (-1.0, 2.0)

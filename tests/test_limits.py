@@ -18,7 +18,7 @@ S, T = jnp.asarray(0.2), jnp.asarray(0.9)
 X0, X1 = jnp.asarray([0.8, -0.5]), jnp.asarray([-0.3, 1.1])
 PATH = fd.LinearInterpolant()(X0, X1)
 MAP = mlp_map()
-STOPS = fd.StopGradient
+STOPS = fd.objectives.StopGradient
 
 
 @eqx.filter_jit
@@ -38,7 +38,7 @@ def relative(a, b):
 
 
 def plain(cls, **kwargs):
-    return cls(weight=fd.NoWeight(), **kwargs)
+    return cls(weight=fd.weights.NoWeight(), **kwargs)
 
 
 def constant_map(v):
@@ -68,7 +68,7 @@ STEPS = (1e-1, 1e-2, 1e-3)
 
 @pytest.mark.parametrize("name", ["AlignYourFlowEMD", "AlignYourFlowLMD"])
 def test_align_your_flow_has_its_limit(name):
-    cls = getattr(fd, name)
+    cls = getattr(fd.objectives, name)
     kwargs = {"tangent_scale": 1.0} if name == "AlignYourFlowEMD" else {}
     limit = value_and_grad(plain(cls, **kwargs), nonlinear_field)
     finite = [value_and_grad(plain(cls, epsilon=step), nonlinear_field) for step in STEPS]
@@ -78,9 +78,11 @@ def test_align_your_flow_has_its_limit(name):
 
 def test_alpha_flow_goes_to_mean_flow():
     # With the adaptive weight as with none.
-    for weight in (fd.NoWeight(), fd.PowerWeight(1.0, 1e-2)):
-        limit = gradient(fd.MeanFlow(weight=weight))
-        finite = [gradient(fd.AlphaFlow(weight=weight, alpha=step)) for step in STEPS]
+    for weight in (fd.weights.NoWeight(), fd.weights.PowerWeight(1.0, 1e-2)):
+        limit = gradient(fd.objectives.MeanFlow(weight=weight))
+        finite = [
+            gradient(fd.objectives.AlphaFlow(weight=weight, alpha=step)) for step in STEPS
+        ]
         assert_first_order([relative(grads, limit) for grads in finite])
 
 
@@ -97,43 +99,47 @@ def test_alpha_flow_has_the_gradient_of_its_paper():
 
     leaves = jtu.tree_leaves(eqx.filter_grad(papers)(MAP))
     expected = jnp.concatenate([leaf.ravel() for leaf in leaves])
-    assert_close(gradient(plain(fd.AlphaFlow, alpha=alpha)), expected, 1e-12)
+    assert_close(gradient(plain(fd.objectives.AlphaFlow, alpha=alpha)), expected, 1e-12)
 
 
 def test_schedule_of_alpha_flow():
     # Half way through it is one half, and falls at the rate of a sigmoid, a quarter of
     # its steepness; it starts at 1 and stops at its floor.
-    schedule = fd.sigmoid_schedule(1000)
+    schedule = fd.objectives.sigmoid_schedule(1000)
     values = jax.vmap(schedule)(jnp.arange(1001))
     assert jnp.all(jnp.diff(values) <= 0)
     assert_close(values[0], 1.0, 1e-5, 0)
     assert_close(values[500], 0.5)
     assert_close((values[501] - values[499]) / 2, -25 / 4 / 1000, 1e-5, 0)
     assert_close(values[-1], 5e-3)
-    other = fd.sigmoid_schedule(1000, temperature=8.0, low=0.1)
+    other = fd.objectives.sigmoid_schedule(1000, temperature=8.0, low=0.1)
     assert_close((other(501) - other(499)) / 2, -8 / 4 / 1000, 1e-6, 0)
     assert_close(other(1000), 0.1)
 
 
 def test_alpha_flow_at_one_is_flow_matching_of_every_jump():
-    value, _ = value_and_grad(plain(fd.AlphaFlow, alpha=1.0))
+    value, _ = value_and_grad(plain(fd.objectives.AlphaFlow, alpha=1.0))
     v_st = MAP.average_velocity(S, T, PATH.evaluate(S))
     assert_close(value, jnp.sum((v_st - (X1 - X0)) ** 2))
 
 
 def test_consistency_training_goes_to_its_continuous_form():
     # In X rather than in v, hence the factor 1 - s.
-    limit = (1 - S) * gradient(plain(fd.ContinuousConsistency), t=jnp.asarray(1.0))
-    eulerian = fd.StopGradientEulerian(stop_gradient=STOPS.DERIVATIVE)
+    limit = (1 - S) * gradient(
+        plain(fd.objectives.ContinuousConsistency), t=jnp.asarray(1.0)
+    )
+    eulerian = fd.objectives.StopGradientEulerian(stop_gradient=STOPS.DERIVATIVE)
     assert_close((1 - S) * gradient(eulerian, t=jnp.asarray(1.0)), limit)
-    objective = plain(fd.ConsistencyTraining)
+    objective = plain(fd.objectives.ConsistencyTraining)
     finite = [gradient(objective, t=S + step) / step for step in STEPS]
     assert_first_order([relative(grads, limit) for grads in finite])
 
 
 def test_consistency_distillation_goes_to_its_continuous_form():
-    limit = gradient(plain(fd.ContinuousConsistency), nonlinear_field, t=jnp.asarray(1.0))
-    objective = plain(fd.ConsistencyDistillation)
+    limit = gradient(
+        plain(fd.objectives.ContinuousConsistency), nonlinear_field, t=jnp.asarray(1.0)
+    )
+    objective = plain(fd.objectives.ConsistencyDistillation)
     finite = [gradient(objective, nonlinear_field, t=S + step) / step for step in STEPS]
     assert_first_order([relative(grads, (1 - S) * limit) for grads in finite])
 
@@ -149,7 +155,7 @@ def test_progressive_goes_to_the_equations(end):
     errors = []
     for step in STEPS:
         split = step if end == "start" else 1 - step
-        loss, _ = value_and_grad(fd.ProgressiveSelfDistillation(split=split))
+        loss, _ = value_and_grad(fd.objectives.ProgressiveSelfDistillation(split=split))
         errors.append(abs(float(loss) / step**2 / float(jnp.sum(residual**2)) - 1))
     assert_first_order(errors)
 
@@ -160,44 +166,50 @@ def test_progressive_goes_to_the_equations(end):
 def test_shortcut_is_progressive_at_the_midpoint():
     times = {"s": jnp.asarray(0.25), "t": jnp.asarray(0.5)}
     other = mlp_map(1)
-    made = value_and_grad(fd.Shortcut(clip=None), other, **times)
-    assert_close(made, value_and_grad(fd.ProgressiveSelfDistillation(), other, **times))
+    made = value_and_grad(fd.objectives.Shortcut(clip=None), other, **times)
+    assert_close(
+        made, value_and_grad(fd.objectives.ProgressiveSelfDistillation(), other, **times)
+    )
 
 
 def test_shortcut_clips_its_target():
     far = constant_map(jnp.asarray([7.0, -0.3]))
-    value, _ = value_and_grad(fd.Shortcut(clip=2.0), far)
+    value, _ = value_and_grad(fd.objectives.Shortcut(clip=2.0), far)
     v_st = MAP.average_velocity(S, T, PATH.evaluate(S))
     assert_close(value, jnp.sum((v_st - jnp.asarray([2.0, -0.3])) ** 2))
 
 
 def test_split_mean_flow_is_progressive_at_a_drawn_split():
-    made = value_and_grad(fd.SplitMeanFlow(), key=jr.key(1))
-    same = value_and_grad(fd.ProgressiveSelfDistillation(split=None), key=jr.key(1))
-    other = value_and_grad(fd.SplitMeanFlow(), key=jr.key(2))
+    made = value_and_grad(fd.objectives.SplitMeanFlow(), key=jr.key(1))
+    same = value_and_grad(
+        fd.objectives.ProgressiveSelfDistillation(split=None), key=jr.key(1)
+    )
+    other = value_and_grad(fd.objectives.SplitMeanFlow(), key=jr.key(2))
     assert_close(made, same)
     assert abs(made[0] - other[0]) > 1e-6
 
 
 def test_improved_mean_flow_along_the_data_is_mean_flow():
     along_data = constant_map(X1 - X0)
-    improved = gradient(plain(fd.ImprovedMeanFlow), along_data)
-    assert_close(improved, gradient(plain(fd.MeanFlow)), 1e-12)
+    improved = gradient(plain(fd.objectives.ImprovedMeanFlow), along_data)
+    assert_close(improved, gradient(plain(fd.objectives.MeanFlow)), 1e-12)
 
 
 def test_improved_mean_flow_is_another_estimate():
-    improved, mean_flow = map(gradient, map(plain, (fd.ImprovedMeanFlow, fd.MeanFlow)))
+    improved, mean_flow = map(
+        gradient, map(plain, (fd.objectives.ImprovedMeanFlow, fd.objectives.MeanFlow))
+    )
     assert relative(improved, mean_flow) > 1e-2
 
 
 def test_align_your_flow_is_mean_flow_along_the_teacher():
-    align = plain(fd.AlignYourFlowEMD, tangent_scale=1.0)
+    align = plain(fd.objectives.AlignYourFlowEMD, tangent_scale=1.0)
     along_teacher = constant_map(nonlinear_field(S, PATH.evaluate(S), None))
     # Improved mean flow regresses on the data: so let the data move with the teacher.
     b_s = nonlinear_field(S, PATH.evaluate(S), None)
     x0 = PATH.evaluate(S) - S * b_s
     moved = fd.LinearInterpolant()(x0, x0 + b_s)
-    expected = gradient(plain(fd.ImprovedMeanFlow), along_teacher, path=moved)
+    expected = gradient(plain(fd.objectives.ImprovedMeanFlow), along_teacher, path=moved)
     assert_close(gradient(align, nonlinear_field), expected, 1e-11)
 
 
@@ -205,17 +217,23 @@ def test_tangent_scale_favours_straight_lines():
     # At scale r the gradient is r times the exact one, and 1 - r times that of a
     # regression of every average velocity on the teacher.
     r = 0.6
-    exact = gradient(plain(fd.AlignYourFlowEMD, tangent_scale=1.0), nonlinear_field)
-    straight = gradient(plain(fd.AlignYourFlowEMD, epsilon=1.0), nonlinear_field)
-    mixed = gradient(plain(fd.AlignYourFlowEMD, tangent_scale=r), nonlinear_field)
+    exact = gradient(
+        plain(fd.objectives.AlignYourFlowEMD, tangent_scale=1.0), nonlinear_field
+    )
+    straight = gradient(
+        plain(fd.objectives.AlignYourFlowEMD, epsilon=1.0), nonlinear_field
+    )
+    mixed = gradient(
+        plain(fd.objectives.AlignYourFlowEMD, tangent_scale=r), nonlinear_field
+    )
     assert_close(mixed, r * exact + (1 - r) * straight, 1e-12)
 
 
 def test_normalised_tangent_scales_the_gradient():
-    bare = plain(fd.AlignYourFlowLMD)
+    bare = plain(fd.objectives.AlignYourFlowLMD)
     value, grads = value_and_grad(bare, nonlinear_field)
-    weight = fd.NormalisedTangent()
-    scaled = gradient(fd.AlignYourFlowLMD(weight=weight), nonlinear_field)
+    weight = fd.weights.NormalisedTangent()
+    scaled = gradient(fd.objectives.AlignYourFlowLMD(weight=weight), nonlinear_field)
     assert_close(scaled, grads / (jnp.sqrt(value) + 0.1), 1e-12)
 
 
@@ -224,22 +242,24 @@ def test_terminal_velocity_matching_is_the_sum_of_its_parts():
         value_and_grad(fd.LagrangianSelfDistillation()),
         value_and_grad(fd.FlowMatching()),
     )
-    made = value_and_grad(fd.TerminalVelocityMatching())
+    made = value_and_grad(fd.objectives.TerminalVelocityMatching())
     assert_close(made, jtu.tree_map(jnp.add, *parts), 1e-12)
 
 
 def test_free_flow_is_lagrangian_from_the_base():
     zero = jnp.zeros(())
     lagrangian = fd.LagrangianMapDistillation(stop_gradient=STOPS.DERIVATIVE)
-    made = value_and_grad(fd.FreeFlow(), nonlinear_field, s=zero, path=fd.StatePath(X0))
+    made = value_and_grad(
+        fd.objectives.FreeFlow(), nonlinear_field, s=zero, path=fd.paths.StatePath(X0)
+    )
     assert_close(made, value_and_grad(lagrangian, nonlinear_field, s=zero))
-    s, _ = fd.FreeFlow().times(jr.key(0), 32)
+    s, _ = fd.objectives.FreeFlow().times(jr.key(0), 32)
     assert max_abs(s) == 0
 
 
 @pytest.mark.parametrize(
     "objective",
-    [fd.LagrangianSelfDistillation(), fd.ProgressiveSelfDistillation()],
+    [fd.LagrangianSelfDistillation(), fd.objectives.ProgressiveSelfDistillation()],
     ids=["lsd", "psd"],
 )
 def test_self_distillation_says_nothing_at_equal_times(objective):
@@ -248,11 +268,11 @@ def test_self_distillation_says_nothing_at_equal_times(objective):
 
 
 DATA_DRIVEN = {
-    "ee": fd.StopGradientEulerian(),
-    "mean-flow": plain(fd.MeanFlow),
-    "improved-mean-flow": plain(fd.ImprovedMeanFlow),
-    "alpha-flow": plain(fd.AlphaFlow, alpha=1.0),
-    "fmm": fd.FlowMapMatching(),
+    "ee": fd.objectives.StopGradientEulerian(),
+    "mean-flow": plain(fd.objectives.MeanFlow),
+    "improved-mean-flow": plain(fd.objectives.ImprovedMeanFlow),
+    "alpha-flow": plain(fd.objectives.AlphaFlow, alpha=1.0),
+    "fmm": fd.objectives.FlowMapMatching(),
 }
 
 
@@ -264,11 +284,11 @@ def test_learning_from_data_is_flow_matching_at_equal_times(name):
 
 DIAGONAL = DATA_DRIVEN | {
     "lsd": fd.LagrangianSelfDistillation(),
-    "esd": fd.EulerianSelfDistillation(),
-    "psd": fd.ProgressiveSelfDistillation(),
-    "shortcut": fd.Shortcut(),
-    "split": fd.SplitMeanFlow(),
-    "naive": fd.NaiveEulerian(),
+    "esd": fd.objectives.EulerianSelfDistillation(),
+    "psd": fd.objectives.ProgressiveSelfDistillation(),
+    "shortcut": fd.objectives.Shortcut(),
+    "split": fd.objectives.SplitMeanFlow(),
+    "naive": fd.objectives.NaiveEulerian(),
 }
 
 
@@ -280,11 +300,11 @@ def test_diagonal_rows_are_flow_matching(name):
 
 FROM_TEACHER = {
     "lmd": fd.LagrangianMapDistillation(),
-    "emd": fd.EulerianMapDistillation(),
-    "ayf-emd": plain(fd.AlignYourFlowEMD),
-    "ayf-lmd": plain(fd.AlignYourFlowLMD),
-    "mean-flow": plain(fd.MeanFlow),
-    "scm": plain(fd.ContinuousConsistency),
+    "emd": fd.objectives.EulerianMapDistillation(),
+    "ayf-emd": plain(fd.objectives.AlignYourFlowEMD),
+    "ayf-lmd": plain(fd.objectives.AlignYourFlowLMD),
+    "mean-flow": plain(fd.objectives.MeanFlow),
+    "scm": plain(fd.objectives.ContinuousConsistency),
 }
 
 
@@ -292,7 +312,7 @@ FROM_TEACHER = {
 def test_diagonal_rows_follow_the_teacher(name):
     objective = FROM_TEACHER[name]
     made = objective.on_diagonal(MAP, nonlinear_field, PATH, T)
-    expected = fd.VelocityDistillation()(MAP, nonlinear_field, PATH, T, T)
+    expected = fd.objectives.VelocityDistillation()(MAP, nonlinear_field, PATH, T, T)
     assert_close(made, expected, 1e-11)
     assert_close(objective(MAP, nonlinear_field, PATH, T, T), expected, 1e-11)
 
@@ -325,7 +345,7 @@ def test_mean_flow_on_the_papers_clock():
     along = lambda h: u(z + h * v, r, t + h)
     du_dt = finite_difference(along, jnp.zeros(()), jnp.ones(()))
     expected = jnp.sum((u(z, r, t) - (v - (t - r) * du_dt)) ** 2)
-    assert_close(value_and_grad(plain(fd.MeanFlow))[0], expected, 1e-8, 1e-8)
+    assert_close(value_and_grad(plain(fd.objectives.MeanFlow))[0], expected, 1e-8, 1e-8)
 
 
 def test_improved_mean_flow_on_the_papers_clock():
@@ -337,7 +357,9 @@ def test_improved_mean_flow_on_the_papers_clock():
     )
     compound = u(z, r, t) + (t - r) * du_dt
     expected = jnp.sum((compound - (X0 - X1)) ** 2)
-    assert_close(value_and_grad(plain(fd.ImprovedMeanFlow))[0], expected, 1e-8, 1e-8)
+    assert_close(
+        value_and_grad(plain(fd.objectives.ImprovedMeanFlow))[0], expected, 1e-8, 1e-8
+    )
 
 
 class TrigFlow(fd.AbstractFlowMap):
@@ -354,7 +376,7 @@ class TrigFlow(fd.AbstractFlowMap):
 
 def test_scm_on_the_papers_clock():
     sigma = 0.5
-    path = fd.TrigonometricInterpolant()(sigma * X0, X1)
+    path = fd.paths.TrigonometricInterpolant()(sigma * X0, X1)
     angle = jnp.pi / 2 * (1 - S)
 
     def f(flow_map, angle, x):
@@ -374,7 +396,9 @@ def test_scm_on_the_papers_clock():
     grads = jtu.tree_leaves(eqx.filter_grad(papers)(flow_map))
     expected = jnp.concatenate([leaf.ravel() for leaf in grads])
     one = jnp.asarray(1.0)
-    made = gradient(plain(fd.ContinuousConsistency), t=one, flow_map=flow_map, path=path)
+    made = gradient(
+        plain(fd.objectives.ContinuousConsistency), t=one, flow_map=flow_map, path=path
+    )
     # The two differ by a function of time.
     factor = jnp.dot(made, expected) / jnp.dot(expected, expected)
     assert factor > 0
@@ -385,13 +409,13 @@ def test_scm_on_the_papers_clock():
 
 SELF_TAUGHT = {
     "lsd": lambda: fd.LagrangianSelfDistillation(),
-    "esd": lambda: fd.EulerianSelfDistillation(),
-    "psd": lambda: fd.ProgressiveSelfDistillation(),
-    "shortcut": lambda: fd.Shortcut(),
-    "split": lambda: fd.SplitMeanFlow(split=0.3),
-    "tvm": lambda: fd.TerminalVelocityMatching(),
-    "improved-mean-flow": lambda: fd.ImprovedMeanFlow(),
-    "consistency": lambda: fd.ConsistencyTraining(),
+    "esd": lambda: fd.objectives.EulerianSelfDistillation(),
+    "psd": lambda: fd.objectives.ProgressiveSelfDistillation(),
+    "shortcut": lambda: fd.objectives.Shortcut(),
+    "split": lambda: fd.objectives.SplitMeanFlow(split=0.3),
+    "tvm": lambda: fd.objectives.TerminalVelocityMatching(),
+    "improved-mean-flow": lambda: fd.objectives.ImprovedMeanFlow(),
+    "consistency": lambda: fd.objectives.ConsistencyTraining(),
 }
 
 
@@ -413,7 +437,7 @@ def test_eulerian_self_distillation_by_finite_differences():
     x = PATH.evaluate(S)
     along = lambda h: MAP(S + h, T, x + h * MAP.velocity(S, x))
     residual = finite_difference(along, jnp.zeros(()), jnp.ones(()))
-    value = fd.EulerianSelfDistillation()(MAP, None, PATH, S, T)
+    value = fd.objectives.EulerianSelfDistillation()(MAP, None, PATH, S, T)
     assert_close(value, jnp.sum(residual**2), 1e-7, 1e-7)
 
 
@@ -428,7 +452,7 @@ def test_transport_is_held_fixed():
 
     leaves = jtu.tree_leaves(eqx.filter_grad(papers)(MAP))
     expected = jnp.concatenate([leaf.ravel() for leaf in leaves])
-    assert_close(gradient(fd.StopGradientEulerian()), expected, 1e-7, 1e-7)
+    assert_close(gradient(fd.objectives.StopGradientEulerian()), expected, 1e-7, 1e-7)
 
 
 def test_flow_map_matching_by_finite_differences():
@@ -438,39 +462,39 @@ def test_flow_map_matching_by_finite_differences():
     rate_error = jnp.sum((rate - (X1 - X0)) ** 2)
     round_trip = jnp.sum((MAP(S, T, y) - I_t) ** 2)
     for factor, objective in (
-        (1.0, fd.FlowMapMatching()),
-        (3.0, fd.FlowMapMatching(inverse_weight=3.0)),
+        (1.0, fd.objectives.FlowMapMatching()),
+        (3.0, fd.objectives.FlowMapMatching(inverse_weight=3.0)),
     ):
         expected = rate_error + factor * round_trip
         assert_close(objective(MAP, None, PATH, S, T), expected, 1e-7, 1e-7)
 
 
 def test_flow_map_matching_holds_nothing_fixed():
-    loss = lambda flow_map: fd.FlowMapMatching()(flow_map, None, PATH, S, T)
+    loss = lambda flow_map: fd.objectives.FlowMapMatching()(flow_map, None, PATH, S, T)
     weights, rest = eqx.partition(MAP, eqx.is_inexact_array)
     value = lambda weights: loss(eqx.combine(weights, rest))
     direction = jtu.tree_map(jnp.ones_like, weights)
     expected = finite_difference(value, weights, direction, 1e-6)
-    assert_close(jnp.sum(gradient(fd.FlowMapMatching())), expected, 1e-6, 1e-6)
+    assert_close(jnp.sum(gradient(fd.objectives.FlowMapMatching())), expected, 1e-6, 1e-6)
 
 
 # --- derivatives without forward mode -----------------------------------------------
 
 WITH_JVP = {
     "lmd": (fd.LagrangianMapDistillation, nonlinear_field),
-    "emd": (fd.EulerianMapDistillation, nonlinear_field),
-    "ee": (fd.StopGradientEulerian, None),
-    "naive": (fd.NaiveEulerian, None),
-    "fmm": (fd.FlowMapMatching, None),
+    "emd": (fd.objectives.EulerianMapDistillation, nonlinear_field),
+    "ee": (fd.objectives.StopGradientEulerian, None),
+    "naive": (fd.objectives.NaiveEulerian, None),
+    "fmm": (fd.objectives.FlowMapMatching, None),
     "lsd": (fd.LagrangianSelfDistillation, None),
-    "esd": (fd.EulerianSelfDistillation, None),
-    "mean-flow": (fd.MeanFlow, None),
-    "improved-mean-flow": (fd.ImprovedMeanFlow, None),
-    "ayf-emd": (fd.AlignYourFlowEMD, nonlinear_field),
-    "ayf-lmd": (fd.AlignYourFlowLMD, nonlinear_field),
-    "scm": (fd.ContinuousConsistency, None),
-    "tvm": (fd.TerminalVelocityMatching, None),
-    "free-flow": (fd.FreeFlow, nonlinear_field),
+    "esd": (fd.objectives.EulerianSelfDistillation, None),
+    "mean-flow": (fd.objectives.MeanFlow, None),
+    "improved-mean-flow": (fd.objectives.ImprovedMeanFlow, None),
+    "ayf-emd": (fd.objectives.AlignYourFlowEMD, nonlinear_field),
+    "ayf-lmd": (fd.objectives.AlignYourFlowLMD, nonlinear_field),
+    "scm": (fd.objectives.ContinuousConsistency, None),
+    "tvm": (fd.objectives.TerminalVelocityMatching, None),
+    "free-flow": (fd.objectives.FreeFlow, nonlinear_field),
 }
 
 
@@ -478,7 +502,7 @@ WITH_JVP = {
 def test_finite_differences(name):
     cls, teacher = WITH_JVP[name]
     expected = value_and_grad(cls(), teacher)
-    calls, derivative = [], fd.FiniteDifference(1e-5)
+    calls, derivative = [], fd.objectives.FiniteDifference(1e-5)
 
     def counted(*args, **kwargs):
         calls.append(args)
@@ -496,7 +520,7 @@ def test_finite_differences_call_no_forward_mode():
 
     sine.defvjp(lambda x: (jnp.sin(x), x), lambda x, g: (g * jnp.cos(x),))
     net = lambda s, t, x, args: sine(x + s - 2 * t)
-    objective = fd.LagrangianSelfDistillation(jvp=fd.FiniteDifference(1e-5))
+    objective = fd.LagrangianSelfDistillation(jvp=fd.objectives.FiniteDifference(1e-5))
     value = objective(fd.FlowMap(net), None, PATH, S, T)
     smooth = fd.FlowMap(lambda s, t, x, args: jnp.sin(x + s - 2 * t))
     assert_close(value, fd.LagrangianSelfDistillation()(smooth, None, PATH, S, T), 1e-8)
@@ -506,4 +530,4 @@ def test_finite_differences_call_no_forward_mode():
 
 def test_finite_difference_needs_a_step():
     with pytest.raises(ValueError, match="`step` must be positive; got 0"):
-        fd.FiniteDifference(0.0)
+        fd.objectives.FiniteDifference(0.0)

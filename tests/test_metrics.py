@@ -114,7 +114,7 @@ def test_rms_distance_of_other_shapes():
 
 def test_defects_of_an_exact_and_of_a_shifted_map():
     exact = gaussian_map()
-    s, t = fd.UniformTriangle()(jr.key(0), 64)
+    s, t = fd.times.UniformTriangle()(jr.key(0), 64)
     x_s = jr.normal(jr.key(1), (64, 2))
     x_t = jax.vmap(exact)(s, t, x_s)
     made = fd.metrics.defects(exact, exact.velocity, s, t, x_s, x_t)

@@ -13,13 +13,13 @@ import test_limits
 import test_objectives
 import test_times
 
-OBJECTIVE = "flowdiffrax._objective."
+OBJECTIVE = "flowdiffrax.objectives._"
 
 # what went wrong, the module, the line, the mistaken line, the test that notices
 MUTANTS = [
     (
         "s and t swapped",
-        "flowdiffrax._identities",
+        "flowdiffrax.identities",
         "start = lambda s, x: flow_map(s, t, x, args)",
         "start = lambda s, x: flow_map(t, s, x, args)",
         test_limits.test_mean_flow_on_the_papers_clock,
@@ -91,28 +91,28 @@ MUTANTS = [
     ),
     (
         "v_ss for v_tt",
-        "flowdiffrax._identities",
+        "flowdiffrax.identities",
         "b_t = check_like(teacher(t, X_st, args)",
         "b_t = check_like(teacher(s, X_st, args)",
         test_objectives.test_lagrangian_by_finite_differences,
     ),
     (
         "the teacher at the start of the jump",
-        "flowdiffrax._identities",
+        "flowdiffrax.identities",
         "b_t = check_like(teacher(t, X_st, args)",
         "b_t = check_like(teacher(t, x, args)",
         test_objectives.test_lagrangian_by_finite_differences,
     ),
     (
         "shares of the pieces swapped",
-        "flowdiffrax._identities",
+        "flowdiffrax.identities",
         "add_scaled(scale(share, v_su), 1 - share, v_ut)",
         "add_scaled(scale(1 - share, v_su), share, v_ut)",
         lambda: test_limits.test_progressive_goes_to_the_equations("start"),
     ),
     (
         "the second piece from the start",
-        "flowdiffrax._identities",
+        "flowdiffrax.identities",
         "second(u, t, add_scaled(x, u - s, v_su))",
         "second(u, t, x)",
         lambda: test_limits.test_progressive_goes_to_the_equations("end"),
@@ -147,21 +147,21 @@ MUTANTS = [
     ),
     (
         "an adaptive weight that is not held fixed",
-        OBJECTIVE + "weight",
+        "flowdiffrax.weights._norms",
         "squared_error / lax.stop_gradient(squared_error + self.floor) ** self.power",
         "squared_error / (squared_error + self.floor) ** self.power",
         test_objectives.test_power_weight_is_held_fixed,
     ),
     (
         "one key for all objectives",
-        OBJECTIVE + "base",
+        OBJECTIVE + "mixture",
         "jr.fold_in(key, index)",
         "jr.clone(key)",
         test_objectives.test_mixture_draws_other_times_for_each,
     ),
     (
         "one key for both times",
-        "flowdiffrax._times",
+        "flowdiffrax.times._base",
         "first_key, second_key = jr.split(key)",
         "first_key, second_key = key, jr.clone(key)",
         test_times.test_triangle_is_two_sorted_uniforms,

@@ -33,7 +33,7 @@ every_network = pytest.mark.parametrize(
 
 S, T = jnp.asarray(0.2), jnp.asarray(0.9)
 X = jr.normal(jr.key(5), SHAPE)
-ARGS = fd.GuidanceArgs(jnp.asarray(1), jnp.asarray(2.5))
+ARGS = fd.velocities.GuidanceArgs(jnp.asarray(1), jnp.asarray(2.5))
 
 
 @functools.cache
@@ -82,7 +82,7 @@ def gradient(net):
     """Of a loss with a derivative in time in it, over two labels."""
 
     def loss(net, label):
-        args = fd.GuidanceArgs(label, ARGS.scale)
+        args = fd.velocities.GuidanceArgs(label, ARGS.scale)
         end = lambda t: net(S, t, X, args)
         v, dv = jax.jvp(end, (T,), (jnp.ones_like(T),))
         return jnp.mean((v + 0.7 * dv - jnp.sin(3 * X)) ** 2)
@@ -264,7 +264,10 @@ def test_magnitude_preserving_network_in_short():
         expected = finite_difference(along, inputs, tuple(direction))
         assert max_abs(expected) > 1e-3
         assert_close(pushed(net, inputs, tuple(direction))[1], expected, 1e-8, 1e-6)
-    for args in (fd.GuidanceArgs(jnp.asarray(0), ARGS.scale), ARGS._replace(scale=T)):
+    for args in (
+        fd.velocities.GuidanceArgs(jnp.asarray(0), ARGS.scale),
+        ARGS._replace(scale=T),
+    ):
         assert max_abs(value(net, S, T, X, args) - value(net, S, T, X)) > 1e-3
     scaled = smaller(kind, scale=2.0)
     assert_close(value(scaled, S, T, 4 * X), 4 * value(net, S, T, X), 1e-9, 1e-9)
@@ -299,7 +302,10 @@ def test_patches_are_put_back_where_they_were():
 @every_network
 def test_conditions_matter(kind):
     net = shaken(kind)
-    for args in (fd.GuidanceArgs(jnp.asarray(0), ARGS.scale), ARGS._replace(scale=T)):
+    for args in (
+        fd.velocities.GuidanceArgs(jnp.asarray(0), ARGS.scale),
+        ARGS._replace(scale=T),
+    ):
         assert max_abs(value(net, S, T, X, args) - value(net, S, T, X)) > 1e-3
 
 
@@ -308,9 +314,14 @@ def test_no_class_and_no_scale(kind):
     condition = shaken(kind).condition
     null = condition(S, T, None)
     # As by `ConditionDropout`, and as guidance calls the network without a condition.
-    for args in (3, jnp.asarray(3), fd.GuidanceArgs(None, 1.0), fd.GuidanceArgs(3, 1)):
+    for args in (
+        3,
+        jnp.asarray(3),
+        fd.velocities.GuidanceArgs(None, 1.0),
+        fd.velocities.GuidanceArgs(3, 1),
+    ):
         assert_close(condition(S, T, args), null, 0, 0)
-    for args in (0, jnp.asarray(2, jnp.uint8), fd.GuidanceArgs(None, 0.0)):
+    for args in (0, jnp.asarray(2, jnp.uint8), fd.velocities.GuidanceArgs(None, 0.0)):
         assert max_abs(condition(S, T, args) - null) > 1e-3
 
 
@@ -328,7 +339,7 @@ def test_label_beyond_the_classes(label):
 @pytest.mark.slow
 def test_dropped_conditions(scale):
     images = np.zeros((5, *SHAPE), np.uint8)
-    data = fd.data.DeviceImages(images, np.arange(5) % 3)
+    data = fd.images.DeviceImages(images, np.arange(5) % 3)
     batches = fd.data.InterpolantBatches(fd.LinearInterpolant(), data, 8)
     dropped = fd.data.ConditionDropout(batches, null=3, rate=0.5, scale=scale)
     _, args = dropped(jr.key(0))
@@ -599,12 +610,13 @@ def test_wrong_image(kind, x):
 
 
 def test_image_of_integers():
-    with without_type_checks(), pytest.raises(TypeError, match="`data.from_uint8`"):
+    with without_type_checks(), pytest.raises(TypeError, match="`images.from_uint8`"):
         shaken("UNet")(S, T, jnp.zeros(SHAPE, jnp.uint8), None)
 
 
 @pytest.mark.parametrize(
-    "args", [1.0, jnp.ones(()), {"label": 1}, "cat", True, fd.GuidanceArgs(0.5, 1.0)]
+    "args",
+    [1.0, jnp.ones(()), {"label": 1}, "cat", True, fd.velocities.GuidanceArgs(0.5, 1.0)],
 )
 def test_args_of_a_wrong_kind(args):
     with pytest.raises(
@@ -619,7 +631,7 @@ def test_args_of_a_wrong_shape():
     ):
         shaken("UNet")(S, T, X, jnp.arange(4))
     with pytest.raises(ValueError, match=r"scale must be one number; got shape \(2,\)"):
-        shaken("UNet")(S, T, X, fd.GuidanceArgs(1, jnp.ones(2)))
+        shaken("UNet")(S, T, X, fd.velocities.GuidanceArgs(1, jnp.ones(2)))
 
 
 def test_args_for_a_network_without():
@@ -627,7 +639,7 @@ def test_args_for_a_network_without():
     with pytest.raises(ValueError, match="without classes.*`num_classes`"):
         net(S, T, X, jnp.asarray(1))
     with pytest.raises(TypeError, match="`guidance=True`"):
-        net(S, T, X, fd.GuidanceArgs(None, 2.0))
+        net(S, T, X, fd.velocities.GuidanceArgs(None, 2.0))
 
 
 @pytest.mark.parametrize("make", [fd.nn.UNet, fd.nn.MagnitudePreservingUNet])

@@ -230,7 +230,7 @@ def test_field_in_units_is_a_teacher():
     teacher = made.vector_field(fd.exact.LinearFlowMap(matrix, [offset] * 2).velocity)
     source = fd.data.StateBatches(jr.normal(jr.key(0), (8, 2)), 8)
     loss = eqx.filter_jit(
-        lambda exact, teacher: fd.batch_loss(
+        lambda exact, teacher: fd.objectives.batch_loss(
             fd.LagrangianMapDistillation(),
             exact,
             teacher,
@@ -304,7 +304,7 @@ def learned():
     net = fd.nn.Ravelled(fd.nn.MLP(2, 32, 2, **settings))
     state = fd.train.fit(
         fd.AutonomousFlowMap(fd.FlowMap(net)),
-        fd.TrajectoryMatching(fd.GridTimes(times, both_directions=True)),
+        fd.TrajectoryMatching(fd.times.GridTimes(times, both_directions=True)),
         pool,
         optax.adam(optax.cosine_decay_schedule(1e-2, 500)),
         num_steps=500,

@@ -23,7 +23,7 @@ import flowdiffrax as fd
 S, T = jnp.asarray(0.2), jnp.asarray(0.9)
 X0, X1 = jnp.asarray([0.8, -0.5]), jnp.asarray([-0.3, 1.1])
 PATH = fd.LinearInterpolant()(X0, X1)
-STOPS = fd.StopGradient
+STOPS = fd.objectives.StopGradient
 
 
 def trajectory_path(field=None):
@@ -31,7 +31,7 @@ def trajectory_path(field=None):
     ts = jnp.asarray([0.0, 0.2, 0.55, 0.9, 1.0])
     field = linear_map().velocity if field is None else field
     ys = fd.solve_trajectories(field, X0[None], ts, rtol=1e-12, atol=1e-12)
-    return fd.TrajectoryPath(ts, ys[0])
+    return fd.paths.TrajectoryPath(ts, ys[0])
 
 
 def scaled(flow_map, factor):
@@ -52,19 +52,19 @@ EXACT = {
         PATH,
     ),
     "lagrangian-through-teacher": lambda: (
-        fd.LagrangianMapDistillation(stop_gradient=fd.StopGradient.NONE),
+        fd.LagrangianMapDistillation(stop_gradient=fd.objectives.StopGradient.NONE),
         linear_map(),
         linear_map().velocity,
         PATH,
     ),
     "velocity": lambda: (
-        fd.VelocityDistillation(),
+        fd.objectives.VelocityDistillation(),
         gaussian_map(),
         gaussian_map().velocity,
         PATH,
     ),
     "progressive": lambda: (
-        fd.ProgressiveFlowMapMatching(3),
+        fd.objectives.ProgressiveFlowMapMatching(3),
         gaussian_map(),
         gaussian_map(),
         PATH,
@@ -112,7 +112,9 @@ def test_lagrangian_by_finite_differences():
 
 def test_lagrangian_at_equal_times_is_velocity_distillation():
     args = (mlp_map(), nonlinear_field, PATH, T, T)
-    assert_close(fd.LagrangianMapDistillation()(*args), fd.VelocityDistillation()(*args))
+    assert_close(
+        fd.LagrangianMapDistillation()(*args), fd.objectives.VelocityDistillation()(*args)
+    )
 
 
 def test_flow_matching_value():
@@ -127,13 +129,13 @@ def test_progressive_against_a_loop():
     ts, y = np.linspace(S, T, 4), x
     for k in range(3):
         y = teacher(ts[k], ts[k + 1], y)
-    made = fd.ProgressiveFlowMapMatching(3)(flow_map, teacher, PATH, S, T)
+    made = fd.objectives.ProgressiveFlowMapMatching(3)(flow_map, teacher, PATH, S, T)
     assert_close(made, np.sum((flow_map(S, T, x) - y) ** 2), 1e-13)
 
 
 def test_progressive_without_teacher_is_its_own():
     flow_map = mlp_map()
-    objective = fd.ProgressiveFlowMapMatching()
+    objective = fd.objectives.ProgressiveFlowMapMatching()
     own = objective(flow_map, flow_map, PATH, S, T)
     assert_close(objective(flow_map, None, PATH, S, T), own)
 
@@ -148,7 +150,7 @@ def test_trajectory_matching_compares_slopes():
 
 def test_progressive_needs_two_jumps():
     with pytest.raises(ValueError, match="`num_jumps` must be at least 2; got 1"):
-        fd.ProgressiveFlowMapMatching(1)
+        fd.objectives.ProgressiveFlowMapMatching(1)
 
 
 # --- gradients ----------------------------------------------------------------------
@@ -187,7 +189,9 @@ def test_lagrangian_teacher_is_frozen():
 
 def test_lagrangian_gradient_through_the_teacher():
     student, teacher = mlp_map(), nonlinear_field
-    objective = fd.LagrangianMapDistillation(stop_gradient=fd.StopGradient.NONE)
+    objective = fd.LagrangianMapDistillation(
+        stop_gradient=fd.objectives.StopGradient.NONE
+    )
     loss = lambda m: objective(m, teacher, PATH, S, T)
     expected, direction = directional(loss, student)
     full = along(gradient(objective, student, teacher), direction)
@@ -198,7 +202,7 @@ def test_lagrangian_gradient_through_the_teacher():
 
 def test_progressive_target_is_frozen():
     student = mlp_map()
-    objective = fd.ProgressiveFlowMapMatching()
+    objective = fd.objectives.ProgressiveFlowMapMatching()
     loss = lambda m: objective(m, student, PATH, S, T)
     expected, direction = directional(loss, student)
     made = along(gradient(objective, student, None), direction)
@@ -206,7 +210,8 @@ def test_progressive_target_is_frozen():
 
 
 @pytest.mark.parametrize(
-    "objective", [fd.ProgressiveFlowMapMatching(), fd.LagrangianMapDistillation()]
+    "objective",
+    [fd.objectives.ProgressiveFlowMapMatching(), fd.LagrangianMapDistillation()],
 )
 def test_teacher_gets_no_gradient(objective):
     distilling = isinstance(objective, fd.LagrangianMapDistillation)
@@ -265,81 +270,87 @@ def test_flow_matching_is_unbiased_at_the_truth():
 
 
 def test_inverse_gap():
-    assert_close(fd.InverseGap()(S, T, jnp.asarray(0.98)), 0.98 / 0.49)
-    assert_close(fd.InverseGap()(T, S, jnp.asarray(0.98)), 0.98 / 0.49)
-    assert_close(fd.InverseGap(power=1.0)(S, T, jnp.asarray(0.7)), jnp.asarray(1.0))
+    assert_close(fd.weights.InverseGap()(S, T, jnp.asarray(0.98)), 0.98 / 0.49)
+    assert_close(fd.weights.InverseGap()(T, S, jnp.asarray(0.98)), 0.98 / 0.49)
+    assert_close(
+        fd.weights.InverseGap(power=1.0)(S, T, jnp.asarray(0.7)), jnp.asarray(1.0)
+    )
 
 
 def test_inverse_gap_stops_growing():
-    weight = fd.InverseGap(min_gap=0.1)
+    weight = fd.weights.InverseGap(min_gap=0.1)
     assert_close(weight(S, S, jnp.asarray(1.0)), jnp.asarray(100.0))
 
 
 def test_data_end_weight():
-    weight = fd.DataEndWeight(0.2)
+    weight = fd.weights.DataEndWeight(0.2)
     values = [float(weight(S, jnp.asarray(t), jnp.asarray(4.0))) for t in (0.5, 0.9, 1.0)]
     np.testing.assert_allclose(values, [4, 1, 0], atol=1e-12)
 
 
 def test_power_weight_is_held_fixed():
     # With p = 1 and a large error, the loss says 1 and the gradient does not vanish.
-    weight = fd.PowerWeight(1.0, 1e-3)
+    weight = fd.weights.PowerWeight(1.0, 1e-3)
     value, slope = jax.value_and_grad(lambda e: weight(S, T, e))(jnp.asarray(50.0))
     assert_close(value, jnp.asarray(1.0), 1e-4)
     assert_close(slope, jnp.asarray(1 / 50), 1e-6)
 
 
 def test_pseudo_huber_turns_from_square_to_distance():
-    weight = fd.PseudoHuber(0.1)
+    weight = fd.weights.PseudoHuber(0.1)
     small, large = jnp.asarray(1e-8), jnp.asarray(1e8)
     assert_close(weight(S, T, small), small / 0.2, 1e-12, 1e-6)
     assert_close(weight(S, T, large), jnp.sqrt(large) - 0.1, 1e-5)
 
 
 def test_pseudo_huber_without_a_square_is_the_distance():
-    value, slope = jax.value_and_grad(lambda e: fd.PseudoHuber()(S, T, e))(
+    value, slope = jax.value_and_grad(lambda e: fd.weights.PseudoHuber()(S, T, e))(
         jnp.asarray(9.0)
     )
     assert_close(value, jnp.asarray(3.0))
     assert_close(slope, jnp.asarray(1 / 6))
     # Of an error that is zero, the gradient is zero and no NaN.
-    loss = lambda x: fd.PseudoHuber()(S, T, jnp.sum(x**2))
+    loss = lambda x: fd.weights.PseudoHuber()(S, T, jnp.sum(x**2))
     assert max_abs(jax.grad(loss)(jnp.zeros(3))) == 0
 
 
 def test_inverse_noise_gap():
     # Noise levels of 4 and 1 in units of the base, and the largest one at time 0.
-    weight, s, t = fd.InverseNoiseGap(), jnp.asarray(0.2), jnp.asarray(0.5)
+    weight, s, t = fd.weights.InverseNoiseGap(), jnp.asarray(0.2), jnp.asarray(0.5)
     assert_close(weight(s, t, jnp.asarray(6.0)), jnp.asarray(2.0), 1e-12)
     assert_close(weight(jnp.zeros(()), t, jnp.asarray(158.0)), jnp.asarray(2.0), 1e-12)
-    lower = fd.InverseNoiseGap(max_noise=3.0)
+    lower = fd.weights.InverseNoiseGap(max_noise=3.0)
     assert_close(lower(s, t, jnp.asarray(6.0)), jnp.asarray(3.0), 1e-12)
     # On a circle, the level is the cotangent of the angle.
-    circle = fd.InverseNoiseGap(fd.TrigonometricInterpolant())
+    circle = fd.weights.InverseNoiseGap(fd.paths.TrigonometricInterpolant())
     third = jnp.asarray(1 / 3)
     expected = 6 / (3**0.5 - 1)
     assert_close(circle(third, t, jnp.asarray(6.0)), jnp.asarray(expected), 1e-12)
 
 
 def test_band_weight():
-    weight = fd.BandWeight(0.25)
+    weight = fd.weights.BandWeight(0.25)
     one = jnp.asarray(1.0)
     assert [float(weight(S, S + h, one)) for h in (0.2, 0.3, -0.2)] == [1, 0, 1]
 
 
 def test_weights_in_a_chain():
-    chain = fd.WeightChain([fd.PseudoHuber(0.1), fd.InverseGap(1.0)])
-    expected = fd.InverseGap(1.0)(S, T, fd.PseudoHuber(0.1)(S, T, jnp.asarray(2.0)))
+    chain = fd.weights.WeightChain(
+        [fd.weights.PseudoHuber(0.1), fd.weights.InverseGap(1.0)]
+    )
+    expected = fd.weights.InverseGap(1.0)(
+        S, T, fd.weights.PseudoHuber(0.1)(S, T, jnp.asarray(2.0))
+    )
     assert_close(chain(S, T, jnp.asarray(2.0)), expected)
     # One that tells start from end.
-    chain = fd.WeightChain([fd.PseudoHuber(0.1), Slanted()])
-    expected = (1 + S + 3 * T) * fd.PseudoHuber(0.1)(S, T, jnp.asarray(2.0))
+    chain = fd.weights.WeightChain([fd.weights.PseudoHuber(0.1), Slanted()])
+    expected = (1 + S + 3 * T) * fd.weights.PseudoHuber(0.1)(S, T, jnp.asarray(2.0))
     assert_close(chain(S, T, jnp.asarray(2.0)), expected)
 
 
 def test_learned_weight_finds_the_mean_error():
     # Errors whose mean is exp(1 + s - t): gradient descent on the weight alone.
-    s, t = fd.UniformTriangle()(jr.key(0), 4000)
+    s, t = fd.times.UniformTriangle()(jr.key(0), 4000)
     errors = jnp.exp(1 + s - t) * jr.exponential(jr.key(1), (4000,))
 
     def loss(weight):
@@ -350,7 +361,7 @@ def test_learned_weight_finds_the_mean_error():
         grads = eqx.filter_grad(loss)(weight)
         return jtu.tree_map(lambda w, g: w - 0.1 * g, weight, grads), None
 
-    start = fd.LearnedWeight(4)
+    start = fd.weights.LearnedWeight(4)
     assert_close(jax.vmap(start)(s, t, errors), errors)
     weight, _ = jax.lax.scan(step, start, length=800)
     found = jax.vmap(weight.log_variance)(s, t)
@@ -359,24 +370,24 @@ def test_learned_weight_finds_the_mean_error():
 
 def test_learned_weight_of_another_dtype():
     for weight, dtype in (
-        (fd.LearnedWeight(), jnp.float64),
-        (fd.LearnedWeight(3, jnp.float32), jnp.float32),
+        (fd.weights.LearnedWeight(), jnp.float64),
+        (fd.weights.LearnedWeight(3, jnp.float32), jnp.float32),
     ):
         assert weight.coefficients.dtype == dtype
-    assert fd.LearnedWeight().coefficients.shape == (2, 2, 8)
-    assert fd.LearnedWeight(3).coefficients.shape == (2, 2, 3)
+    assert fd.weights.LearnedWeight().coefficients.shape == (2, 2, 8)
+    assert fd.weights.LearnedWeight(3).coefficients.shape == (2, 2, 3)
 
 
 @pytest.mark.parametrize("name", EXACT)
 def test_objectives_apply_their_weight(name):
     objective, flow_map, teacher, path = EXACT[name]()
     arguments = (scaled(flow_map, 1.2), teacher, path, S, T)
-    plain = eqx.tree_at(lambda o: o.weight, objective, fd.NoWeight())
+    plain = eqx.tree_at(lambda o: o.weight, objective, fd.weights.NoWeight())
     slanted = eqx.tree_at(lambda o: o.weight, objective, Slanted())
     assert_close(slanted(*arguments), (1 + S + 3 * T) * plain(*arguments))
 
 
-class Slanted(fd.AbstractWeight):
+class Slanted(fd.weights.AbstractWeight):
     """Another number for other times, and for the same in the other order."""
 
     def __call__(self, s, t, squared_error):
@@ -386,18 +397,18 @@ class Slanted(fd.AbstractWeight):
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: fd.InverseGap(min_gap=0.0),
-        lambda: fd.DataEndWeight(0.0),
-        lambda: fd.DataEndWeight(1.5),
-        lambda: fd.PowerWeight(-1.0),
-        lambda: fd.PowerWeight(1.0, 0.0),
-        lambda: fd.NormalisedTangent(0.0),
-        lambda: fd.PseudoHuber(-0.1),
-        lambda: fd.PowerWeight(scale=0.0),
-        lambda: fd.NormalisedTangent(scale=-1.0),
-        lambda: fd.LearnedWeight(scale=0.0),
-        lambda: fd.InverseNoiseGap(max_noise=0.0),
-        lambda: fd.LearnedWeight(0),
+        lambda: fd.weights.InverseGap(min_gap=0.0),
+        lambda: fd.weights.DataEndWeight(0.0),
+        lambda: fd.weights.DataEndWeight(1.5),
+        lambda: fd.weights.PowerWeight(-1.0),
+        lambda: fd.weights.PowerWeight(1.0, 0.0),
+        lambda: fd.weights.NormalisedTangent(0.0),
+        lambda: fd.weights.PseudoHuber(-0.1),
+        lambda: fd.weights.PowerWeight(scale=0.0),
+        lambda: fd.weights.NormalisedTangent(scale=-1.0),
+        lambda: fd.weights.LearnedWeight(scale=0.0),
+        lambda: fd.weights.InverseNoiseGap(max_noise=0.0),
+        lambda: fd.weights.LearnedWeight(0),
     ],
 )
 def test_bad_weights(make):
@@ -413,12 +424,12 @@ def batch(n=8, dtype=float):
     return jax.vmap(fd.LinearInterpolant())(x0, x1)
 
 
-class Recorded(fd.AbstractObjective):
+class Recorded(fd.objectives.AbstractObjective):
     """A loss that tells which rows it saw: x0 of each, scaled."""
 
     factor: float = 1.0
-    times: fd.AbstractTimes = fd.UniformTriangle()
-    weight: fd.AbstractWeight = fd.NoWeight()
+    times: fd.times.AbstractTimes = fd.times.UniformTriangle()
+    weight: fd.weights.AbstractWeight = fd.weights.NoWeight()
 
     def __call__(self, flow_map, teacher, path, s, t, args=None, *, key=None):
         return self.factor * path.x0[0]
@@ -428,14 +439,14 @@ def test_batch_loss_is_a_mean_over_examples():
     paths, objective = batch(5), fd.LagrangianMapDistillation()
     drawn = []
 
-    class Spy(fd.AbstractTimes):
+    class Spy(fd.times.AbstractTimes):
         def from_uniform(self, first, second):
-            drawn.append(fd.UniformTriangle().from_uniform(first, second))
+            drawn.append(fd.times.UniformTriangle().from_uniform(first, second))
             return drawn[-1]
 
     spied = eqx.tree_at(lambda o: o.times, objective, Spy())
     args = jr.normal(jr.key(4), (5, 2))
-    loss, terms = fd.batch_loss(
+    loss, terms = fd.objectives.batch_loss(
         spied, mlp_map(), nonlinear_field, paths, args, key=jr.key(2)
     )
     ((s, t),) = drawn
@@ -457,8 +468,8 @@ def test_batch_loss_is_a_mean_over_examples():
 
 def test_mixture_rows_and_terms():
     paths = batch(8)
-    mixture = fd.Mixture((Recorded(1.0), Recorded(10.0)), (3.0, 1.0))
-    loss, terms = fd.batch_loss(mixture, mlp_map(), None, paths, key=jr.key(0))
+    mixture = fd.objectives.Mixture((Recorded(1.0), Recorded(10.0)), (3.0, 1.0))
+    loss, terms = fd.objectives.batch_loss(mixture, mlp_map(), None, paths, key=jr.key(0))
     first, second = paths.x0[:6, 0].mean(), 10 * paths.x0[6:, 0].mean()
     assert_close(terms, {"Recorded": first, "Recorded_1": second})
     assert_close(loss, 0.75 * first + 0.25 * second)
@@ -466,30 +477,38 @@ def test_mixture_rows_and_terms():
 
 def test_mixture_weights():
     paths = batch(8)
-    mixture = fd.Mixture((Recorded(1.0), Recorded(10.0)), (1.0, 1.0), (2.0, 0.5))
-    loss, terms = fd.batch_loss(mixture, mlp_map(), None, paths, key=jr.key(0))
+    mixture = fd.objectives.Mixture(
+        (Recorded(1.0), Recorded(10.0)), (1.0, 1.0), (2.0, 0.5)
+    )
+    loss, terms = fd.objectives.batch_loss(mixture, mlp_map(), None, paths, key=jr.key(0))
     assert_close(loss, 2 * terms["Recorded"] + 0.5 * terms["Recorded_1"])
 
 
 def test_mixture_draws_other_times_for_each():
-    objective = fd.VelocityDistillation()
-    mixture = fd.Mixture((objective, objective), (1.0, 1.0))
+    objective = fd.objectives.VelocityDistillation()
+    mixture = fd.objectives.Mixture((objective, objective), (1.0, 1.0))
     one = jax.vmap(fd.LinearInterpolant())(jnp.ones((8, 2)), jnp.zeros((8, 2)))
-    _, terms = fd.batch_loss(mixture, mlp_map(), nonlinear_field, one, key=jr.key(0))
+    _, terms = fd.objectives.batch_loss(
+        mixture, mlp_map(), nonlinear_field, one, key=jr.key(0)
+    )
     first, second = terms.values()
     assert abs(first - second) > 1e-6
 
 
 def test_mixture_of_two_teachers():
-    mixture = fd.Mixture(
-        (fd.VelocityDistillation(), fd.ProgressiveFlowMapMatching()), (1.0, 1.0)
+    mixture = fd.objectives.Mixture(
+        (
+            fd.objectives.VelocityDistillation(),
+            fd.objectives.ProgressiveFlowMapMatching(),
+        ),
+        (1.0, 1.0),
     )
     exact = linear_map()
     both = (exact.velocity, exact)
-    _, terms = fd.batch_loss(mixture, exact, both, batch(8), key=jr.key(0))
+    _, terms = fd.objectives.batch_loss(mixture, exact, both, batch(8), key=jr.key(0))
     assert max_abs(terms) < 1e-12
     with pytest.raises(ValueError, match="3 teachers and 2 objectives"):
-        fd.batch_loss(mixture, exact, (*both, None), batch(8), key=jr.key(0))
+        fd.objectives.batch_loss(mixture, exact, (*both, None), batch(8), key=jr.key(0))
 
 
 @pytest.mark.parametrize(
@@ -498,13 +517,13 @@ def test_mixture_of_two_teachers():
 )
 def test_bad_mixtures(objectives, shares, weights):
     with pytest.raises(ValueError):
-        fd.Mixture((fd.FlowMatching(),) * objectives, shares, weights)
+        fd.objectives.Mixture((fd.FlowMatching(),) * objectives, shares, weights)
 
 
 def test_batch_too_small_for_its_shares():
-    mixture = fd.Mixture((fd.FlowMatching(), fd.FlowMatching()), (1.0, 99.0))
+    mixture = fd.objectives.Mixture((fd.FlowMatching(), fd.FlowMatching()), (1.0, 99.0))
     with pytest.raises(ValueError, match="too small"):
-        fd.batch_loss(mixture, mlp_map(), None, batch(4), key=jr.key(0))
+        fd.objectives.batch_loss(mixture, mlp_map(), None, batch(4), key=jr.key(0))
 
 
 def tree_net(s, t, x, args):
@@ -516,8 +535,8 @@ def tree_net(s, t, x, args):
     [
         fd.FlowMatching(),
         fd.LagrangianMapDistillation(),
-        fd.VelocityDistillation(),
-        fd.ProgressiveFlowMapMatching(),
+        fd.objectives.VelocityDistillation(),
+        fd.objectives.ProgressiveFlowMapMatching(),
         fd.TrajectoryMatching(),
     ],
 )
@@ -528,17 +547,17 @@ def test_objectives_with_pytrees(objective, dtype):
     if isinstance(objective, fd.TrajectoryMatching):
         ts = jnp.broadcast_to(jnp.asarray([0.0, 1.0], dtype), (4, 2))
         ys = jtu.tree_map(lambda a, b: jnp.stack([a, b], axis=1), paths.x0, paths.x1)
-        paths = fd.TrajectoryPath(ts, ys)
+        paths = fd.paths.TrajectoryPath(ts, ys)
     flow_map = fd.FlowMap(tree_net)
-    progressive = isinstance(objective, fd.ProgressiveFlowMapMatching)
+    progressive = isinstance(objective, fd.objectives.ProgressiveFlowMapMatching)
     teacher = flow_map if progressive else lambda t, x, args: jtu.tree_map(jnp.cos, x)
-    loss, _ = fd.batch_loss(objective, flow_map, teacher, paths, key=jr.key(0))
+    loss, _ = fd.objectives.batch_loss(objective, flow_map, teacher, paths, key=jr.key(0))
     assert loss.dtype == dtype
     assert np.isfinite(loss) and loss > 0
 
 
 @pytest.mark.parametrize(
-    "objective", [fd.LagrangianMapDistillation(), fd.VelocityDistillation()]
+    "objective", [fd.LagrangianMapDistillation(), fd.objectives.VelocityDistillation()]
 )
 def test_missing_teacher_is_named(objective):
     path = fd.LinearInterpolant()(jnp.zeros(2), jnp.ones(2))
@@ -552,10 +571,19 @@ def test_missing_teacher_is_named(objective):
 @pytest.mark.parametrize(
     "make, match",
     [
-        (lambda: fd.MeanFlow(fd.NoWeight()), "`times` must be a law"),
-        (lambda: fd.MeanFlow(weight=fd.UniformTriangle()), "`weight` must be a callable"),
-        (lambda: fd.Mixture([fd.FlowMatching], [1.0]), "A mixture is of objectives"),
-        (lambda: fd.Scheduled(fd.FlowMatching()), "takes a function of the step"),
+        (lambda: fd.objectives.MeanFlow(fd.weights.NoWeight()), "`times` must be a law"),
+        (
+            lambda: fd.objectives.MeanFlow(weight=fd.times.UniformTriangle()),
+            "`weight` must be a callable",
+        ),
+        (
+            lambda: fd.objectives.Mixture([fd.FlowMatching], [1.0]),
+            "A mixture is of objectives",
+        ),
+        (
+            lambda: fd.objectives.Scheduled(fd.FlowMatching()),
+            "takes a function of the step",
+        ),
         (lambda: fd.train.make_step(fd.FlowMatching, None), "must be an instance"),
         (
             lambda: fd.ComposedFlowMap(fd.nn.MLP(2, 8, 1, key=jr.key(0)), 2),
@@ -572,12 +600,18 @@ def test_mistaken_arguments(make, match):
     "make, match",
     [
         (lambda: fd.LagrangianMapDistillation(stop_gradient=STOPS.TRANSPORT), "no deriv"),
-        (lambda: fd.StopGradientEulerian(stop_gradient=STOPS.TEACHER), "biased"),
-        (lambda: fd.ImprovedMeanFlow(stop_gradient=STOPS.NONE), "must be"),
-        (lambda: fd.ProgressiveSelfDistillation(split=1.0), "`split` must be in"),
-        (lambda: fd.Shortcut(clip=0.0), "`clip` must be positive"),
-        (lambda: fd.AlphaFlow(alpha=1.5), "`alpha` must be in"),
-        (lambda: fd.AlignYourFlowEMD(epsilon=0.0), "`epsilon` must be in"),
+        (
+            lambda: fd.objectives.StopGradientEulerian(stop_gradient=STOPS.TEACHER),
+            "biased",
+        ),
+        (lambda: fd.objectives.ImprovedMeanFlow(stop_gradient=STOPS.NONE), "must be"),
+        (
+            lambda: fd.objectives.ProgressiveSelfDistillation(split=1.0),
+            "`split` must be in",
+        ),
+        (lambda: fd.objectives.Shortcut(clip=0.0), "`clip` must be positive"),
+        (lambda: fd.objectives.AlphaFlow(alpha=1.5), "`alpha` must be in"),
+        (lambda: fd.objectives.AlignYourFlowEMD(epsilon=0.0), "`epsilon` must be in"),
     ],
 )
 def test_mistaken_settings(make, match):
@@ -585,21 +619,26 @@ def test_mistaken_settings(make, match):
         make()
 
 
-@pytest.mark.parametrize("times", [fd.UniformTriangle(), fd.EndAt(fd.LogitNormal())])
+@pytest.mark.parametrize(
+    "times", [fd.times.UniformTriangle(), fd.times.EndAt(fd.times.LogitNormal())]
+)
 def test_self_distillation_without_a_diagonal(times):
     lonely = fd.LagrangianSelfDistillation(times)
     with pytest.raises(ValueError, match="puts no row there"):
-        fd.batch_loss(lonely, mlp_map(), None, batch(), key=jr.key(0))
-    both = fd.Mixture((lonely, fd.FlowMatching()), (1.0, 1.0))
-    assert fd.batch_loss(both, mlp_map(), None, batch(), key=jr.key(0))[0] > 0
+        fd.objectives.batch_loss(lonely, mlp_map(), None, batch(), key=jr.key(0))
+    both = fd.objectives.Mixture((lonely, fd.FlowMatching()), (1.0, 1.0))
+    assert fd.objectives.batch_loss(both, mlp_map(), None, batch(), key=jr.key(0))[0] > 0
 
 
 def test_guidance_of_the_other_kind():
     null = jnp.zeros(2)
-    velocities, rates = fd.ClassifierFreeGuidance(null, 2.0), fd.MeanFlowGuidance(null)
+    velocities, rates = (
+        fd.velocities.ClassifierFreeGuidance(null, 2.0),
+        fd.velocities.MeanFlowGuidance(null),
+    )
     for objective in (
         fd.LagrangianSelfDistillation(guidance=rates),
-        fd.MeanFlow(guidance=velocities),
+        fd.objectives.MeanFlow(guidance=velocities),
     ):
         with pytest.raises(TypeError, match="guided by a rule"):
             objective(mlp_map(), None, PATH, S, T, null)
@@ -612,17 +651,17 @@ def test_teacher_of_the_other_kind():
         fd.LagrangianSelfDistillation()(mlp_map(), nonlinear_field, PATH, S, T)
     with pytest.raises(ValueError, match="must return the shape"):
         short = lambda t, x, args: x[:1]
-        fd.ConsistencyDistillation()(mlp_map(), short, PATH, S, T)
+        fd.objectives.ConsistencyDistillation()(mlp_map(), short, PATH, S, T)
 
 
 @pytest.mark.parametrize(
     "make, choice",
     [
         (fd.LagrangianMapDistillation, STOPS.NONE),
-        (fd.EulerianMapDistillation, STOPS.TRANSPORT),
-        (fd.StopGradientEulerian, STOPS.DERIVATIVE),
-        (fd.EulerianSelfDistillation, STOPS.TEACHER),
-        (fd.ImprovedMeanFlow, STOPS.TEACHER),
+        (fd.objectives.EulerianMapDistillation, STOPS.TRANSPORT),
+        (fd.objectives.StopGradientEulerian, STOPS.DERIVATIVE),
+        (fd.objectives.EulerianSelfDistillation, STOPS.TEACHER),
+        (fd.objectives.ImprovedMeanFlow, STOPS.TEACHER),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
@@ -635,29 +674,31 @@ def test_stop_gradients_by_name(make, choice):
 
 def test_biased_stop_gradient_by_name():
     with without_type_checks(), pytest.raises(ValueError, match="biased|use"):
-        fd.StopGradientEulerian(stop_gradient="none")
+        fd.objectives.StopGradientEulerian(stop_gradient="none")
 
 
 @pytest.mark.parametrize(
     "objective",
     [
         fd.LagrangianSelfDistillation(),
-        fd.EulerianSelfDistillation(),
-        fd.TerminalVelocityMatching(),
-        fd.ProgressiveSelfDistillation(),
-        fd.Shortcut(),
+        fd.objectives.EulerianSelfDistillation(),
+        fd.objectives.TerminalVelocityMatching(),
+        fd.objectives.ProgressiveSelfDistillation(),
+        fd.objectives.Shortcut(),
     ],
     ids=lambda objective: type(objective).__name__,
 )
 def test_scale_of_guidance_without_a_rule(objective):
-    args = fd.GuidanceArgs(jnp.zeros(2), jnp.asarray(3.0))
+    args = fd.velocities.GuidanceArgs(jnp.zeros(2), jnp.asarray(3.0))
     flow_map = fd.FlowMap(lambda s, t, x, args: args.scale * x)
     with pytest.raises(ValueError, match="has no rule that gives it a meaning"):
         objective(flow_map, None, PATH, S, T, args, key=jr.key(0))
 
 
 def test_guidance_beside_a_teacher():
-    objective = fd.MeanFlow(guidance=fd.MeanFlowGuidance(jnp.zeros(2), 2.0))
+    objective = fd.objectives.MeanFlow(
+        guidance=fd.velocities.MeanFlowGuidance(jnp.zeros(2), 2.0)
+    )
     with pytest.raises(ValueError, match="Guide the teacher instead"):
         objective(mlp_map(), nonlinear_field, PATH, S, T)
 
@@ -665,10 +706,10 @@ def test_guidance_beside_a_teacher():
 def test_outputs_of_other_shapes():
     short = lambda t, x, args: x[:1]
     with pytest.raises(ValueError, match="second piece"):
-        fd.AlignYourFlowLMD(epsilon=0.1)(mlp_map(), short, PATH, S, T)
+        fd.objectives.AlignYourFlowLMD(epsilon=0.1)(mlp_map(), short, PATH, S, T)
     with pytest.raises(ValueError, match="`guidance`"):
         rule = lambda velocity, dI_t, t, x, args: dI_t[:1]
-        fd.ImprovedMeanFlow(guidance=rule)(mlp_map(), None, PATH, S, T)
+        fd.objectives.ImprovedMeanFlow(guidance=rule)(mlp_map(), None, PATH, S, T)
     with without_type_checks(), pytest.raises(ValueError, match="must return a scalar"):
         weight = lambda s, t, error: jnp.ones(2) * error
         fd.FlowMatching(weight=weight)(mlp_map(), None, PATH, S, T)
@@ -678,13 +719,15 @@ def test_outputs_of_other_shapes():
 def test_conditions_of_another_batch(rows):
     args = jnp.zeros((rows, 2))
     with pytest.raises(ValueError, match="Paths and conditions must be arrays with one"):
-        fd.batch_loss(fd.FlowMatching(), mlp_map(), None, batch(), args, key=jr.key(0))
+        fd.objectives.batch_loss(
+            fd.FlowMatching(), mlp_map(), None, batch(), args, key=jr.key(0)
+        )
 
 
 def test_network_in_the_place_of_a_map():
     with without_type_checks(), pytest.raises(TypeError, match=r"as `FlowMap\(net\)`"):
         net = fd.nn.MLP(2, 4, 1, key=jr.key(0))
-        fd.batch_loss(fd.FlowMatching(), net, None, batch(), key=jr.key(0))
+        fd.objectives.batch_loss(fd.FlowMatching(), net, None, batch(), key=jr.key(0))
 
 
 def test_teachers_at_the_end_where_they_are_infinite():
@@ -693,35 +736,37 @@ def test_teachers_at_the_end_where_they_are_infinite():
     linear, velocity = fd.LinearInterpolant(), exact.velocity
     denoiser = lambda t, x, args: x + (1 - t) * velocity(t, x, args)
     noise = lambda t, x, args: x - t * velocity(t, x, args)
-    at_data = fd.VelocityFromDenoiser(denoiser, linear)
-    at_base = fd.VelocityFromNoise(noise, linear)
+    at_data = fd.velocities.VelocityFromDenoiser(denoiser, linear)
+    at_base = fd.velocities.VelocityFromNoise(noise, linear)
     for teacher, end in ((at_data, 1.0), (at_base, 0.0)):
         exactly = eqx.tree_at(lambda teacher: teacher.margin, teacher, 0.0)
         assert not np.all(np.isfinite(exactly(jnp.asarray(end), X0)))
         inside = jnp.asarray(abs(end - 2e-3))
         assert_close(teacher(inside, X0), velocity(inside, X0), 1e-9, 1e-9)
         assert_close(teacher(jnp.asarray(end), X0), velocity(end, X0), 1e-2, 1e-2)
-    distillation, s = fd.ConsistencyDistillation(), jnp.asarray(0.98)
+    distillation, s = fd.objectives.ConsistencyDistillation(), jnp.asarray(0.98)
     assert distillation(exact, at_data, PATH, s, jnp.asarray(1.0)) < 1e-6
     with pytest.raises(ValueError, match="`margin` must not be negative; got -1"):
-        fd.VelocityFromScore(noise, linear, margin=-1.0)
+        fd.velocities.VelocityFromScore(noise, linear, margin=-1.0)
 
 
 @pytest.mark.slow
 def test_settings_may_be_traced():
     def loss(number):
         objectives = (
-            fd.FlowMatching(weight=fd.PowerWeight(number, number)),
-            fd.FlowMatching(weight=fd.PseudoHuber(number)),
-            fd.FlowMatching(weight=fd.DataEndWeight(number)),
-            fd.FlowMatching(weight=fd.NormalisedTangent(number)),
-            fd.FlowMatching(weight=fd.InverseGap(1.0, number)),
-            fd.FlowMatching(fd.Diagonal(fd.LogitNormal(0.0, number))),
-            fd.ProgressiveSelfDistillation(split=number),
-            fd.Shortcut(clip=number),
+            fd.FlowMatching(weight=fd.weights.PowerWeight(number, number)),
+            fd.FlowMatching(weight=fd.weights.PseudoHuber(number)),
+            fd.FlowMatching(weight=fd.weights.DataEndWeight(number)),
+            fd.FlowMatching(weight=fd.weights.NormalisedTangent(number)),
+            fd.FlowMatching(weight=fd.weights.InverseGap(1.0, number)),
+            fd.FlowMatching(fd.times.Diagonal(fd.times.LogitNormal(0.0, number))),
+            fd.objectives.ProgressiveSelfDistillation(split=number),
+            fd.objectives.Shortcut(clip=number),
         )
-        mixture = fd.Mixture(objectives, (1.0,) * len(objectives))
-        return fd.batch_loss(mixture, mlp_map(), None, batch(16), key=jr.key(0))[0]
+        mixture = fd.objectives.Mixture(objectives, (1.0,) * len(objectives))
+        return fd.objectives.batch_loss(
+            mixture, mlp_map(), None, batch(16), key=jr.key(0)
+        )[0]
 
     with without_type_checks():
         assert_close(jax.jit(loss)(jnp.asarray(0.3)), loss(0.3), 1e-12)
@@ -730,10 +775,12 @@ def test_settings_may_be_traced():
 @pytest.mark.slow
 def test_mixture_weights_may_be_traced():
     def loss(weight):
-        mixture = fd.Mixture(
-            (fd.FlowMatching(), fd.MeanFlow()), (1.0, 1.0), (weight, 1.0)
+        mixture = fd.objectives.Mixture(
+            (fd.FlowMatching(), fd.objectives.MeanFlow()), (1.0, 1.0), (weight, 1.0)
         )
-        return fd.batch_loss(mixture, mlp_map(), None, batch(), key=jr.key(0))[0]
+        return fd.objectives.batch_loss(mixture, mlp_map(), None, batch(), key=jr.key(0))[
+            0
+        ]
 
     slope = jax.jit(jax.grad(loss))(jnp.asarray(0.3))
     assert_close(slope, loss(jnp.asarray(1.0)) - loss(jnp.asarray(0.0)), 1e-9)
@@ -746,9 +793,9 @@ def test_trajectories_with_times_of_their_own(saved):
     starts, gaps = jnp.asarray([0.0, 1.0, -0.5]), jnp.asarray([0.01, 1.0, 0.3])
     ts = starts[:, None] + gaps[:, None] * jnp.linspace(0, 1, saved)[None] ** 2
     ys = fd.solve_trajectories(field, jnp.asarray([[1.0], [2.0], [-0.4]]), ts)
-    paths = fd.TrajectoryPath(ts, ys)
+    paths = fd.paths.TrajectoryPath(ts, ys)
     objective = fd.TrajectoryMatching(
-        fd.GridTimes(jnp.linspace(0.0, 1.0, saved)), positions=True
+        fd.times.GridTimes(jnp.linspace(0.0, 1.0, saved)), positions=True
     )
 
     def losses(flow_map):
@@ -762,7 +809,7 @@ def test_trajectories_with_times_of_their_own(saved):
 
 
 def test_positions_find_the_nearest_saved_time():
-    path = fd.TrajectoryPath(jnp.asarray([1.0, 2.0, 4.0]), jnp.zeros((3, 1)))
+    path = fd.paths.TrajectoryPath(jnp.asarray([1.0, 2.0, 4.0]), jnp.zeros((3, 1)))
     positions = jnp.asarray([0.0, 0.2, 0.3, 0.7, 0.8, 1.0, 1.2])
     found = jax.vmap(path.saved_time)(positions)
     assert found.tolist() == [1.0, 1.0, 2.0, 2.0, 4.0, 4.0, 4.0]

@@ -620,7 +620,7 @@ def test_training_leaves_field_and_invariants_alone():
     ts = jnp.linspace(0.0, 1.0, 3)
     pool = fd.data.TrajectoryBatches(ts, jr.normal(jr.key(1), (8, 3, 2)), 8)
     optim = optax.adamw(0.1, weight_decay=0.5)
-    objective = fd.TrajectoryMatching(fd.GridTimes(ts, both_directions=True))
+    objective = fd.TrajectoryMatching(fd.times.GridTimes(ts, both_directions=True))
     options = {"num_steps": 3, "key": jr.key(0), "progress": False}
     state = fd.train.fit(start, objective, pool, optim, **options)
     assert int(state.skipped) == 0

@@ -43,7 +43,7 @@ class Turning(fd.AbstractFlowMap):
 
 CASES = {
     "gaussian": (gaussian_map, (2,)),
-    "gaussian-vp": (lambda: gaussian_map(fd.VariancePreservingInterpolant()), (2,)),
+    "gaussian-vp": (lambda: gaussian_map(fd.paths.VariancePreservingInterpolant()), (2,)),
     "gaussian-scalar": (lambda: fd.exact.GaussianFlowMap(target_std=0.3), ()),
     "gaussian-matrix": (
         lambda: fd.exact.GaussianFlowMap(target_std=jnp.asarray([0.5, 1.5, 2])),

@@ -15,9 +15,9 @@ import pytest
 from helpers import assert_close, max_abs, without_type_checks
 
 import flowdiffrax as fd
-from flowdiffrax.train import _recipe
+from flowdiffrax.images import _optim
 
-NAMES = fd.train.recipes()
+NAMES = fd.images.recipes()
 # Their networks have a `dtype`.
 IMAGES = [name for name in NAMES if name != "checkerboard-lsd"]
 
@@ -26,7 +26,7 @@ IMAGES = [name for name in NAMES if name != "checkerboard-lsd"]
 
 
 def toy(name, seed=0, **settings):
-    recipe = fd.train.recipe(name)
+    recipe = fd.images.recipe(name)
     if recipe.data == "checkerboard":
         return fd.FlowMap(recipe.network(width=8, depth=2, key=jr.key(seed)))
     small = {"shape": (4, 4, 3), "channels": 8, "multipliers": (1,), "num_blocks": 1}
@@ -39,14 +39,14 @@ def toy_data(recipe):
         return fd.data.checkerboard
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (16, 4, 4, 3), np.uint8)
-    return fd.data.Images(images, rng.integers(0, 10, 16), num_classes=1000)
+    return fd.images.Images(images, rng.integers(0, 10, 16), num_classes=1000)
 
 
 # All of them, in CI too, but not among the quick tests.
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.slow
 def test_trains(name):
-    recipe = fd.train.recipe(name)
+    recipe = fd.images.recipe(name)
     flow_map, teacher = toy(name), None
     if recipe.teacher is not None:
         # A teacher that has learned something: its output has a gain other than zero.
@@ -84,11 +84,11 @@ def test_trains(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_teacher(name):
-    recipe = fd.train.recipe(name)
+    recipe = fd.images.recipe(name)
     if recipe.teacher is None:
         assert not recipe.starts_from_teacher
         return
-    teacher = fd.train.recipe(recipe.teacher)
+    teacher = fd.images.recipe(recipe.teacher)
     same = ("data", "num_classes", "flip", "interpolant", "base_std")
     assert all(getattr(recipe, field) == getattr(teacher, field) for field in same)
     make = lambda name: eqx.filter_eval_shape(toy, name)
@@ -101,7 +101,7 @@ def test_teacher(name):
 
 
 def test_batches():
-    recipe = fd.train.recipe("cifar10-lsd")
+    recipe = fd.images.recipe("cifar10-lsd")
     batches = recipe.batches(toy_data(recipe), 512)
     assert batches.data.flip and batches.batch_size == 512
     paths, args = batches(jr.key(0))
@@ -112,7 +112,7 @@ def test_batches():
 
 
 def test_batches_of_classes():
-    recipe = fd.train.recipe("imagenet32-class-lmd")
+    recipe = fd.images.recipe("imagenet32-class-lmd")
     _, labels = recipe.batches(toy_data(recipe), 1000)(jr.key(0))
     # One in ten, within four standard errors.
     assert abs(float(jnp.mean(labels == 1000)) - 0.1) < 0.04
@@ -120,8 +120,8 @@ def test_batches_of_classes():
 
 
 def test_data_without_labels():
-    recipe = fd.train.recipe("imagenet32-class-lmd")
-    images = fd.data.Images(toy_data(recipe).images)
+    recipe = fd.images.recipe("imagenet32-class-lmd")
+    images = fd.images.Images(toy_data(recipe).images)
     with pytest.raises(
         ValueError, match="'imagenet32-class-lmd' has classes, and images"
     ):
@@ -148,7 +148,7 @@ def test_data_without_labels():
     ],
 )
 def test_size_of_network(name, parameters):
-    net = eqx.filter_eval_shape(fd.train.recipe(name).network, key=jr.key(0))
+    net = eqx.filter_eval_shape(fd.images.recipe(name).network, key=jr.key(0))
     count = sum(leaf.size for leaf in jtu.tree_leaves(net) if hasattr(leaf, "size"))
     assert round(count / 1e6, 2 if parameters > 10 else 6) == parameters
 
@@ -158,8 +158,8 @@ def test_size_of_network(name, parameters):
     [(0, 0.01), (35_000, 0.01), (140_000, 0.005), (315_000, 0.01 / 3)],
 )
 def test_square_root_decay(step, rate):
-    optimiser = fd.train.recipe("cifar10-lsd").optimiser
-    schedule = _recipe._square_root_decay(
+    optimiser = fd.images.recipe("cifar10-lsd").optimiser
+    schedule = _optim._square_root_decay(
         *optimiser.args, optimiser.keywords["constant_steps"]
     )
     assert_close(schedule(jnp.asarray(step)), jnp.asarray(rate), 1e-12)
@@ -169,7 +169,7 @@ def test_square_root_decay(step, rate):
 def test_clipping(size, made):
     # The first steps of RAdam are along the gradient, clipped to length 1.
     weights = {"w": jnp.zeros(2)}
-    optim = fd.train.decayed_radam(0.01)
+    optim = fd.images.decayed_radam(0.01)
     gradient = {"w": size * jnp.asarray([0.6, -0.8])}
     with jax.numpy_dtype_promotion("standard"):
         updates, _ = optim.update(gradient, optim.init(weights), weights)
@@ -177,7 +177,7 @@ def test_clipping(size, made):
 
 
 def test_warm_up():
-    recipe = fd.train.recipe("cifar10-meanflow")
+    recipe = fd.images.recipe("cifar10-meanflow")
     assert recipe.num_steps == 16_000 * (50_000 // 1024)
     optim = recipe.optim()
     weights = jnp.zeros(())
@@ -197,14 +197,14 @@ def test_warm_up():
     ],
 )
 def test_tangent_warm_up(name, steps, scales):
-    objective = fd.train.recipe(name).objective
+    objective = fd.images.recipe(name).objective
     for step, scale in zip(steps, scales, strict=True):
         made = objective.at(jnp.asarray(step)).tangent_scale
         assert_close(made, jnp.asarray(float(scale)), 1e-12)
 
 
 def test_times_of_mean_flow():
-    times = fd.train.recipe("cifar10-meanflow").objective.times
+    times = fd.images.recipe("cifar10-meanflow").objective.times
     # Three quarters off the diagonal; on the paper's clock, both medians are
     # sigmoid(-2) = 0.1192, and 0.5 is one standard deviation above.
     assert times.num_diagonal(1024) == 256
@@ -215,7 +215,7 @@ def test_times_of_mean_flow():
 
 
 def test_noise_of_consistency_training():
-    recipe = fd.train.recipe("cifar10-sct")
+    recipe = fd.images.recipe("cifar10-sct")
     times = recipe.objective.at(jnp.asarray(0)).times
     high = (1 + math.erf(1 / math.sqrt(2))) / 2
     s, t = times.from_uniform(*jnp.asarray([[0.5, high], [0.5, 0.5]]))
@@ -227,9 +227,9 @@ def test_noise_of_consistency_training():
 
 def test_shares_of_self_distillation():
     for name in ("cifar10-lsd", "cifar10-psd-m", "cifar10-psd-u"):
-        recipe = fd.train.recipe(name)
+        recipe = fd.images.recipe(name)
         assert recipe.objective.times.num_diagonal(recipe.batch_size) == 384
-    assert fd.train.recipe("cifar10-psd-u").objective.split is None
+    assert fd.images.recipe("cifar10-psd-u").objective.split is None
 
 
 # --- lowering -------------------------------------------------------------------------
@@ -250,7 +250,7 @@ def check_lowering(name, dtype):
     here = jax if hasattr(jax, "enable_x64") else jax.experimental
     # Without what tests switch on: float64 and strict promotion.
     with here.enable_x64(False), jax.numpy_dtype_promotion("standard"):
-        recipe, costs = fd.train.recipe(name), benchmark()
+        recipe, costs = fd.images.recipe(name), benchmark()
         inputs = costs.inputs_of(recipe, recipe.batch_size, settings)
         text = costs.lowered(recipe, inputs, lowering_platforms=("cuda",)).as_text()
     assert "custom_call" not in text and "f64" not in text
@@ -262,7 +262,7 @@ def check_lowering(name, dtype):
 def test_lowers_for_cuda(name):
     text = check_lowering(name, None)
     assert "bf16" not in text
-    batch = fd.train.recipe(name).batch_size
+    batch = fd.images.recipe(name).batch_size
     # Batches of whole images, or of the share of them off the diagonal.
     product = "dot_general" if name == "checkerboard-lsd" else "convolution"
     assert text.count(f"stablehlo.{product}") >= 10
@@ -284,12 +284,12 @@ def test_lowers_for_cuda_in_bfloat16(name):
 
 def test_unknown_name():
     with pytest.raises(ValueError, match="did you mean 'cifar10-lsd'.*imagenet32-lmd"):
-        fd.train.recipe("cifar-lsd")
+        fd.images.recipe("cifar-lsd")
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_printed_in_full(name):
-    recipe = fd.train.recipe(name)
+    recipe = fd.images.recipe(name)
     assert recipe.name == name and name in repr(recipe)
     text = str(recipe)
     assert max(map(len, text.splitlines())) <= 90
@@ -301,10 +301,10 @@ def test_printed_in_full(name):
 
 
 def test_another_recipe():
-    recipe = dataclasses.replace(fd.train.recipe("cifar10-lsd"), batch_size=64)
+    recipe = dataclasses.replace(fd.images.recipe("cifar10-lsd"), batch_size=64)
     assert recipe.batch_size == 64 and "64" in str(recipe)
 
 
 def test_bad_decay():
     with pytest.raises(ValueError, match="`constant_steps` must be positive; got 0"):
-        fd.train.decayed_radam(1e-2, constant_steps=0)
+        fd.images.decayed_radam(1e-2, constant_steps=0)

@@ -20,12 +20,12 @@ import flowdiffrax as fd
 OPTIM = optax.adam(3e-3)
 
 
-class Known(fd.AbstractObjective):
+class Known(fd.objectives.AbstractObjective):
     """A loss that is a function of the times alone."""
 
     factor: float = 1.0
-    times: fd.AbstractTimes = fd.UniformTriangle()
-    weight: fd.AbstractWeight = fd.NoWeight()
+    times: fd.times.AbstractTimes = fd.times.UniformTriangle()
+    weight: fd.weights.AbstractWeight = fd.weights.NoWeight()
 
     def __call__(self, flow_map, teacher, path, s, t, args=None, *, key=None):
         return self.factor * (2 * s + 3 * t**2)
@@ -65,7 +65,7 @@ def by_times(objective, n=64, teacher=None, **kwargs):
 
 def test_bins_of_known_times():
     # Three pairs of times, each in a bin of its own.
-    objective = Known(times=fd.GridTimes([0.1, 0.4, 0.8]))
+    objective = Known(times=fd.times.GridTimes([0.1, 0.4, 0.8]))
     mean, count, edges = by_times(objective, num_bins=4)
     expected = np.full((4, 4), np.nan)
     expected[0, 1], expected[0, 3], expected[1, 3] = 0.68, 2.12, 2.72
@@ -77,7 +77,7 @@ def test_bins_of_known_times():
 
 def test_bins_of_all_times():
     # The loss rises with both times, so a bin's mean lies between its corners.
-    law = fd.EitherDirection(fd.UniformTriangle())
+    law = fd.times.EitherDirection(fd.times.UniformTriangle())
     mean, count, _ = by_times(Known(times=law), n=400, num_bins=3)
     corner = np.arange(3) / 3
     low = 2 * corner[:, None] + 3 * corner**2
@@ -87,25 +87,25 @@ def test_bins_of_all_times():
 
 
 def test_diagonal_is_on_the_diagonal():
-    law = fd.DiagonalMixture(fd.GridTimes([0.1, 0.9]), 0.75)
+    law = fd.times.DiagonalMixture(fd.times.GridTimes([0.1, 0.9]), 0.75)
     _, count, _ = by_times(Known(times=law), num_bins=2)
     assert np.trace(count) == 48 and count[0, 1] == 16
 
 
 def test_mean_of_bins_is_the_batch_loss():
     # Weights that are not the shares, and an objective with rows on the diagonal.
-    mixture = fd.Mixture(
+    mixture = fd.objectives.Mixture(
         (fd.LagrangianSelfDistillation(), Known(0.5)), (3.0, 1.0), (0.3, jnp.asarray(5.0))
     )
     mean, count, _ = by_times(mixture)
     pooled = np.nansum(mean * count) / count.sum()
-    jitted = eqx.filter_jit(fd.batch_loss)
+    jitted = eqx.filter_jit(fd.objectives.batch_loss)
     loss, _ = jitted(mixture, linear_map(), None, paths(), key=jr.key(1))
     np.testing.assert_allclose(pooled, loss, rtol=1e-12)
 
 
 def test_bins_of_another_interval():
-    law = fd.OnInterval(fd.GridTimes([0.0, 1.0]), -2.0, 6.0)
+    law = fd.times.OnInterval(fd.times.GridTimes([0.0, 1.0]), -2.0, 6.0)
     mean, count, edges = by_times(Known(times=law), num_bins=4, time_range=(-2.0, 6.0))
     assert count[0, 3] == 64 and mean[0, 3] == pytest.approx(104)
     np.testing.assert_array_equal(edges, [-2, 0, 2, 4, 6])
@@ -113,7 +113,7 @@ def test_bins_of_another_interval():
 
 def test_interval_of_the_map():
     flow_map = fd.FlowMap(lambda s, t, x, args: x, time_range=(0.0, 4.0))
-    law = fd.OnInterval(fd.UniformTriangle(), 0.0, 4.0)
+    law = fd.times.OnInterval(fd.times.UniformTriangle(), 0.0, 4.0)
     made = fd.metrics.loss_by_times(
         Known(times=law), flow_map, None, paths(), key=jr.key(0), num_bins=2
     )
@@ -130,7 +130,7 @@ def test_interval_of_the_map():
 )
 def test_bad_bins(settings, match):
     with pytest.raises(ValueError, match=match):
-        by_times(Known(times=fd.GridTimes([0.2, 0.9])), **settings)
+        by_times(Known(times=fd.times.GridTimes([0.2, 0.9])), **settings)
 
 
 def test_loss_by_times_in_a_run():
@@ -138,9 +138,13 @@ def test_loss_by_times_in_a_run():
         def __call__(self, key):
             return fd.LinearInterpolant()(*jr.normal(key, (2, 16, 2))), None
 
-    schedule = lambda step: Known(1.0 + step, times=fd.GridTimes([0.1, 0.4, 0.8]))
+    schedule = lambda step: Known(1.0 + step, times=fd.times.GridTimes([0.1, 0.4, 0.8]))
     looked = fd.train.LossByTimes(
-        fd.Scheduled(schedule), Batches(), key=jr.key(2), num_batches=3, num_bins=2
+        fd.objectives.Scheduled(schedule),
+        Batches(),
+        key=jr.key(2),
+        num_batches=3,
+        num_bins=2,
     )
     state = eqx.tree_at(lambda s: s.step, state_of(mlp_map()), jnp.asarray(9))
     found = looked(state, {"step": 9})["loss_by_times"]
@@ -160,7 +164,9 @@ def test_loss_that_is_not_finite():
 
 def test_loss_uses_what_the_run_has():
     # A learned weight that has moved, or another average as the teacher.
-    objective = fd.ProgressiveFlowMapMatching(weight=fd.LearnedWeight(2))
+    objective = fd.objectives.ProgressiveFlowMapMatching(
+        weight=fd.weights.LearnedWeight(2)
+    )
     state = state_of(brighten(0.2), objective=objective, teacher_decay=0.9)
     weight = lambda s: s.learned[0].coefficients
     amount = lambda s: s.teacher_average.net.amount
@@ -176,7 +182,7 @@ def test_loss_uses_what_the_run_has():
 
 
 def test_learned_weights_of_another_run():
-    objective = fd.FlowMatching(weight=fd.LearnedWeight(2))
+    objective = fd.FlowMatching(weight=fd.weights.LearnedWeight(2))
     looked = fd.train.LossByTimes(objective, lambda key: (paths(4), None), key=jr.key(2))
     with pytest.raises(ValueError, match="1 learned weights and that of the run 0"):
         looked(state_of(mlp_map()), {"step": 1})
@@ -219,7 +225,7 @@ def drawn(axes):
 
 def test_grid_of_rows(axes):
     grey = np.arange(6, dtype=np.uint8).reshape(2, 3, 1, 1, 1) * np.ones((4, 5, 1), "u1")
-    fd.plot.image_grid(axes, grey, row_labels=["a", "b"])
+    fd.images.image_grid(axes, grey, row_labels=["a", "b"])
     picture = drawn(axes)
     # Two pixels between images of four by five, and around them.
     assert picture.shape == (2 * 6 + 2, 3 * 7 + 2, 3)
@@ -235,7 +241,7 @@ def test_grid_of_rows(axes):
 def test_grid_of_a_list(axes):
     # Four images in three columns: the last row has one, and two white places.
     images = np.stack([np.full((2, 2, 3), value) for value in (-1, -0.6, -0.2, 0.2)])
-    fd.plot.image_grid(axes, images, num_columns=3)
+    fd.images.image_grid(axes, images, num_columns=3)
     picture = drawn(axes)
     assert picture.shape == (2 * 4 + 2, 3 * 4 + 2, 3)
     places = picture[2::4, 2::4, 0].ravel().tolist()
@@ -243,13 +249,13 @@ def test_grid_of_a_list(axes):
 
 
 def test_grid_is_square(axes):
-    fd.plot.image_grid(axes, np.zeros((8, 1, 1, 1)))
+    fd.images.image_grid(axes, np.zeros((8, 1, 1, 1)))
     assert drawn(axes).shape == (3 * 3 + 2, 3 * 3 + 2, 3)
 
 
 def test_grid_clips(axes):
     values = jnp.asarray([-3.0, jnp.nan, 0.0, 7.0, jnp.inf], jnp.bfloat16)
-    fd.plot.image_grid(axes, values.reshape(1, 5, 1, 1, 1))
+    fd.images.image_grid(axes, values.reshape(1, 5, 1, 1, 1))
     assert drawn(axes)[2, 2::3, 0].tolist() == [0, 0, 128, 255, 255]
 
 
@@ -267,7 +273,7 @@ def test_grid_clips(axes):
 )
 def test_bad_images(axes, images, settings, error, match):
     with pytest.raises(error, match=match):
-        fd.plot.image_grid(axes, images, **settings)
+        fd.images.image_grid(axes, images, **settings)
 
 
 # --- samples in a run ---------------------------------------------------------------
@@ -283,7 +289,7 @@ def picture(path):
 
 def test_picture_of_samples(tmp_path):
     pytest.importorskip("matplotlib")
-    grids = fd.train.SampleGrids(tmp_path / "new", DARK, num_jumps=(1, 4), num_columns=2)
+    grids = fd.images.SampleGrids(tmp_path / "new", DARK, num_jumps=(1, 4), num_columns=2)
     assert grids(state_of(brighten()), {"step": 30}) == {}
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["samples-30.png"]
     values = picture(tmp_path / "new" / "samples-30.png")
@@ -300,7 +306,7 @@ def test_picture_of_samples(tmp_path):
 def test_distances_by_jumps():
     conditions = jnp.asarray([0.1, 0.2, 0.6])[:, None, None, None]
     for batch_size in (None, 1):
-        grids = fd.train.SampleGrids(
+        grids = fd.images.SampleGrids(
             None,
             np.zeros((3, 2)),
             np.asarray(conditions[..., 0, 0]),
@@ -317,14 +323,14 @@ def test_distances_by_jumps():
 def test_the_average_is_sampled():
     state = state_of(brighten(0.2))
     moved = eqx.tree_at(lambda s: s.averages[0].net.amount, state, jnp.asarray(0.5))
-    grids = fd.train.SampleGrids(None, np.zeros((1, 2)), distance=np.max, num_jumps=[1])
+    grids = fd.images.SampleGrids(None, np.zeros((1, 2)), distance=np.max, num_jumps=[1])
     assert grids(moved, {"step": 1})["distance_1"] == pytest.approx(0.5)
 
 
 def test_samples_over_other_times():
     seen = {}
     for time_range in (None, (0.5, 2.0), (1.0, 0.0)):
-        grids = fd.train.SampleGrids(
+        grids = fd.images.SampleGrids(
             None,
             np.ones((1, 2)),
             num_jumps=[2],
@@ -348,7 +354,7 @@ def test_one_compilation_a_number_of_jumps():
             return self.weight * x
 
     settings = {"num_jumps": (1, 2, 4), "distance": np.mean, "batch_size": 2}
-    grids = fd.train.SampleGrids(None, np.ones((4, 2)), **settings)
+    grids = fd.images.SampleGrids(None, np.ones((4, 2)), **settings)
     reports, counts = [], []
     for weight in (0.0, 1.0, 2.0):
         flow_map = fd.FlowMap(Counted(jnp.asarray(weight)))
@@ -361,7 +367,7 @@ def test_one_compilation_a_number_of_jumps():
 
 def test_every_so_many_steps(tmp_path):
     state = state_of(brighten())
-    grids = fd.train.SampleGrids(
+    grids = fd.images.SampleGrids(
         None, np.zeros((1, 2)), distance=np.max, num_jumps=[1], every=2
     )
     found = [grids(state, {"step": step}) for step in range(4)]
@@ -373,17 +379,17 @@ def test_latents_are_decoded(tmp_path):
     decode = lambda z: np.broadcast_to(z["z"][:, :, None, None], (len(z["z"]), 5, 5, 1))
     flow_map = fd.FlowMap(lambda s, t, x, args: {"z": jnp.zeros_like(x["z"])})
     x0 = {"z": np.ones((2, 5))}
-    grids = fd.train.SampleGrids(tmp_path, x0, to_images=decode, num_jumps=[1])
+    grids = fd.images.SampleGrids(tmp_path, x0, to_images=decode, num_jumps=[1])
     grids(state_of(flow_map), {"step": 1})
     assert (tmp_path / "samples-1.png").is_file()
-    grids = fd.train.SampleGrids(tmp_path, x0, to_images=lambda z: z["z"])
+    grids = fd.images.SampleGrids(tmp_path, x0, to_images=lambda z: z["z"])
     with pytest.raises(ValueError, match=r"`to_images` must return images.*\(2, 5\)"):
         grids(state_of(flow_map), {"step": 2})
 
 
 def test_a_failed_picture_leaves_no_file(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
-    grids = fd.train.SampleGrids(tmp_path, DARK, num_jumps=[1])
+    grids = fd.images.SampleGrids(tmp_path, DARK, num_jumps=[1])
     state = state_of(brighten())
     grids(state, {"step": 1})
     before = (tmp_path / "samples-1.png").read_bytes()
@@ -401,7 +407,7 @@ def test_a_failed_picture_leaves_no_file(tmp_path, monkeypatch):
 def test_only_the_first_process_writes(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     monkeypatch.setattr("jax.process_index", lambda: 1)
-    grids = fd.train.SampleGrids(tmp_path / "x", DARK, num_jumps=[1], distance=np.mean)
+    grids = fd.images.SampleGrids(tmp_path / "x", DARK, num_jumps=[1], distance=np.mean)
     assert grids(state_of(brighten()), {"step": 1}) == pytest.approx({"distance_1": -0.4})
     assert not (tmp_path / "x").exists()
 
@@ -432,19 +438,19 @@ def test_bad_sample_grids(tmp_path, x0, settings, match):
     if folder is not None:
         pytest.importorskip("matplotlib")
     with pytest.raises(ValueError, match=match):
-        fd.train.SampleGrids(x0=x0, **settings)
+        fd.images.SampleGrids(x0=x0, **settings)
 
 
 @pytest.mark.parametrize("distance", [lambda x: x, lambda x: None, lambda x: "0.5"])
 def test_distance_that_is_no_number(distance):
-    grids = fd.train.SampleGrids(None, np.zeros((1, 2)), distance=distance)
+    grids = fd.images.SampleGrids(None, np.zeros((1, 2)), distance=distance)
     with pytest.raises(ValueError, match="must return one number"):
         grids(state_of(brighten()), {"step": 1})
 
 
 def test_distance_that_is_no_function():
     with without_type_checks(), pytest.raises(TypeError, match="must be a callable"):
-        fd.train.SampleGrids(None, np.zeros((1, 2)), distance=0.5)
+        fd.images.SampleGrids(None, np.zeros((1, 2)), distance=0.5)
 
 
 # --- logs ---------------------------------------------------------------------------
@@ -518,7 +524,7 @@ def test_weights_and_biases(tmp_path):
     [
         (lambda: fd.train.TensorBoard("x"), "tensorboardX", "tensorboard"),
         (lambda: fd.train.WeightsAndBiases(), "wandb", "wandb"),
-        (lambda: fd.train.SampleGrids("x", DARK), "matplotlib", "plot"),
+        (lambda: fd.images.SampleGrids("x", DARK), "matplotlib", "plot"),
     ],
 )
 def test_missing_extras(monkeypatch, make, module, extra):
@@ -544,7 +550,7 @@ class Linear(eqx.Module):
 def test_in_a_run(tmp_path):
     pytest.importorskip("matplotlib")
     pytest.importorskip("tensorboardX")
-    data = fd.data.DeviceImages(fd.data.digits())
+    data = fd.images.DeviceImages(fd.images.digits())
     batches = fd.data.InterpolantBatches(fd.LinearInterpolant(), data, 8)
     x0 = jr.normal(jr.key(5), (4, 8, 8, 1), jnp.float32)
     objective = fd.LagrangianSelfDistillation()
@@ -558,7 +564,7 @@ def test_in_a_run(tmp_path):
         key=jr.key(0),
         report_every=2,
         on_report=[
-            fd.train.SampleGrids(tmp_path / "grids", x0, distance=np.std, every=4),
+            fd.images.SampleGrids(tmp_path / "grids", x0, distance=np.std, every=4),
             fd.train.LossByTimes(objective, batches, key=jr.key(1), num_batches=1),
             board,
             lambda state, report: reports.append(report),
@@ -581,14 +587,14 @@ jax.config.update("jax_num_cpu_devices", 4)
 import flowdiffrax as fd
 x = jr.normal(jr.key(3), (200, 2))
 batches = fd.data.InterpolantBatches(fd.LinearInterpolant(), x, 32)
-objective = fd.FlowMapMatching()
+objective = fd.objectives.FlowMapMatching()
 def numbers(parallel):
     reports = []
     fd.train.fit(
         fd.FlowMap(fd.nn.MLP(2, 64, 3, key=jr.key(0))), objective, batches,
         optax.adam(1e-2), num_steps=2, key=jr.key(1), report_every=1, parallel=parallel,
         on_report=[
-            fd.train.SampleGrids(None, x, distance=np.std),
+            fd.images.SampleGrids(None, x, distance=np.std),
             fd.train.LossByTimes(objective, batches, key=jr.key(2), num_bins=2),
             lambda state, report: reports.append(report),
         ],

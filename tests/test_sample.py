@@ -298,7 +298,7 @@ def test_a_restart_near_the_data_keeps_the_sample():
 
 
 def test_restarts_draw_the_latent():
-    interpolant = fd.LinearInterpolant(latent=fd.BrownianLatent(0.5))
+    interpolant = fd.LinearInterpolant(latent=fd.paths.BrownianLatent(0.5))
     x1 = restarted([0.3, 0.8], from_the_base(), interpolant=interpolant)
     np.testing.assert_allclose(x1.mean(axis=0), [0.7, 0.5], atol=0.012)
     np.testing.assert_allclose(x1.std(axis=0), [0.6, 0.4], atol=0.009)

@@ -16,7 +16,7 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 import flowdiffrax as fd
-from flowdiffrax._inversion import _largest_singular_value
+from flowdiffrax.likelihood._inversion import _largest_singular_value
 
 EXACT = linear_map()
 FIELD = lambda t, x, args: EXACT.velocity(t, x)
@@ -44,16 +44,18 @@ def steps(flow_map, estimate):
 
 
 def divergence(trace):
-    return lambda x: fd.divergence(nonlinear_field, 0.3, x, trace=trace, key=jr.key(1))
+    return lambda x: fd.likelihood.divergence(
+        nonlinear_field, 0.3, x, trace=trace, key=jr.key(1)
+    )
 
 
 CASES = {
     "hybrid, jumps": steps(EXACT, None),
-    "hybrid, classical steps": steps(mlp_map(), fd.ResidualIntegral()),
-    "log-density": lambda x: fd.log_prob(EXACT, BASE, x, 3),
-    "exact trace": divergence(fd.ExactTrace()),
-    "random probes": divergence(fd.Hutchinson(2)),
-    "sketch": divergence(fd.HutchPlusPlus(3)),
+    "hybrid, classical steps": steps(mlp_map(), fd.estimates.ResidualIntegral()),
+    "log-density": lambda x: fd.likelihood.log_prob(EXACT, BASE, x, 3),
+    "exact trace": divergence(fd.likelihood.ExactTrace()),
+    "random probes": divergence(fd.likelihood.Hutchinson(2)),
+    "sketch": divergence(fd.likelihood.HutchPlusPlus(3)),
     "singular value": lambda x: _largest_singular_value(jnp.sin, x, 3),
 }
 # How many of the three steps are jumps.

@@ -29,7 +29,7 @@ def first(stream, number):
 
 
 def test_arrays_come_in_the_order_of_images():
-    images = fd.data.Images(np.zeros((7, 2, 2, 1), np.uint8), np.arange(7))
+    images = fd.images.Images(np.zeros((7, 2, 2, 1), np.uint8), np.arange(7))
     expected = [labels for _, labels in first(fd.data.stream(images, 3, seed=5), 5)]
     for batch, labels in zip(
         first(fd.data.stream(rows(), 3, seed=5), 5), expected, strict=True
@@ -101,7 +101,7 @@ def test_training_on_streamed_trajectories():
     reports = []
     fd.train.fit(
         start,
-        fd.TrajectoryMatching(fd.GridTimes(TS)),
+        fd.TrajectoryMatching(fd.times.GridTimes(TS)),
         fd.data.StreamBatches(rows(), 4, make, seed=3),
         optax.adam(0.05),
         num_steps=30,
@@ -156,7 +156,7 @@ def test_streamed_rows_that_are_not_finite():
     [
         (lambda index: index, {}, ValueError, "needs `size`"),
         (lambda index: index[:1], {"size": 7}, ValueError, "the 3 rows .* got 1"),
-        (lambda: 0, {"size": 7}, TypeError, r"called as `images\(rows\)`"),
+        (lambda: 0, {"size": 7}, TypeError, r"called as `source\(rows\)`"),
         ({"a": np.ones(3), "b": np.ones(4)}, {}, ValueError, "one common leading axis"),
         ([[1.0, 2.0]], {}, TypeError, "function of row numbers"),
     ],
@@ -164,8 +164,3 @@ def test_streamed_rows_that_are_not_finite():
 def test_bad_sources(source, settings, error, match):
     with without_type_checks(), pytest.raises(error, match=match):
         next(fd.data.stream(source, 3, **settings))
-
-
-def test_only_images_are_mirrored():
-    with pytest.raises(ValueError, match="mirror other rows in `make`"):
-        fd.data.StreamBatches(rows(), 4, len, flip=True)

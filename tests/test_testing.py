@@ -303,21 +303,21 @@ def test_wrong_draw_is_caught(mutant):
 WIDE = jr.normal(jr.key(9), (5, 5))
 LINES = {
     "the path's rate": (
-        "flowdiffrax._interpolant",
+        "flowdiffrax.paths._base",
         "_, rates = jax.jvp(self.coefficients, (t,), (jnp.ones_like(t),))",
         "_, rates = jax.jvp(self.coefficients, (1 - t,), (jnp.ones_like(t),))",
         lambda: testing.assert_path_derivative(
-            fd.TrigonometricInterpolant()(jnp.zeros(2), X), 0.2
+            fd.paths.TrigonometricInterpolant()(jnp.zeros(2), X), 0.2
         ),
     ),
     "the grid of a composed map": (
-        "flowdiffrax._flow_map.wrappers",
+        "flowdiffrax.flow_maps._composed",
         "jnp.arange(self.num_jumps + 1, dtype=s.dtype) / self.num_jumps",
         "jnp.arange(self.num_jumps + 1, dtype=s.dtype) / (self.num_jumps + 1)",
         lambda: testing.assert_lagrangian(fd.ComposedFlowMap(EXACT, 2), FIELD, S, T, X),
     ),
     "the direction of an integration": (
-        "flowdiffrax._flow_map.ode",
+        "flowdiffrax.flow_maps._ode",
         "args=(s, t - s, start, args)",
         "args=(s, s - t, start, args)",
         lambda: testing.assert_lagrangian(
@@ -331,13 +331,13 @@ LINES = {
         lambda: testing.assert_semigroup(gaussian_map(), S, U, T, X),
     ),
     "the direction of a solve": (
-        "flowdiffrax._solver",
+        "flowdiffrax.solvers._base",
         "return direction * t0, direction * t1, direction",
         "return t0, t1, direction",
         lambda: testing.assert_solver_equals_map(EXACT, T, S, X),
     ),
     "the grid of a scan": (
-        "flowdiffrax._sample",
+        "flowdiffrax.solvers._sample",
         "lax.scan(jump, x0, (grid[:-1], grid[1:]), unroll=unroll)",
         "lax.scan(jump, x0, (grid[1:-1], grid[2:]), unroll=unroll)",
         lambda: testing.assert_solver_equals_map(
@@ -349,21 +349,23 @@ LINES = {
         ),
     ),
     "probes that made the sketch": (
-        "flowdiffrax._trace",
+        "flowdiffrax.likelihood._trace",
         "probes = _widen(signs[third:])",
         "probes = _widen(signs[:third])",
         lambda: testing.assert_unbiased(
-            lambda key: fd.HutchPlusPlus(3)(lambda z: WIDE @ z, jnp.zeros(5), key),
+            lambda key: fd.likelihood.HutchPlusPlus(3)(
+                lambda z: WIDE @ z, jnp.zeros(5), key
+            ),
             jnp.trace(WIDE),
             jr.key(4),
         ),
     ),
     "one key for both times": (
-        "flowdiffrax._times",
+        "flowdiffrax.times._base",
         "first_key, second_key = jr.split(key)",
         "first_key, second_key = key, jr.clone(key)",
         lambda: testing.assert_independent(
-            lambda key: fd.UniformSquare()(key, 1), jr.key(5)
+            lambda key: fd.times.UniformSquare()(key, 1), jr.key(5)
         ),
     ),
 }
@@ -530,7 +532,7 @@ def test_states_are_as_asked(x, like, tree):
 @given(
     testing.states_like(X, bound=0.5),
     testing.pytrees(bound=0.25, max_leaves=2),
-    testing.gaussian_flows((3,), interpolants=[fd.TrigonometricInterpolant()]),
+    testing.gaussian_flows((3,), interpolants=[fd.paths.TrigonometricInterpolant()]),
     testing.vector_fields((4,)),
 )
 @hypothesis.settings(max_examples=4)
@@ -539,7 +541,7 @@ def test_what_is_drawn_keeps_to_its_settings(like, tree, flow, field):
     assert np.max(np.abs(like)) <= 0.5 and len(leaves) <= 2
     parts = [part for leaf in leaves for part in (leaf.real, leaf.imag)]
     assert all(np.all(np.abs(part) <= 0.25) for part in parts)
-    assert flow.interpolant == fd.TrigonometricInterpolant()
+    assert flow.interpolant == fd.paths.TrigonometricInterpolant()
     assert flow(0.2, 0.9, jnp.zeros(3)).shape == (3,)
     assert field(0.2, jnp.zeros(4), None).shape == (4,)
 
@@ -766,7 +768,7 @@ def test_without_forward_mode():
     s, t, x = 0.1, 0.3, jnp.asarray([0.3, -0.2])
     with pytest.raises(TypeError, match="custom_vjp"):
         testing.assert_eulerian(flow_map, field, s, t, x)
-    differences = fd.FiniteDifference(1e-5)
+    differences = fd.objectives.FiniteDifference(1e-5)
     testing.assert_eulerian(flow_map, field, s, t, x, jvp=differences)
     with pytest.raises(testing.IdentityError):
         testing.assert_eulerian(flow_map, lambda t, x: x, s, t, x, jvp=differences)

@@ -15,7 +15,7 @@ import pytest
 from helpers import assert_close, linear_map, max_abs, without_type_checks
 
 import flowdiffrax as fd
-from flowdiffrax._misc import all_finite
+from flowdiffrax._tree import all_finite
 
 TEACHER = linear_map()
 OPTIM = optax.adam(3e-3)
@@ -39,7 +39,9 @@ def trajectories(n=32):
     return fd.data.TrajectoryBatches(ts, ys, n)
 
 
-def run(objective=fd.VelocityDistillation(), flow_map=None, source=None, **kwargs):
+def run(
+    objective=fd.objectives.VelocityDistillation(), flow_map=None, source=None, **kwargs
+):
     settings = {
         "num_steps": 4,
         "teacher": TEACHER.velocity,
@@ -71,10 +73,10 @@ def assert_equal(a, b):
 LEARNING = {
     "flow-matching": (fd.FlowMatching(), None, batches),
     "lagrangian": (fd.LagrangianMapDistillation(), TEACHER.velocity, batches),
-    "velocity": (fd.VelocityDistillation(), TEACHER.velocity, batches),
-    "progressive": (fd.ProgressiveFlowMapMatching(), TEACHER, batches),
+    "velocity": (fd.objectives.VelocityDistillation(), TEACHER.velocity, batches),
+    "progressive": (fd.objectives.ProgressiveFlowMapMatching(), TEACHER, batches),
     "trajectory": (
-        fd.TrajectoryMatching(times=fd.GridTimes(jnp.linspace(0.0, 1.0, 5))),
+        fd.TrajectoryMatching(times=fd.times.GridTimes(jnp.linspace(0.0, 1.0, 5))),
         None,
         trajectories,
     ),
@@ -106,7 +108,7 @@ def test_one_compilation():
 
 def test_step_compiles_once():
     counted = eqx.debug.assert_max_traces(lambda t, x, args: -x, max_traces=1)
-    step = fd.train.make_step(fd.VelocityDistillation(), OPTIM)
+    step = fd.train.make_step(fd.objectives.VelocityDistillation(), OPTIM)
     state = fd.train.TrainState.create(small_map(), OPTIM, key=jr.key(0))
     source = batches()
     for _ in range(3):
@@ -115,7 +117,9 @@ def test_step_compiles_once():
 
 
 def test_resumed_run_is_the_unbroken_run(tmp_path):
-    mixture = fd.Mixture((fd.VelocityDistillation(), fd.FlowMatching()), (1.0, 1.0))
+    mixture = fd.objectives.Mixture(
+        (fd.objectives.VelocityDistillation(), fd.FlowMatching()), (1.0, 1.0)
+    )
     unbroken = run(mixture, num_steps=5)
     fd.train.save(tmp_path / "state", {}, run(mixture, num_steps=2))
     make = lambda config: fd.train.TrainState.create(small_map(9), OPTIM, key=jr.key(9))
@@ -250,9 +254,11 @@ def test_bad_decay(decay):
 
 
 def test_grid_of_consistency_training_grows():
-    grid = fd.doubling_schedule(4, 2, 8)
-    objective = fd.Scheduled(
-        lambda step: fd.ConsistencyTraining(fd.KarrasNeighbours(grid(step)))
+    grid = fd.times.doubling_schedule(4, 2, 8)
+    objective = fd.objectives.Scheduled(
+        lambda step: fd.objectives.ConsistencyTraining(
+            fd.times.KarrasNeighbours(grid(step))
+        )
     )
     state = run(objective, teacher=None)
     assert int(state.step) == 4 and int(state.skipped) == 0
@@ -268,7 +274,7 @@ def test_grid_of_consistency_training_grows():
 
 def test_accumulating_the_same_batch_changes_nothing():
     # One pair of times, and a batch that no key changes.
-    objective = fd.LagrangianMapDistillation(times=fd.GridTimes([0.0, 1.0]))
+    objective = fd.LagrangianMapDistillation(times=fd.times.GridTimes([0.0, 1.0]))
     paths = batches(8)(jr.key(5))
     once, thrice = (
         run(objective, source=lambda key: paths, accumulate=number) for number in (1, 3)
@@ -291,11 +297,11 @@ def test_accumulated_parts_are_one_batch(size, number):
     # Shares that no part of the batch can hold alone, and splits that are drawn.
     shares = 0.25, 0.75
     objective = fd.LagrangianSelfDistillation(
-        fd.Stratified(fd.DiagonalMixture(fd.UniformTriangle(), 0.6))
+        fd.times.Stratified(fd.times.DiagonalMixture(fd.times.UniformTriangle(), 0.6))
     )
     if size > 1:
-        drawn = fd.ProgressiveSelfDistillation(split=None)
-        objective = fd.Mixture((drawn, objective), shares, (0.3, 2.0))
+        drawn = fd.objectives.ProgressiveSelfDistillation(split=None)
+        objective = fd.objectives.Mixture((drawn, objective), shares, (0.3, 2.0))
     x0, x1 = jr.normal(jr.key(8), (2, size * number, 2))
     # Row `r` of the whole is in part `r % number`.
     parts = tuple(Fixed(x0[i::number], x1[i::number]) for i in range(number))
@@ -312,7 +318,11 @@ def test_accumulated_parts_are_one_batch(size, number):
 
 
 def test_batch_of_one_is_refused_where_two_parts_are_needed():
-    for objective in (fd.MeanFlow(), fd.ImprovedMeanFlow(), fd.AlphaFlow()):
+    for objective in (
+        fd.objectives.MeanFlow(),
+        fd.objectives.ImprovedMeanFlow(),
+        fd.objectives.AlphaFlow(),
+    ):
         with pytest.raises(ValueError, match="A batch of 1 has no room"):
             run(objective, source=batches(1), num_steps=1)
 
@@ -353,7 +363,7 @@ def test_sgd_step_by_hand():
     optim = optax.sgd(0.1)
     state = fd.train.TrainState.create(small_map(), optim, key=jr.key(0))
     paths, args = batches(8)(jr.key(5))
-    objective = fd.VelocityDistillation()
+    objective = fd.objectives.VelocityDistillation()
     step = eqx.filter_jit(fd.train.update)
     new, info = step(
         state,
@@ -366,7 +376,7 @@ def test_sgd_step_by_hand():
         ema_decay=0.9,
     )
     loss = eqx.filter_jit(
-        lambda flow_map: fd.batch_loss(
+        lambda flow_map: fd.objectives.batch_loss(
             objective, flow_map, TEACHER.velocity, paths, args, key=jr.key(6)
         )[0]
     )
@@ -386,7 +396,7 @@ def nan_late(t, x, args):
 def test_bad_step_is_skipped():
     state = run(num_steps=2)
     before = jtu.tree_map(lambda leaf: np.array(leaf), eqx.filter(state, eqx.is_array))
-    step = fd.train.make_step(fd.VelocityDistillation(), OPTIM)
+    step = fd.train.make_step(fd.objectives.VelocityDistillation(), OPTIM)
     new, info = step(state, batches(), nan_late)
     assert not bool(info.is_finite)
     assert (int(new.step), int(new.skipped)) == (3, 1)
@@ -443,7 +453,9 @@ def test_divergence_carries_the_state():
 
 def test_report():
     reports = []
-    mixture = fd.Mixture((fd.VelocityDistillation(), fd.FlowMatching()), (1.0, 1.0))
+    mixture = fd.objectives.Mixture(
+        (fd.objectives.VelocityDistillation(), fd.FlowMatching()), (1.0, 1.0)
+    )
     run(
         mixture,
         num_steps=5,
@@ -571,15 +583,15 @@ def test_fit_wants_a_flow_map():
 def test_schedule_is_a_function_of_the_step():
     seen = []
 
-    class Seen(fd.AbstractObjective):
+    class Seen(fd.objectives.AbstractObjective):
         value: jax.Array
-        times: fd.AbstractTimes = fd.Diagonal()
-        weight: fd.AbstractWeight = fd.NoWeight()
+        times: fd.times.AbstractTimes = fd.times.Diagonal()
+        weight: fd.weights.AbstractWeight = fd.weights.NoWeight()
 
         def __call__(self, flow_map, teacher, path, s, t, args=None, *, key=None):
             return self.value + 0 * fd.FlowMatching()(flow_map, None, path, s, t)
 
-    objective = fd.Scheduled(lambda step: Seen(2.0 * step.astype(float)))
+    objective = fd.objectives.Scheduled(lambda step: Seen(2.0 * step.astype(float)))
     run(
         objective, report_every=1, on_report=lambda _, report: seen.append(report["loss"])
     )
@@ -592,18 +604,18 @@ def test_scheduled_gap_compiles_once():
     def objective(step):
         with jax.numpy_dtype_promotion("standard"):
             gap = rise(step)
-        return fd.FlowMapMatching(fd.UniformSquare(max_gap=gap))
+        return fd.objectives.FlowMapMatching(fd.times.UniformSquare(max_gap=gap))
 
     counted = eqx.debug.assert_max_traces(objective, max_traces=2)
-    state = run(fd.Scheduled(counted), num_steps=4)
+    state = run(fd.objectives.Scheduled(counted), num_steps=4)
     assert int(state.step) == 4
 
 
 def learned_objective():
-    return fd.Mixture(
+    return fd.objectives.Mixture(
         (
-            fd.FlowMatching(weight=fd.LearnedWeight(4)),
-            fd.FlowMatching(weight=fd.LearnedWeight(3)),
+            fd.FlowMatching(weight=fd.weights.LearnedWeight(4)),
+            fd.FlowMatching(weight=fd.weights.LearnedWeight(3)),
         ),
         (3.0, 1.0),
     )
@@ -636,7 +648,7 @@ def test_teacher_is_an_average_of_the_map():
     before = arrays(small_map())
     for decay, moved in ((0.99, 0.9), (0.04, 0.96)):
         state = run(
-            fd.ProgressiveSelfDistillation(),
+            fd.objectives.ProgressiveSelfDistillation(),
             teacher=None,
             num_steps=1,
             teacher_decay=decay,
@@ -647,9 +659,9 @@ def test_teacher_is_an_average_of_the_map():
 
 
 def test_teacher_is_seen_by_the_objective():
-    class Teacher(fd.AbstractObjective):
-        times: fd.AbstractTimes = fd.Diagonal()
-        weight: fd.AbstractWeight = fd.NoWeight()
+    class Teacher(fd.objectives.AbstractObjective):
+        times: fd.times.AbstractTimes = fd.times.Diagonal()
+        weight: fd.weights.AbstractWeight = fd.weights.NoWeight()
 
         def __call__(self, flow_map, teacher, path, s, t, args=None, *, key=None):
             gap = teacher.net.last.bias - flow_map.net.last.bias
@@ -657,7 +669,7 @@ def test_teacher_is_seen_by_the_objective():
 
     losses = []
     run(
-        fd.Mixture((Teacher(), fd.FlowMatching()), (1.0, 1.0)),
+        fd.objectives.Mixture((Teacher(), fd.FlowMatching()), (1.0, 1.0)),
         teacher=None,
         teacher_decay=0.9,
         report_every=1,
@@ -673,7 +685,7 @@ def test_two_teachers_are_too_many():
 
 def test_average_teacher_needs_its_state():
     state = fd.train.TrainState.create(small_map(), OPTIM, key=jr.key(1))
-    step = fd.train.make_step(fd.Shortcut(), OPTIM, teacher_decay=0.9)
+    step = fd.train.make_step(fd.objectives.Shortcut(), OPTIM, teacher_decay=0.9)
     with pytest.raises(ValueError, match="needs `teacher_decay` both"):
         step(state, batches())
 
@@ -682,7 +694,7 @@ def test_distillation_without_data():
     draw = lambda key, n: jr.normal(key, (n, 2))
     for states in (draw, jr.normal(jr.key(0), (50, 2))):
         source = fd.data.StateBatches(states, 16)
-        state = run(fd.FreeFlow(), source=source)
+        state = run(fd.objectives.FreeFlow(), source=source)
         assert np.isfinite(max_abs(eqx.filter(state.flow_map, eqx.is_array)))
 
 
@@ -719,9 +731,9 @@ EVERY = {
 def test_every_objective_is_listed():
     names = {
         name
-        for name in dir(fd)
-        if isinstance(getattr(fd, name), type)
-        and issubclass(getattr(fd, name), fd.AbstractObjective)
+        for name in dir(fd.objectives)
+        if isinstance(getattr(fd.objectives, name), type)
+        and issubclass(getattr(fd.objectives, name), fd.objectives.AbstractObjective)
         and not name.startswith("Abstract")
     }
     assert names == set(EVERY)
@@ -731,7 +743,7 @@ def test_every_objective_is_listed():
 def test_every_objective_trains_in_float32(name):
     # A step of the default batch, whose gradient reaches every weight.
     teacher = {"velocity": TEACHER.velocity, "map": TEACHER, None: None}[EVERY[name]]
-    objective = getattr(fd, name)()
+    objective = getattr(fd.objectives, name)()
     source = batches(dtype=jnp.float32)
     if name == "TrajectoryMatching":
         cast = lambda leaf: leaf.astype(jnp.float32)

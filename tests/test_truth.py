@@ -49,8 +49,8 @@ def mixture_velocity():
 
 MAPS = {
     "gaussian-linear": gaussian_map,
-    "gaussian-trigonometric": lambda: gaussian_map(fd.TrigonometricInterpolant()),
-    "gaussian-vp": lambda: gaussian_map(fd.VariancePreservingInterpolant()),
+    "gaussian-trigonometric": lambda: gaussian_map(fd.paths.TrigonometricInterpolant()),
+    "gaussian-vp": lambda: gaussian_map(fd.paths.VariancePreservingInterpolant()),
     "mixture": lambda: fd.ODEFlowMap(mixture_velocity(), rtol=1e-13, atol=1e-13),
     "linear": linear_map,
     "nonlinear": lambda: fd.ODEFlowMap(nonlinear_field, rtol=1e-13, atol=1e-13),
@@ -60,7 +60,7 @@ MAPS = {
 ODES = ("mixture", "nonlinear")
 SLOW = (*ODES, "gaussian-vp")
 
-STOPS = fd.StopGradient
+STOPS = fd.objectives.StopGradient
 # name -> (objective, what it takes for a teacher: a velocity, a map, or nothing)
 EXACT = {
     "lmd": (fd.LagrangianMapDistillation(), "velocity"),
@@ -69,32 +69,38 @@ EXACT = {
         fd.LagrangianMapDistillation(stop_gradient=STOPS.DERIVATIVE),
         "velocity",
     ),
-    "emd": (fd.EulerianMapDistillation(), "velocity"),
-    "emd-none": (fd.EulerianMapDistillation(stop_gradient=STOPS.NONE), "velocity"),
+    "emd": (fd.objectives.EulerianMapDistillation(), "velocity"),
+    "emd-none": (
+        fd.objectives.EulerianMapDistillation(stop_gradient=STOPS.NONE),
+        "velocity",
+    ),
     "emd-transport": (
-        fd.EulerianMapDistillation(stop_gradient=STOPS.TRANSPORT),
+        fd.objectives.EulerianMapDistillation(stop_gradient=STOPS.TRANSPORT),
         "velocity",
     ),
     "emd-derivative": (
-        fd.EulerianMapDistillation(stop_gradient=STOPS.DERIVATIVE),
+        fd.objectives.EulerianMapDistillation(stop_gradient=STOPS.DERIVATIVE),
         "velocity",
     ),
     "lsd": (fd.LagrangianSelfDistillation(), None),
     "lsd-average": (fd.LagrangianSelfDistillation(), "map"),
-    "esd": (fd.EulerianSelfDistillation(), None),
-    "psd": (fd.ProgressiveSelfDistillation(), None),
-    "psd-uniform": (fd.ProgressiveSelfDistillation(split=None), None),
-    "split-mean-flow": (fd.SplitMeanFlow(), None),
-    "shortcut": (fd.Shortcut(), "map"),
-    "pfmm": (fd.ProgressiveFlowMapMatching(3), "map"),
-    "mean-flow": (fd.MeanFlow(weight=fd.NoWeight()), "velocity"),
+    "esd": (fd.objectives.EulerianSelfDistillation(), None),
+    "psd": (fd.objectives.ProgressiveSelfDistillation(), None),
+    "psd-uniform": (fd.objectives.ProgressiveSelfDistillation(split=None), None),
+    "split-mean-flow": (fd.objectives.SplitMeanFlow(), None),
+    "shortcut": (fd.objectives.Shortcut(), "map"),
+    "pfmm": (fd.objectives.ProgressiveFlowMapMatching(3), "map"),
+    "mean-flow": (fd.objectives.MeanFlow(weight=fd.weights.NoWeight()), "velocity"),
     "ayf-emd": (
-        fd.AlignYourFlowEMD(weight=fd.NoWeight(), tangent_scale=1.0),
+        fd.objectives.AlignYourFlowEMD(weight=fd.weights.NoWeight(), tangent_scale=1.0),
         "velocity",
     ),
-    "ayf-lmd": (fd.AlignYourFlowLMD(weight=fd.NoWeight()), "velocity"),
-    "free-flow": (fd.FreeFlow(), "velocity"),
-    "scm": (fd.ContinuousConsistency(weight=fd.NoWeight()), "velocity"),
+    "ayf-lmd": (fd.objectives.AlignYourFlowLMD(weight=fd.weights.NoWeight()), "velocity"),
+    "free-flow": (fd.objectives.FreeFlow(), "velocity"),
+    "scm": (
+        fd.objectives.ContinuousConsistency(weight=fd.weights.NoWeight()),
+        "velocity",
+    ),
 }
 
 
@@ -136,23 +142,25 @@ def test_zero_at_the_exact_map_only(name):
 N = 20_000
 FROM_DATA = {
     "fm": fd.FlowMatching(),
-    "ee": fd.StopGradientEulerian(),
-    "ee-derivative": fd.StopGradientEulerian(stop_gradient=STOPS.DERIVATIVE),
-    "mean-flow": fd.MeanFlow(weight=fd.NoWeight()),
-    "improved-mean-flow": fd.ImprovedMeanFlow(weight=fd.NoWeight()),
-    "improved-mean-flow-teacher": fd.ImprovedMeanFlow(
-        weight=fd.NoWeight(), stop_gradient=STOPS.TEACHER
+    "ee": fd.objectives.StopGradientEulerian(),
+    "ee-derivative": fd.objectives.StopGradientEulerian(stop_gradient=STOPS.DERIVATIVE),
+    "mean-flow": fd.objectives.MeanFlow(weight=fd.weights.NoWeight()),
+    "improved-mean-flow": fd.objectives.ImprovedMeanFlow(weight=fd.weights.NoWeight()),
+    "improved-mean-flow-teacher": fd.objectives.ImprovedMeanFlow(
+        weight=fd.weights.NoWeight(), stop_gradient=STOPS.TEACHER
     ),
-    "fmm": fd.FlowMapMatching(),
-    "tvm": fd.TerminalVelocityMatching(),
+    "fmm": fd.objectives.FlowMapMatching(),
+    "tvm": fd.objectives.TerminalVelocityMatching(),
     # The bias of these two is of the order of their step.
-    "alpha-flow": fd.AlphaFlow(alpha=1e-4, weight=fd.NoWeight()),
-    "consistency": fd.ConsistencyTraining(weight=fd.InverseGap(1.0, min_gap=1e-9)),
-    "scm": fd.ContinuousConsistency(weight=fd.NoWeight()),
+    "alpha-flow": fd.objectives.AlphaFlow(alpha=1e-4, weight=fd.weights.NoWeight()),
+    "consistency": fd.objectives.ConsistencyTraining(
+        weight=fd.weights.InverseGap(1.0, min_gap=1e-9)
+    ),
+    "scm": fd.objectives.ContinuousConsistency(weight=fd.weights.NoWeight()),
 }
 INTERPOLANTS = {
     "linear": fd.LinearInterpolant(),
-    "trigonometric": fd.TrigonometricInterpolant(),
+    "trigonometric": fd.paths.TrigonometricInterpolant(),
 }
 
 
@@ -166,9 +174,9 @@ def mean_gradient(objective, interpolant, size):
     h, u = jr.uniform(gap_key, (N,)), jr.uniform(start_key, (N,))
     s = (1 - h) * u
     t = s + h
-    if isinstance(objective, fd.ConsistencyTraining):
+    if isinstance(objective, fd.objectives.ConsistencyTraining):
         t = s + 1e-4
-    if isinstance(objective, fd.ContinuousConsistency):
+    if isinstance(objective, fd.objectives.ContinuousConsistency):
         t = jnp.ones_like(s)
 
     @eqx.filter_jit
@@ -199,14 +207,16 @@ def test_a_wrong_map_is_pulled_back(name):
 
 
 def test_naive_eulerian_leaves_the_exact_map():
-    mean, error = mean_gradient(fd.NaiveEulerian(), fd.LinearInterpolant(), 0.0)
+    mean, error = mean_gradient(
+        fd.objectives.NaiveEulerian(), fd.LinearInterpolant(), 0.0
+    )
     assert abs(mean) > 10 * error
 
 
 def test_distillation_from_a_diffrax_step():
     # The target is off by the solver's local error, of fifth order in the step.
     exact = linear_map()
-    objective = fd.ConsistencyDistillation(solver=diffrax.Tsit5())
+    objective = fd.objectives.ConsistencyDistillation(solver=diffrax.Tsit5())
     u = jnp.asarray(0.2 + 1e-2)
     loss = objective(exact, exact.velocity, PATH, jnp.asarray(0.2), u)
     assert loss < 1e-20

@@ -49,7 +49,7 @@ class Changed(eqx.Module):
 
 
 class Problem(NamedTuple):
-    objective: fd.AbstractObjective
+    objective: fd.objectives.AbstractObjective
     teacher: str | None = None
     path: str = "interpolant"
     power: int = 2  # of the scale, in the loss
@@ -58,42 +58,47 @@ class Problem(NamedTuple):
 
 UNITS = {
     "flow matching": Problem(fd.FlowMatching()),
-    "velocity distillation": Problem(fd.VelocityDistillation(), "velocity"),
+    "velocity distillation": Problem(fd.objectives.VelocityDistillation(), "velocity"),
     "LMD": Problem(fd.LagrangianMapDistillation(), "velocity"),
     "LMD, free": Problem(
-        fd.LagrangianMapDistillation(stop_gradient=fd.StopGradient.NONE), "velocity"
+        fd.LagrangianMapDistillation(stop_gradient=fd.objectives.StopGradient.NONE),
+        "velocity",
     ),
-    "EMD": Problem(fd.EulerianMapDistillation(), "velocity"),
-    "EE": Problem(fd.StopGradientEulerian(), moves=False),
+    "EMD": Problem(fd.objectives.EulerianMapDistillation(), "velocity"),
+    "EE": Problem(fd.objectives.StopGradientEulerian(), moves=False),
     "EE, derivative": Problem(
-        fd.StopGradientEulerian(stop_gradient=fd.StopGradient.DERIVATIVE)
+        fd.objectives.StopGradientEulerian(
+            stop_gradient=fd.objectives.StopGradient.DERIVATIVE
+        )
     ),
-    "naive Eulerian": Problem(fd.NaiveEulerian()),
-    "FMM": Problem(fd.FlowMapMatching()),
-    "PFMM": Problem(fd.ProgressiveFlowMapMatching(), "map"),
+    "naive Eulerian": Problem(fd.objectives.NaiveEulerian()),
+    "FMM": Problem(fd.objectives.FlowMapMatching()),
+    "PFMM": Problem(fd.objectives.ProgressiveFlowMapMatching(), "map"),
     "LSD": Problem(fd.LagrangianSelfDistillation()),
-    "ESD": Problem(fd.EulerianSelfDistillation(), moves=False),
-    "PSD": Problem(fd.ProgressiveSelfDistillation()),
-    "SplitMeanFlow": Problem(fd.SplitMeanFlow()),
-    "Shortcut": Problem(fd.Shortcut()),
-    "MeanFlow": Problem(fd.MeanFlow()),
-    "improved MeanFlow": Problem(fd.ImprovedMeanFlow()),
-    "AlphaFlow": Problem(fd.AlphaFlow()),
-    "TVM": Problem(fd.TerminalVelocityMatching()),
-    "AYF-EMD": Problem(fd.AlignYourFlowEMD(), "velocity"),
-    "AYF-LMD": Problem(fd.AlignYourFlowLMD(), "velocity"),
-    "AYF-LMD, finite": Problem(fd.AlignYourFlowLMD(epsilon=0.05), "velocity"),
-    "CT": Problem(fd.ConsistencyTraining()),
+    "ESD": Problem(fd.objectives.EulerianSelfDistillation(), moves=False),
+    "PSD": Problem(fd.objectives.ProgressiveSelfDistillation()),
+    "SplitMeanFlow": Problem(fd.objectives.SplitMeanFlow()),
+    "Shortcut": Problem(fd.objectives.Shortcut()),
+    "MeanFlow": Problem(fd.objectives.MeanFlow()),
+    "improved MeanFlow": Problem(fd.objectives.ImprovedMeanFlow()),
+    "AlphaFlow": Problem(fd.objectives.AlphaFlow()),
+    "TVM": Problem(fd.objectives.TerminalVelocityMatching()),
+    "AYF-EMD": Problem(fd.objectives.AlignYourFlowEMD(), "velocity"),
+    "AYF-LMD": Problem(fd.objectives.AlignYourFlowLMD(), "velocity"),
+    "AYF-LMD, finite": Problem(fd.objectives.AlignYourFlowLMD(epsilon=0.05), "velocity"),
+    "CT": Problem(fd.objectives.ConsistencyTraining()),
     "CT, distance": Problem(
-        fd.ConsistencyTraining(
-            weight=fd.WeightChain((fd.PseudoHuber(), fd.InverseNoiseGap()))
+        fd.objectives.ConsistencyTraining(
+            weight=fd.weights.WeightChain(
+                (fd.weights.PseudoHuber(), fd.weights.InverseNoiseGap())
+            )
         ),
         power=1,
     ),
-    "CD": Problem(fd.ConsistencyDistillation(), "velocity"),
-    "sCT": Problem(fd.ContinuousConsistency()),
-    "sCD": Problem(fd.ContinuousConsistency(), "velocity"),
-    "FreeFlow": Problem(fd.FreeFlow(), "velocity"),
+    "CD": Problem(fd.objectives.ConsistencyDistillation(), "velocity"),
+    "sCT": Problem(fd.objectives.ContinuousConsistency()),
+    "sCD": Problem(fd.objectives.ContinuousConsistency(), "velocity"),
+    "FreeFlow": Problem(fd.objectives.FreeFlow(), "velocity"),
     "trajectory matching": Problem(fd.TrajectoryMatching(), path="trajectory"),
 }
 X0, X1 = np.asarray(jr.normal(jr.key(1), (2, 8, 2)))
@@ -108,7 +113,9 @@ def paths_of(problem, scale, mean):
     ts = np.linspace(0, 1, 5)
     ys = scale * np.cumsum(np.asarray(jr.normal(jr.key(2), (8, 5, 2))), axis=1)
     ys = ys + mean * ts[None, :, None]
-    return fd.TrajectoryPath(jnp.broadcast_to(jnp.asarray(ts), (8, 5)), jnp.asarray(ys))
+    return fd.paths.TrajectoryPath(
+        jnp.broadcast_to(jnp.asarray(ts), (8, 5)), jnp.asarray(ys)
+    )
 
 
 @eqx.filter_jit
@@ -122,7 +129,9 @@ def batch_gradient(problem, net, scale, mean, paths):
         flow_map = fd.FlowMap(Changed(net, scale, mean))
         other = fd.FlowMap(Changed(mlp_map(1).net, scale, mean))
         teacher = {None: None, "velocity": velocity, "map": other}[kind]
-        return fd.batch_loss(objective, flow_map, teacher, paths, key=jr.key(0))[0]
+        return fd.objectives.batch_loss(
+            objective, flow_map, teacher, paths, key=jr.key(0)
+        )[0]
 
     return eqx.filter_grad(loss)(net)
 
@@ -155,16 +164,18 @@ def test_semigradients_do_not_depend_on_units(name):
 
 
 WITH_UNITS = {
-    "power": lambda scale: fd.PowerWeight(1.0, 0.5, scale=scale),
-    "tangent": lambda scale: fd.NormalisedTangent(0.7, scale=scale),
-    "huber": lambda scale: fd.PseudoHuber(0.4 * scale),
+    "power": lambda scale: fd.weights.PowerWeight(1.0, 0.5, scale=scale),
+    "tangent": lambda scale: fd.weights.NormalisedTangent(0.7, scale=scale),
+    "huber": lambda scale: fd.weights.PseudoHuber(0.4 * scale),
 }
 
 
 @pytest.mark.parametrize("name", WITH_UNITS)
 def test_weights_with_units_take_the_scale_of_the_data(name):
     make = WITH_UNITS[name]
-    of = lambda scale, unit: in_units(Problem(fd.MeanFlow(weight=make(unit))), scale, 3)
+    of = lambda scale, unit: in_units(
+        Problem(fd.objectives.MeanFlow(weight=make(unit))), scale, 3
+    )
     off, _ = parallel(of(100.0, 100.0), of(1.0, 1.0))
     assert off < 1e-7
     # And without it they are other weights.
@@ -173,7 +184,7 @@ def test_weights_with_units_take_the_scale_of_the_data(name):
 
 
 def test_learned_weight_starts_at_the_scale_of_the_data():
-    weight, moved = fd.LearnedWeight(4), fd.LearnedWeight(4, scale=100.0)
+    weight, moved = fd.weights.LearnedWeight(4), fd.weights.LearnedWeight(4, scale=100.0)
     s, t, error = map(jnp.asarray, (0.2, 0.9, 1.7))
     # One more constant in the loss, and the same slope.
     made = moved(s, t, 100.0**2 * error) - 2 * np.log(100.0)
@@ -183,12 +194,12 @@ def test_learned_weight_starts_at_the_scale_of_the_data():
 @pytest.mark.parametrize("unit", [1e-6, 1.0, 1e5])
 def test_inverse_gap_in_any_unit_of_time(unit):
     s, t = 0.2 * unit, 0.21 * unit
-    made = fd.InverseGap()(jnp.asarray(s), jnp.asarray(t), jnp.asarray(3.0))
+    made = fd.weights.InverseGap()(jnp.asarray(s), jnp.asarray(t), jnp.asarray(3.0))
     np.testing.assert_allclose(made, 3.0 / (0.01 * unit) ** 2, rtol=1e-9)
 
 
 def test_inverse_gap_is_finite_for_gaps_of_rounding():
-    weight, one = fd.InverseGap(), jnp.ones((), jnp.float32)
+    weight, one = fd.weights.InverseGap(), jnp.ones((), jnp.float32)
     for start in (0.0, 0.5, 40.0):
         s = jnp.asarray(start, jnp.float32)
         assert np.isfinite(weight(s, s, one))
@@ -200,48 +211,59 @@ def test_inverse_gap_is_finite_for_gaps_of_rounding():
 
 # Time runs slowly first; both ends stay.
 CLOCK = lambda t: t**2 * (1 + t) / 2
-RECLOCKED = fd.Interpolant(lambda t: 1 - CLOCK(t), CLOCK)
+RECLOCKED = fd.paths.Interpolant(lambda t: 1 - CLOCK(t), CLOCK)
 
 
 class Clock(NamedTuple):
     """An objective, and on which changes its semigradient depends by a factor only."""
 
-    objective: fd.AbstractObjective
+    objective: fd.objectives.AbstractObjective
     teacher: str | None = None
     clock: bool = True  # another clock
     schedule: bool = True  # another interpolant, which scales space too
 
 
-LIMIT = fd.StopGradient.DERIVATIVE
+LIMIT = fd.objectives.StopGradient.DERIVATIVE
 CLOCKS = {
     "flow matching": Clock(fd.FlowMatching()),
-    "velocity distillation": Clock(fd.VelocityDistillation(), "velocity"),
+    "velocity distillation": Clock(fd.objectives.VelocityDistillation(), "velocity"),
     "LMD": Clock(fd.LagrangianMapDistillation(), "velocity", schedule=False),
     "LMD, free": Clock(
-        fd.LagrangianMapDistillation(stop_gradient=fd.StopGradient.NONE), "velocity"
+        fd.LagrangianMapDistillation(stop_gradient=fd.objectives.StopGradient.NONE),
+        "velocity",
     ),
-    "EMD": Clock(fd.EulerianMapDistillation(), "velocity"),
-    "EE": Clock(fd.StopGradientEulerian(), schedule=False),
-    "EE, derivative": Clock(fd.StopGradientEulerian(stop_gradient=LIMIT)),
-    "naive Eulerian": Clock(fd.NaiveEulerian()),
-    "FMM": Clock(fd.FlowMapMatching(), clock=False, schedule=False),
-    "PFMM": Clock(fd.ProgressiveFlowMapMatching(), "map", clock=False, schedule=False),
+    "EMD": Clock(fd.objectives.EulerianMapDistillation(), "velocity"),
+    "EE": Clock(fd.objectives.StopGradientEulerian(), schedule=False),
+    "EE, derivative": Clock(fd.objectives.StopGradientEulerian(stop_gradient=LIMIT)),
+    "naive Eulerian": Clock(fd.objectives.NaiveEulerian()),
+    "FMM": Clock(fd.objectives.FlowMapMatching(), clock=False, schedule=False),
+    "PFMM": Clock(
+        fd.objectives.ProgressiveFlowMapMatching(), "map", clock=False, schedule=False
+    ),
     "LSD": Clock(fd.LagrangianSelfDistillation(), schedule=False),
-    "ESD": Clock(fd.EulerianSelfDistillation(), schedule=False),
-    "PSD": Clock(fd.ProgressiveSelfDistillation(), clock=False, schedule=False),
-    "SplitMeanFlow": Clock(fd.SplitMeanFlow(), clock=False, schedule=False),
-    "Shortcut": Clock(fd.Shortcut(), clock=False, schedule=False),
-    "MeanFlow": Clock(fd.MeanFlow()),
-    "improved MeanFlow": Clock(fd.ImprovedMeanFlow(), schedule=False),
-    "AlphaFlow": Clock(fd.AlphaFlow(alpha=0.3), clock=False, schedule=False),
-    "TVM": Clock(fd.TerminalVelocityMatching(), schedule=False),
-    "AYF-EMD": Clock(fd.AlignYourFlowEMD(), "velocity", clock=False, schedule=False),
-    "AYF-EMD, whole tangent": Clock(fd.AlignYourFlowEMD(tangent_scale=1.0), "velocity"),
-    "AYF-LMD": Clock(fd.AlignYourFlowLMD(), "velocity"),
-    "CT": Clock(fd.ConsistencyTraining()),
-    "CD": Clock(fd.ConsistencyDistillation(), "velocity", clock=False, schedule=False),
-    "sCT": Clock(fd.ContinuousConsistency()),
-    "FreeFlow": Clock(fd.FreeFlow(), "velocity"),
+    "ESD": Clock(fd.objectives.EulerianSelfDistillation(), schedule=False),
+    "PSD": Clock(
+        fd.objectives.ProgressiveSelfDistillation(), clock=False, schedule=False
+    ),
+    "SplitMeanFlow": Clock(fd.objectives.SplitMeanFlow(), clock=False, schedule=False),
+    "Shortcut": Clock(fd.objectives.Shortcut(), clock=False, schedule=False),
+    "MeanFlow": Clock(fd.objectives.MeanFlow()),
+    "improved MeanFlow": Clock(fd.objectives.ImprovedMeanFlow(), schedule=False),
+    "AlphaFlow": Clock(fd.objectives.AlphaFlow(alpha=0.3), clock=False, schedule=False),
+    "TVM": Clock(fd.objectives.TerminalVelocityMatching(), schedule=False),
+    "AYF-EMD": Clock(
+        fd.objectives.AlignYourFlowEMD(), "velocity", clock=False, schedule=False
+    ),
+    "AYF-EMD, whole tangent": Clock(
+        fd.objectives.AlignYourFlowEMD(tangent_scale=1.0), "velocity"
+    ),
+    "AYF-LMD": Clock(fd.objectives.AlignYourFlowLMD(), "velocity"),
+    "CT": Clock(fd.objectives.ConsistencyTraining()),
+    "CD": Clock(
+        fd.objectives.ConsistencyDistillation(), "velocity", clock=False, schedule=False
+    ),
+    "sCT": Clock(fd.objectives.ContinuousConsistency()),
+    "FreeFlow": Clock(fd.objectives.FreeFlow(), "velocity"),
 }
 
 
@@ -290,8 +312,12 @@ def one_gradient(problem, interpolant, s, t):
 
 def times_of(objective, clock):
     """Two times on the linear clock, and the same on another."""
-    s, t = (0.3, 1.0) if isinstance(objective, fd.ContinuousConsistency) else (0.3, 0.8)
-    s = 0.0 if isinstance(objective, fd.FreeFlow) else s
+    s, t = (
+        (0.3, 1.0)
+        if isinstance(objective, fd.objectives.ContinuousConsistency)
+        else (0.3, 0.8)
+    )
+    s = 0.0 if isinstance(objective, fd.objectives.FreeFlow) else s
     grid = np.linspace(0, 1, 100_001)
     back = lambda u: float(np.interp(u, clock(grid), grid))
     return (s, t), (back(s), back(t))
@@ -300,9 +326,11 @@ def times_of(objective, clock):
 def gradients_on(problem, interpolant, clock):
     objective = problem.objective
     linear, other = times_of(objective, clock)
-    if isinstance(objective, fd.ConsistencyTraining):
-        weight = fd.InverseNoiseGap(interpolant)
-        changed = problem._replace(objective=fd.ConsistencyTraining(weight=weight))
+    if isinstance(objective, fd.objectives.ConsistencyTraining):
+        weight = fd.weights.InverseNoiseGap(interpolant)
+        changed = problem._replace(
+            objective=fd.objectives.ConsistencyTraining(weight=weight)
+        )
     else:
         changed = problem
     made = one_gradient(changed, interpolant, *map(jnp.asarray, other))
@@ -323,7 +351,7 @@ def test_semigradients_on_another_clock(name):
 @pytest.mark.parametrize("name", CLOCKS)
 def test_semigradients_under_another_schedule(name):
     problem = CLOCKS[name]
-    interpolant = fd.TrigonometricInterpolant()
+    interpolant = fd.paths.TrigonometricInterpolant()
 
     def clock(t):  # of the same ratio of data to base
         sine, cosine = np.sin(np.pi / 2 * t), np.cos(np.pi / 2 * t)

@@ -34,7 +34,9 @@ solution = diffrax.diffeqsolve(
 )
 
 draws = fd.data.InterpolantBatches(fd.LinearInterpolant(), jnp.ones((10, 2)), 4)
-objective = fd.Mixture((fd.FlowMapMatching(), fd.FlowMatching()), shares=(1, 1))
+objective = fd.objectives.Mixture(
+    (fd.objectives.FlowMapMatching(), fd.FlowMatching()), shares=(1, 1)
+)
 state = fd.train.fit(
     flow_map, objective, draws, optax.adam(1e-3), num_steps=10, key=key, progress=False
 )
@@ -44,17 +46,17 @@ step = fd.train.make_step(objective, optax.adam(1e-3))
 state, info = step(state, draws)
 assert_type(info, fd.train.StepInfo)
 
-inversion = fd.invert(flow_map, 0.0, 1.0, jnp.ones(2))
-assert_type(inversion, fd.Inversion)
-there = fd.pull_back(flow_map, jnp.ones(2))
-assert_type(there, fd.PullBack)
+inversion = fd.likelihood.invert(flow_map, 0.0, 1.0, jnp.ones(2))
+assert_type(inversion, fd.likelihood.Inversion)
+there = fd.likelihood.pull_back(flow_map, jnp.ones(2))
+assert_type(there, fd.likelihood.PullBack)
 assert_type(fd.metrics.rms_distance(jnp.ones(2), jnp.zeros(2)), float)
 
 config, loaded = fd.train.load("map.fdx", lambda config: flow_map)
 assert_type(config, Any)
-digits = fd.data.digits()
-assert_type(digits, fd.data.Images)
-assert_type(fd.train.recipe("cifar10-lsd"), fd.train.Recipe)
+digits = fd.images.digits()
+assert_type(digits, fd.images.Images)
+assert_type(fd.images.recipe("cifar10-lsd"), fd.images.Recipe)
 
 fd.FlowMapSolver(0.5)  # pyright: ignore[reportArgumentType]
 fd.sample(flow_map, jnp.ones(2), "two")  # pyright: ignore[reportArgumentType]

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
-from ._misc import add_scaled, scale, subtract
+from ._tree import add_scaled, scale, subtract
 
 # `(fn, primals, tangents) -> (value, derivative)`: `jax.jvp`, or what stands in for it.
 Derivative: TypeAlias = Callable[[Callable, tuple, tuple], tuple[PyTree, PyTree]]

@@ -5,7 +5,7 @@
     python tests/data/make_twemoji.py emoji-datasource-twitter-16.0.0.tgz \\
         tests/data/twemoji-180.npz --per-class 20
 
-The first makes the file that `flowdiffrax.data.twemoji` reads, 1873 images and 1.8 MB;
+The first makes the file that `flowdiffrax.images.twemoji` reads, 1873 images and 1.8 MB;
 the second, the part of it that the tests use. Skin tones are left out, since most of the
 images would then be people, and so are emoji that look exactly like an earlier one. The
 order is that of a hash of the code points, so that any slice is a fixed random part.

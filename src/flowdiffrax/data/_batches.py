@@ -9,12 +9,13 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, ArrayLike, Key, PyTree
 
-from .._coupling import AbstractCoupling, IndependentCoupling
-from .._custom_types import Args, State
-from .._interpolant import AbstractInterpolant
-from .._misc import check_callable, is_concrete, num_rows, rows_not_finite
-from .._times import check_batch_size
-from .._trajectory import StatePath, TrajectoryPath, check_one_length
+from .._check import check_callable
+from .._tree import is_concrete, num_rows, rows_not_finite
+from .._types import Args, State
+from ..paths._base import AbstractInterpolant
+from ..paths._coupling import AbstractCoupling, IndependentCoupling
+from ..paths._trajectory import StatePath, TrajectoryPath, check_one_length
+from ..times._base import check_batch_size
 
 Batch = tuple[diffrax.AbstractPath, Args]
 

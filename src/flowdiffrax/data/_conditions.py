@@ -7,9 +7,11 @@ import jax.random as jr
 import jax.tree_util as jtu
 from jaxtyping import Array, ArrayLike, Float, Key, PyTree
 
-from .._custom_types import GuidanceArgs
-from .._misc import check_callable, null_like, num_rows
-from .._times import check_batch_size
+from .._check import check_callable
+from .._tree import num_rows
+from .._types import GuidanceArgs
+from ..times._base import check_batch_size
+from ..velocities._null import null_like
 from ._batches import Batch, _as_jax
 
 
@@ -28,9 +30,9 @@ class ConditionDropout(eqx.Module):
     - `rate`: the probability with which an example loses its condition, in [0, 1],
       independent of all others.
     - `scale`: a callable `(key, batch_size) -> scales` of shape `(batch_size,)`, such as
-      [`flowdiffrax.data.PowerLawScale`][], for a network that takes the guidance scale
-      as an input. The conditions then come as [`flowdiffrax.GuidanceArgs`][], with scale
-      1 where there is nothing to guide, for want of a condition.
+      [`flowdiffrax.data.PowerLawScale`][], for a network that takes the guidance scale as
+      an input. The conditions then come as [`flowdiffrax.velocities.GuidanceArgs`][],
+      with scale 1 where there is nothing to guide, for want of a condition.
 
     **Raises:** `ValueError` for a rate outside [0, 1], `TypeError` if `batches` or
     `scale` cannot be called. When it is called, `ValueError` or `TypeError` for a `null`

@@ -7,24 +7,26 @@ from typing import Any
 import jax
 import jax.tree_util as jtu
 import numpy as np
-from jaxtyping import Array, Int32, PyTree, UInt8
+from jaxtyping import Array, PyTree
 
-from .._misc import check_callable, num_rows, rows_not_finite
-from .._times import check_batch_size
-from ._device import DeviceImages
-from ._files import import_extra
-from ._images import Images
+from .._check import check_callable
+from .._io import import_extra
+from .._tree import num_rows, rows_not_finite
+from ..times._base import check_batch_size
 
 # Batches on their way to the device besides those of the step.
 _AHEAD = 2
 
+
 # A function of row numbers.
 _Read = Callable[[np.ndarray], PyTree[np.ndarray]]
-_Source = Images | _Read | PyTree[Array | np.ndarray]
+
+
+_Source = _Read | PyTree[Array | np.ndarray]
 
 
 def stream(
-    images: _Source,
+    source: _Source | Any,
     batch_size: int,
     *,
     size: int | None = None,
@@ -34,13 +36,7 @@ def stream(
     process_count: int | None = None,
     num_threads: int = 4,
     prefetch: int = 8,
-) -> Iterator[
-    tuple[
-        UInt8[np.ndarray, "batch height width channels"],
-        Int32[np.ndarray, " batch"] | None,
-    ]
-    | PyTree[np.ndarray]
-]:
+) -> Iterator[PyTree[np.ndarray]]:
     """Batches from the host without end, for sets that the device has no room for.
 
     Each epoch is a new order of all rows, and a batch may span two. Batch `k` is a
@@ -52,13 +48,13 @@ def stream(
 
     **Arguments:**
 
-    - `images`: the set, one of these:
+    - `source`: the set, one of these:
 
-        - [`flowdiffrax.data.Images`][], for example those that
-          [`flowdiffrax.data.load_images`][] maps into memory;
         - an array or a PyTree of arrays with a common leading axis, such as the states
           and parameters of trajectories. They may be memory maps (`numpy.memmap`), of
           which only the rows of a batch are read;
+        - an object with such a PyTree as its `arrays`, for example
+          [`flowdiffrax.images.Images`][]: images, and labels or `None`;
         - for any other file, a function of an array of row numbers that returns these
           rows, an array or a PyTree of arrays. It is called in several threads.
     - `batch_size`: rows a batch, over all processes.
@@ -69,16 +65,15 @@ def stream(
       JAX's. Each gets consecutive rows of the batch, which it must divide.
     - `num_threads`, `prefetch`: how many threads read, and how many batches ahead.
 
-    **Returns:** an iterator. Of images, of pairs: a batch of images, and their labels or
-    `None`; see [`flowdiffrax.data.DeviceImages`][] for how to train with them. Otherwise
-    of batches of the same structure as the arrays.
+    **Returns:** an iterator over batches of the same structure as the arrays. To train on
+    a batch of images and labels, make it [`flowdiffrax.images.DeviceImages`][].
 
     **Raises:** `ImportError` without grain; `ValueError` for a batch size that the
     processes do not divide, settings that are too small, arrays without a common leading
     axis, or a function without `size`; `TypeError` for other sets; and when a batch is
     drawn, `ValueError` for rows that are not finite.
     """
-    read, size = _reader(images, size)
+    read, size = _reader(source, size)
     check_batch_size(batch_size)
     index = jax.process_index() if process_index is None else process_index
     count = jax.process_count() if process_count is None else process_count
@@ -102,12 +97,9 @@ def stream(
 
 def _reader(source: Any, size: int | None) -> tuple[_Read, int]:
     """A function of row numbers, and how many rows there are."""
-    if isinstance(source, Images):
-        images, labels = source.images, source.labels
-        pairs = lambda rows: (images[rows], None if labels is None else labels[rows])
-        return pairs, len(source)
+    source = getattr(source, "arrays", source)
     if callable(source):
-        check_callable(source, "images", "images(rows)")
+        check_callable(source, "source", "source(rows)")
         if size is None or size < 1:
             raise ValueError(
                 "A function of row numbers needs `size`, the number of rows, at least 1; "
@@ -118,8 +110,8 @@ def _reader(source: Any, size: int | None) -> tuple[_Read, int]:
     if not leaves or not all(isinstance(leaf, Array | np.ndarray) for leaf in leaves):
         kinds = sorted({type(leaf).__name__ for leaf in leaves})
         raise TypeError(
-            f"A stream is of `Images`, or of arrays or memory maps; got {kinds}. For "
-            "other files, give a function of row numbers that reads them, and `size`."
+            f"A stream is of arrays or memory maps; got {kinds}. "
+            "For other files, give a function of row numbers that reads them, and `size`."
         )
     size = num_rows(source, "What is streamed")
     # Of a device array, the rows would come from the device one by one.
@@ -197,8 +189,11 @@ class StreamBatches:
     their way to the device.
 
     ```python
-    make = lambda source: fd.data.InterpolantBatches(fd.LinearInterpolant(), source, 256)
-    batches = fd.data.StreamBatches(images, 256, make, flip=True)
+    def make(batch):
+        images = fd.images.DeviceImages(*batch, flip=True, draw=False)
+        return fd.data.InterpolantBatches(fd.LinearInterpolant(), images, 256)
+
+    batches = fd.data.StreamBatches(images, 256, make)
     ```
 
     Trajectories from a file, with their parameters:
@@ -213,45 +208,37 @@ class StreamBatches:
 
     **Arguments:**
 
-    - `images`: the set, as for [`flowdiffrax.data.stream`][].
+    - `source`: the set, as for [`flowdiffrax.data.stream`][].
     - `batch_size`: rows a batch, over all processes.
-    - `make`: called with the [`flowdiffrax.data.DeviceImages`][] of a batch of images,
-      or with the batch itself, on the device, of any other set. Returns the function of
+    - `make`: called with a batch of the stream, on the device. Returns the function of
       a key that draws paths and conditions. It must build the same functions each time:
       a lambda made inside would be compiled anew for each step.
     - `size`: as for [`flowdiffrax.data.stream`][].
     - `seed`: of the orders, not negative.
-    - `flip`: as for [`flowdiffrax.data.DeviceImages`][]; of images alone.
     - `num_threads`, `prefetch`: as for [`flowdiffrax.data.stream`][].
 
-    **Raises:** `TypeError` if `make` cannot be called, `ValueError` for `flip` of other
-    sets than images; and as [`flowdiffrax.data.stream`][], some of it when training
-    begins.
+    **Raises:** `TypeError` if `make` cannot be called; and as
+    [`flowdiffrax.data.stream`][], some of it when training begins.
     """
 
     def __init__(
         self,
-        images: _Source,
+        source: _Source | Any,
         batch_size: int,
         make: Callable[[Any], Callable],
         *,
         size: int | None = None,
         seed: int = 0,
-        flip: bool = False,
         num_threads: int = 4,
         prefetch: int = 8,
     ):
         check_callable(make, "make", "make(source)", may_be_class=True)
         check_batch_size(batch_size)
-        _reader(images, size)
-        self._has_images = isinstance(images, Images)
-        if flip and not self._has_images:
-            raise ValueError("`flip` is for `Images`: mirror other rows in `make`.")
+        _reader(source, size)
         self._make = make
-        self._flip = flip
         self._stream = functools.partial(
             stream,
-            images,
+            source,
             batch_size,
             size=size,
             seed=seed,
@@ -271,16 +258,10 @@ class StreamBatches:
         - `place`: puts the arrays of a batch on the devices.
         """
 
-        def load():
-            batch = place(next(batches))
-            if not self._has_images:
-                return self._make(batch)
-            return self._make(DeviceImages(*batch, flip=self._flip, draw=False))
-
         batches = self._stream(start=step * accumulate)
         ahead = collections.deque()
         while True:
             while len(ahead) < _AHEAD + accumulate:
-                ahead.append(load())
+                ahead.append(self._make(place(next(batches))))
             now = tuple(ahead.popleft() for _ in range(accumulate))
             yield now[0] if accumulate == 1 else now

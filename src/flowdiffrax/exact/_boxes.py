@@ -8,10 +8,11 @@ import numpy as np
 from jax.scipy.special import erf, erfc
 from jaxtyping import Array, Float
 
-from .._custom_types import Args, Numbers, State, Time
-from .._interpolant import AbstractInterpolant, LinearInterpolant
-from .._misc import times_like
+from .._time import times_like
+from .._types import Args, Numbers, State, Time
 from ..data import checkerboard_boxes
+from ..paths._base import AbstractInterpolant
+from ..paths._interpolants import LinearInterpolant
 
 
 class UniformBoxesVelocity(eqx.Module):
@@ -130,6 +131,8 @@ def checkerboard_velocity(
 # Gauss-Legendre on [0, 1]. Six nodes are exact to rounding where the density falls by
 # less than exp(1) over less than half a standard deviation.
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(6)
+
+
 _NODES, _WEIGHTS = (_NODES + 1) / 2, _WEIGHTS / 2
 
 

@@ -4,11 +4,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from .._custom_types import Args, Numbers, State, Time
-from .._flow_map import AbstractFlowMap
-from .._flow_map.base import check_times
-from .._interpolant import AbstractInterpolant, LinearInterpolant
-from .._misc import times_like
+from .._time import times_like
+from .._types import Args, Numbers, State, Time
+from ..flow_maps._base import AbstractFlowMap, check_times
+from ..paths._base import AbstractInterpolant
+from ..paths._interpolants import LinearInterpolant
 
 
 class GaussianFlowMap(AbstractFlowMap):

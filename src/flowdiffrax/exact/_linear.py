@@ -2,9 +2,9 @@ import jax.numpy as jnp
 from jax.scipy.linalg import expm
 from jaxtyping import Array
 
-from .._custom_types import Args, Numbers, State, Time
-from .._flow_map import AbstractFlowMap
-from .._misc import times_like
+from .._time import times_like
+from .._types import Args, Numbers, State, Time
+from ..flow_maps._base import AbstractFlowMap
 
 
 class LinearFlowMap(AbstractFlowMap):

@@ -5,16 +5,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .._custom_types import Args, State, VectorField
-from .._flow_map import AbstractFlowMap
-from .._identities import (
+from .._tree import num_rows, squared_norm
+from .._types import Args, State, VectorField
+from ..flow_maps._base import AbstractFlowMap
+from ..identities import (
     eulerian_residual,
     inverse_residual,
     lagrangian_residual,
     semigroup_residual,
     tangent_residual,
 )
-from .._misc import num_rows, squared_norm
 
 
 class Defects(NamedTuple):

@@ -6,16 +6,17 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from .._custom_types import Args
-from .._flow_map import AbstractFlowMap
-from .._objective import AbstractObjective, Mixture
-from .._objective.batch import (
+from .._types import Args
+from ..flow_maps._base import AbstractFlowMap
+from ..objectives._base import AbstractObjective
+from ..objectives._batch import (
     ExampleLosses,
     as_mixture,
     example_losses,
     objective_sizes,
     segments_of,
 )
+from ..objectives._mixture import Mixture
 
 
 class BinnedLoss(NamedTuple):
@@ -47,15 +48,15 @@ def loss_by_times(
 ) -> BinnedLoss:
     """Which jumps an objective finds hard: its mean loss by start and end time.
 
-    The times are those that [`flowdiffrax.batch_loss`][] draws with the same key, and
-    its loss is the mean of the bins, weighted by their counts. Of a mixture, every
-    example has the weight in it that its objective has in the mixture's loss; to see
-    one objective alone, pass that one.
+    The times are those that [`flowdiffrax.objectives.batch_loss`][] draws with the same
+    key, and its loss is the mean of the bins, weighted by their counts. Of a mixture,
+    every example has the weight in it that its objective has in the mixture's loss; to
+    see one objective alone, pass that one.
 
     **Arguments:**
 
     - `objective`, `flow_map`, `teacher`, `paths`, `args`, `key`: as for
-      [`flowdiffrax.batch_loss`][].
+      [`flowdiffrax.objectives.batch_loss`][].
     - `num_bins`: bins a side, at least 1.
     - `time_range`: the interval that is divided, for both times; `None` for the map's
       `time_range`, which is [0, 1] if it declares none.
@@ -63,7 +64,7 @@ def loss_by_times(
     **Returns:** means, counts and edges of the bins.
 
     **Raises:** `ValueError` for no bins, an empty interval, or times outside it; and what
-    [`flowdiffrax.batch_loss`][] raises.
+    [`flowdiffrax.objectives.batch_loss`][] raises.
     """
     check_bins(num_bins, time_range)
     losses = _losses(objective, flow_map, teacher, paths, args, key)

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, Integer, Key
 
-from .._custom_types import Args, GuidanceArgs, Time
-from .._misc import is_concrete
+from .._tree import is_concrete
+from .._types import Args, GuidanceArgs, Time
 from ._embedding import MagnitudePreservingEmbedding, TwoTimeEmbedding, waves
 from ._layers import Linear
 from ._magnitude import ForcedLinear, ForcedWeight

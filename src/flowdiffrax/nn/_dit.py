@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, Key
 
-from .._misc import check_key
+from .._check import check_key
 from ._condition import Condition
 from ._images import AbstractImageNetwork, num_heads_for, run
 from ._layers import Linear, attend, modulate, standardise, unit_rms

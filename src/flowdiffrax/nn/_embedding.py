@@ -10,8 +10,8 @@ import jax.random as jr
 import jax.tree_util as jtu
 from jaxtyping import Array, Float, Key, PyTree
 
-from .._custom_types import Time
-from .._misc import as_times, at_least_float32
+from .._time import as_times, at_least_float32
+from .._types import Time
 from ._layers import Linear
 from ._magnitude import ForcedLinear
 

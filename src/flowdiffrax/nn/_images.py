@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from .._custom_types import Args, Time
-from .._misc import describe, time_dtype, times_like
+from .._time import time_dtype, times_like
+from .._types import Args, Time
 from ._condition import Condition
+from ._describe import describe
 from ._layers import double, halve
 
 Shape = tuple[int, int, int]
@@ -165,7 +166,7 @@ def check_image(x: Array, shape: Shape) -> None:
     if not jnp.issubdtype(jnp.result_type(x), jnp.floating):
         raise TypeError(
             f"This network takes images of floating point; got {jnp.result_type(x)}. For "
-            "8-bit values, see `data.from_uint8`."
+            "8-bit values, see `images.from_uint8`."
         )
 
 

@@ -1,4 +1,4 @@
-r"""Layers that keep the magnitude of what passes through them.
+"""Layers that keep the magnitude of what passes through them.
 
 Where inputs have independent entries of mean square 1, so have outputs. Weights count by
 their direction alone: each output's have norm 1, whatever an optimiser has made of them.

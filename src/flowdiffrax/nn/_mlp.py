@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, Key
 
-from .._custom_types import Args, Time
-from .._misc import check_key, describe, times_like
+from .._check import check_key
+from .._time import times_like
+from .._types import Args, Time
+from ._describe import describe
 
 
 class MLP(eqx.Module):

@@ -3,9 +3,9 @@ from typing import ClassVar
 
 import equinox as eqx
 
-from .._custom_types import Args, State, Time
-from .._leaves import ravel
-from .._misc import check_callable, check_like
+from .._check import check_callable, check_like
+from .._tree import ravel
+from .._types import Args, State, Time
 
 
 class Ravelled(eqx.Module):

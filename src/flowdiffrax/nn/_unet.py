@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Key
 
-from .._misc import check_key
+from .._check import check_key
 from ._condition import Condition
 from ._images import AbstractImageNetwork, Level, levels, num_heads_for, run
 from ._layers import Conv, GroupNorm, Linear, attend, modulate
@@ -47,8 +47,8 @@ class UNet(AbstractImageNetwork):
     - `num_heads`: of attention; `None` for one each 64 channels.
     - `num_classes`: for labels 0 to `num_classes - 1` as `args`. `None` and
       `num_classes` stand for no class. A traced label beyond gives NaN.
-    - `guidance`: whether `args` may be [`flowdiffrax.GuidanceArgs`][], a label and a
-      guidance scale. Without them the scale is 1.
+    - `guidance`: whether `args` may be [`flowdiffrax.velocities.GuidanceArgs`][], a label
+      and a guidance scale. Without them the scale is 1.
     - `scale`: typical size of the state's entries; outputs are multiplied by it.
     - `max_frequency`: of the embedding, see [`flowdiffrax.nn.TwoTimeEmbedding`][].
     - `two_times`: `False` for a velocity, that ignores the end time; see

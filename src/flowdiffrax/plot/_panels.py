@@ -3,15 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
-from einops import rearrange
-from jaxtyping import ArrayLike, UInt8
-
-from ..data import to_uint8
-
-# Pixels between images, and around them.
-_GAP = 2
+from jaxtyping import ArrayLike
 
 
 def density(
@@ -92,78 +85,3 @@ def work_precision(
     axes.tick_params(axis="x", which="minor", labelbottom=False)
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
-
-
-def image_grid(
-    axes: Any,
-    images: ArrayLike,
-    *,
-    row_labels: Sequence[str] | None = None,
-    num_columns: int | None = None,
-):
-    """Images in rows and columns, grey or in colour.
-
-    **Arguments:**
-
-    - `axes`: Matplotlib axes.
-    - `images`: of shape `(rows, columns, height, width, channels)`, or without the axis
-      of rows, with one channel or three. Values are 8-bit, or numbers in [-1, 1]: those
-      beyond are clipped, and what is no number is black.
-    - `row_labels`: one text a row, written to the left of it.
-    - `num_columns`: how many images make a row, where `images` has no axis of rows;
-      `None` for a square. The last row may be shorter.
-
-    **Raises:** `ValueError` for arrays of another shape, no images, or another number
-    of labels than rows; `TypeError` for integers of more than 8 bits.
-    """
-    tiles = tile_images(images, num_columns)
-    num_rows, _, height = tiles.shape[:3]
-    labels = [""] * num_rows if row_labels is None else list(row_labels)
-    if len(labels) != num_rows:
-        raise ValueError(
-            f"There must be one label a row; got {len(labels)} labels and {num_rows} "
-            "rows."
-        )
-    axes.imshow(join_tiles(tiles), interpolation="nearest")
-    centres = _GAP + (height - 1) / 2 + (height + _GAP) * np.arange(num_rows)
-    axes.set(xticks=[], aspect="equal")
-    axes.set_yticks(centres, labels)
-    axes.tick_params(axis="y", length=0)
-    axes.spines[:].set_visible(False)
-
-
-def tile_images(images: ArrayLike, num_columns: int | None = None):
-    """The images as 8-bit colours, with an axis of rows and one of columns."""
-    x = np.asarray(images)
-    if x.ndim not in (4, 5) or x.shape[-1] not in (1, 3) or x.size == 0:
-        raise ValueError(
-            "`images` must have shape (images, height, width, channels) or (rows, "
-            "columns, height, width, channels), with 1 or 3 channels, and not be empty; "
-            f"got {x.shape}. Grey images without the last axis: `images[..., None]`."
-        )
-    if x.dtype != np.uint8:
-        if not jnp.issubdtype(x.dtype, jnp.floating):
-            raise TypeError(
-                f"`images` must be uint8, or numbers in [-1, 1]; got {x.dtype}."
-            )
-        x = np.asarray(to_uint8(np.nan_to_num(x.astype(np.float32), nan=-1.0)))
-    if x.ndim == 4:
-        number = len(x)
-        columns = int(np.ceil(np.sqrt(number))) if num_columns is None else num_columns
-        if columns < 1:
-            raise ValueError(f"`num_columns` must be at least 1; got {num_columns}.")
-        missing = np.full((-number % columns, *x.shape[1:]), 255, np.uint8)
-        x = rearrange(np.concatenate([x, missing]), "(r c) h w k -> r c h w k", c=columns)
-    elif num_columns is not None:
-        raise ValueError(
-            f"`num_columns` is for images without an axis of rows; got shape {x.shape}."
-        )
-    return np.broadcast_to(x, (*x.shape[:-1], 3))
-
-
-def join_tiles(tiles: UInt8[np.ndarray, "rows columns height width 3"]) -> np.ndarray:
-    """One picture of them all, on white."""
-    gap = ((0, 0), (0, 0), (_GAP, 0), (_GAP, 0), (0, 0))
-    tiles = np.pad(tiles, gap, constant_values=255)
-    picture = rearrange(tiles, "r c h w k -> (r h) (c w) k")
-    return np.pad(picture, ((0, _GAP), (0, _GAP), (0, 0)), constant_values=255)

@@ -11,10 +11,11 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 
-from .._custom_types import Args, State, Time, VectorField
+from .._check import check_callable, check_like
 from .._derivative import Derivative, FiniteDifference
-from .._flow_map import AbstractFlowMap
-from .._misc import check_callable, check_like, real_dtype, times_like
+from .._time import real_dtype, times_like
+from .._types import Args, State, Time, VectorField
+from ..flow_maps._base import AbstractFlowMap
 
 
 class _ForeignFlowMap(AbstractFlowMap):

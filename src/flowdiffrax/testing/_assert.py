@@ -10,20 +10,14 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import ArrayLike, Real
 
-from .._custom_types import Args, Numbers, State, VectorField
 from .._derivative import Derivative
-from .._flow_map import AbstractFlowMap
-from .._misc import num_rows, subtract, time_dtype
+from .._time import time_dtype
+from .._tree import num_rows, subtract
+from .._types import Args, Numbers, State, VectorField
+from ..flow_maps._base import AbstractFlowMap
 from ._adapt import adapt, is_opaque
 from ._failure import Failure, IdentityError, Tolerance, literal, tolerances
-from ._identity import (
-    IDENTITIES,
-    Jump,
-    Settings,
-    evaluate,
-    evaluate_compiled,
-    largest,
-)
+from ._identity import IDENTITIES, Jump, Settings, evaluate, evaluate_compiled, largest
 
 if TYPE_CHECKING:
     Times: TypeAlias = Any
@@ -65,7 +59,7 @@ def assert_starts_as_identity(
       differences have a hundredfold. For a map that is learned, give the defect that
       you accept as `atol`.
     - `jvp`: how derivatives are taken: `jax.jvp`, or a
-      [`flowdiffrax.FiniteDifference`][] for layers without forward mode.
+      [`flowdiffrax.objectives.FiniteDifference`][] for layers without forward mode.
 
     **Raises:** [`flowdiffrax.testing.IdentityError`][], which says which identity does
     not hold, where, and by how much; `ValueError` or `TypeError` for a map whose output

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 import jax.numpy as jnp
 import jax.tree_util as jtu
 
-from .._custom_types import Args, State
 from .._derivative import Derivative
+from .._types import Args, State
 from ._assert import Prepared, assess, check_names, jacobian_is_cheap, prepare
 from ._failure import Failure, IdentityError, Tolerance, literal
 from ._identity import IDENTITIES

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 
-from .._custom_types import Args, State
 from .._derivative import FiniteDifference
+from .._types import Args, State
 from ._identity import IDENTITIES, rounding_unit
 
 # A number for all identities, or one for each by name.

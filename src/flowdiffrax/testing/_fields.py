@@ -6,10 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from .._custom_types import Args, Numbers, State, Time
-from .._flow_map import AbstractFlowMap
-from .._leaves import ravel
-from .._misc import times_like
+from .._time import times_like
+from .._tree import ravel
+from .._types import Args, Numbers, State, Time
+from ..flow_maps._base import AbstractFlowMap
 
 
 class KnownField(eqx.Module):

@@ -10,19 +10,20 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array
 
-from .._custom_types import Args, State, VectorField
+from .._check import check_like
 from .._derivative import Derivative
-from .._flow_map import AbstractFlowMap
-from .._identities import (
+from .._time import time_dtype
+from .._tree import add_scaled, ravel, subtract
+from .._types import Args, State, VectorField
+from ..flow_maps._base import AbstractFlowMap
+from ..identities import (
     eulerian_residual,
     inverse_residual,
     lagrangian_residual,
     semigroup_residual,
     tangent_residual,
 )
-from .._leaves import ravel
-from .._misc import add_scaled, check_like, subtract, time_dtype
-from .._solver import FlowMapSolver
+from ..solvers._fixed import FlowMapSolver
 
 
 class Settings(NamedTuple):

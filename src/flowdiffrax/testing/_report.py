@@ -10,9 +10,10 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Float
 
-from .._custom_types import Args, State
-from .._misc import num_rows, time_dtype
-from ..data._files import import_extra
+from .._io import import_extra
+from .._time import time_dtype
+from .._tree import num_rows
+from .._types import Args, State
 from ._assert import check_names, prepare
 from ._identity import IDENTITIES, Jump
 

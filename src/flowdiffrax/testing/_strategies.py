@@ -9,16 +9,16 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 
-from .._custom_types import State
-from .._interpolant import (
-    AbstractInterpolant,
+from .._io import import_extra
+from .._types import State
+from ..exact._gaussian import GaussianFlowMap
+from ..paths._base import AbstractInterpolant
+from ..paths._interpolants import (
     LinearInterpolant,
-    SineSquaredLatent,
     TrigonometricInterpolant,
     VariancePreservingInterpolant,
 )
-from ..data._files import import_extra
-from ..exact import GaussianFlowMap
+from ..paths._latents import SineSquaredLatent
 from ._fields import KnownField
 
 # A `hypothesis.strategies.SearchStrategy`, of an extra.

@@ -15,11 +15,12 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import PyTree
 
-from .._files import write_whole
-from .._misc import check_callable
-from ..data._files import import_extra
+from .._check import check_callable
+from .._io import import_extra, write_whole
 
 _FORMAT = 2
+
+
 _SAFETENSORS = ".safetensors"
 
 

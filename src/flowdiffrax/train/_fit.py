@@ -10,11 +10,15 @@ import jax
 import optax
 from jaxtyping import Array, Key
 
-from .._flow_map import AbstractFlowMap
-from .._misc import check_whole, num_rows
-from .._objective import AbstractObjective, Mixture, Scheduled, TrajectoryMatching
-from .._objective.batch import as_mixture
+from .._check import check_whole
+from .._tree import num_rows
 from ..data import ConditionDropout, StreamBatches, TrajectoryBatches
+from ..flow_maps._base import AbstractFlowMap
+from ..objectives._base import AbstractObjective
+from ..objectives._batch import as_mixture
+from ..objectives._mixture import Mixture
+from ..objectives._scheduled import Scheduled
+from ..objectives._trajectory import TrajectoryMatching
 from ._parallel import DataParallel
 from ._run import Run
 from ._signals import StopRequests
@@ -63,8 +67,8 @@ def fit(
 
     - `flow_map`: the map to train, or the state of an earlier run of the same objective
       and optimiser, to continue exactly where it stopped.
-    - `objective`: what to minimise, a [`flowdiffrax.Mixture`][], or an objective that is
-      [`flowdiffrax.Scheduled`][].
+    - `objective`: what to minimise, a [`flowdiffrax.objectives.Mixture`][], or an
+      objective that is [`flowdiffrax.objectives.Scheduled`][].
     - `batches`: a function of a key that returns paths and conditions, for example
       [`flowdiffrax.data.InterpolantBatches`][]; or
       [`flowdiffrax.data.StreamBatches`][], which has one for each step.

@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
-from .._misc import is_concrete
+from .._tree import is_concrete
 
 # Below this many entries, a weight costs more to gather than to keep.
 _MIN_SHARDED = 4096

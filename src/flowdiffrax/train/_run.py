@@ -17,11 +17,12 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, PyTree, UInt32
 
-from .._files import write_whole
-from ..data._files import import_extra
+from .._io import import_extra, write_whole
 from ._step import TrainState
 
 _FORMAT = 1
+
+
 _ABOUT = "about.json"
 
 

@@ -14,25 +14,13 @@ import wadler_lindig as wl
 from jax import lax
 from jaxtyping import Array, Int, Key, PyTree
 
-from .._custom_types import Args, Scalar
-from .._flow_map import AbstractFlowMap
-from .._misc import (
-    all_finite,
-    at_least_float32,
-    check_callable,
-    check_key,
-    check_optimiser,
-    check_whole,
-    is_concrete,
-    squared_norm,
-)
-from .._objective import (
-    AbstractLearnedWeight,
-    AbstractObjective,
-    Mixture,
-    Scheduled,
-)
-from .._objective.batch import (
+from .._check import check_callable, check_key, check_optimiser, check_whole
+from .._time import at_least_float32
+from .._tree import all_finite, is_concrete, squared_norm
+from .._types import Args, Scalar
+from ..flow_maps._base import AbstractFlowMap
+from ..objectives._base import AbstractObjective
+from ..objectives._batch import (
     DrawnTimes,
     Segment,
     as_mixture,
@@ -44,6 +32,9 @@ from .._objective.batch import (
     segments_of,
     summed,
 )
+from ..objectives._mixture import Mixture
+from ..objectives._scheduled import Scheduled
+from ..weights._learned import AbstractLearnedWeight
 from ._parallel import DataParallel
 
 
@@ -193,8 +184,8 @@ def make_step(
 
     **Arguments:**
 
-    - `objective`: an objective, a [`flowdiffrax.Mixture`][] of several, or one that is
-      [`flowdiffrax.Scheduled`][].
+    - `objective`: an objective, a [`flowdiffrax.objectives.Mixture`][] of several, or one
+      that is [`flowdiffrax.objectives.Scheduled`][].
     - `optim`: an Optax optimiser.
     - `ema_decay`: decay of the moving average a step, in [0, 1). Step $n$ uses at most
       $(1 + n)/(10 + n)$, so that a young average does not hang on to the initial weights.

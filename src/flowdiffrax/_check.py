@@ -1,0 +1,145 @@
+"""What bad input is told."""
+
+import inspect
+import operator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+
+from ._types import State
+
+
+def check_like(out: State, x: State, name: str) -> State:
+    """Returns `out`, having checked at trace time that it could stand in for `x`.
+
+    **Raises:** `ValueError` for another PyTree structure or other shapes, `TypeError`
+    for other dtypes.
+    """
+    got, expected = jtu.tree_structure(out), jtu.tree_structure(x)
+    if got != expected:
+        raise ValueError(
+            f"{name} must return a PyTree of the structure of the state, {expected}; "
+            f"got {got}."
+        )
+    for got_leaf, leaf in zip(jtu.tree_leaves(out), jtu.tree_leaves(x), strict=True):
+        if jnp.shape(got_leaf) != jnp.shape(leaf):
+            if jnp.shape(got_leaf) == ():
+                cure = "Look at the order of its arguments: times, state, `args`."
+            else:
+                cure = "A state is one example: to work on a batch, use `jax.vmap`."
+            raise ValueError(
+                f"{name} must return the shape of the state, {jnp.shape(leaf)}; got "
+                f"{jnp.shape(got_leaf)}. {cure}"
+            )
+        if jnp.result_type(got_leaf) != jnp.result_type(leaf):
+            raise TypeError(
+                f"{name} must return the dtype of the state, {jnp.result_type(leaf)}; "
+                f"got {jnp.result_type(got_leaf)}. Give state and weights one dtype, or "
+                "cast with `.astype(x.dtype)` where the value is returned. (Diffrax "
+                "promotes the state to the dtype of the times: Python-float times are "
+                "float64 when x64 is enabled.)"
+            )
+    return out
+
+
+def check_callable(
+    fn: object, name: str, *signatures: str, may_be_class: bool = False
+) -> None:
+    """**Raises:** `TypeError` for what cannot be called in any of the ways given."""
+    signature = signatures[0]
+    if inspect.isclass(fn) and not may_be_class:
+        raise TypeError(
+            f"`{name}` must be a callable `{signature}`; got the class {fn.__name__}, "
+            "not an instance of it."
+        )
+    if not callable(fn):
+        # A `TrainState` has the one, a term of Diffrax the other.
+        parts = [part for part in ("ema_map", "vector_field") if hasattr(fn, part)]
+        cure = f" Pass its `.{parts[0]}`." if parts else ""
+        raise TypeError(
+            f"`{name}` must be a callable `{signature}`; got {type(fn).__name__}.{cure}"
+        )
+    try:
+        own = inspect.signature(fn)
+    except (TypeError, ValueError):  # some built-in functions have none
+        return
+    is_map = hasattr(fn, "velocity") and _takes(own, "flow_map(s, t, x, args)")
+    if is_map and signature.endswith("(t, x, args)"):
+        raise TypeError(
+            f"`{name}` must be a velocity `{signature}`; got the flow map "
+            f"{type(fn).__name__}. Pass its `.velocity`."
+        )
+    if not any(_takes(own, signature) for signature in signatures):
+        what = getattr(fn, "__name__", type(fn).__name__)
+        bare = [part.replace(annotation=part.empty) for part in own.parameters.values()]
+        raise TypeError(
+            f"`{name}` is called as `{signature}`, which `{what}"
+            f"{inspect.Signature(bare)}` does not allow. Wrap it in a function, or an "
+            "`eqx.Module`, of these arguments."
+        )
+
+
+def check_flow_map(fn: object, name: str = "flow_map") -> None:
+    """**Raises:** `TypeError` if it is not a two-time map, or is known to be a network.
+
+    A network has the arguments of a flow map, so that its velocity would pass for a
+    state.
+    """
+    # `jax.jit` and the like keep what they wrap.
+    inner = inspect.unwrap(fn)  # pyright: ignore
+    if not inspect.isclass(inner) and _is_network(inner):
+        raise TypeError(
+            f"`{name}` is a bare network, {type(inner).__name__}, whose output is a "
+            "velocity. Wrap it as `FlowMap(net)`."
+        )
+    check_callable(fn, name, f"{name}(s, t, x, args)")
+
+
+def _is_network(fn: object) -> bool:
+    # By a mark, since `nn` builds on this module; Equinox's own have none.
+    modules = [cls.__module__ for cls in type(fn).__mro__]
+    of_equinox = any(module.startswith("equinox.nn") for module in modules)
+    return of_equinox or getattr(fn, "is_network", False)
+
+
+def _takes(own: inspect.Signature, signature: str) -> bool:
+    """Whether a call as `name(a, b, c)` is possible."""
+    arguments = signature[signature.index("(") + 1 : -1].split(", ")
+    try:
+        own.bind(*arguments)
+    except TypeError:
+        return False
+    return True
+
+
+def check_optimiser(optim: object) -> None:
+    """**Raises:** `TypeError` for what is no optimiser of Optax."""
+    if not (hasattr(optim, "init") and hasattr(optim, "update")):
+        raise TypeError(
+            "`optim` must be an Optax optimiser, for example `optax.adam(1e-3)`; got "
+            f"{getattr(optim, '__name__', optim)!r}."
+        )
+
+
+def check_key(key: Any) -> None:
+    """**Raises:** `TypeError` for what is no key, `ValueError` for several."""
+    try:
+        shape = jax.random.key_data(key).shape[:-1]
+    except (TypeError, AttributeError) as error:
+        raise TypeError(
+            f"`key` must be a key of JAX, for example `jax.random.key(0)`; got {key!r}."
+        ) from error
+    if shape != ():
+        raise ValueError(
+            f"`key` must be a single key; got an array of them, of shape {shape}."
+        )
+
+
+def check_whole(number: Any, name: str) -> None:
+    """**Raises:** `TypeError` for a number that is no integer."""
+    try:
+        operator.index(number)
+    except TypeError as error:
+        raise TypeError(f"`{name}` must be an integer; got {number!r}.") from error

@@ -1,0 +1,49 @@
+"""Files, and optional imports."""
+
+import importlib
+import os
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+
+def write_whole(path: pathlib.Path, body: bytes) -> None:
+    """Writes a file that appears whole or not at all, even if the machine stops.
+
+    It is written beside its place and moved there. Missing folders are made.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(body)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+StrPath = str | os.PathLike
+
+
+def chunks(path: pathlib.Path, size: int = 1 << 20) -> Iterator[bytes]:
+    """The file, a piece at a time."""
+    with open(path, "rb") as file:
+        while chunk := file.read(size):
+            yield chunk
+
+
+def import_extra(module: str, extra: str, needed_by: str) -> Any:
+    """A module of an optional dependency.
+
+    **Raises:** `ImportError`, naming the extra that brings it.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(
+            f"`{needed_by}` needs {module}, which could not be imported: {error}. Use "
+            f'`pip install "flowdiffrax[{extra}]"`.'
+        ) from error

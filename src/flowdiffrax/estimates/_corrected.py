@@ -1,0 +1,52 @@
+import equinox as eqx
+
+from .._check import check_callable
+from .._time import times_like
+from .._tree import subtract
+from .._types import Args, State, Time, TwoTimeMap, VectorField
+from ..flow_maps._base import AbstractFlowMap
+from ..flow_maps._inverse import check_composable
+from ._alekseev_groebner import end_and_error
+from ._quadrature import check_num_nodes
+
+
+class DefectCorrectedFlowMap(AbstractFlowMap):
+    r"""A map less its own estimated error: better where the estimate is small already.
+
+    $\hat X_{s,t}(x) - \hat e$ with $\hat e$ of
+    [`flowdiffrax.estimates.alekseev_groebner_error`][]: one Newton step towards the
+    solution of the ODE, whose error is quadratic in that of the map. It needs the
+    teacher, at `num_nodes` calls a jump, and `2 * num_nodes` forward-mode passes through
+    the map. Its velocity is the teacher.
+
+    **Arguments:**
+
+    - `flow_map`, `teacher`: the map and the vector field it should follow.
+    - `num_nodes`: nodes of the Radau quadrature, at least 1.
+
+    **Raises:** `TypeError` for a map or a teacher that is not callable, `ValueError` for
+    fewer nodes than one.
+    """
+
+    flow_map: TwoTimeMap
+    teacher: VectorField
+    num_nodes: int = eqx.field(static=True, default=4)
+
+    def __check_init__(self):
+        check_composable(self.flow_map)
+        check_callable(self.teacher, "teacher", "teacher(t, x, args)")
+        check_num_nodes(self.num_nodes)
+
+    @property
+    def time_range(self):
+        return getattr(self.flow_map, "time_range", None)
+
+    def __call__(self, s: Time, t: Time, x: State, args: Args = None) -> State:
+        X_st, error = end_and_error(
+            self.flow_map, self.teacher, s, t, x, args, self.num_nodes
+        )
+        return subtract(X_st, error)
+
+    def velocity(self, t: Time, x: State, args: Args = None) -> State:
+        (t,) = times_like(x, t)
+        return self.teacher(t, x, args)

@@ -1,0 +1,107 @@
+r"""How far a jump is from the truth, computed without knowing the truth.
+
+Each function takes a map $\hat X$, the vector field $b$ it should follow and a jump, and
+speaks of its error $e = \hat X_{s,t}(x) - X_{s,t}(x)$. What is an identity or a bound is
+so up to the quadrature: what a map does between two nodes, leaving no trace at them, is
+seen by none.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+from jaxtyping import Array, Float
+
+from .._tree import add_scaled, subtract
+from .._types import Args, State, Time, TwoTimeMap, VectorField
+from ..identities import end_and_residual
+
+# Quadrature
+
+
+def path_residuals(
+    flow_map: TwoTimeMap,
+    teacher: VectorField,
+    s: Time,
+    t: Time,
+    x: State,
+    args: Args,
+    num_nodes: int,
+) -> tuple[Array, State, State]:
+    """Times, states and Lagrangian residuals of the map's path, at the Radau nodes.
+
+    Every leaf has the nodes as its leading axis; the last node is the end of the jump.
+    """
+    us = between(s, t, radau(num_nodes)[0])
+    along = lambda u: end_and_residual(flow_map, teacher, s, u, x, args)
+    path, residuals = jax.vmap(along)(us)
+    return us, path, residuals
+
+
+def start_error(
+    flow_map: TwoTimeMap,
+    teacher: VectorField,
+    s: Time,
+    t: Time,
+    x: State,
+    args: Args,
+    residuals: State,
+    num_nodes: int,
+) -> State:
+    """What the start adds to the error: the map's own at `s`, and that of a fast layer.
+
+    Where the residual at `s` is not that of the polynomial through the nodes, the
+    difference is taken to fade by the first of them.
+    """
+    X_ss, r_s = end_and_residual(flow_map, teacher, s, s, x, args)
+    nodes, _, _, at_start = radau(num_nodes)
+    layer = subtract(r_s, integral(residuals, at_start))
+    return add_scaled(subtract(X_ss, x), (t - s) * float(nodes[0] / 2), layer)
+
+
+def between(s: Time, t: Time, fractions: np.ndarray) -> Float[Array, " nodes"]:
+    share = jnp.asarray(fractions, jnp.result_type(t))
+    # This way round the last node is `t` to the bit.
+    return (1 - share) * s + share * t
+
+
+def integral(values: State, weights: np.ndarray) -> State:
+    """The weighted sum over the leading axis of every leaf."""
+    total = lambda leaf: jnp.tensordot(jnp.asarray(weights, leaf.dtype), leaf, axes=1)
+    return jtu.tree_map(total, values)
+
+
+def last(values: State) -> State:
+    """What belongs to the last node, the end of the jump."""
+    return jtu.tree_map(lambda leaf: leaf[-1], values)
+
+
+@functools.cache
+def radau(num_nodes: int) -> tuple[np.ndarray, ...]:
+    """Right Radau quadrature on [0, 1]: nodes, weights, weights from nodes to 1, and
+    weights of the value at 0 of the polynomial through the nodes.
+
+    The last node is 1, so that the end of a jump is one of them.
+    """
+    check_num_nodes(num_nodes)
+    series = np.zeros(num_nodes + 1)
+    series[-2:] = 1.0
+    left = np.sort(np.real(np.polynomial.legendre.legroots(series)))
+    nodes = np.sort(1 - left) / 2
+    nodes[-1] = 1.0
+    powers = np.arange(num_nodes)
+    # Integrals of all polynomials of the degree that the nodes determine.
+    values = nodes[:, None] ** powers
+    whole = 1 / (powers + 1)
+    to_end = (1 - nodes[:, None] ** (powers + 1)) / (powers + 1)
+    rules = np.stack([whole, 0.0**powers, *to_end], axis=1)
+    weights, at_start, *ends = np.linalg.solve(values.T, rules).T
+    return nodes, weights, np.stack(ends), at_start
+
+
+def check_num_nodes(num_nodes: int) -> None:
+    """**Raises:** `ValueError` for what is no whole number of nodes, at least 1."""
+    if not isinstance(num_nodes, int | np.integer) or num_nodes < 1:
+        raise ValueError(f"`num_nodes` must be at least 1, and whole; got {num_nodes}.")

@@ -1,0 +1,14 @@
+"""Flow maps X_{s,t}: the forms that are learned, the exact one, and compositions."""
+
+from ._autonomous import AutonomousFlowMap as AutonomousFlowMap
+from ._base import AbstractFlowMap as AbstractFlowMap
+from ._composed import ComposedFlowMap as ComposedFlowMap
+from ._hypersolver import HypersolverFlowMap as HypersolverFlowMap
+from ._inverse import InverseFlowMap as InverseFlowMap
+from ._normalisation import Normalisation as Normalisation
+from ._normalisation import NormalisedFlowMap as NormalisedFlowMap
+from ._ode import ODEFlowMap as ODEFlowMap
+from ._projected import ConserveInvariants as ConserveInvariants
+from ._projected import ProjectedFlowMap as ProjectedFlowMap
+from ._rescheduled import RescheduledFlowMap as RescheduledFlowMap
+from ._residual import FlowMap as FlowMap

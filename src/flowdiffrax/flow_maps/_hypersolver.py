@@ -1,0 +1,138 @@
+from collections.abc import Callable
+from typing import Any
+
+import diffrax
+import equinox as eqx
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+
+from .._check import check_callable, check_like
+from .._time import at_least_float32, times_like
+from .._tree import Frozen, add_scaled
+from .._types import Args, State, Time, VectorField
+from ._base import AbstractFlowMap, as_time_range, check_times
+
+
+class HypersolverFlowMap(AbstractFlowMap):
+    r"""One step of a classical solver plus a learned remainder of the right order.
+
+    The average velocity is that of a Runge-Kutta step of order $p$ from $s$ to $t$, plus
+    $h^p\,n_{s,t}(x)$ with $h = t - s$ and $n$ a network. The solver's own error is of
+    that order, so that $n$ is to learn something of order one, smooth in $h$. Whatever
+    $n$ is, the map is a consistent integrator: its velocity is the vector field itself,
+    and its local error is $O(h^{p+1})$. With $n = 0$, as [`flowdiffrax.nn.MLP`][] starts,
+    it is the solver.
+
+    A jump costs one evaluation of the network and as many of the vector field as the
+    solver has stages. Where the vector field is cheap, that is a good bargain.
+
+    !!! info "Numerics"
+
+        $u$, the average velocity, is what the step makes of
+        $\dot u = b_{s+\tau h}(x + h u)$ in one unit of $\tau$. It is the same step, and
+        smooth in $s$, $t$ and $x$, at $h = 0$ and for negative $h$ too, where a step in
+        the state would divide by $h$. A stage that only serves an error estimate is left
+        out.
+
+    !!! info "What is trained"
+
+        The network alone. The vector field's arrays are held fixed: they are no
+        floating-point leaves of this module, so that neither gradients nor weight decay
+        reach them, nor does `equinox.tree_at`. Parameters that vary go through `args`.
+
+    **Arguments:**
+
+    - `vector_field`: a callable `(t, x, args) -> dx/dt`.
+    - `net`: any callable `net(s, t, x, args)`, that returns the remainder $n$, like `x`.
+    - `solver`: an explicit Runge-Kutta solver of Diffrax for ODEs, such as
+      `diffrax.Euler()`, `diffrax.Heun()`, `diffrax.Bosh3()` or `diffrax.Tsit5()`.
+    - `time_range`: as for [`flowdiffrax.FlowMap`][].
+
+    **Raises:** `TypeError` for another solver, or for what cannot be called; when it is
+    called, as [`flowdiffrax.FlowMap`][].
+
+    ??? cite "Reference"
+
+        Hypersolvers, [arXiv:2007.09601](https://arxiv.org/abs/2007.09601). There, the
+        remainder enters the step as $h^{p+1}$.
+    """
+
+    net: Callable
+    frozen_field: Frozen
+    solver: diffrax.AbstractSolver
+    time_range: tuple[float, float] | None = eqx.field(static=True)
+
+    def __init__(
+        self,
+        vector_field: VectorField,
+        net: Callable,
+        solver: Any = None,
+        time_range: tuple[float, float] | None = None,
+    ):
+        check_callable(vector_field, "vector_field", "vector_field(t, x, args)")
+        check_callable(net, "net", "net(s, t, x, args)")
+        solver = diffrax.Heun() if solver is None else solver
+        # To `isinstance`, a wrapped solver is what it wraps.
+        wraps = isinstance(solver, diffrax.AbstractWrappedSolver)
+        if wraps or not isinstance(solver, diffrax.AbstractERK | diffrax.Euler):
+            got = getattr(solver, "__name__", None) or type(solver).__name__
+            raise TypeError(
+                "`solver` must be an explicit Runge-Kutta solver of Diffrax for ODEs, "
+                "such as `diffrax.Heun()`, `diffrax.Bosh3()` or `diffrax.Tsit5()`; got "
+                f"{got}. Implicit steps solve equations, and multi-step and stochastic "
+                "ones carry a state: none of them is a function of one jump's ends."
+            )
+        self.net = net
+        self.frozen_field = Frozen(vector_field)
+        self.solver = solver
+        self.time_range = as_time_range(time_range)
+
+    @property
+    def vector_field(self) -> VectorField:
+        """The vector field, its arrays held fixed."""
+        return self.frozen_field.thaw()
+
+    def __call__(self, s: Time, t: Time, x: State, args: Args = None) -> State:
+        check_times(self, s, t)
+        s, t = times_like(x, s, t)
+        return add_scaled(x, t - s, self.average_velocity(s, t, x, args))
+
+    def velocity(self, t: Time, x: State, args: Args = None) -> State:
+        (t,) = times_like(x, t)
+        return check_like(self.vector_field(t, x, args), x, "`vector_field`")
+
+    def average_velocity(self, s: Time, t: Time, x: State, args: Args = None) -> State:
+        s, t = times_like(x, s, t)
+        h = t - s
+        field = self.vector_field
+        b = lambda t, y: check_like(field(t, y, args), y, "`vector_field`")
+        # In float32 at least: the weights of the stages have both signs, and cancel.
+        widen = lambda x: jnp.asarray(x, at_least_float32(jnp.result_type(x)))
+        step = _step_velocity(self.solver, b, s, h, jtu.tree_map(widen, x))
+        step = jtu.tree_map(lambda v, x: v.astype(jnp.result_type(x)), step, x)
+        remainder = check_like(self.net(s, t, x, args), x, "`HypersolverFlowMap.net`")
+        power = self.solver.order(diffrax.ODETerm(field))
+        return add_scaled(step, h**power, remainder)
+
+
+def _step_velocity(solver, b, s, h, x):
+    """The average velocity of one step: the stages, weighted as the solver does."""
+    if isinstance(solver, diffrax.Euler):
+        return b(s, x)
+    tableau = solver.tableau
+    num_stages = np.flatnonzero(tableau.b_sol)[-1] + 1
+    stages = [b(s + float(tableau.c1) * h, x)]
+    for index in range(num_stages - 1):
+        u = _weighted(tableau.a_lower[index], stages)
+        stages.append(b(s + float(tableau.c[index]) * h, add_scaled(x, h, u)))
+    return _weighted(tableau.b_sol[:num_stages], stages)
+
+
+def _weighted(weights, stages):
+    # Python numbers take the precision of the state. Tableaux are full of zeros.
+    kept = [(float(w), index) for index, w in enumerate(weights) if w != 0]
+    total = lambda *leaves: sum(
+        (w * leaves[index] for w, index in kept), start=jnp.zeros_like(leaves[0])
+    )
+    return jtu.tree_map(total, *stages)

@@ -1,0 +1,35 @@
+"""A wing for images: sets, batches on the device, scores, and recipes of papers."""
+
+from ._device import DeviceImages as DeviceImages
+from ._device import from_uint8 as from_uint8
+from ._device import to_uint8 as to_uint8
+from ._grid import image_grid as image_grid
+from ._optim import decayed_radam as decayed_radam
+from ._recipe import Recipe as Recipe
+from ._recipes import recipe as recipe
+from ._recipes import recipes as recipes
+from ._sample_grids import SampleGrids as SampleGrids
+from .scores._alexnet import AlexNetFeatures as AlexNetFeatures
+from .scores._classifier import ClassifierFeatures as ClassifierFeatures
+from .scores._classifier import fit_classifier as fit_classifier
+from .scores._features import AbstractFeatures as AbstractFeatures
+from .scores._features import RandomFeatures as RandomFeatures
+from .scores._features import image_features as image_features
+from .scores._frechet import FeatureStatistics as FeatureStatistics
+from .scores._frechet import frechet_distance as frechet_distance
+from .scores._inception import InceptionFeatures as InceptionFeatures
+from .scores._nearest import NearestNeighbours as NearestNeighbours
+from .scores._nearest import nearest_neighbours as nearest_neighbours
+from .scores._scores import ImageReference as ImageReference
+from .scores._scores import ImageScores as ImageScores
+from .scores._scores import score_images as score_images
+from .sets._arrays import load_images as load_images
+from .sets._arrays import save_images as save_images
+from .sets._cifar import cifar10 as cifar10
+from .sets._digits import digits as digits
+from .sets._digits import twemoji as twemoji
+from .sets._fashion_mnist import fashion_mnist as fashion_mnist
+from .sets._folders import image_folder as image_folder
+from .sets._folders import parquet_images as parquet_images
+from .sets._imagenet import imagenet32 as imagenet32
+from .sets._images import Images as Images

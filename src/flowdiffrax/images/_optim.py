@@ -1,0 +1,45 @@
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import optax
+
+from ..nn._magnitude import normalise_weights
+
+
+def decayed_radam(
+    learning_rate: float, *, constant_steps: int = 35_000, max_norm: float = 1.0
+) -> optax.GradientTransformation:
+    r"""RAdam as magnitude-preserving networks are trained with.
+
+    The rate is constant at first, and falls as $\sqrt{k_0 / k}$ from step $k_0$ on.
+    Gradients are clipped, and [`flowdiffrax.nn.normalise_weights`][] follows each step.
+    That does nothing to other networks.
+
+    **Arguments:**
+
+    - `learning_rate`: the rate at the start.
+    - `constant_steps`: the $k_0$, positive.
+    - `max_norm`: to which the norm of the whole gradient is clipped.
+
+    **Raises:** `ValueError` if `constant_steps` is not positive.
+
+    ??? cite "Reference"
+
+        EDM2, [arXiv:2312.02696](https://arxiv.org/abs/2312.02696);
+        [arXiv:2505.18825](https://arxiv.org/abs/2505.18825), table 2.
+    """
+    if constant_steps <= 0:
+        raise ValueError(f"`constant_steps` must be positive; got {constant_steps}.")
+    return optax.chain(
+        optax.clip_by_global_norm(max_norm),
+        optax.radam(_square_root_decay(learning_rate, constant_steps)),
+        optax.stateless(_to_length),
+    )
+
+
+def _square_root_decay(learning_rate: float, constant_steps: int) -> optax.Schedule:
+    return lambda step: learning_rate / jnp.sqrt(jnp.maximum(step / constant_steps, 1))
+
+
+def _to_length(updates, weights):
+    new = normalise_weights(optax.apply_updates(weights, updates))
+    return jtu.tree_map(lambda new, old: new - old, new, weights)

@@ -1,0 +1,215 @@
+import io
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+from jaxtyping import PyTree
+
+from .._check import check_callable
+from .._io import StrPath, import_extra, write_whole
+from .._tree import num_rows
+from .._types import Args, State
+from ..flow_maps._base import AbstractFlowMap
+from ..solvers._sample import sample
+from ..train import TrainState
+from ..train._reports import (
+    beside,
+    check_folder,
+    checked_every,
+    gathered,
+    is_number,
+    rows_of,
+)
+from ._grid import image_grid, join_tiles, tile_images
+
+
+class SampleGrids:
+    """Pictures of samples during a run, and how good they are in few jumps and in many.
+
+    As `on_report` of [`flowdiffrax.train.fit`][], it samples `state.ema_map` from the
+    same starting points each time, and writes `samples-<step>.png` with one row of
+    images for each number of jumps. A file appears whole or not at all. Of several
+    processes all sample and the first one writes.
+
+    **Arguments:**
+
+    - `folder`: where to write, made if missing; `None` for no pictures.
+    - `x0`: starting points with a leading batch axis.
+    - `args`: conditions with the same leading axis, or `None`.
+    - `num_jumps`: the numbers of jumps. Each is compiled once.
+    - `time_range`: where the jumps start and end, in either order; `None` for the map's
+      `time_range`, which is [0, 1] if it declares none.
+    - `distance`: a function of a batch of samples, as NumPy arrays, that returns a
+      number, for example their distance from data. Its values join the report as
+      `distance_1`, `distance_2` and so on, by the number of jumps.
+    - `to_images`: what makes images of samples, as for
+      [`flowdiffrax.images.image_grid`][]: a decoder of latents, for example. `None` for
+      samples that are images.
+    - `num_columns`: how many of the samples are drawn.
+    - `batch_size`: how many are sampled at a time; `None` for all.
+    - `every`: only at reports of a step that it divides; 1 for all.
+
+    **Raises:** `ValueError` for starting points without a common batch axis or that are
+    no images, a number of jumps below 1 or given twice, a folder that is a file, a batch
+    size that does not divide the starting points, and other numbers that are too small;
+    `ImportError` for pictures without Matplotlib, from the `plot` extra. In use,
+    `ValueError` for a distance that is no number, or `to_images` that makes no images.
+    """
+
+    def __init__(
+        self,
+        folder: StrPath | None,
+        x0: State,
+        args: Args = None,
+        *,
+        num_jumps: Sequence[int] = (1, 2, 4),
+        time_range: tuple[float, float] | None = None,
+        distance: Callable[[State], Any] | None = None,
+        to_images: Callable[[State], Any] | None = None,
+        num_columns: int = 16,
+        batch_size: int | None = None,
+        every: int = 1,
+    ):
+        x0 = jtu.tree_map(jnp.asarray, x0)
+        # Only JAX's arrays have their rows mapped; numbers are for all of them.
+        convert = lambda leaf: jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf
+        args = jtu.tree_map(convert, args)
+        only_arrays = eqx.filter((x0, args), eqx.is_array)
+        self._size = num_rows(only_arrays, "`x0` and `args`")
+        self._inputs = x0, args
+        self._num_jumps = tuple(num_jumps)
+        if min(self._num_jumps, default=0) < 1 or len({*num_jumps}) < len(num_jumps):
+            raise ValueError(
+                "`num_jumps` must be different numbers of jumps, each at least 1; got "
+                f"{num_jumps}."
+            )
+        if num_columns < 1:
+            raise ValueError(f"`num_columns` must be at least 1; got {num_columns}.")
+        batch_size = self._size if batch_size is None else batch_size
+        if batch_size < 1 or self._size % batch_size != 0:
+            raise ValueError(
+                f"`batch_size` must divide the {self._size} starting points; got "
+                f"{batch_size}."
+            )
+        if time_range is not None and time_range[0] == time_range[1]:
+            raise ValueError(f"`time_range` must have two times; got {time_range}.")
+        if distance is not None:
+            check_callable(distance, "distance", "distance(samples)")
+        self._folder = None if folder is None else pathlib.Path(folder)
+        if self._folder is not None:
+            check_folder(self._folder)
+            import_extra("matplotlib", "plot", "SampleGrids")
+            if to_images is None:
+                _check_images(x0)
+        self._time_range = time_range
+        self._distance = distance
+        self._to_images = (lambda samples: samples) if to_images is None else to_images
+        self._num_columns = num_columns
+        self._batch_size = batch_size
+        self._every = checked_every(every)
+
+    def __call__(
+        self, state: TrainState, report: Mapping[str, Any]
+    ) -> dict[str, float] | None:
+        """Samples, draws and measures.
+
+        **Arguments:**
+
+        - `state`: the state, whose `ema_map` is sampled.
+        - `report`: the numbers so far, among them `step`.
+
+        **Returns:** the distances; `None` for a report that is left out.
+        """
+        if report["step"] % self._every != 0:
+            return None
+        # On a single device these stay where they are after the first time.
+        self._inputs = beside(state, self._inputs)
+        samples = {number: self._samples(state, number) for number in self._num_jumps}
+        if self._folder is not None:
+            self._draw(samples, int(report["step"]))
+        if self._distance is None:
+            return {}
+        return {
+            f"distance_{number}": _as_number(self._distance(batch))
+            for number, batch in samples.items()
+        }
+
+    def _samples(self, state: TrainState, number: int) -> PyTree[np.ndarray]:
+        starts = range(0, self._size, self._batch_size)
+        batches = [
+            gathered(state, _sample(state.ema_map, rows, number, self._time_range))
+            for rows in (rows_of(self._inputs, i, i + self._batch_size) for i in starts)
+        ]
+        return jtu.tree_map(lambda *leaves: np.concatenate(leaves), *batches)
+
+    def _draw(self, samples: Mapping[int, PyTree[np.ndarray]], step: int) -> None:
+        columns = min(self._num_columns, self._size)
+        # Of several processes all decode, in case that takes them all.
+        rows = [
+            np.asarray(self._to_images(rows_of(batch, 0, columns)))
+            for batch in samples.values()
+        ]
+        if any(row.ndim != 4 for row in rows):
+            raise ValueError(
+                "`to_images` must return images of shape (images, height, width, "
+                f"channels); got {rows[0].shape}."
+            )
+        if jax.process_index() == 0:
+            labels = [f"{n} jump" if n == 1 else f"{n} jumps" for n in samples]
+            assert self._folder is not None
+            write_whole(self._folder / f"samples-{step}.png", _picture(rows, labels))
+
+
+@eqx.filter_jit
+def _sample(
+    flow_map: AbstractFlowMap,
+    rows: tuple[State, Args],
+    num_jumps: int,
+    time_range: tuple[float, float] | None,
+) -> State:
+    ts = num_jumps if time_range is None else np.linspace(*time_range, num_jumps + 1)
+    axes = eqx.if_array(0)
+    one = lambda x0, args: sample(flow_map, x0, ts, args)
+    return eqx.filter_vmap(one, in_axes=(axes, axes))(*rows)
+
+
+def _as_number(value: Any) -> float:
+    if not is_number(value):
+        raise ValueError(
+            "`distance` must return one number for a batch of samples; got "
+            f"{type(value).__name__} of shape {np.shape(value)}."
+        )
+    return float(value)
+
+
+def _check_images(x0: State) -> None:
+    shapes = [leaf.shape for leaf in jtu.tree_leaves(x0)]
+    if len(shapes) != 1 or len(shapes[0]) != 4 or shapes[0][-1] not in (1, 3):
+        raise ValueError(
+            "Pictures need images: `x0` of shape (images, height, width, channels), with "
+            f"1 or 3 channels; got {shapes}. For other states give `to_images`, or "
+            "`folder=None` for distances alone."
+        )
+
+
+def _picture(rows: Sequence[np.ndarray], labels: Sequence[str]) -> bytes:
+    """A PNG, with a whole number of its pixels for each of an image's."""
+    # Not of `pyplot`, which keeps figures and may open windows.
+    figures = import_extra("matplotlib.figure", "plot", "SampleGrids")
+    images = tile_images(np.stack(rows))
+    height, width = join_tiles(images).shape[:2]
+    # So many that labels have room beside their rows, and letters nine pixels each.
+    zoom = max(1, round(64 / images.shape[2]))
+    margin, dpi = 12 + 9 * max(map(len, labels)), 100
+    size = (margin + zoom * width) / dpi, zoom * height / dpi
+    figure = figures.Figure(figsize=size, dpi=dpi)
+    left = margin / dpi / size[0]
+    image_grid(figure.add_axes((left, 0, 1 - left, 1)), images, row_labels=labels)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi)
+    return buffer.getvalue()

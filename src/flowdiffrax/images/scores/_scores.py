@@ -1,0 +1,195 @@
+import dataclasses
+from typing import Any
+
+import numpy as np
+from jaxtyping import Array, Float, UInt8
+
+from ...metrics import kernel_distance, sliced_wasserstein
+from .._device import from_uint8
+from ..sets._images import Images
+from ._features import AbstractFeatures, as_images, image_features
+from ._frechet import FeatureStatistics, frechet_distance, source_of
+from ._inception import InceptionFeatures
+
+_Pictures = Images | UInt8[np.ndarray | Array, "_ height width channels"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class ImageReference:
+    """The images that samples are compared with, and their features, computed once.
+
+    For [`flowdiffrax.images.score_images`][] of several samplers.
+
+    **Attributes:**
+
+    - `images`: the images.
+    - `vectors`: the features of each.
+    - `statistics`: those of the features.
+    """
+
+    images: UInt8[np.ndarray, "n height width channels"]
+    vectors: Float[np.ndarray, "n features"]
+    statistics: FeatureStatistics
+
+    @classmethod
+    def of(
+        cls,
+        features: AbstractFeatures,
+        images: _Pictures,
+        *,
+        source: str | None = None,
+        batch_size: int = 256,
+    ) -> "ImageReference":
+        """**Arguments:** as for [`flowdiffrax.images.FeatureStatistics`][]`.of`.
+
+        **Raises:** likewise.
+        """
+        rows = as_images(images)
+        vectors = image_features(features, rows, batch_size=batch_size)
+        statistics = FeatureStatistics.of_vectors(
+            vectors, features=features, source=source_of(images, source)
+        )
+        return cls(rows, vectors, statistics)
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageScores:
+    """How near samples are to a set of images, and all that the numbers depend on.
+
+    `str(scores)` is a line for a log, and `scores.as_dict()` is for JSON.
+
+    **Attributes:**
+
+    - `frechet`: the Fréchet distance of the features.
+    - `frechet_name`: `"FID"` for the features of Inception, and for no others.
+    - `kernel`, `kernel_std`: the kernel distance of the features (KID) and its deviation
+      between subsets; `None` without the images of the reference.
+    - `sliced`: the sliced 2-Wasserstein distance of the pixels in [-1, 1]; `None`
+      likewise.
+    - `floor`: the Fréchet distance of held-out images to the reference, which new
+      images of the same kind have; `None` if there were none.
+    - `num_samples`, `num_reference`, `num_held_out`: how many images. A Fréchet distance
+      falls with their number.
+    - `source`: which images are the reference, with their split.
+    - `seed`: that of the samples, subsets and projections.
+    - `features`, `fingerprint`, `settings`: of the network.
+    - `values`: `"uint8"`, which samples were rounded to.
+    """
+
+    frechet: float
+    frechet_name: str
+    kernel: float | None
+    kernel_std: float | None
+    sliced: float | None
+    floor: float | None
+    num_samples: int
+    num_reference: int | None
+    num_held_out: int | None
+    source: str
+    seed: int
+    features: str
+    fingerprint: str
+    settings: dict[str, str]
+    values: str = "uint8"
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it, as `json.dumps` takes it."""
+        return dataclasses.asdict(self)
+
+    def __str__(self) -> str:
+        numbers = [f"{self.frechet_name} {self.frechet:.4g}"]
+        if self.floor is not None:
+            numbers.append(f"floor {self.floor:.4g} ({self.num_held_out} held out)")
+        if self.kernel is not None:
+            numbers.append(f"KID {self.kernel:.3g} +- {self.kernel_std:.2g}")
+        if self.sliced is not None:
+            numbers.append(f"sliced W2 {self.sliced:.4g}")
+        return (
+            f"{', '.join(numbers)}: {self.num_samples} samples (seed {self.seed}, "
+            f"{self.values}) against {self.num_reference or 'unknown number'} of "
+            f"{self.source}; {self.features} {self.fingerprint}, "
+            f"resize {self.settings.get('resize', 'unknown')}"
+        )
+
+
+def score_images(
+    samples: _Pictures,
+    reference: _Pictures | ImageReference | FeatureStatistics,
+    features: AbstractFeatures,
+    *,
+    seed: int,
+    source: str | None = None,
+    held_out: _Pictures | None = None,
+    batch_size: int = 256,
+    num_subsets: int = 100,
+    num_projections: int = 256,
+) -> ImageScores:
+    """Scores of samples, with their provenance.
+
+    **Arguments:**
+
+    - `samples`: 8-bit images, from [`flowdiffrax.images.to_uint8`][].
+    - `reference`: the images to come near to, usually the training set;
+      [`flowdiffrax.images.ImageReference`][], which has their features already; or
+      their statistics, [`flowdiffrax.images.FeatureStatistics`][], of which there is a
+      Fréchet distance alone.
+    - `features`: the network.
+    - `seed`: with which the samples were drawn. It is written down, and draws the
+      subsets and projections.
+    - `source`: which images are the reference, with their split; `None` for the name
+      that all but arrays have of their own.
+    - `held_out`: images of the same kind that are not in the reference, for the floor;
+      as many as there are samples, or the floor is not for this number of samples.
+    - `batch_size`: as for [`flowdiffrax.images.image_features`][].
+    - `num_subsets`: of the kernel distance.
+    - `num_projections`: of the sliced Wasserstein distance.
+
+    **Raises:** as [`flowdiffrax.images.image_features`][] and
+    [`flowdiffrax.images.frechet_distance`][].
+    """
+    rows = as_images(samples)
+    vectors = image_features(features, rows, batch_size=batch_size)
+    made = FeatureStatistics.of_vectors(vectors, features=features, source="samples")
+    if not isinstance(reference, ImageReference | FeatureStatistics):
+        reference = ImageReference.of(
+            features, reference, source=source, batch_size=batch_size
+        )
+    with_images = isinstance(reference, ImageReference)
+    target = reference.statistics if with_images else reference
+    if source is not None:
+        target = dataclasses.replace(target, source=source)
+    # Refuses the features of another network, before anything is made of their vectors.
+    frechet = frechet_distance(made, target)
+    kernel = sliced = None
+    if with_images:
+        kernel = kernel_distance(
+            vectors, reference.vectors, num_subsets=num_subsets, seed=seed
+        )
+        sliced = sliced_wasserstein(
+            *(np.asarray(from_uint8(images)) for images in (rows, reference.images)),
+            num_projections=num_projections,
+            seed=seed,
+        )
+    floor = None
+    if held_out is not None:
+        kept = FeatureStatistics.of(
+            features, held_out, source="held out", batch_size=batch_size
+        )
+        floor = frechet_distance(kept, target)
+    is_inception = isinstance(features, InceptionFeatures)
+    return ImageScores(
+        frechet=frechet,
+        frechet_name="FID" if is_inception else f"Fréchet {features.name} distance",
+        kernel=None if kernel is None else kernel.mean,
+        kernel_std=None if kernel is None else kernel.std,
+        sliced=sliced,
+        floor=floor,
+        num_samples=len(rows),
+        num_reference=target.num_images,
+        num_held_out=None if held_out is None else len(held_out),
+        source=target.source,
+        seed=seed,
+        features=features.name,
+        fingerprint=features.fingerprint,
+        settings=features.settings,
+    )

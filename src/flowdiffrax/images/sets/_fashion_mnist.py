@@ -1,0 +1,101 @@
+import gzip
+import math
+import pathlib
+import zlib
+
+import numpy as np
+
+from ..._io import StrPath
+from ._files import UNVERIFIED, check_bytes, check_split, damaged, missing, provenance
+from ._images import Images
+
+_CLASSES = (
+    "T-shirt/top",
+    "trouser",
+    "pullover",
+    "dress",
+    "coat",
+    "sandal",
+    "shirt",
+    "sneaker",
+    "bag",
+    "ankle boot",
+)
+
+
+_PREFIX = {"train": "train", "test": "t10k"}
+
+
+# Of the unpacked files: their packers differ between places.
+_MD5S = {
+    "train-images-idx3-ubyte": "f4a8712d7a061bf5bd6d2ca38dc4d50a",
+    "train-labels-idx1-ubyte": "9018921c3c673c538a1fc5bad174d6f9",
+    "t10k-images-idx3-ubyte": "8181f5470baa50b63fa0f6fddb340f0a",
+    "t10k-labels-idx1-ubyte": "15d484375f8d13e6eb1aabb0c3f46965",
+}
+
+
+# The largest file unpacked has 47 MB.
+_MAX_BYTES = 100_000_000
+
+
+def fashion_mnist(
+    folder: StrPath, split: str = "train", *, checksums: bool = True
+) -> Images:
+    """Fashion-MNIST: 60,000 and 10,000 grey pictures of clothes, 28x28, in ten classes.
+
+    By Zalando SE, under the Expat (MIT) licence.
+
+    **Arguments:**
+
+    - `folder`: with `train-images-idx3-ubyte` and `train-labels-idx1-ubyte`, or the same
+      of `t10k`, each with or without `.gz`.
+    - `split`: `"train"` or `"test"`.
+    - `checksums`: whether to insist on the md5 of the unpacked files.
+
+    **Raises:** `FileNotFoundError`, or `ValueError` for a damaged file, one of another
+    format, or labels out of range.
+    """
+    check_split(split, tuple(_PREFIX))
+    arrays = []
+    for part, ndim in (("images-idx3-ubyte", 3), ("labels-idx1-ubyte", 1)):
+        name = f"{_PREFIX[split]}-{part}"
+        path, body = _read(pathlib.Path(folder), name)
+        if checksums:
+            check_bytes(path, body, _MD5S[name])
+        arrays.append(_parse(path, body, ndim))
+    images, labels = arrays
+    name = provenance(f"Fashion-MNIST {split}", checksums)
+    return Images(images[..., None], labels, _CLASSES, name=name)
+
+
+def _read(folder: pathlib.Path, name: str) -> tuple[pathlib.Path, bytes]:
+    plain, packed = folder / name, folder / f"{name}.gz"
+    if plain.is_file():
+        return plain, plain.read_bytes()
+    if not packed.is_file():
+        raise missing(
+            f"{name}, of Fashion-MNIST,",
+            folder,
+            f"Fetch {name}.gz (md5 {_MD5S[name]}, unpacked) from the repository "
+            "fashion-mnist of Zalando Research, and put it there; or install Debian's "
+            "package dataset-fashion-mnist, and name its folder, "
+            "/usr/share/datasets/fashion-mnist.",
+        )
+    try:
+        with gzip.open(packed) as file:
+            body = file.read(_MAX_BYTES)
+    except (EOFError, OSError, zlib.error) as error:
+        raise damaged(packed, error) from error
+    return packed, body
+
+
+def _parse(path: pathlib.Path, body: bytes, ndim: int) -> np.ndarray:
+    # Two zeros, the type (8 for uint8), the number of axes, their big-endian lengths.
+    header = 4 + 4 * ndim
+    if body[:4] != bytes([0, 0, 8, ndim]) or len(body) < header:
+        raise damaged(path, f"no IDX file of {ndim}-dimensional uint8", UNVERIFIED)
+    shape = tuple(np.frombuffer(body, ">u4", ndim, offset=4).tolist())
+    if len(body) != header + math.prod(shape):
+        raise damaged(path, f"{len(body) - header} values for an array of shape {shape}")
+    return np.frombuffer(body, np.uint8, offset=header).reshape(shape)

@@ -1,0 +1,189 @@
+import io
+import json
+import pathlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+
+from ..._io import StrPath, import_extra
+from ._files import damaged
+from ._images import Images
+
+_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".webp")
+
+
+_MODES = ("L", "RGB", "RGBA")
+
+
+_IMAGE_COLUMNS = ("img", "image")
+
+
+_LABEL_COLUMNS = ("label", "labels")
+
+
+_ROWS_AT_ONCE = 1024
+
+
+def image_folder(path: StrPath, *, mode: str = "RGB") -> Images:
+    """Picture files, in one folder or in a folder for each class.
+
+    Classes and files come in the order of their names, and all are read into memory.
+    Needs Pillow: `pip install "flowdiffrax[images]"`.
+
+    **Arguments:**
+
+    - `path`: a folder of folders, one a class; or a folder of pictures, which have no
+      labels then. Files whose names do not end like those of pictures are passed over.
+    - `mode`: what pictures are converted to, in Pillow's words: `"RGB"`, which drops
+      transparency, `"RGBA"`, or `"L"` for grey.
+
+    **Raises:** `FileNotFoundError` if there are no pictures, `ImportError` without
+    Pillow, and `ValueError` for a damaged picture, one of more than 8 bits a value or
+    of another size than the first, or a class without pictures.
+    """
+    path = pathlib.Path(path)
+    if not path.is_dir():
+        raise FileNotFoundError(f"There is no folder at {path}.")
+    visible = [p for p in sorted(path.iterdir()) if not p.name.startswith(".")]
+    classes = [p for p in visible if p.is_dir()]
+    parts = [_picture_files(folder) for folder in classes or [path]]
+    empty = [p.name for p, part in zip(classes, parts, strict=False) if not part]
+    if empty:
+        raise ValueError(f"{path} has classes without pictures: {empty}.")
+    files = [file for part in parts for file in part]
+    if not files:
+        raise FileNotFoundError(f"{path} has no pictures, {', '.join(_SUFFIXES)}.")
+    opened = ((file, file) for file in files)
+    images = _decode(opened, len(files), mode, "image_folder")
+    if not classes:
+        return Images(images, name=path.name)
+    labels = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
+    return Images(images, labels, tuple(p.name for p in classes), name=path.name)
+
+
+def parquet_images(path: StrPath, split: str = "train", *, mode: str = "RGB") -> Images:
+    """Images from Parquet, in the layout of Hugging Face's data sets.
+
+    A column `img` or `image` holds encoded pictures, `{bytes, path}`, and a column
+    `label` or `labels`, if there is one, their classes. Class names come from the
+    schema's metadata. Needs pyarrow and Pillow: `pip install "flowdiffrax[images]"`.
+
+    **Arguments:**
+
+    - `path`: one file; or a folder, of which all files `{split}*.parquet` are read.
+    - `split`: see there; not used with one file.
+    - `mode`: as for [`flowdiffrax.images.image_folder`][].
+
+    **Raises:** `FileNotFoundError`; `ImportError` without pyarrow or Pillow;
+    `ValueError` for a file that is damaged or of another layout, missing labels or
+    labels out of range, and for pictures as `image_folder` does.
+    """
+    path = pathlib.Path(path)
+    is_folder = path.is_dir()
+    files = sorted(path.glob(f"{split}*.parquet")) if is_folder else [path]
+    if not files or not files[0].is_file():
+        wanted = f"There is no {split}*.parquet in" if is_folder else "There is no file"
+        raise FileNotFoundError(f"{wanted} {path}.")
+    opened = [_open_parquet(file) for file in files]
+    labels: list[np.ndarray] = []
+    pictures = (
+        picture
+        for file, parquet in zip(files, opened, strict=True)
+        for picture in _parquet_rows(file, parquet, labels)
+    )
+    number = sum(parquet.metadata.num_rows for parquet in opened)
+    images = _decode(pictures, number, mode, "parquet_images")
+    names = _class_names(opened[0].schema_arrow)
+    name = f"{path.name} {split}" if is_folder else path.stem
+    return Images(images, np.concatenate(labels) if labels else None, names, name=name)
+
+
+def _picture_files(folder: pathlib.Path) -> list[pathlib.Path]:
+    files = (p for p in sorted(folder.iterdir()) if not p.name.startswith("."))
+    return [p for p in files if p.suffix.lower() in _SUFFIXES and p.is_file()]
+
+
+def _decode(
+    pictures: Iterable[tuple[StrPath, Any]], number: int, mode: str, needed_by: str
+) -> np.ndarray:
+    """The pictures, pairs of a name and a file, as one array."""
+    if mode not in _MODES:
+        raise ValueError(f"`mode` must be one of {_MODES}; got {mode!r}.")
+    pillow = import_extra("PIL.Image", "images", needed_by)
+    images = None
+    for row, (where, file) in enumerate(pictures):
+        try:
+            with pillow.open(file) as picture:
+                if picture.mode.startswith(("I", "F")):
+                    raise ValueError("its values have more than 8 bits")
+                values = np.asarray(picture.convert(mode))
+        # Pillow reports some broken pictures as syntax errors.
+        except (OSError, SyntaxError, ValueError) as error:
+            raise damaged(where, error) from error
+        if images is None:
+            images = np.empty((number, *values.shape), np.uint8)
+        if values.shape != images.shape[1:]:
+            raise ValueError(
+                f"Pictures must be of one size; {where} has {values.shape[:2]}, and the "
+                f"first {images.shape[1:3]}. Resize them beforehand: how that is done "
+                "is part of a data set."
+            )
+        images[row] = values
+    if images is None:
+        raise ValueError("There are no pictures: the file has no rows.")
+    return images[..., None] if images.ndim == 3 else images
+
+
+def _open_parquet(path: pathlib.Path) -> Any:
+    arrow = import_extra("pyarrow", "images", "parquet_images")
+    parquet = import_extra("pyarrow.parquet", "images", "parquet_images")
+    try:
+        # Checksums of pages, where whoever wrote the file put them.
+        return parquet.ParquetFile(path, page_checksum_verification=True)
+    except (arrow.ArrowException, OSError) as error:
+        raise damaged(path, error) from error
+
+
+def _parquet_rows(
+    path: pathlib.Path, parquet: Any, labels: list[np.ndarray]
+) -> Iterator[tuple[str, io.BytesIO]]:
+    """Named pictures row by row; puts their labels into the list."""
+    arrow = import_extra("pyarrow", "images", "parquet_images")
+    names = parquet.schema_arrow.names
+    image = next((name for name in _IMAGE_COLUMNS if name in names), None)
+    label = next((name for name in _LABEL_COLUMNS if name in names), None)
+    if image is None:
+        raise ValueError(f"{path} has no column {_IMAGE_COLUMNS}; it has {names}.")
+    kind = parquet.schema_arrow.field(image).type
+    if not arrow.types.is_struct(kind) or kind.get_field_index("bytes") < 0:
+        raise ValueError(
+            f"Column `{image}` of {path} must hold structs with a field `bytes`; got "
+            f"{kind}."
+        )
+    columns = [image] if label is None else [image, label]
+    row = 0
+    try:
+        for batch in parquet.iter_batches(_ROWS_AT_ONCE, columns=columns):
+            if label is not None:
+                if batch.column(label).null_count:
+                    raise ValueError(f"{path} has rows without a label.")
+                labels.append(batch.column(label).to_numpy(zero_copy_only=False))
+            for body in batch.column(image).field("bytes"):
+                if not body.is_valid:
+                    raise ValueError(
+                        f"{path}, row {row}, holds no picture but a path, at most."
+                    )
+                yield f"{path}, row {row}", io.BytesIO(body.as_buffer())
+                row += 1
+    except (arrow.ArrowException, OSError) as error:
+        raise damaged(path, error) from error
+
+
+def _class_names(schema: Any) -> tuple[str, ...] | None:
+    try:
+        features = json.loads(schema.metadata[b"huggingface"])["info"]["features"]
+        label = next(features[name] for name in _LABEL_COLUMNS if name in features)
+        return tuple(map(str, label["names"]))
+    except (KeyError, StopIteration, TypeError, ValueError):
+        return None  # not written by Hugging Face's library, or not classes

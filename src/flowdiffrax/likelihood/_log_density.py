@@ -1,0 +1,161 @@
+"""The log-density as one more component of the state, with its own velocity."""
+
+from collections.abc import Callable
+from typing import ClassVar
+
+import equinox as eqx
+import jax.numpy as jnp
+import jax.random as jr
+import jax.tree_util as jtu
+from jax import lax
+from jaxtyping import Array, Float, Key
+
+from .._check import check_callable, check_flow_map, check_like
+from .._time import time_dtype
+from .._types import Args, Scalar, State, Time, TwoTimeMap, VectorField
+from ..flow_maps._base import AbstractFlowMap
+from ._trace import AbstractTrace, ExactTrace, divergence, ravel_floats
+
+
+class LogDensityVelocity(eqx.Module):
+    r"""The velocity of the pair $(x, \ell)$ with $\ell$ the log-density along the flow.
+
+    $\dot x = b_t(x)$, $\dot \ell = -\nabla \cdot b_t(x)$: started from
+    $\ell = \log \rho_s(x_s)$ it keeps $\ell = \log \rho_t(x_t)$. Integrated by Diffrax it
+    is a continuous normalising flow; as the teacher of an objective it makes a flow map
+    that carries densities along, see [`flowdiffrax.likelihood.LogDensityFlowMap`][].
+
+    **Arguments:**
+
+    - `vector_field`: a callable `(t, x, args) -> dx/dt`.
+    - `trace`: how the divergence is found.
+    - `key`: a random key, if the trace needs one. Probes are then the same for all times,
+      so that the field is smooth and an ODE solver can keep its tolerance; for other
+      probes in each solve, make the velocity inside the function that is mapped over the
+      batch, with a key for each example.
+    - `fresh`: whether each time and state have probes of their own instead. So it must be
+      for a teacher: a map would learn what fixed probes say, and not the divergence.
+
+    The state is a tuple `(x, l)` of a state and a scalar.
+
+    **Raises:** when called, `ValueError` for a missing key or a state that is no pair.
+
+    ??? cite "Reference"
+
+        [arXiv:1810.01367](https://arxiv.org/abs/1810.01367), equation (4) and
+        section 3.1.
+    """
+
+    vector_field: VectorField
+    trace: AbstractTrace = ExactTrace()
+    key: Key[Array, ""] | None = None
+    fresh: bool = eqx.field(static=True, default=False)
+
+    def __check_init__(self):
+        check_callable(self.vector_field, "vector_field", "vector_field(t, x, args)")
+
+    def __call__(
+        self, t: Time, x: tuple[State, Float[Array, ""]], args: Args = None
+    ) -> tuple[State, Float[Array, ""]]:
+        x, log_density = _pair(x)
+        key = self.key
+        if self.fresh and key is not None:
+            key = _key_of(key, t, x)
+        b_t, rate = divergence(self.vector_field, t, x, args, trace=self.trace, key=key)
+        return b_t, -rate.astype(log_density.dtype)
+
+
+class LogDensityNet(eqx.Module):
+    r"""A network for pairs $(x, \ell)$ whose output depends on $x$ alone.
+
+    What the log-density gains in a jump depends on the path and not on the log-density
+    itself, so that $\ell$ is set to zero before it reaches the network. With
+    [`flowdiffrax.FlowMap`][] around it, $\ell_t = \ell_s - (t - s) D_{s,t}(x)$, where the
+    network's last output is the mean divergence $D_{s,t}$ with the sign turned.
+
+    **Arguments:**
+
+    - `net`: for a state that is a vector, a network of vectors with one more entry, such
+      as `nn.MLP(size + 1)`. For any other state, a callable
+      `net(s, t, (x, l), args)` that returns a pair.
+
+    ??? cite "Reference"
+
+        Joint distillation of a map and its divergence:
+        [arXiv:2512.02636](https://arxiv.org/abs/2512.02636).
+    """
+
+    is_network: ClassVar[bool] = True
+
+    net: Callable
+
+    def __check_init__(self):
+        check_callable(self.net, "net", "net(s, t, x, args)")
+
+    def __call__(
+        self, s: Time, t: Time, x: tuple[State, Float[Array, ""]], args: Args = None
+    ) -> tuple[State, Float[Array, ""]]:
+        x, log_density = _pair(x)
+        nothing = jnp.zeros_like(log_density)
+        if not isinstance(x, Array) or x.ndim != 1:
+            return self.net(s, t, (x, nothing), args)
+        v_st = self.net(s, t, jnp.append(x, nothing.astype(x.dtype)), args)
+        return v_st[:-1], v_st[-1].astype(log_density.dtype)
+
+
+class LogDensityFlowMap(AbstractFlowMap):
+    r"""A flow map on pairs $(x, \ell)$ as a map on $x$ that knows its log-determinant.
+
+    It serves wherever a flow map does; with [`flowdiffrax.likelihood.LearnedLogDet`][] it
+    gives likelihoods in a few jumps without a derivative.
+
+    **Arguments:**
+
+    - `flow_map`: a map on pairs, trained to follow a
+      [`flowdiffrax.likelihood.LogDensityVelocity`][].
+
+    ??? cite "Reference"
+
+        [arXiv:2512.02636](https://arxiv.org/abs/2512.02636).
+    """
+
+    flow_map: TwoTimeMap
+
+    def __check_init__(self):
+        check_flow_map(self.flow_map)
+
+    @property
+    def time_range(self):
+        return getattr(self.flow_map, "time_range", None)
+
+    def __call__(self, s: Time, t: Time, x: State, args: Args = None) -> State:
+        return self.with_log_det(s, t, x, args)[0]
+
+    def with_log_det(
+        self, s: Time, t: Time, x: State, args: Args = None
+    ) -> tuple[State, Scalar]:
+        r"""The pair $X_{s,t}(x)$ and $\log |\det \nabla X_{s,t}(x)|$, as learned."""
+        start = (x, jnp.zeros((), time_dtype(x)))
+        X_st, gain = check_like(self.flow_map(s, t, start, args), start, "`flow_map`")
+        return X_st, -gain
+
+
+def _pair(x) -> tuple[State, Array]:
+    if not isinstance(x, tuple) or len(x) != 2 or jnp.shape(x[1]) != ():
+        raise ValueError(
+            "The state must be a tuple `(x, l)` of one state and its log-density, a "
+            f"scalar; got {jtu.tree_structure(x)} of shapes "
+            f"{[jnp.shape(leaf) for leaf in jtu.tree_leaves(x)]}."
+        )
+    return x[0], jnp.asarray(x[1])
+
+
+def _key_of(key: Key[Array, ""], t: Time, x: State) -> Key[Array, ""]:
+    """A key that is another for other bits of time or state."""
+    numbers = jnp.append(
+        ravel_floats(x)[0].astype(jnp.float32), jnp.asarray(t, jnp.float32)
+    )
+    bits = lax.bitcast_convert_type(lax.stop_gradient(numbers), jnp.uint32)
+    # Multiplied by odd numbers, so that an exchange of two entries is seen too.
+    odd = 2 * jnp.arange(bits.size, dtype=jnp.uint32) + 1
+    return jr.fold_in(key, jnp.sum(bits * odd, dtype=jnp.uint32))

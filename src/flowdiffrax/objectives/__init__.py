@@ -1,0 +1,34 @@
+"""Objectives: what a flow map is trained on, one file for each family."""
+
+from .._derivative import FiniteDifference as FiniteDifference
+from ._align_your_flow import AlignYourFlowEMD as AlignYourFlowEMD
+from ._align_your_flow import AlignYourFlowLMD as AlignYourFlowLMD
+from ._base import AbstractObjective as AbstractObjective
+from ._base import AbstractResidualObjective as AbstractResidualObjective
+from ._base import StopGradient as StopGradient
+from ._batch import batch_loss as batch_loss
+from ._consistency import ConsistencyDistillation as ConsistencyDistillation
+from ._consistency import ConsistencyTraining as ConsistencyTraining
+from ._consistency import ContinuousConsistency as ContinuousConsistency
+from ._eulerian import EulerianMapDistillation as EulerianMapDistillation
+from ._eulerian import EulerianSelfDistillation as EulerianSelfDistillation
+from ._eulerian import NaiveEulerian as NaiveEulerian
+from ._eulerian import StopGradientEulerian as StopGradientEulerian
+from ._flow_matching import FlowMapMatching as FlowMapMatching
+from ._flow_matching import FlowMatching as FlowMatching
+from ._lagrangian import FreeFlow as FreeFlow
+from ._lagrangian import LagrangianMapDistillation as LagrangianMapDistillation
+from ._lagrangian import LagrangianSelfDistillation as LagrangianSelfDistillation
+from ._lagrangian import TerminalVelocityMatching as TerminalVelocityMatching
+from ._lagrangian import VelocityDistillation as VelocityDistillation
+from ._mean_flow import AlphaFlow as AlphaFlow
+from ._mean_flow import ImprovedMeanFlow as ImprovedMeanFlow
+from ._mean_flow import MeanFlow as MeanFlow
+from ._mean_flow import sigmoid_schedule as sigmoid_schedule
+from ._mixture import Mixture as Mixture
+from ._progressive import ProgressiveFlowMapMatching as ProgressiveFlowMapMatching
+from ._progressive import ProgressiveSelfDistillation as ProgressiveSelfDistillation
+from ._progressive import Shortcut as Shortcut
+from ._progressive import SplitMeanFlow as SplitMeanFlow
+from ._scheduled import Scheduled as Scheduled
+from ._trajectory import TrajectoryMatching as TrajectoryMatching

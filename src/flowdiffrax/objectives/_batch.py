@@ -1,0 +1,283 @@
+"""From the loss of one example to that of a batch, and of a batch in several parts."""
+
+import functools
+from collections import Counter
+from collections.abc import Collection
+from typing import Any, NamedTuple
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import jax.tree_util as jtu
+import numpy as np
+from jaxtyping import Array, Float, Int, Key
+
+from .._tree import num_rows
+from .._types import Args, Scalar
+from ..flow_maps._base import AbstractFlowMap
+from ..times._shares import split_by_shares
+from ._base import AbstractObjective
+from ._mixture import Mixture
+
+
+def batch_loss(
+    objective: AbstractObjective | Mixture,
+    flow_map: AbstractFlowMap,
+    teacher: Any,
+    paths: diffrax.AbstractPath,
+    args: Args = None,
+    *,
+    key: Key[Array, ""],
+) -> tuple[Scalar, dict[str, Scalar]]:
+    """The mean loss over a batch of paths, with times drawn by the objective.
+
+    **Arguments:**
+
+    - `objective`: an objective, or a [`flowdiffrax.objectives.Mixture`][] of several.
+    - `flow_map`, `teacher`: passed on to the objective. For a mixture whose objectives
+      learn from different teachers, a tuple with one for each.
+    - `paths`: paths with a leading batch axis on every leaf.
+    - `args`: conditions with the same leading axis, or `None`.
+    - `key`: for the times, and for objectives that draw.
+
+    **Returns:** the loss, and the mean loss of each objective by its name. Where an
+    objective has rows on the diagonal besides others, their mean is a term of its own,
+    under the name with `_diagonal`.
+
+    **Raises:** `ValueError` if the batch is too small for the shares of a mixture, or for
+    a share on the diagonal; for conditions with another number of rows than the paths;
+    for a tuple of teachers that is not one for each objective; and for self-distillation
+    with nothing on the diagonal to learn from. `TypeError` if `flow_map` is not a flow
+    map.
+    """
+    mixture = as_mixture(objective)
+    examples = example_losses(mixture, flow_map, teacher, paths, args, key=key)
+    segments = segments_of(mixture, sum(len(rows.loss) for rows in examples))
+    return summed(mixture, segments, segments, examples)
+
+
+def as_mixture(objective: AbstractObjective | Mixture) -> Mixture:
+    """The objective itself, or a mixture of it alone."""
+    return objective if isinstance(objective, Mixture) else Mixture((objective,), (1.0,))
+
+
+class Segment(NamedTuple):
+    """Rows of a batch that follow one another and share one form of the loss."""
+
+    objective: int  # its index in the mixture
+    on_diagonal: bool
+    num_rows: int
+
+
+def segments_of(mixture: Mixture, batch_size: int) -> list[Segment]:
+    """How a batch is divided: by objective, and there the diagonal first.
+
+    **Raises:** as [`flowdiffrax.objectives.batch_loss`][] for a batch that is too small.
+    """
+    slices = split_by_shares(batch_size, mixture.shares)
+    segments = []
+    for index, (part, rows) in enumerate(zip(mixture.objectives, slices, strict=True)):
+        size = rows.stop - rows.start
+        cut = part.times.num_diagonal(size)
+        counts = ((True, cut), (False, size - cut))
+        segments += [Segment(index, on, count) for on, count in counts if count > 0]
+    if all(part.needs_diagonal for part in mixture.objectives) and not any(
+        segment.on_diagonal for segment in segments
+    ):
+        raise ValueError(
+            "Self-distillation learns its velocity on the diagonal, and `times` puts no "
+            "row there. Use `DiagonalMixture(times)`, or mix it with `FlowMatching`."
+        )
+    return segments
+
+
+def objective_sizes(segments: list[Segment]) -> Counter[int]:
+    """How many rows each objective has, by its index in the mixture."""
+    sizes: Counter[int] = Counter()
+    for segment in segments:
+        sizes[segment.objective] += segment.num_rows
+    return sizes
+
+
+class DrawnTimes(NamedTuple):
+    """The times of each row of a batch, and the row's number."""
+
+    s: Float[Array, " batch"]
+    t: Float[Array, " batch"]
+    row: Int[Array, " batch"]
+
+
+def draw_times(mixture: Mixture, batch_size: int, key: Key[Array, ""]) -> DrawnTimes:
+    """The times of a whole batch, in the order of its segments."""
+    drawn = []
+    slices = split_by_shares(batch_size, mixture.shares)
+    for index, (part, rows) in enumerate(zip(mixture.objectives, slices, strict=True)):
+        size = rows.stop - rows.start
+        times_key, _ = _keys(key, index)
+        drawn.append((*part.times(times_key, size), jnp.arange(size)))
+    return DrawnTimes(*map(jnp.concatenate, zip(*drawn, strict=True)))
+
+
+def _keys(key: Key[Array, ""], index: int) -> Key[Array, " 2"]:
+    """One key for the times of an objective, one for what its rows draw."""
+    return jr.split(jr.fold_in(key, index))
+
+
+def deal(segments: list[Segment], num_parts: int) -> list[list[Segment]]:
+    """The segments of each part of a batch whose rows are dealt like cards.
+
+    Row `r` goes to part `r % num_parts`. So all parts have one size, shares hold over the
+    whole batch, and no part takes much more memory than another.
+    """
+    kinds = np.repeat(
+        np.arange(len(segments)), [segment.num_rows for segment in segments]
+    )
+    parts = []
+    for part in range(num_parts):
+        counts = np.bincount(kinds[part::num_parts], minlength=len(segments))
+        sized = zip(segments, counts.tolist(), strict=True)
+        parts.append([one._replace(num_rows=count) for one, count in sized if count > 0])
+    return parts
+
+
+def dealt(drawn: DrawnTimes, part: int, num_parts: int) -> DrawnTimes:
+    """The times of one part of a batch whose rows are dealt like cards."""
+    return DrawnTimes(*(leaf[part::num_parts] for leaf in drawn))
+
+
+class ExampleLosses(NamedTuple):
+    """The losses of the examples of one segment, and their times."""
+
+    s: Float[Array, " batch"]
+    t: Float[Array, " batch"]
+    loss: Float[Array, " batch"]
+
+
+def example_losses(
+    mixture: Mixture,
+    flow_map: AbstractFlowMap,
+    teacher: Any,
+    paths: diffrax.AbstractPath,
+    args: Args,
+    *,
+    key: Key[Array, ""],
+) -> list[ExampleLosses]:
+    """The losses whose mean is [`flowdiffrax.objectives.batch_loss`][], by segment.
+
+    Arguments and errors as there.
+    """
+    batch_size = num_examples(paths, args)
+    segments = segments_of(mixture, batch_size)
+    drawn = draw_times(mixture, batch_size, key)
+    return losses_of(mixture, flow_map, teacher, paths, args, drawn, segments, key=key)
+
+
+def num_examples(paths: diffrax.AbstractPath, args: Args) -> int:
+    """How many rows a batch has."""
+    has_rows = lambda leaf: eqx.is_array(leaf) or isinstance(leaf, jax.ShapeDtypeStruct)
+    return num_rows(eqx.filter((paths, args), has_rows), "Paths and conditions")
+
+
+def losses_of(
+    mixture: Mixture,
+    flow_map: AbstractFlowMap,
+    teacher: Any,
+    paths: diffrax.AbstractPath,
+    args: Args,
+    drawn: DrawnTimes,
+    segments: list[Segment],
+    *,
+    key: Key[Array, ""],
+) -> list[ExampleLosses]:
+    """The losses of a batch, or of a part of it, whose times are drawn.
+
+    `segments` and `drawn` are those of the rows that are there, in their order, and `key`
+    is that of the whole batch.
+    """
+    if not isinstance(flow_map, AbstractFlowMap):
+        raise TypeError(
+            f"Objectives train a flow map; got {type(flow_map).__name__}. Wrap a network "
+            "as `FlowMap(net)`."
+        )
+    num_objectives = len(mixture.objectives)
+    teachers = teacher if isinstance(teacher, tuple) else (teacher,) * num_objectives
+    if len(teachers) != num_objectives:
+        raise ValueError(
+            "A tuple of teachers has one for each objective; got "
+            f"{len(teachers)} teachers and {num_objectives} objectives."
+        )
+    examples, start = [], 0
+    for index, on_diagonal, size in segments:
+        rows = slice(start, start + size)
+        start += size
+        form = _on_diagonal if on_diagonal else _off_diagonal
+        one = functools.partial(
+            form, mixture.objectives[index], flow_map, teachers[index]
+        )
+        axes = eqx.if_array(0)
+        s, t, row = _rows(drawn, rows)
+        _, draw_key = _keys(key, index)
+        keys = jax.vmap(jr.fold_in, (None, 0))(draw_key, row)
+        losses = eqx.filter_vmap(one, in_axes=(axes, 0, 0, axes, 0))(
+            _rows(paths, rows), s, t, _rows(args, rows), keys
+        )
+        examples.append(ExampleLosses(s, t, losses))
+    return examples
+
+
+def _off_diagonal(objective, flow_map, teacher, path, s, t, args, key):
+    return objective(flow_map, teacher, path, s, t, args, key=key)
+
+
+def _on_diagonal(objective, flow_map, teacher, path, s, t, args, key):
+    del s
+    return objective.on_diagonal(flow_map, teacher, path, t, args, key=key)
+
+
+def summed(
+    mixture: Mixture,
+    whole: list[Segment],
+    part: list[Segment],
+    examples: list[ExampleLosses],
+) -> tuple[Scalar, dict[str, Scalar]]:
+    """What a part of a batch adds to the loss of the whole, and to its terms.
+
+    Where the part is the whole, these are the loss and the terms themselves.
+    """
+    counts = {segment[:2]: segment.num_rows for segment in whole}
+    sizes = objective_sizes(whole)
+    names = _term_names(mixture, counts)
+    loss: Any = 0.0
+    terms: dict[str, Scalar] = {}
+    for segment, rows in zip(part, examples, strict=True):
+        kind, total = segment[:2], jnp.sum(rows.loss)
+        terms[names[kind]] = total / counts[kind]
+        weight = jnp.asarray(mixture.weights[segment.objective], total.dtype)
+        loss = loss + weight * (total / sizes[segment.objective])
+    for name in names.values():
+        terms.setdefault(name, jnp.zeros_like(loss))
+    return loss, terms
+
+
+def _term_names(
+    mixture: Mixture, kinds: Collection[tuple[int, bool]]
+) -> dict[tuple[int, bool], str]:
+    """The name of the mean loss of each objective, on and off the diagonal."""
+    classes: list[str] = []
+    for index, objective in enumerate(mixture.objectives):
+        name = type(objective).__name__
+        # Two objectives of one class stay two terms.
+        classes.append(name if name not in classes else f"{name}_{index}")
+    # An objective with all its rows on the diagonal has just one term.
+    is_second = lambda index, on_diagonal: on_diagonal and (index, False) in kinds
+    return {
+        kind: classes[kind[0]] + ("_diagonal" if is_second(*kind) else "")
+        for kind in kinds
+    }
+
+
+def _rows(tree, rows):
+    cut = lambda leaf: leaf[rows] if eqx.is_array(leaf) else leaf
+    return jtu.tree_map(cut, tree)

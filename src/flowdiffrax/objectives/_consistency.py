@@ -1,0 +1,158 @@
+import diffrax
+import equinox as eqx
+import jax
+from jaxtyping import ArrayLike
+
+from .._derivative import Derivative
+from .._time import times_like
+from .._tree import freeze, subtract
+from .._types import Args, State, Time, VectorField
+from ..paths._trajectory import StatePath
+from ..times._base import AbstractTimes
+from ..times._changes import EndAt
+from ..times._karras import KarrasNeighbours
+from ..times._uniform import UniformSquare
+from ..weights._base import AbstractWeight, NoWeight
+from ..weights._gaps import InverseNoiseGap
+from ._base import AbstractResidualObjective, StopGradient
+from ._eulerian import AbstractEulerian
+from ._teaching import own_map, teacher_velocity
+
+
+class ConsistencyTraining(AbstractResidualObjective):
+    r"""CT: two neighbouring points of one path must have the same end.
+
+    $|X_{s,1}(I_s) - \mathrm{sg}(X_{u,1}(I_u))|^2 / (\sigma_s - \sigma_u)$ with $u$ the
+    next time of a grid, $\sigma$ the noise levels, and $I_u$ on the same path. Only jumps
+    to the end are learned. The target at the data end is the data point itself, which
+    anchors it all; finer grids have less bias and more variance.
+
+    **Arguments:**
+
+    - `times`: the distribution of pairs of neighbouring times, $s$ and $u$. To let the
+      grid grow in training, as the papers do, see
+      [`flowdiffrax.times.KarrasNeighbours`][].
+    - `weight`: maps the squared error to the loss, given $s$ and $u$. The default is for
+      the linear interpolant; for another one, use `InverseNoiseGap(interpolant)`. The
+      metric of iCT on images, `WeightChain((PseudoHuber(c), InverseNoiseGap()))`, moves
+      the minimiser in few dimensions: see [`flowdiffrax.weights.PseudoHuber`][].
+    - `end`: the time of the end.
+
+    The teacher is `None`, for the map as it is, or a flow map that makes the target
+    instead, such as a moving average.
+
+    ??? cite "Reference"
+
+        [arXiv:2303.01469](https://arxiv.org/abs/2303.01469), algorithm 3, with the 150
+        intervals that its grid grows to; weight of
+        [arXiv:2310.14189](https://arxiv.org/abs/2310.14189).
+    """
+
+    times: AbstractTimes = KarrasNeighbours(151)
+    weight: AbstractWeight = InverseNoiseGap()
+    end: float = 1.0
+
+    def residual(self, flow_map, teacher, path, s, t, args, key) -> State:
+        del key
+        if isinstance(path, StatePath):
+            path.derivative(s)  # has none, and says so
+        target = own_map(flow_map, teacher)(t, self.end, path.evaluate(t), args)
+        X_s1 = flow_map(s, self.end, path.evaluate(s), args)
+        return subtract(X_s1, freeze(target))
+
+
+class ConsistencyDistillation(AbstractResidualObjective):
+    r"""CD: a point and where the teacher takes it must have the same end.
+
+    $|X_{s,1}(I_s) - \mathrm{sg}(X_{u,1}(\Phi_{s,u}(I_s)))|^2$ with $\Phi$ one step of a
+    Diffrax solver on the teacher, to the next time $u$ of a grid. The error of that step
+    depends on the clock.
+
+    **Arguments:**
+
+    - `times`: the distribution of pairs of neighbouring times, $s$ and $u$.
+    - `weight`: maps the squared error to the loss, given $s$ and $u$.
+    - `solver`: the explicit Diffrax solver that makes the step.
+    - `end`: the time of the end.
+
+    The teacher is a velocity `(t, x, args) -> dx/dt`. The target is the trained map's
+    own.
+
+    ??? cite "Reference"
+
+        [arXiv:2303.01469](https://arxiv.org/abs/2303.01469), algorithm 2.
+    """
+
+    times: AbstractTimes = KarrasNeighbours(19)
+    weight: AbstractWeight = NoWeight()
+    solver: diffrax.AbstractSolver = diffrax.Heun()
+    end: float = 1.0
+
+    def residual(self, flow_map, teacher, path, s, t, args, key) -> State:
+        del key
+        I_s = path.evaluate(s)
+        s, t = times_like(I_s, s, t)
+        velocity = lambda t, x, args: teacher_velocity(teacher, t, x, args)
+        x_u = _solver_step(self.solver, velocity, s, t, I_s, args)
+        target = flow_map(t, self.end, x_u, args)
+        return subtract(flow_map(s, self.end, I_s, args), freeze(target))
+
+
+class ContinuousConsistency(AbstractEulerian):
+    r"""The sCM form: consistency in the limit of a fine grid.
+
+    $|v - \mathrm{sg}(v - g)|^2$ with $v = v_{s,1}(I_s)$ and the tangent
+    $g = v - w - r\,(1 - s)(\partial_s + w \cdot \nabla) v_{s,1}(I_s)$: the Eulerian
+    equation of jumps to the end, with every derivative held fixed. With a teacher $w$
+    is its velocity (sCD), without one the rate of the data (sCT).
+
+    The paper writes it for the trigonometric interpolant and a network $F$ with
+    $X = \cos(\tau) x - \sin(\tau) \sigma F$; here it takes any interpolant and any map,
+    and the difference is a factor that depends on time.
+
+    **Arguments:**
+
+    - `times`: the distribution of times, whose ends are all the same; uniform starts by
+      default. The paper's noise levels, which suit images, are
+      `EndAt(LogitNormal(1.0, 1.4, sort=False), 1.0)` for a base with a standard deviation
+      of 1 and data with one of 0.5.
+    - `weight`: maps $|g|^2$ to the loss. The paper's is
+      [`flowdiffrax.weights.NormalisedTangent`][], for data of a known scale, and a
+      [`flowdiffrax.weights.LearnedWeight`][]; see [`flowdiffrax.weights.WeightChain`][].
+    - `tangent_scale`: the $r$. The paper raises it from 0 to 1 over the first steps:
+      [`flowdiffrax.objectives.Scheduled`][] with a linear schedule.
+    - `jvp`: how the derivative is taken, see
+      [`flowdiffrax.objectives.FiniteDifference`][].
+
+    ??? cite "Reference"
+
+        [arXiv:2410.11081](https://arxiv.org/abs/2410.11081).
+    """
+
+    times: AbstractTimes = EndAt(UniformSquare(), 1.0)
+    weight: AbstractWeight = NoWeight()
+    tangent_scale: ArrayLike = 1.0
+    stop_gradient: StopGradient = eqx.field(
+        static=True, default=StopGradient.DERIVATIVE, init=False
+    )
+    jvp: Derivative = jax.jvp
+
+    def direction(self, flow_map, teacher, path, s, I_s, args) -> State:
+        del flow_map
+        if teacher is None:
+            return path.derivative(s)
+        return teacher_velocity(teacher, s, I_s, args)
+
+
+def _solver_step(
+    solver: diffrax.AbstractSolver,
+    teacher: VectorField,
+    s: Time,
+    u: Time,
+    x: State,
+    args: Args,
+) -> State:
+    term = diffrax.ODETerm(teacher)
+    solver_state = solver.init(term, s, u, x, args)
+    x_u, *_ = solver.step(term, s, u, x, args, solver_state, made_jump=False)
+    return x_u

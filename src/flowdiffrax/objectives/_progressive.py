@@ -1,0 +1,219 @@
+import abc
+
+import equinox as eqx
+import jax.numpy as jnp
+import jax.random as jr
+import jax.tree_util as jtu
+from jaxtyping import Array, ArrayLike, Key
+
+from .._check import check_callable
+from .._tree import freeze, is_concrete, subtract
+from .._types import State
+from ..flow_maps._composed import ComposedFlowMap
+from ..identities import two_piece_target
+from ..times._base import AbstractTimes
+from ..times._grids import Dyadic
+from ..times._mixtures import DiagonalMixture
+from ..times._uniform import UniformTriangle
+from ..weights._base import AbstractWeight, NoWeight
+from ._base import AbstractResidualObjective
+from ._teaching import check_unguided, data_residual, own_map
+
+
+class ProgressiveFlowMapMatching(AbstractResidualObjective):
+    r"""PFMM: one jump must equal `num_jumps` jumps of a frozen teacher map.
+
+    $|X_{s,t}(I_s) - \bar X_{t_{K-1},t} \circ \dots \circ \bar X_{s,t_1}(I_s)|^2$, the
+    whole composition held fixed. No derivative of any map is taken.
+
+    Train on $|t - s| \le \tau$, `UniformTriangle(max_gap=...)`, where the teacher's jumps
+    of length $\tau / K$ are good; then make the student the teacher, and $\tau$ longer.
+
+    The jumps are of equal length in time: on another clock they are others, and so is the
+    gradient away from the exact map.
+
+    **Arguments:**
+
+    - `num_jumps`: the number of teacher jumps $K$, at least 2. (The paper counts the
+      $K + 1$ times instead.)
+    - `times`: the distribution of times.
+    - `weight`: maps the squared error to the loss. With
+      [`flowdiffrax.weights.InverseGap`][] the loss compares velocities.
+
+    The teacher is a map `(s, t, x, args) -> x_t`, for example the student of the stage
+    before or a [`flowdiffrax.ODEFlowMap`][]; with `None`, the trained map itself.
+
+    **Raises:** `ValueError` if `num_jumps` is below 2.
+
+    ??? cite "Reference"
+
+        [arXiv:2406.07507](https://arxiv.org/abs/2406.07507), section 3.3.
+    """
+
+    num_jumps: int = eqx.field(static=True, default=2)
+    times: AbstractTimes = UniformTriangle()
+    weight: AbstractWeight = NoWeight()
+
+    def __check_init__(self):
+        if self.num_jumps < 2:
+            raise ValueError(f"`num_jumps` must be at least 2; got {self.num_jumps}.")
+
+    def residual(self, flow_map, teacher, path, s, t, args, key) -> State:
+        del key
+        if teacher is not None:
+            check_callable(teacher, "teacher", "teacher(s, t, x, args)")
+        frozen = freeze(flow_map if teacher is None else teacher)
+        I_s = path.evaluate(s)
+        target = freeze(ComposedFlowMap(frozen, self.num_jumps)(s, t, I_s, args))
+        return subtract(flow_map(s, t, I_s, args), target)
+
+
+class AbstractProgressiveSelfDistillation(AbstractResidualObjective):
+    """Off the diagonal a jump in two pieces, and on it flow matching."""
+
+    needs_diagonal = True
+
+    @abc.abstractmethod
+    def share(self, key: Key[Array, ""] | None) -> ArrayLike:
+        """The first piece's share of the jump."""
+
+    def limit(self, target: State) -> State:
+        """The target, limited if the method limits it."""
+        return target
+
+    def residual(self, flow_map, teacher, path, s, t, args, key) -> State:
+        check_unguided(args)
+        I_s = path.evaluate(s)
+        frozen = freeze(own_map(flow_map, teacher))
+        piece = lambda s, t, x: frozen.average_velocity(s, t, x, args)
+        target = two_piece_target(s, t, I_s, self.share(key), piece, piece)
+        target = freeze(self.limit(target))
+        return subtract(flow_map.average_velocity(s, t, I_s, args), target)
+
+    def diagonal_residual(self, flow_map, teacher, path, t, args, key) -> State:
+        del teacher, key
+        return data_residual(flow_map, path, t, args)
+
+
+class ProgressiveSelfDistillation(AbstractProgressiveSelfDistillation):
+    r"""PSD: flow matching, and one jump goes where two go.
+
+    Off the diagonal
+    $|v_{s,t}(I_s) - \mathrm{sg}(a\,v_{s,u}(I_s) + (1 - a)\,v_{u,t}(X_{s,u}(I_s)))|^2$
+    with $u = s + a (t - s)$, and on it flow matching, which supplies the velocity from
+    data. All of the target is held fixed. No derivative of the map is taken. On another
+    clock the two pieces are others, and so is the gradient away from the exact map.
+
+    **Arguments:**
+
+    - `times`: the distribution of times, with a share on the diagonal.
+    - `weight`: maps the squared error of average velocities to the loss.
+    - `split`: the first piece's share $a$, in (0, 1), or `None` to draw it uniformly
+      for each example (PSD-U). One half is the midpoint (PSD-M).
+
+    The teacher is `None`, for the map as it is, or a flow map that makes the pieces
+    instead, such as a moving average.
+
+    **Raises:** `ValueError` for a split outside (0, 1); when it is called, if a split is
+    to be drawn and there is no key.
+
+    ??? cite "Reference"
+
+        [arXiv:2505.18825](https://arxiv.org/abs/2505.18825).
+    """
+
+    times: AbstractTimes = DiagonalMixture(UniformTriangle(), 0.75)
+    weight: AbstractWeight = NoWeight()
+    split: float | None = 0.5
+
+    def __check_init__(self):
+        _check_split(self.split)
+
+    def share(self, key) -> ArrayLike:
+        return _draw_split(self.split, key)
+
+
+class SplitMeanFlow(AbstractProgressiveSelfDistillation):
+    r"""SplitMeanFlow: progressive self-distillation at a uniform split.
+
+    [`flowdiffrax.objectives.ProgressiveSelfDistillation`][] with another share on the
+    diagonal.
+
+    **Arguments:** as there; the default split is drawn.
+
+    ??? cite "Reference"
+
+        [arXiv:2507.16884](https://arxiv.org/abs/2507.16884).
+    """
+
+    times: AbstractTimes = DiagonalMixture(UniformTriangle(), 0.5)
+    weight: AbstractWeight = NoWeight()
+    split: float | None = None
+
+    def __check_init__(self):
+        _check_split(self.split)
+
+    def share(self, key) -> ArrayLike:
+        return _draw_split(self.split, key)
+
+
+class Shortcut(AbstractProgressiveSelfDistillation):
+    r"""Shortcut models: progressive self-distillation at midpoints of dyadic jumps.
+
+    The finest pieces are $2^{-7}$ long, and jumps up to 1. Unlike in the paper, the
+    velocity has its own place on the diagonal rather than at the finest step. Pieces
+    depend on the clock, as those of progressive self-distillation do.
+
+    **Arguments:**
+
+    - `times`: the distribution of times: dyadic jumps of at least two finest pieces, and
+      half of the batch on the diagonal. The paper has seven eighths there,
+      `DiagonalMixture(Dyadic(6), 7 / 8)`.
+    - `weight`: maps the squared error of average velocities to the loss.
+    - `clip`: the largest entry of the target by magnitude, positive, in units of the
+      data; `None` for no limit. The paper clips at 4.0, for centred data with a spread of
+      about 1. Here the average is clipped, there each of the two velocities.
+
+    The teacher is a flow map, the moving average with a decay of 0.999 in the paper
+    (`fit(..., teacher_decay=0.999)`), or `None` for the map as it is.
+
+    **Raises:** `ValueError` for a `clip` that is not positive.
+
+    ??? cite "Reference"
+
+        [arXiv:2410.12557](https://arxiv.org/abs/2410.12557), equation (5).
+    """
+
+    times: AbstractTimes = DiagonalMixture(Dyadic(6), 0.5)
+    weight: AbstractWeight = NoWeight()
+    clip: float | None = None
+
+    def __check_init__(self):
+        if self.clip is not None and is_concrete(self.clip) and self.clip <= 0:
+            raise ValueError(f"`clip` must be positive or `None`; got {self.clip}.")
+
+    def share(self, key) -> ArrayLike:
+        del key
+        return 0.5
+
+    def limit(self, target: State) -> State:
+        clip = self.clip
+        if clip is None:
+            return target
+        return jtu.tree_map(lambda v: jnp.clip(v, -clip, clip), target)
+
+
+def _check_split(split: float | None) -> None:
+    if split is not None and is_concrete(split) and not 0 < split < 1:
+        raise ValueError(f"`split` must be in (0, 1), or `None`; got {split}.")
+
+
+def _draw_split(split: float | None, key: Key[Array, ""] | None) -> ArrayLike:
+    if split is not None:
+        return split
+    if key is None:
+        raise ValueError(
+            "`split=None` draws the split: pass a `key`, as `batch_loss` does, or give "
+            "a split."
+        )
+    return jr.uniform(key)

@@ -1,0 +1,40 @@
+from collections.abc import Callable
+
+import equinox as eqx
+from jaxtyping import Array, Int
+
+from ._base import AbstractObjective
+from ._mixture import Mixture
+
+
+class Scheduled(eqx.Module):
+    """An objective whose settings change along training.
+
+    For everything that papers anneal: the longest jump, the tangent warm-up of Align
+    Your Flow, the step of consistency training, the weights of a mixture. Optax's
+    schedules serve inside:
+
+    ```python
+    rise = optax.linear_schedule(0.05, 1.0, 10_000)
+    Scheduled(lambda step: FlowMapMatching(UniformSquare(max_gap=rise(step))))
+    ```
+
+    **Arguments:**
+
+    - `objective`: a function of the step's number, a traced integer, that returns an
+      objective or a [`flowdiffrax.objectives.Mixture`][]. Values may depend on the step,
+      structure and static fields may not.
+    """
+
+    objective: Callable[[Int[Array, ""]], AbstractObjective | Mixture]
+
+    def __check_init__(self):
+        if isinstance(self.objective, AbstractObjective | Mixture):
+            raise TypeError(
+                "`Scheduled` takes a function of the step that returns an objective; got "
+                f"the objective {type(self.objective).__name__} itself."
+            )
+
+    def at(self, step: Int[Array, ""]) -> AbstractObjective | Mixture:
+        """The objective of one step."""
+        return self.objective(step)

@@ -1,0 +1,63 @@
+import equinox as eqx
+
+from .._tree import subtract
+from .._types import Scalar, State
+from ..paths._base import InterpolantPath
+from ..paths._trajectory import StatePath, TrajectoryPath
+from ..times._base import AbstractTimes
+from ..times._uniform import UniformTriangle
+from ..weights._base import AbstractWeight
+from ..weights._gaps import InverseGap
+from ._base import AbstractResidualObjective
+
+
+class TrajectoryMatching(AbstractResidualObjective):
+    r"""Regression on exact trajectories, $|X_{s,t}(x_s) - x_t|^2 / (t - s)^2$.
+
+    The path is a solution of the ODE itself, $x_s$ and $x_t$ two points of it: no
+    teacher, no derivative, no stop-gradient, a target that never moves. Zero exactly at
+    the flow map. It is the natural first stage wherever trajectories can be had.
+
+    **Arguments:**
+
+    - `times`: the distribution of times. For trajectories saved on a grid,
+      [`flowdiffrax.times.GridTimes`][], so that nothing is interpolated.
+    - `weight`: maps the squared error of the states to the loss; the default makes it
+      the squared error of average velocities.
+    - `positions`: whether `times` draws positions along each trajectory's own saved
+      times, 0 for the first and 1 for the last, to the nearest of them, where
+      trajectories do not share their times. Of pairs saved at their two ends, take
+      `TrajectoryMatching(GridTimes([0.0, 1.0]), positions=True)`.
+
+    The teacher is not used. Paths come from [`flowdiffrax.solve_trajectories`][].
+
+    ??? cite "Reference"
+
+        As mid-training, [arXiv:2509.24526](https://arxiv.org/abs/2509.24526).
+    """
+
+    times: AbstractTimes = UniformTriangle()
+    weight: AbstractWeight = InverseGap()
+    positions: bool = eqx.field(static=True, default=False)
+
+    def __call__(self, flow_map, teacher, path, s, t, args=None, *, key=None) -> Scalar:
+        if self.positions:
+            if not isinstance(path, TrajectoryPath):
+                raise TypeError(_wrong_path(path))
+            s, t = path.saved_time(s), path.saved_time(t)
+        return super().__call__(flow_map, teacher, path, s, t, args, key=key)
+
+    def residual(self, flow_map, teacher, path, s, t, args, key) -> State:
+        del teacher, key
+        if isinstance(path, InterpolantPath | StatePath):
+            raise TypeError(_wrong_path(path))
+        x_s, x_t = path.evaluate(s), path.evaluate(t)
+        return subtract(flow_map(s, t, x_s, args), x_t)
+
+
+def _wrong_path(path: object) -> str:
+    return (
+        "`TrajectoryMatching` learns from trajectories of the ODE; got a "
+        f"{type(path).__name__}. Use `solve_trajectories` and "
+        "`data.TrajectoryBatches`."
+    )

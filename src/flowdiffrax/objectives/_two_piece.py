@@ -1,0 +1,76 @@
+"""Difference quotients of the equations: jumps in two pieces, one of them short.
+
+A regression of $v_{s,t}$ on a target that is off by a small share $a$ of the residual has
+values of the size of $a^2$ and gradients of the size of $a$. The quotients divide by $a$
+what is held fixed, so that values and gradients go to those of the derivative.
+"""
+
+from jaxtyping import ArrayLike
+
+from .._time import times_like
+from .._tree import freeze, scale, subtract
+from .._types import Args, State, Time, VectorField
+from ..flow_maps._base import AbstractFlowMap
+from ..identities import two_piece_target
+
+
+def eulerian_quotient(
+    flow_map: AbstractFlowMap,
+    s: Time,
+    t: Time,
+    x: State,
+    w: State,
+    share: ArrayLike,
+    args: Args,
+) -> State:
+    """The Eulerian residual, up to its sign: a step along `w`, then the map.
+
+    The step is `share` of the jump. Gradients flow through the leading velocity.
+    """
+    frozen = freeze(flow_map)
+    target = two_piece_target(
+        s,
+        t,
+        x,
+        share,
+        lambda s, u, x: w,
+        lambda u, t, x: frozen.average_velocity(u, t, x, args),
+    )
+    return _quotient(flow_map.average_velocity(s, t, x, args), target, share)
+
+
+def lagrangian_quotient(
+    flow_map: AbstractFlowMap,
+    teacher: VectorField,
+    s: Time,
+    t: Time,
+    x: State,
+    share: ArrayLike,
+    args: Args,
+) -> State:
+    """The Lagrangian residual: the map, then a step along the teacher.
+
+    The step is `share` of the jump. Gradients flow through the leading velocity.
+    """
+    frozen = freeze(flow_map)
+    target = two_piece_target(
+        s,
+        t,
+        x,
+        1 - share,
+        lambda s, u, x: frozen.average_velocity(s, u, x, args),
+        lambda u, t, x: teacher(u, x, args),
+    )
+    return _quotient(flow_map.average_velocity(s, t, x, args), target, share)
+
+
+def _quotient(v_st: State, target: State, share: ArrayLike) -> State:
+    (share,) = times_like(v_st, share)
+    tangent = scale(1 / share, subtract(v_st, target))
+    return subtract(v_st, freeze(subtract(v_st, tangent)))
+
+
+def check_share(name: str, share: ArrayLike | None) -> None:
+    """**Raises:** `ValueError` for a known share outside (0, 1]."""
+    if isinstance(share, float | int) and not 0 < share <= 1:
+        raise ValueError(f"`{name}` must be in (0, 1]; got {share}.")

@@ -1,0 +1,17 @@
+"""What an objective evaluates: interpolants, trajectories, couplings of their ends."""
+
+from ._base import AbstractInterpolant as AbstractInterpolant
+from ._base import InterpolantPath as InterpolantPath
+from ._coupling import AbstractCoupling as AbstractCoupling
+from ._coupling import IndependentCoupling as IndependentCoupling
+from ._interpolants import Interpolant as Interpolant
+from ._interpolants import LinearInterpolant as LinearInterpolant
+from ._interpolants import TrigonometricInterpolant as TrigonometricInterpolant
+from ._interpolants import VarianceExplodingInterpolant as VarianceExplodingInterpolant
+from ._interpolants import VariancePreservingInterpolant as VariancePreservingInterpolant
+from ._latents import BrownianLatent as BrownianLatent
+from ._latents import SineSquaredLatent as SineSquaredLatent
+from ._optimal_transport import OptimalTransportCoupling as OptimalTransportCoupling
+from ._trajectory import StatePath as StatePath
+from ._trajectory import TrajectoryPath as TrajectoryPath
+from ._trajectory import solve_trajectories as solve_trajectories

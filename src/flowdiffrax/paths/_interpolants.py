@@ -1,0 +1,250 @@
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ._base import AbstractInterpolant, Coefficient
+
+
+class LinearInterpolant(AbstractInterpolant):
+    r"""The straight line, $I_t = (1 - (1 - \sigma_{\min}) t)\,x_0 + t\,x_1$.
+
+    **Arguments:**
+
+    - `sigma_min`: how much of the base is left at the data end, in [0, 1). Zero is the
+      exact interpolant; a small positive value blurs the data by that much and keeps
+      velocities bounded at $t = 1$.
+    - `latent`: a function $\gamma$ with $\gamma_0 = \gamma_1 = 0$, or `None` for none.
+
+    **Raises:** `ValueError` for a `sigma_min` outside [0, 1), or a latent that does not
+    vanish at both ends.
+
+    ??? cite "Reference"
+
+        Rectified flow, [arXiv:2209.03003](https://arxiv.org/abs/2209.03003); with
+        `sigma_min`, [arXiv:2210.02747](https://arxiv.org/abs/2210.02747), equation (20).
+    """
+
+    sigma_min: float = 0.0
+    latent: Coefficient | None = None
+
+    def __check_init__(self):
+        if not 0 <= self.sigma_min < 1:
+            raise ValueError(f"`sigma_min` must be in [0, 1); got {self.sigma_min}.")
+        if self.latent is not None:
+            _check_boundary("latent", self.latent, 0.0, 0.0)
+
+    def alpha(self, t):
+        return 1 - (1 - self.sigma_min) * t
+
+    def beta(self, t):
+        return t
+
+    def gamma(self, t):
+        return jnp.zeros_like(t) if self.latent is None else self.latent(t)
+
+    @property
+    def has_latent(self):
+        return self.latent is not None
+
+
+class TrigonometricInterpolant(AbstractInterpolant):
+    r"""The variance-preserving circle, $I_t = \cos(\pi t/2)\,x_0 + \sin(\pi t/2)\,x_1$.
+
+    **Arguments:**
+
+    - `latent`: a function $\gamma$ with $\gamma_0 = \gamma_1 = 0$, or `None` for none.
+      With it, both weights carry a factor $\sqrt{1 - \gamma_t^2}$, so that variance
+      stays preserved.
+
+    **Raises:** `ValueError` for a latent that does not vanish at both ends, or that
+    reaches 1 between them.
+
+    ??? cite "Reference"
+
+        [arXiv:2303.08797](https://arxiv.org/abs/2303.08797), table 4.
+    """
+
+    latent: Coefficient | None = None
+
+    def __check_init__(self):
+        if self.latent is not None:
+            _check_boundary("latent", self.latent, 0.0, 0.0)
+            with jax.ensure_compile_time_eval():
+                gamma = np.asarray(jax.vmap(self.latent)(jnp.linspace(0, 1, 65)))
+            # Where it is 1, the square root has no derivative.
+            if np.max(np.abs(gamma)) >= 1:
+                raise ValueError(
+                    "`latent` must stay below 1, so that the rest of the variance is "
+                    f"left for base and data; got {np.max(np.abs(gamma)):g}."
+                )
+
+    def alpha(self, t):
+        return self._rest(t) * jnp.cos(math.pi / 2 * t)
+
+    def beta(self, t):
+        return self._rest(t) * jnp.sin(math.pi / 2 * t)
+
+    def gamma(self, t):
+        return jnp.zeros_like(t) if self.latent is None else self.latent(t)
+
+    @property
+    def has_latent(self):
+        return self.latent is not None
+
+    def _rest(self, t):
+        return 1.0 if self.latent is None else jnp.sqrt(1 - self.latent(t) ** 2)
+
+
+class VariancePreservingInterpolant(AbstractInterpolant):
+    r"""The VP diffusion's schedule on our clock, from noise at 0 to data at 1.
+
+    With $\tau = 1 - t$,
+    $\beta_t = \exp(-\tfrac14 \tau^2 (b_{\max} - b_{\min}) - \tfrac12 \tau b_{\min})$ and
+    $\alpha_t = \sqrt{1 - \beta_t^2}$.
+
+    It reaches its base only nearly: $\beta_0$ is 0.0066 with the usual constants, so
+    that $I_0$ is the base plus a trace of data, as it is in every VP diffusion.
+
+    **Arguments:**
+
+    - `b_min`, `b_max`: the noise rate at the data end and at the base end, positive.
+
+    **Raises:** `ValueError` unless $0 < b_{\min} < b_{\max}$.
+
+    ??? cite "Reference"
+
+        [arXiv:2011.13456](https://arxiv.org/abs/2011.13456), equation (33).
+    """
+
+    b_min: float = 0.1
+    b_max: float = 20.0
+
+    def __check_init__(self):
+        if not 0 < self.b_min < self.b_max:
+            raise ValueError(
+                f"Expected 0 < b_min < b_max; got {self.b_min} and {self.b_max}."
+            )
+
+    def alpha(self, t):
+        # expm1 keeps the digits near the data end, where 1 - beta^2 cancels. The guard
+        # keeps the derivative of the square root finite at t = 1 exactly.
+        variance = -jnp.expm1(2 * self._log_beta(t))
+        floor = jnp.finfo(t.dtype).tiny
+        return jnp.sqrt(jnp.maximum(variance, floor))
+
+    def beta(self, t):
+        return jnp.exp(self._log_beta(t))
+
+    def gamma(self, t):
+        return jnp.zeros_like(t)
+
+    @property
+    def has_latent(self):
+        return False
+
+    def _log_beta(self, t):
+        tau = 1 - t
+        return -(tau**2) * (self.b_max - self.b_min) / 4 - tau * self.b_min / 2
+
+
+class VarianceExplodingInterpolant(AbstractInterpolant):
+    r"""The VE diffusion's schedule on our clock: $I_t = \sigma_t x_0 + x_1$.
+
+    Noise of standard deviation
+    $\sigma_t = \sigma_{\max} (\sigma_{\min}/\sigma_{\max})^t$, in units of the base's, is
+    added to the data. So $I_0$ is data plus much noise rather than the base, and $I_1$
+    data plus a trace of noise: sample the flow from
+    $\mathcal N(0, \sigma_{\max}^2)$ at $t = 0$.
+
+    **Arguments:**
+
+    - `sigma_min`, `sigma_max`: least and most noise, positive.
+
+    **Raises:** `ValueError` unless $0 < \sigma_{\min} < \sigma_{\max}$.
+
+    ??? cite "Reference"
+
+        [arXiv:2011.13456](https://arxiv.org/abs/2011.13456), equation (31).
+    """
+
+    sigma_min: float = 0.01
+    sigma_max: float = 50.0
+
+    def __check_init__(self):
+        if not 0 < self.sigma_min < self.sigma_max:
+            raise ValueError(
+                "Expected 0 < sigma_min < sigma_max; got "
+                f"{self.sigma_min} and {self.sigma_max}."
+            )
+
+    def alpha(self, t):
+        return self.sigma_max * (self.sigma_min / self.sigma_max) ** t
+
+    def beta(self, t):
+        return jnp.ones_like(t)
+
+    def gamma(self, t):
+        return jnp.zeros_like(t)
+
+    @property
+    def has_latent(self):
+        return False
+
+
+class Interpolant(AbstractInterpolant):
+    r"""The general interpolant, from three functions of time.
+
+    **Arguments:**
+
+    - `alpha`, `beta`: weights of base and data, differentiable functions of a scalar
+      time with $\alpha_0 = \beta_1 = 1$ and $\alpha_1 = \beta_0 = 0$.
+    - `gamma`: weight of the latent, with $\gamma_0 = \gamma_1 = 0$; `None` for none.
+
+    **Raises:** `ValueError` for wrong boundary values.
+    """
+
+    _alpha: Coefficient
+    _beta: Coefficient
+    _gamma: Coefficient | None
+
+    def __init__(
+        self, alpha: Coefficient, beta: Coefficient, gamma: Coefficient | None = None
+    ):
+        self._alpha = alpha
+        self._beta = beta
+        self._gamma = gamma
+
+    def __check_init__(self):
+        _check_boundary("alpha", self.alpha, 1.0, 0.0)
+        _check_boundary("beta", self.beta, 0.0, 1.0)
+        _check_boundary("gamma", self.gamma, 0.0, 0.0)
+
+    def alpha(self, t):
+        return self._alpha(t)
+
+    def beta(self, t):
+        return self._beta(t)
+
+    def gamma(self, t):
+        return jnp.zeros_like(t) if self._gamma is None else self._gamma(t)
+
+    @property
+    def has_latent(self):
+        return self._gamma is not None
+
+
+def _check_boundary(name: str, fn: Coefficient, at_zero: float, at_one: float) -> None:
+    # Boundary values are facts about the method, so they are checked even inside
+    # `jit`, where the constants of the caller's trace would otherwise become tracers.
+    with jax.ensure_compile_time_eval():
+        values = np.asarray([fn(jnp.asarray(0.0)), fn(jnp.asarray(1.0))], float)
+    expected = np.asarray([at_zero, at_one])
+    # Loose enough for cos(pi/2) in float32.
+    if not np.allclose(values, expected, rtol=0, atol=1e-5):
+        raise ValueError(
+            f"`{name}` must be {at_zero:g} at t = 0 and {at_one:g} at t = 1; got "
+            f"{values[0]:g} and {values[1]:g}. Time 0 is the base and time 1 the data: "
+            "a schedule written for the opposite clock needs t replaced by 1 - t."
+        )

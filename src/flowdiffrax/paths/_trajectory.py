@@ -1,0 +1,233 @@
+from typing import Any
+
+import diffrax
+import equinox as eqx
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, PyTree, Real
+
+from .._check import check_callable
+from .._time import real_dtype, time_dtype, times_like
+from .._tree import is_concrete, nan_where, num_rows, rows_not_finite, subtract
+from .._types import Args, State, Time, VectorField
+
+
+class StatePath(diffrax.AbstractPath):
+    """A single state at all times, for objectives that only ask where to be right.
+
+    Distillation needs no data, only states that matter: the initial states of a physical
+    ODE, or draws of the base.
+
+    **Arguments:**
+
+    - `x`: the state, an array or a PyTree of arrays.
+    """
+
+    x: State
+    t0 = -jnp.inf
+    t1 = jnp.inf
+
+    def evaluate(self, t0: Time, t1: Time | None = None, left: bool = True) -> State:
+        """The state, or the increment to `t1`, zero, if that is given."""
+        del t0, left
+        return self.x if t1 is None else subtract(self.x, self.x)
+
+    def derivative(self, t: Time, left: bool = True) -> State:
+        """There is none: **raises** `TypeError`."""
+        raise TypeError(
+            "A `StatePath` is one state, and no data: this objective learns from data. "
+            "Use `data.InterpolantBatches`, or an objective that learns from a teacher."
+        )
+
+
+class TrajectoryPath(diffrax.AbstractPath):
+    """A solution of an ODE, known at certain times: exact there, linear between.
+
+    Outside its times it is NaN.
+
+    **Arguments:**
+
+    - `ts`: rising times, of shape `(times,)`, at least two.
+    - `ys`: the states at those times, every leaf with leading axis `times`.
+    """
+
+    ts: Float[Array, "*batch times"]
+    ys: State
+
+    @property
+    def t0(self):  # pyright: ignore
+        return self.ts[0]
+
+    @property
+    def t1(self):  # pyright: ignore
+        return self.ts[-1]
+
+    def saved_time(self, position: Time) -> Float[Array, ""]:
+        """The saved time nearest to a position, 0 for the first and 1 for the last."""
+        (position,) = times_like(self.ys, position)
+        index = jnp.round(position * (self.ts.size - 1)).astype(jnp.int32)
+        return self.ts[jnp.clip(index, 0, self.ts.size - 1)].astype(position.dtype)
+
+    def evaluate(self, t0: Time, t1: Time | None = None, left: bool = True) -> State:
+        """The state at `t0`, or the increment to `t1` if that is given."""
+        del left
+        if t1 is not None:
+            return subtract(self.evaluate(t1), self.evaluate(t0))
+        (t,) = times_like(self.ys, t0)
+        ts = self.ts.astype(t.dtype)
+        index = jnp.clip(jnp.searchsorted(ts, t, side="right") - 1, 0, ts.size - 2)
+        fraction = (t - ts[index]) / (ts[index + 1] - ts[index])
+        # Extrapolation would train a map on states that no trajectory has.
+        fraction = jnp.where((t < ts[0]) | (t > ts[-1]), jnp.nan, fraction)
+
+        def between(ys):
+            weight = fraction.astype(jnp.finfo(ys.dtype).dtype)
+            return (1 - weight) * ys[index] + weight * ys[index + 1]
+
+        return jtu.tree_map(between, self.ys)
+
+
+def check_one_length(rows: Any) -> None:
+    """**Raises:** `ValueError` for rows of different lengths.
+
+    NumPy would call them inhomogeneous.
+    """
+    is_object = isinstance(rows, np.ndarray) and rows.dtype.kind == "O"
+    if not (is_object or isinstance(rows, list | tuple)):
+        return
+    lengths = sorted({np.shape(row)[:1] for row in rows})
+    if len(lengths) > 1:
+        raise ValueError(
+            "All trajectories must be saved at the same number of times; got leading "
+            f"axes {lengths}. Their times may differ, as `ts` of shape (pool, times): "
+            "cut long ones into several, or save each at as many times of its own."
+        )
+
+
+def solve_trajectories(
+    vector_field: VectorField,
+    x0: State,
+    ts: Real[Array, "*batch times"] | np.ndarray,
+    args: Args = None,
+    *,
+    args_per_example: bool = False,
+    solver: diffrax.AbstractSolver | None = None,
+    rtol: float | None = None,
+    atol: float | None = None,
+    max_steps: int = 4096,
+    chunk_size: int = 4096,
+    throw: bool = True,
+) -> State:
+    """Integrates a batch of initial states with Diffrax and saves them at given times.
+
+    Each example has its own adaptive steps, and if need be its own times and parameters.
+    Gradients are not kept.
+
+    **Arguments:**
+
+    - `vector_field`: a callable `(t, x, args) -> dx/dt` for one example.
+    - `x0`: a batch of states at the first time, every leaf with the same leading axis.
+    - `ts`: the times to save at, strictly rising or strictly falling, at least two: of
+      shape `(times,)` for all examples, or `(batch, times)`, one row for each, which
+      starts at its own first time.
+    - `args`: passed on to the vector field.
+    - `args_per_example`: whether `args` has one row for each example, arrays with the
+      leading axis of `x0`. If not, all examples share it.
+    - `solver`: the Diffrax solver; `None` for `diffrax.Tsit5()`. For stiff problems, an
+      implicit one, such as `diffrax.Kvaerno5()`.
+    - `rtol`, `atol`: tolerances; `None` for 1e-8 in float64 and 1e-5 in float32, where
+      an implicit solver gets 1e-3: with less, rounding may let none of its steps pass.
+    - `max_steps`: the most steps a solve may take before it has failed.
+    - `chunk_size`: how many examples are integrated at a time, which bounds the memory.
+    - `throw`: whether it is an error if a solve fails. If not, all its states are NaN;
+      [`flowdiffrax.data.finite_rows`][] drops such rows, and counts them.
+
+    **Returns:** the states, every leaf of shape `(batch, times, ...)`.
+
+    **Raises:** `ValueError` for times that are too few or, if known, not monotone, for
+    a `chunk_size` below 1, for an `x0` that is no batch, and for rows of `ts` or `args`
+    that are not one for each of its examples, or if known, not finite; `TypeError` for a
+    `vector_field` of other arguments.
+    """
+    check_callable(vector_field, "vector_field", "vector_field(t, x, args)")
+    batch_size = num_rows(x0, "`x0` is a batch of states: its leaves")
+    check_one_length(ts)
+    if chunk_size < 1:
+        raise ValueError(f"`chunk_size` must be at least 1; got {chunk_size}.")
+    if jnp.ndim(ts) not in (1, 2) or jnp.shape(ts)[-1] < 2:
+        raise ValueError(
+            "`ts` must have at least two times, in shape (times,), or (batch, times) "
+            f"with a row for each example; got {jnp.shape(ts)}."
+        )
+    if is_concrete(ts):
+        steps = np.diff(np.asarray(ts))
+        if not np.all(np.all(steps > 0, axis=-1) | np.all(steps < 0, axis=-1)):
+            raise ValueError(f"`ts` must strictly rise or strictly fall; got {ts}.")
+    if jnp.ndim(ts) == 2:
+        _check_rows("ts", ts, batch_size)
+    if args_per_example:
+        _check_rows("args", args, batch_size)
+    rows = x0, ts if jnp.ndim(ts) == 2 else None, args if args_per_example else None
+    bad = np.flatnonzero(rows_not_finite(rows))
+    if bad.size > 0:
+        raise ValueError(
+            f"`x0` and `args` must be finite; {bad.size} of {batch_size} examples are "
+            f"not, the first of them example {bad[0]}."
+        )
+    shared = None if jnp.ndim(ts) == 2 else ts, None if args_per_example else args
+    return _solve_trajectories(
+        vector_field, rows, shared, solver, rtol, atol, max_steps, chunk_size, throw
+    )
+
+
+def _check_rows(name: str, tree: PyTree, batch_size: int) -> None:
+    rows = [jnp.shape(leaf)[:1] for leaf in jtu.tree_leaves(tree)]
+    if any(size != (batch_size,) for size in rows):
+        raise ValueError(
+            f"`{name}` must have one row for each of the {batch_size} examples of `x0`; "
+            f"got leading axes {rows}."
+        )
+
+
+# The checks stay outside `jit`, in which no time is known.
+@eqx.filter_jit
+def _solve_trajectories(
+    vector_field, rows, shared, solver, rtol, atol, max_steps, chunk_size, throw
+):
+    dtype = time_dtype(rows[0])
+    is_implicit = isinstance(solver, diffrax.AbstractImplicitSolver)
+    if jnp.finfo(real_dtype(rows[0])).bits > 32:
+        default_tol = 1e-8
+    else:
+        # An implicit step's equation is solved to a hundredth of the tolerance, which
+        # rounding must leave room for, or every step is refused.
+        default_tol = 1e-3 if is_implicit else 1e-5
+    controller = diffrax.PIDController(
+        rtol=default_tol if rtol is None else rtol,
+        atol=default_tol if atol is None else atol,
+    )
+
+    def solve(row):
+        x0, ts, args = row
+        ts = jnp.asarray(shared[0] if ts is None else ts, dtype)
+        solution = diffrax.diffeqsolve(
+            diffrax.ODETerm(vector_field),
+            diffrax.Tsit5() if solver is None else solver,
+            t0=ts[0],
+            t1=ts[-1],
+            dt0=0.01 * (ts[-1] - ts[0]),
+            y0=x0,
+            args=shared[1] if args is None else args,
+            saveat=diffrax.SaveAt(ts=ts),
+            stepsize_controller=controller,
+            max_steps=max_steps,
+            throw=throw,
+        )
+        if throw:
+            return solution.ys
+        failed = solution.result != diffrax.RESULTS.successful
+        return nan_where(failed, solution.ys)
+
+    return lax.stop_gradient(lax.map(solve, rows, batch_size=chunk_size))

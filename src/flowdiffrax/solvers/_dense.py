@@ -1,0 +1,158 @@
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import Array, Inexact, Real
+
+from .._time import time_dtype
+from .._tree import is_concrete, nan_where, subtract
+from .._types import Args, State, Time, TwoTimeMap
+from ..flow_maps._inverse import check_composable
+from ..identities import end_derivative
+
+
+class FlowMapInterpolation(diffrax.AbstractPath):
+    r"""A solution between its steps, by the flow map itself.
+
+    At a time $t$ between the saved times $t_k$ and $t_{k+1}$ it is $X_{t_k,t}(y_k)$, for
+    one evaluation of the map: as good between the steps as at their ends, however long
+    they are. `SaveAt(dense=True)` stores a series of each jump instead, of which nothing
+    need be given again; this stores the steps and takes the map, so that it can also be
+    differentiated in the map's parameters.
+
+    ```python
+    sol = diffrax.diffeqsolve(..., saveat=diffrax.SaveAt(t0=True, steps=True))
+    path = FlowMapInterpolation.of(sol, flow_map, args)
+    path.evaluate(0.37), path.derivative(jnp.linspace(0, 1, 100))
+    ```
+
+    Any solution will do, of whatever solver: the map starts anew at every saved state.
+
+    **Arguments:**
+
+    - `ts`: times of the steps, rising or falling, of shape `(steps,)`, at least two; what
+      follows the last may be infinite, as Diffrax pads its solutions.
+    - `ys`: the states at those times, every leaf with leading axis `steps`.
+    - `flow_map`: the map, `(s, t, x, args) -> x_t`.
+    - `args`: passed on to the map.
+
+    **Raises:** `ValueError` for shapes that do not fit.
+    """
+
+    ts: Real[Array, " steps"] = eqx.field(converter=jnp.asarray)
+    ys: State
+    flow_map: TwoTimeMap
+    args: Args = None
+
+    def __check_init__(self):
+        check_composable(self.flow_map)
+        if self.ts.ndim != 1 or self.ts.shape[0] < 2:
+            raise ValueError(
+                "`ts` must be one-dimensional with at least two times; got shape "
+                f"{self.ts.shape}. Save with `SaveAt(t0=True, steps=True)`, and use "
+                "`jax.vmap` for a batch of solutions."
+            )
+        for leaf in jtu.tree_leaves(self.ys):
+            if jnp.shape(leaf)[:1] != self.ts.shape:
+                raise ValueError(
+                    f"`ys` must have a leading axis like `ts`, {self.ts.shape}; got a "
+                    f"leaf of shape {jnp.shape(leaf)}."
+                )
+
+    @classmethod
+    def of(cls, solution: diffrax.Solution, flow_map: TwoTimeMap, args: Args = None):
+        """Of a solution that was saved with `SaveAt(t0=True, steps=True)`.
+
+        **Raises:** `ValueError` for a solution without saved steps, or whose start is
+        known not to be among them.
+        """
+        if solution.ts is None or solution.ys is None:
+            raise ValueError(
+                "The solution has no saved steps. Save with "
+                "`SaveAt(t0=True, steps=True)`."
+            )
+        first = solution.ts[..., 0]
+        if is_concrete((first, solution.t0)) and not jnp.all(first == solution.t0):
+            raise ValueError(
+                f"The solution starts at {solution.t0} and its first saved state is at "
+                f"{first}. Save with `SaveAt(t0=True, steps=True)`."
+            )
+        return cls(solution.ts, solution.ys, flow_map, args)
+
+    @property
+    def t0(self):  # pyright: ignore
+        """The first time."""
+        return self.ts[0]
+
+    @property
+    def t1(self):  # pyright: ignore
+        """The last time that is not padding."""
+        return self.ts[self._last]
+
+    @property
+    def _last(self) -> Array:
+        return jnp.sum(jnp.isfinite(self.ts), dtype=jnp.int32) - 1
+
+    @eqx.filter_jit
+    def evaluate(
+        self,
+        t0: Real[Array, " *times"] | Time,
+        t1: Time | None = None,
+        left: bool = True,
+    ) -> State:
+        """The state at `t0`, or the increment from `t0` to `t1` if that is given.
+
+        **Arguments:**
+
+        - `t0`: a time, or an array of times of any shape, between the first and the
+          last.
+        - `t1`: a time, if an increment is wanted.
+        - `left`: whether a time that was saved counts to the step before it.
+
+        **Returns:** the state, every leaf with the axes of `t0` in front; NaN outside.
+        """
+        if t1 is not None:
+            return subtract(self.evaluate(t1, left=left), self.evaluate(t0, left=left))
+
+        def at(t):
+            s, y = self._start(t, left)
+            return self._inside(t, self.flow_map(s, t, y, self.args))
+
+        return self._at_each(at, t0)
+
+    @eqx.filter_jit
+    def derivative(self, t: Real[Array, " *times"] | Time, left: bool = True) -> State:
+        r"""The derivative in time, $\partial_t X_{t_k,t}(y_k)$, by forward mode.
+
+        Arguments and returns as for `evaluate`.
+        """
+
+        def at(t):
+            s, y = self._start(t, left)
+            _, dX = end_derivative(self.flow_map, s, t, y, self.args)
+            return self._inside(t, dX)
+
+        return self._at_each(at, t)
+
+    def _at_each(self, at, ts) -> State:
+        ts = jnp.asarray(ts, time_dtype(self.ys))
+        for _ in range(ts.ndim):
+            at = jax.vmap(at)
+        return at(ts)
+
+    def _start(self, t: Inexact[Array, ""], left: bool) -> tuple[Array, State]:
+        """The last saved time before `t`, and the state there."""
+        ts = self.ts.astype(t.dtype)
+        falls = ts[1] < ts[0]
+        # Padding is infinite whichever way time runs.
+        rising = jnp.where(falls & jnp.isfinite(ts), -ts, ts)
+        key = jnp.where(falls, -t, t)
+        index = jnp.searchsorted(rising, key, side="left" if left else "right")
+        index = jnp.clip(index.astype(jnp.int32) - 1, 0, jnp.maximum(self._last - 1, 0))
+        return ts[index], jtu.tree_map(lambda leaf: leaf[index], self.ys)
+
+    def _inside(self, t: Inexact[Array, ""], value: State) -> State:
+        t0, t1 = self.t0.astype(t.dtype), self.t1.astype(t.dtype)
+        outside = (t < jnp.minimum(t0, t1)) | (t > jnp.maximum(t0, t1))
+        return nan_where(outside, value)

@@ -1,0 +1,102 @@
+from collections.abc import Callable
+from typing import Any
+
+import diffrax
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+
+from .._tree import subtract
+from .._types import State, Time
+
+
+def check_dense_degree(dense_degree: int) -> None:
+    """**Raises:** `ValueError` for a degree below 1."""
+    if dense_degree < 1:
+        raise ValueError(f"`dense_degree` must be at least 1; got {dense_degree}.")
+
+
+@jtu.register_pytree_node_class
+class Jump:
+    """One step as dense output sees it.
+
+    While Diffrax has a step in hand, to save at `ts`, this is the map itself: exact, for
+    one evaluation. Storing it, for `SaveAt(dense=True)` or an event, flattens it, and
+    then only arrays may remain: the map's parameters, once a step, are out of the
+    question, and a closure would leak tracers. What is stored is the start and the
+    Chebyshev series in $t$ of $X_{s,t}(y_0) - y_0$, whose error falls geometrically with
+    the degree. Nothing is evaluated at its nodes unless somebody stores the step.
+    """
+
+    # `Any` and not `State`: JAX also unflattens placeholders that are no arrays.
+    def __init__(self, y0: Any, series: Any, flow: Callable | None = None):
+        self.y0 = y0
+        self.series = series
+        self.flow = flow
+
+    @classmethod
+    def start(cls, flow: Callable, t0: Time, t1: Time, y0: State, degree: int):
+        """The jump in hand. `series` is a function until it is needed."""
+        return cls(y0, lambda: _chebyshev_series(flow, t0, t1, y0, degree), flow)
+
+    def evaluate(self, t: Time, t0: Time, t1: Time) -> State:
+        if self.flow is not None:
+            return self.flow(t)
+        # A step of length zero has one point only: any fraction will do.
+        h = jnp.where(t1 == t0, 1, t1 - t0)
+        z = 2 * (t - t0) / h - 1
+
+        def value(y0, series):
+            polynomials = [jnp.ones_like(z), z]
+            for _ in range(2, series.shape[0]):
+                polynomials.append(2 * z * polynomials[-1] - polynomials[-2])
+            basis = jnp.stack(polynomials[: series.shape[0]])
+            basis = basis.astype(jnp.finfo(y0.dtype).dtype).astype(y0.dtype)
+            return y0 + jnp.tensordot(basis, series, axes=1)
+
+        return jtu.tree_map(value, self.y0, self.series)
+
+    def tree_flatten(self):
+        series = self.series if self.flow is None else self.series()
+        return (self.y0, series), None
+
+    @classmethod
+    def tree_unflatten(cls, aux, children):
+        del aux
+        return cls(*children)
+
+
+class JumpInterpolation(diffrax.AbstractLocalInterpolation):
+    t0: Time
+    t1: Time
+    jump: Jump
+
+    def evaluate(self, t0: Time, t1: Time | None = None, left: bool = True) -> State:
+        del left
+        if t1 is not None:
+            return subtract(self.evaluate(t1), self.evaluate(t0))
+        return self.jump.evaluate(t0, self.t0, self.t1)
+
+
+def _chebyshev_series(
+    flow: Callable, t0: Time, t1: Time, y0: State, degree: int
+) -> State:
+    nodes, transform = _chebyshev(degree)
+    # The first node is the start itself, where nothing has moved yet.
+    times = t0 + jnp.asarray(nodes[1:], jnp.result_type(t0)) * (t1 - t0)
+
+    def coefficients(ends, y0):
+        matrix = jnp.asarray(transform[:, 1:], jnp.finfo(y0.dtype).dtype)
+        moved = ends - jnp.expand_dims(y0, 0)
+        return jnp.tensordot(matrix.astype(moved.dtype), moved, axes=1)
+
+    return jtu.tree_map(coefficients, jax.vmap(flow)(times), y0)
+
+
+def _chebyshev(degree: int) -> tuple[np.ndarray, np.ndarray]:
+    """Nodes in [0, 1], and the matrix from values there to Chebyshev coefficients."""
+    angles = np.pi * np.arange(degree + 1) / degree
+    # Ascending nodes: z = -cos(angle), and T_k(z) = cos(k (pi - angle)).
+    values = np.cos(np.outer(np.pi - angles, np.arange(degree + 1)))
+    return (1 - np.cos(angles)) / 2, np.linalg.inv(values)

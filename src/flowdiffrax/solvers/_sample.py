@@ -1,0 +1,180 @@
+from collections.abc import Callable
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import jax.tree_util as jtu
+import numpy as np
+import optax
+from jax import lax
+from jaxtyping import Array, ArrayLike, Key, Real
+
+from .._check import check_like
+from .._time import time_dtype
+from .._tree import all_finite, is_concrete
+from .._types import Args, State, TwoTimeMap
+from ..flow_maps._base import out_of_range_message, times_out_of_range
+from ..flow_maps._inverse import check_composable
+from ..paths._base import AbstractInterpolant
+
+
+def sample(
+    flow_map: TwoTimeMap,
+    x0: State,
+    ts: int | np.integer | Real[ArrayLike, " times"],
+    args: Args = None,
+    *,
+    unroll: int | bool = 1,
+) -> State:
+    r"""Jumps along a grid of times: one scan, one evaluation a jump, nothing else.
+
+    The same result as `diffrax.diffeqsolve` with [`flowdiffrax.FlowMapSolver`][] and
+    `diffrax.StepTo(ts)`, compiled faster. Use the solver for everything else that
+    Diffrax offers.
+
+    **Arguments:**
+
+    - `flow_map`: a [`flowdiffrax.AbstractFlowMap`][] or any callable
+      `(s, t, x, args) -> x_t`.
+    - `x0`: one state at time `ts[0]`; use `jax.vmap` for a batch.
+    - `ts`: the times of the grid, rising or falling, or a number of equal jumps over the
+      map's `time_range`, which is [0, 1] if it declares none.
+    - `args`: passed on to the map.
+    - `unroll`: how many jumps are compiled into one turn of the loop; `True` for all. A
+      single jump needs no loop. XLA runs convolutions in a loop on one CPU core, and
+      slowly: unroll them there, for a longer compilation.
+
+    **Returns:** the state at the last time, like `x0`.
+
+    **Raises:** `ValueError` for a number of jumps below 1, a grid of fewer than two
+    times or not strictly monotone, times outside the map's `time_range`, and a state
+    that is not finite, as far as values are known; `ValueError` or `TypeError` for a map
+    whose output is not like `x0`. Inside `jit`, where values are unknown, times outside
+    the range are an error at run time.
+    """
+    check_composable(flow_map)
+    x0 = jtu.tree_map(jnp.asarray, x0)
+    if is_concrete(x0):
+        # A constant within `jit` is concrete, but what is computed from it is not.
+        with jax.ensure_compile_time_eval():
+            finite = bool(all_finite(x0))
+        if not finite:
+            raise ValueError(
+                "`x0` has entries that are not finite; a flow map takes finite states."
+            )
+    grid = make_grid(flow_map, ts)
+    if is_concrete(grid):
+        # The grid is checked as NumPy, which is concrete even inside `jit`.
+        check_grid(flow_map, np.asarray(grid))
+    else:
+        outside = times_out_of_range(flow_map, jnp.min(grid), jnp.max(grid))
+        if outside is not None:
+            x0 = eqx.error_if(x0, outside, out_of_range_message(flow_map))
+    grid = jnp.asarray(grid, time_dtype(x0))
+
+    def jump(x, ends):
+        s, t = ends
+        return check_like(flow_map(s, t, x, args), x, "`flow_map`"), None
+
+    if grid.shape[0] == 2:
+        x1, _ = jump(x0, (grid[0], grid[1]))  # a scan would loop, if only once
+    else:
+        x1, _ = lax.scan(jump, x0, (grid[:-1], grid[1:]), unroll=unroll)
+    return x1
+
+
+def sample_with_restarts(
+    flow_map: TwoTimeMap,
+    interpolant: AbstractInterpolant,
+    x0: State,
+    times: Real[ArrayLike, " restarts"],
+    args: Args = None,
+    *,
+    base: Callable[[Key[Array, ""], State], State],
+    key: Key[Array, ""],
+    unroll: int | bool = 1,
+) -> State:
+    r"""Jumps to the data, and from there back to earlier times by fresh noise.
+
+    One jump from 0 to 1, and for each time $t$ another one from $t$ to 1, of a point
+    that the interpolant makes of the last sample and a new draw of the base. Samples are
+    of the right law at all times if the jumps are; unlike jumps along the flow, these
+    forget the errors of earlier ones. Maps that know only jumps to the data, of
+    consistency training, take several steps like this.
+
+    **Arguments:**
+
+    - `flow_map`: a [`flowdiffrax.AbstractFlowMap`][] or any callable
+      `(s, t, x, args) -> x_t`.
+    - `interpolant`: that of the training.
+    - `x0`: one draw of the base; use `jax.vmap` for a batch, with a key for each.
+    - `times`: the times to restart from, in [0, 1), as a rule rising.
+    - `args`: passed on to the map.
+    - `base`: a function of a key and of a sample that draws from the base, such as
+      [`flowdiffrax.data.GaussianBase`][].
+    - `key`: a random key.
+    - `unroll`: as for [`flowdiffrax.sample`][].
+
+    **Returns:** the sample at time 1, like `x0`.
+
+    **Raises:** `ValueError` for times that are not in one row, or if known, outside
+    [0, 1); what [`flowdiffrax.sample`][] raises.
+
+    ??? cite "Reference"
+
+        Consistency models, [arXiv:2303.01469](https://arxiv.org/abs/2303.01469),
+        algorithm 1.
+    """
+    times = jnp.asarray(times, time_dtype(x0))
+    if times.ndim != 1:
+        raise ValueError(
+            f"`times` must be one row of times to restart from; got shape {times.shape}."
+        )
+    if is_concrete(times):
+        with jax.ensure_compile_time_eval():
+            inside = bool(jnp.all((times >= 0) & (times < 1)))
+        if not inside:
+            raise ValueError(
+                f"`times` must be in [0, 1), with 0 the base and 1 the data; got {times}."
+            )
+    to_data = lambda s, x: sample(flow_map, x, jnp.stack([s, jnp.ones_like(s)]), args)
+
+    def restart(x1, inputs):
+        t, index = inputs
+        base_key, latent_key = jr.split(jr.fold_in(key, index))
+        z = None
+        if interpolant.has_latent:
+            z = optax.tree.random_like(latent_key, x1)
+        return to_data(t, interpolant(base(base_key, x1), x1, z).evaluate(t)), None
+
+    x1 = to_data(jnp.zeros((), times.dtype), x0)
+    turns = times, jnp.arange(times.shape[0])
+    x1, _ = lax.scan(restart, x1, turns, unroll=unroll)
+    return x1
+
+
+def make_grid(flow_map: TwoTimeMap, ts) -> Real[ArrayLike, " times"]:
+    is_number = jnp.ndim(ts) == 0 and is_concrete(ts)
+    if is_number and jnp.issubdtype(jnp.result_type(ts), jnp.integer):
+        if ts < 1:
+            raise ValueError(f"The number of jumps must be at least 1; got {ts}.")
+        low, high = getattr(flow_map, "time_range", None) or (0.0, 1.0)
+        return np.linspace(low, high, int(ts) + 1)
+    shape = jnp.shape(ts)
+    if len(shape) != 1 or shape[0] < 2:
+        raise ValueError(
+            "`ts` must be a number of jumps, an integer, or a one-dimensional grid of at "
+            f"least two times; got {f'shape {shape}' if shape else ts}."
+        )
+    return ts if isinstance(ts, np.ndarray) else jnp.asarray(ts)
+
+
+def check_grid(flow_map: TwoTimeMap, ts: np.ndarray) -> None:
+    steps = np.diff(ts)
+    if not (np.all(steps > 0) or np.all(steps < 0)):
+        raise ValueError(f"`ts` must strictly rise or strictly fall; got {ts}.")
+    with jax.ensure_compile_time_eval():
+        outside = times_out_of_range(flow_map, ts.min(), ts.max())
+        if outside is not None and bool(outside):
+            raise ValueError(f"{out_of_range_message(flow_map)} Got `ts` = {ts}.")

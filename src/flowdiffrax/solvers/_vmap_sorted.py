@@ -1,0 +1,58 @@
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jax import lax
+from jaxtyping import Array, PyTree, Real
+
+from .._tree import num_rows
+
+
+def vmap_sorted(
+    fn: Callable[[Any], PyTree],
+    xs: PyTree,
+    difficulty: Real[Array, " batch"],
+    *,
+    chunk_size: int,
+) -> PyTree:
+    """`jax.vmap(fn)(xs)`, in chunks of examples that are about equally hard.
+
+    Under `jax.vmap`, all adaptive solves of a batch run until the slowest is done. Sorted
+    by difficulty, a chunk of easy ones ends early: with
+    [`flowdiffrax.HybridSolver`][], those for which the jump will do are not kept waiting
+    for, nor charged with, the classical steps of the others. It works inside `jit`.
+
+    ```python
+    def difficulty(y0):
+        _, error = ResidualIntegral()(flow_map, vector_field, t0, t1, y0)
+        return jnp.linalg.norm(error)
+
+    ys = vmap_sorted(solve, y0s, jax.vmap(difficulty)(y0s), chunk_size=256)
+    ```
+
+    **Arguments:**
+
+    - `fn`: a function of one example.
+    - `xs`: a batch of examples, every leaf with the same leading axis.
+    - `difficulty`: a number for each example, to sort by; NaN counts as hardest.
+    - `chunk_size`: how many examples go together, at least 1.
+
+    **Returns:** what `fn` returns, every leaf with the batch axis, in the order of `xs`.
+
+    **Raises:** `ValueError` for a batch without common leading axis, another number of
+    difficulties than examples, or a chunk size below 1.
+    """
+    size = num_rows(xs, "`xs` is a batch of examples: its leaves")
+    if jnp.shape(difficulty) != (size,):
+        raise ValueError(
+            f"`difficulty` must be one number for each of the {size} examples; got shape "
+            f"{jnp.shape(difficulty)}."
+        )
+    if chunk_size < 1:
+        raise ValueError(f"`chunk_size` must be at least 1; got {chunk_size}.")
+    order = jnp.argsort(difficulty)
+    take = lambda rows, tree: jtu.tree_map(lambda leaf: jnp.asarray(leaf)[rows], tree)
+    # The remainder is made of the hardest examples, which are the last.
+    results = lax.map(fn, take(order, xs), batch_size=chunk_size)
+    return take(jnp.argsort(order), results)

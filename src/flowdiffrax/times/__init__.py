@@ -1,0 +1,22 @@
+"""Distributions of start and end times."""
+
+from ._base import AbstractTimes as AbstractTimes
+from ._changes import EitherDirection as EitherDirection
+from ._changes import EndAt as EndAt
+from ._changes import OnInterval as OnInterval
+from ._changes import StartAt as StartAt
+from ._changes import Stratified as Stratified
+from ._grids import Dyadic as Dyadic
+from ._grids import GridTimes as GridTimes
+from ._grids import Neighbours as Neighbours
+from ._karras import KarrasNeighbours as KarrasNeighbours
+from ._karras import doubling_schedule as doubling_schedule
+from ._karras import karras_times as karras_times
+from ._logit_normal import LogitNormal as LogitNormal
+from ._logit_normal import LogitNormalGap as LogitNormalGap
+from ._mixtures import DiagonalMixture as DiagonalMixture
+from ._mixtures import MixedTimes as MixedTimes
+from ._uniform import Diagonal as Diagonal
+from ._uniform import LogUniformGap as LogUniformGap
+from ._uniform import UniformSquare as UniformSquare
+from ._uniform import UniformTriangle as UniformTriangle

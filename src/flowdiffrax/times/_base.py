@@ -1,0 +1,55 @@
+import abc
+
+import equinox as eqx
+import jax.numpy as jnp
+import jax.random as jr
+from jaxtyping import Array, Float, Key
+
+Times = Float[Array, " batch"]
+
+
+class AbstractTimes(eqx.Module):
+    """A law of pairs of times, one pair for each example of a batch.
+
+    A law is a function of two uniform numbers a pair, which
+    [`flowdiffrax.times.Stratified`][] may choose more evenly than chance.
+    """
+
+    def __call__(
+        self, key: Key[Array, ""], batch_size: int, dtype=None
+    ) -> tuple[Times, Times]:
+        """Draws the pairs.
+
+        **Arguments:**
+
+        - `key`: a random key.
+        - `batch_size`: how many pairs, at least 1.
+        - `dtype`: the dtype of the times; `None` for JAX's default.
+
+        **Returns:** the start times `s` and the end times `t`, each of shape
+        `(batch_size,)`.
+        """
+        check_batch_size(batch_size)
+        first_key, second_key = jr.split(key)
+        dtype = jnp.result_type(float) if dtype is None else dtype
+        first = jr.uniform(first_key, (batch_size,), dtype)
+        second = jr.uniform(second_key, (batch_size,), dtype)
+        return self.from_uniform(first, second)
+
+    @abc.abstractmethod
+    def from_uniform(self, first: Times, second: Times) -> tuple[Times, Times]:
+        """The pairs that two batches of uniform numbers in [0, 1) stand for."""
+
+    def num_diagonal(self, batch_size: int) -> int:
+        """How many of the first pairs of a batch are sure to have `s == t`.
+
+        Losses take a cheaper form there, and compute nothing else for these rows.
+        """
+        del batch_size
+        return 0
+
+
+def check_batch_size(batch_size: int) -> None:
+    """**Raises:** `ValueError` if `batch_size` is below 1."""
+    if batch_size < 1:
+        raise ValueError(f"`batch_size` must be at least 1; got {batch_size}.")

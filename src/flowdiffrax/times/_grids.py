@@ -1,0 +1,102 @@
+import equinox as eqx
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from .._tree import is_concrete
+from ._base import AbstractTimes, Times
+
+
+class Dyadic(AbstractTimes):
+    r"""Dyadic jumps: length $2^{-j}$ from a multiple of it, $j$ uniform in $0 .. J$.
+
+    **Arguments:**
+
+    - `max_level`: the finest level $J$, at least 0; $2^J$ jumps cover [0, 1].
+
+    **Raises:** `ValueError` for a negative level.
+
+    ??? cite "Reference"
+
+        Shortcut models, [arXiv:2410.12557](https://arxiv.org/abs/2410.12557), section 3.
+    """
+
+    max_level: int = eqx.field(static=True, default=7)
+
+    def __check_init__(self):
+        if self.max_level < 0:
+            raise ValueError(f"`max_level` must be at least 0; got {self.max_level}.")
+
+    def from_uniform(self, first: Times, second: Times) -> tuple[Times, Times]:
+        level = jnp.floor(first * (self.max_level + 1))
+        # A power by `exp2` is rounded, and its multiples would miss one another and 1.
+        num_jumps = jnp.ldexp(jnp.ones_like(level), level.astype(int))
+        index = jnp.floor(second * num_jumps)
+        return index / num_jumps, (index + 1) / num_jumps
+
+
+class GridTimes(AbstractTimes):
+    r"""Pairs from a given grid, $s = t_i$ and $t = t_j$ with $i < j$, all equally likely.
+
+    For data that are known at certain times only, such as saved trajectories.
+
+    **Arguments:**
+
+    - `ts`: the grid, at least two rising times.
+    - `both_directions`: whether to draw $i > j$ as well.
+
+    **Raises:** `ValueError` for fewer than two times, or if known, for times that do not
+    rise.
+    """
+
+    ts: Float[Array, " grid"] = eqx.field(converter=jnp.asarray)
+    both_directions: bool = eqx.field(static=True, default=False)
+
+    def __check_init__(self):
+        _check_grid(self.ts)
+
+    def from_uniform(self, first: Times, second: Times) -> tuple[Times, Times]:
+        size = self.ts.shape[0]
+        # Two different indices: the second skips over the first.
+        i = jnp.minimum((first * size).astype(int), size - 1)
+        j = jnp.minimum((second * (size - 1)).astype(int), size - 2)
+        j = jnp.where(j >= i, j + 1, j)
+        if not self.both_directions:
+            i, j = jnp.minimum(i, j), jnp.maximum(i, j)
+        ts = self.ts.astype(first.dtype)
+        return ts[i], ts[j]
+
+
+class Neighbours(AbstractTimes):
+    r"""Neighbouring times of a grid, $s = t_i$ and $t = t_{i+1}$, all equally likely.
+
+    The pairs that discrete consistency models are trained on.
+
+    **Arguments:**
+
+    - `ts`: the grid, at least two rising times.
+
+    **Raises:** as [`flowdiffrax.times.GridTimes`][].
+    """
+
+    ts: Float[Array, " grid"] = eqx.field(converter=jnp.asarray)
+
+    def __check_init__(self):
+        _check_grid(self.ts)
+
+    def from_uniform(self, first: Times, second: Times) -> tuple[Times, Times]:
+        del second
+        num_pairs = self.ts.shape[0] - 1
+        i = jnp.minimum((first * num_pairs).astype(int), num_pairs - 1)
+        ts = self.ts.astype(first.dtype)
+        return ts[i], ts[i + 1]
+
+
+def _check_grid(ts: Array) -> None:
+    if jnp.ndim(ts) != 1 or jnp.shape(ts)[0] < 2:
+        raise ValueError(
+            "`ts` must be one-dimensional with at least two times; got shape "
+            f"{jnp.shape(ts)}."
+        )
+    if is_concrete(ts) and not np.all(np.diff(np.asarray(ts)) > 0):
+        raise ValueError(f"`ts` must rise; got {ts}.")

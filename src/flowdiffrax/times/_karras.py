@@ -1,0 +1,151 @@
+import math
+from collections.abc import Callable
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, ArrayLike, Float, Int
+
+from .._tree import is_concrete
+from ._base import AbstractTimes, Times
+
+
+def karras_times(
+    num_times: int,
+    sigma_min: float = 0.002,
+    sigma_max: float = 80.0,
+    base_std: float = 1.0,
+    power: float = 7.0,
+) -> Float[Array, " num_times"]:
+    r"""The grid of noise levels of consistency models, on the linear interpolant's clock.
+
+    A noise level $\sigma$ there is time $t = \sigma_0 / (\sigma_0 + \sigma)$ here, with
+    $\sigma_0$ the base's standard deviation. Levels are even in $\sigma^{1/7}$; the last
+    time is set to 1.
+
+    **Arguments:**
+
+    - `num_times`: how many times, at least 2.
+    - `sigma_min`, `sigma_max`: least and most noise, positive, in units of the data. The
+      defaults are for data with a standard deviation of about 0.5.
+    - `base_std`: standard deviation of the base, in the same units.
+    - `power`: the 7 above.
+
+    **Returns:** rising times of shape `(num_times,)`.
+
+    **Raises:** `ValueError` for fewer than two times, a traced number of them, or unless
+    $0 < \sigma_{\min} < \sigma_{\max}$.
+
+    ??? cite "Reference"
+
+        [arXiv:2206.00364](https://arxiv.org/abs/2206.00364), equation (5).
+    """
+    if not is_concrete(num_times):
+        raise ValueError(
+            "`num_times` is the length of an array, and cannot be traced. For a grid "
+            "that grows in training, use `KarrasNeighbours(num_times)`."
+        )
+    _check_karras(num_times, sigma_min, sigma_max)
+    share = np.linspace(0, 1, num_times)
+    ts = _karras_time(share, sigma_min, sigma_max, base_std, power)
+    ts[-1] = 1.0
+    return jnp.asarray(ts, float)
+
+
+class KarrasNeighbours(AbstractTimes):
+    r"""Neighbouring times of the grid of consistency models, all pairs equally likely.
+
+    The pairs of [`flowdiffrax.times.karras_times`][], but that the first time is 0
+    instead of that of `sigma_max`: there sampling starts, from the base without any data.
+    The number of times may be traced, so that the grid may grow in training:
+
+    ```python
+    grid = doubling_schedule(num_steps)
+    Scheduled(lambda step: ConsistencyTraining(KarrasNeighbours(grid(step))))
+    ```
+
+    **Arguments:**
+
+    - `num_times`: how many times, at least 2.
+    - `sigma_min`, `sigma_max`, `base_std`, `power`: see
+      [`flowdiffrax.times.karras_times`][].
+
+    **Raises:** `ValueError` as [`flowdiffrax.times.karras_times`][] does, for values that
+    are known.
+
+    ??? cite "Reference"
+
+        [arXiv:2303.01469](https://arxiv.org/abs/2303.01469), section 5.
+    """
+
+    num_times: ArrayLike
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    base_std: float = 1.0
+    power: float = 7.0
+
+    def __check_init__(self):
+        _check_karras(self.num_times, self.sigma_min, self.sigma_max)
+
+    def from_uniform(self, first: Times, second: Times) -> tuple[Times, Times]:
+        del second
+        num_pairs = jnp.asarray(self.num_times, first.dtype) - 1
+        i = jnp.minimum(jnp.floor(first * num_pairs), num_pairs - 1)
+        return self._time(i, num_pairs), self._time(i + 1, num_pairs)
+
+    def _time(self, i: Times, num_pairs: Array) -> Times:
+        settings = (self.sigma_min, self.sigma_max, self.base_std, self.power)
+        t = _karras_time(i / num_pairs, *settings)
+        return jnp.where(i == 0, 0, jnp.where(i == num_pairs, 1, t))
+
+
+def doubling_schedule(
+    num_steps: int, first: int = 10, last: int = 1280
+) -> Callable[[Int[Array, ""]], Int[Array, ""]]:
+    r"""The number of times of a grid that doubles its intervals along training.
+
+    $N(k) = \min(s_0 2^{\lfloor k / K' \rfloor}, s_1) + 1$, with
+    $K' = \lfloor K / (\log_2 \lfloor s_1 / s_0 \rfloor + 1) \rfloor$, of $K$ steps.
+
+    **Arguments:**
+
+    - `num_steps`: the number of steps $K$ of the training.
+    - `first`, `last`: the numbers of intervals $s_0$ and $s_1$ in the beginning and in
+      the end, with $1 \le s_0 \le s_1$.
+
+    **Returns:** a function of the step's number.
+
+    **Raises:** `ValueError` for other numbers.
+
+    ??? cite "Reference"
+
+        iCT, [arXiv:2310.14189](https://arxiv.org/abs/2310.14189), section 3.4.
+    """
+    if num_steps < 1 or not 1 <= first <= last:
+        raise ValueError(
+            "Expected at least one step and 1 <= first <= last; got "
+            f"{num_steps}, {first} and {last}."
+        )
+    num_stages = math.log2(last // first) + 1
+    steps_a_stage = max(math.floor(num_steps / num_stages), 1)
+
+    def schedule(step):
+        # Beyond the last stage, a power could overflow.
+        stage = jnp.minimum(step // steps_a_stage, math.ceil(num_stages))
+        return jnp.minimum(first * 2**stage, last) + 1
+
+    return schedule
+
+
+def _karras_time(share, sigma_min, sigma_max, base_std, power):
+    """The time of a noise level, from its share of the way from most to least noise."""
+    most, least = sigma_max ** (1 / power), sigma_min ** (1 / power)
+    return base_std / (base_std + (most + share * (least - most)) ** power)
+
+
+def _check_karras(num_times: ArrayLike, sigma_min: float, sigma_max: float) -> None:
+    is_few = is_concrete(num_times) and bool(np.asarray(num_times) < 2)
+    if is_few or not 0 < sigma_min < sigma_max:
+        raise ValueError(
+            "Expected at least two times and 0 < sigma_min < sigma_max; got "
+            f"{num_times}, {sigma_min} and {sigma_max}."
+        )

@@ -1,0 +1,92 @@
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax.scipy.special import ndtr, ndtri
+
+from .._tree import is_concrete
+from ._base import AbstractTimes, Times
+
+
+class LogitNormal(AbstractTimes):
+    r"""Sorted pairs of independent logit-normal times.
+
+    **Arguments:**
+
+    - `mean`, `std`: of the logit on our clock. Papers that have the data at time 0
+      quote the mean with the opposite sign.
+    - `sort`: whether to sort; if not, the two times are independent.
+
+    **Raises:** `ValueError` for a `std` that is not positive.
+
+    ??? cite "Reference"
+
+        MeanFlow, [arXiv:2505.13447](https://arxiv.org/abs/2505.13447), section 4.3.
+    """
+
+    mean: float = 0.4
+    std: float = 1.0
+    sort: bool = eqx.field(static=True, default=True)
+
+    def __check_init__(self):
+        if is_concrete(self.std) and self.std <= 0:
+            raise ValueError(f"`std` must be positive; got {self.std}.")
+
+    def from_uniform(self, first: Times, second: Times) -> tuple[Times, Times]:
+        logit = lambda u: self.mean + self.std * _quantile(u)
+        first, second = jax.nn.sigmoid(logit(first)), jax.nn.sigmoid(logit(second))
+        if not self.sort:
+            return first, second
+        return jnp.minimum(first, second), jnp.maximum(first, second)
+
+
+class LogitNormalGap(AbstractTimes):
+    r"""Pairs with a logit-normal gap $t - s$, placed where there is room for it.
+
+    Given the gap, the end time is uniform on what is left, $[t - s, 1]$, or logit-normal
+    and cut off there.
+
+    **Arguments:**
+
+    - `mean`, `std`: of the gap's logit.
+    - `end_mean`, `end_std`: of the end time's logit on our clock; `None` for uniform.
+
+    **Raises:** `ValueError` for standard deviations that are not positive, or for one of
+    `end_mean` and `end_std` alone.
+
+    ??? cite "Reference"
+
+        Align Your Flow, [arXiv:2506.14603](https://arxiv.org/abs/2506.14603), uniform;
+        Terminal Velocity Matching, [arXiv:2511.19797](https://arxiv.org/abs/2511.19797),
+        cut off.
+    """
+
+    mean: float = -0.6
+    std: float = 1.6
+    end_mean: float | None = None
+    end_std: float | None = None
+
+    def __check_init__(self):
+        stds = [self.std] if self.end_std is None else [self.std, self.end_std]
+        is_bad = is_concrete(stds) and not all(std > 0 for std in stds)
+        if is_bad or (self.end_mean is None) != (self.end_std is None):
+            raise ValueError(
+                "`std` and `end_std` must be positive, and `end_mean` and `end_std` "
+                f"given together; got {self.std}, {self.end_mean}, {self.end_std}."
+            )
+
+    def from_uniform(self, first: Times, second: Times) -> tuple[Times, Times]:
+        gap = jax.nn.sigmoid(self.mean + self.std * _quantile(first))
+        if self.end_mean is None or self.end_std is None:
+            t = gap + second * (1 - gap)
+        else:
+            # The quantile of a normal number above the gap's logit, from its upper tail.
+            lowest = (jax.scipy.special.logit(gap) - self.end_mean) / self.end_std
+            upper = (1 - second) * ndtr(-lowest)
+            t = jax.nn.sigmoid(self.end_mean - self.end_std * _quantile(upper))
+        # Rounding may put the start a trifle below 0.
+        return jnp.maximum(t - gap, 0), t
+
+
+def _quantile(u: Times) -> Times:
+    """The normal quantile; finite, though uniform draws include 0."""
+    return ndtri(jnp.maximum(u, jnp.finfo(u.dtype).tiny))

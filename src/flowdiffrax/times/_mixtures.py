@@ -1,0 +1,94 @@
+import equinox as eqx
+import jax.numpy as jnp
+
+from ._base import AbstractTimes, Times
+from ._shares import check_shares, split_by_shares
+from ._uniform import Diagonal
+
+
+class DiagonalMixture(AbstractTimes):
+    r"""A fixed share of each batch on the diagonal $s = t$, the rest by another law.
+
+    The share is a count, not a chance: the first `round(fraction * batch_size)` pairs,
+    but neither none nor all of them, lie on the diagonal, so that a loss may treat the
+    two parts differently without computing both for every example.
+
+    **Arguments:**
+
+    - `times`: the law off the diagonal, on [0, 1]. For another interval, put the mixture
+      into [`flowdiffrax.times.OnInterval`][], not the other way round.
+    - `fraction`: the share on the diagonal, in [0, 1].
+    - `diagonal`: the law on the diagonal, uniform by default whatever the law off it.
+
+    **Raises:** `ValueError` for a fraction outside [0, 1], and in use for a batch of one
+    pair, which has no room for both parts.
+    """
+
+    times: AbstractTimes
+    fraction: float = eqx.field(static=True, default=0.75)
+    diagonal: Diagonal = Diagonal()
+
+    def __check_init__(self):
+        if not 0 <= self.fraction <= 1:
+            raise ValueError(f"`fraction` must be in [0, 1]; got {self.fraction}.")
+
+    def from_uniform(self, first: Times, second: Times) -> tuple[Times, Times]:
+        cut = self.num_diagonal(first.shape[0])
+        s_on, t_on = self.diagonal.from_uniform(first[:cut], second[:cut])
+        if cut == first.shape[0]:
+            return s_on, t_on
+        s_off, t_off = self.times.from_uniform(first[cut:], second[cut:])
+        return jnp.concatenate([s_on, s_off]), jnp.concatenate([t_on, t_off])
+
+    def num_diagonal(self, batch_size: int) -> int:
+        if batch_size == 1 and 0 < self.fraction < 1:
+            raise ValueError(
+                f"A batch of 1 has no room for a share of {self.fraction} on the "
+                "diagonal and the rest off it: use a batch of at least 2, or accumulate "
+                "several."
+            )
+        # Neither part may vanish in a small batch, if it is asked for.
+        least, most = int(self.fraction > 0), batch_size - int(self.fraction < 1)
+        return min(max(round(self.fraction * batch_size), least), most)
+
+
+class MixedTimes(AbstractTimes):
+    r"""Several laws, each for its own share of the batch.
+
+    The shares are counts, as in [`flowdiffrax.times.DiagonalMixture`][], and their rows
+    come one after another.
+
+    **Arguments:**
+
+    - `laws`: the laws.
+    - `shares`: their shares of the batch, positive; they are divided by their sum.
+
+    **Raises:** `ValueError` for shares that are not positive or not one a law, and in use
+    for a batch that is too small for them.
+    """
+
+    laws: tuple[AbstractTimes, ...]
+    shares: tuple[float, ...] = eqx.field(static=True)
+
+    def __check_init__(self):
+        check_shares(self.shares, len(self.laws), "laws")
+
+    def from_uniform(self, first: Times, second: Times) -> tuple[Times, Times]:
+        slices = split_by_shares(first.shape[0], self.shares)
+        pairs = [
+            law.from_uniform(first[rows], second[rows])
+            for law, rows in zip(self.laws, slices, strict=True)
+        ]
+        s, t = zip(*pairs, strict=True)
+        return jnp.concatenate(s), jnp.concatenate(t)
+
+    def num_diagonal(self, batch_size: int) -> int:
+        total = 0
+        for law, rows in zip(
+            self.laws, split_by_shares(batch_size, self.shares), strict=True
+        ):
+            size = rows.stop - rows.start
+            total += law.num_diagonal(size)
+            if law.num_diagonal(size) < size:
+                break
+        return total

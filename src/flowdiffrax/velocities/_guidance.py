@@ -1,0 +1,224 @@
+"""Guidance: a condition followed more closely than the data ask for.
+
+A guidance rule is a callable `guidance(velocity, t, x, args) -> v` that evaluates a
+velocity more than once and extrapolates. It makes a teacher of a velocity
+([`flowdiffrax.velocities.GuidedVelocity`][]), or guides a map as it is sampled
+([`flowdiffrax.velocities.GuidedFlowMap`][]). A map distilled from a guided teacher needs
+no rule any more, and one evaluation.
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import equinox as eqx
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+from jaxtyping import Array, ArrayLike, Bool, PyTree
+
+from .._time import times_like
+from .._tree import add_scaled, scale, subtract
+from .._types import Args, GuidanceArgs, Scalar, State, Time, VectorField
+from ._null import null_like
+
+GuidanceRule: TypeAlias = Callable[[VectorField, Time, State, Args], State]
+
+
+def as_jax(tree: PyTree) -> PyTree:
+    # Equinox takes NumPy arrays for constants, which `jit` would compile in.
+    cast = lambda leaf: jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf
+    return jtu.tree_map(cast, tree)
+
+
+class ClassifierFreeGuidance(eqx.Module):
+    r"""A rule: away from the velocity without condition, towards the one with it.
+
+    $q_t(x) = b_t(x; \varnothing) + a\,(b_t(x; c) - b_t(x; \varnothing))$ with the scale
+    $a$: at 0 the condition does not count, at 1 it is what it is, above 1 it is
+    exaggerated. Outside the interval of times, $q_t(x) = b_t(x; c)$.
+
+    Every call evaluates the velocity twice, outside the interval too.
+
+    With `scale=None` the scale comes from `args`, which are
+    [`flowdiffrax.velocities.GuidanceArgs`][]. The velocity then takes them as well, and
+    is called at scale 1 on both sides: it is the network without guidance that is guided.
+    Its values at other scales are what it may learn from this rule.
+
+    **Arguments:**
+
+    - `null`: the condition $\varnothing$ that stands for none, like that of one example.
+    - `scale`: the scale $a$; it may be an array. `None` to read it from `args`.
+    - `interval`: the times `(low, high)` at which to guide, both included. For an ODE
+      outside [0, 1], give its times.
+
+    **Raises:** `ValueError` for an interval that falls. When it is called, `ValueError`
+    or `TypeError` for a `null` unlike the condition, a scale that is no scalar, or `args`
+    without a scale that is read from them.
+
+    ??? cite "Reference"
+
+        [arXiv:2207.12598](https://arxiv.org/abs/2207.12598), equation (6), whose $w$ is
+        $a - 1$; the interval from [arXiv:2404.07724](https://arxiv.org/abs/2404.07724);
+        the scale as an input as in
+        [arXiv:2505.18825](https://arxiv.org/abs/2505.18825), appendix F.5.
+    """
+
+    null: PyTree = eqx.field(converter=as_jax)
+    scale: ArrayLike | None = eqx.field(converter=as_jax, default=None)
+    interval: tuple[ArrayLike, ArrayLike] = (0.0, 1.0)
+
+    def __check_init__(self):
+        _check_interval(self.interval)
+
+    def __call__(
+        self, velocity: VectorField, t: Time, x: State, args: Args = None
+    ) -> State:
+        condition, factor = split_args(args, self.scale, "ClassifierFreeGuidance")
+        null = null_like(self.null, condition)
+        if self.scale is None:
+            condition, null = at_scale_one(condition, args), at_scale_one(null, args)
+        v_c, v_null = velocity(t, x, condition), velocity(t, x, null)
+        # From the conditional side, so that scale 1 is exact, and so are times outside.
+        excess = as_scalar(factor, "scale", x) - 1
+        excess = jnp.where(_within(self.interval, t, x), excess, 0)
+        return add_scaled(v_c, excess, subtract(v_c, v_null))
+
+
+class MeanFlowGuidance(eqx.Module):
+    r"""Guidance within training: the velocity that a MeanFlow objective learns from.
+
+    In place of the interpolant's rate $\dot I_t$ stands
+    $\omega \dot I_t + \kappa\,v_{t,t}(I_t; c) + (1 - \omega - \kappa)\,
+    v_{t,t}(I_t; \varnothing)$, so that a single network learns the guided flow and needs
+    one evaluation when it is sampled. Its own velocity takes part: where it has learnt
+    its target, it is classifier-free guidance of the plain velocities, at the scale
+    $\omega / (1 - \kappa)$. An example whose condition is `null`, and one outside the
+    interval, learns from $\dot I_t$ itself.
+
+    Every call evaluates the velocity twice. Nothing is held fixed here: that is for the
+    objective to do, mostly with all of the target.
+
+    With `kappa=None` the scale $a$ comes from `args`, which are
+    [`flowdiffrax.velocities.GuidanceArgs`][], and $\kappa = 1 - \omega / a$. The network
+    takes them too, and learns to be guided at every scale it meets. It is evaluated at
+    that same scale with the condition and at scale 1 without: there is nothing to guide
+    then, and [`flowdiffrax.data.ConditionDropout`][] trains it there.
+
+    **Arguments:**
+
+    - `null`: the condition $\varnothing$ that stands for none, like that of one example.
+    - `omega`: the factor $\omega$ of the data; it may be an array.
+    - `kappa`: the factor $\kappa$ of the network's own conditional velocity, below 1; it
+      may be an array. `None` to read the scale, positive, from `args`.
+    - `interval`: the times `(low, high)` at which to guide, both included.
+
+    **Raises:** `ValueError` for a number `kappa` that is not below 1, or an interval that
+    falls. When it is called, `ValueError` or `TypeError` for a `null` unlike the
+    condition, factors that are no scalars, or `args` without a scale that is read from
+    them.
+
+    ??? cite "Reference"
+
+        MeanFlow, [arXiv:2505.13447](https://arxiv.org/abs/2505.13447); with the scale as
+        an input, and $\omega = 1$, improved MeanFlow,
+        [arXiv:2512.02012](https://arxiv.org/abs/2512.02012). Their clock is $1 - t$.
+    """
+
+    null: PyTree = eqx.field(converter=as_jax)
+    omega: ArrayLike = eqx.field(converter=as_jax, default=1.0)
+    kappa: ArrayLike | None = eqx.field(converter=as_jax, default=0.5)
+    interval: tuple[ArrayLike, ArrayLike] = (0.0, 1.0)
+
+    def __check_init__(self):
+        _check_interval(self.interval)
+        if isinstance(self.kappa, float | int) and self.kappa >= 1:
+            raise ValueError(
+                f"`kappa` must be below 1; got {self.kappa}. The effective scale is "
+                "omega / (1 - kappa): for scale a, set `kappa = 1 - omega / a`."
+            )
+
+    @property
+    def effective_scale(self) -> Any:
+        r"""The scale $\omega / (1 - \kappa)$, or `None` if it comes from `args`."""
+        return None if self.kappa is None else self.omega / (1 - self.kappa)
+
+    def __call__(
+        self, velocity: VectorField, dI: State, t: Time, x: State, args: Args = None
+    ) -> State:
+        """The velocity to learn from in place of `dI`.
+
+        **Arguments:**
+
+        - `velocity`: the network's own, `(t, x, args) -> v`, as `flow_map.velocity`.
+        - `dI`: the interpolant's rate at time `t`, where its state is `x`.
+        - `t`, `x`, `args`: the time, the state and the condition of one example.
+
+        **Returns:** a state like `dI`.
+        """
+        omega = as_scalar(self.omega, "omega", x)
+        condition, given = split_args(args, self.kappa, "MeanFlowGuidance", "kappa")
+        null = null_like(self.null, condition)
+        if self.kappa is None:
+            kappa = 1 - omega / as_scalar(given, "scale", x)
+            null_args = at_scale_one(null, args)
+        else:
+            kappa, null_args = as_scalar(given, "kappa", x), null
+        guided = _within(self.interval, t, x) & ~_equal(condition, null)
+        omega, kappa = jnp.where(guided, omega, 1), jnp.where(guided, kappa, 0)
+        target = add_scaled(scale(omega, dI), kappa, velocity(t, x, args))
+        return add_scaled(target, 1 - omega - kappa, velocity(t, x, null_args))
+
+
+def split_args(
+    args: Args, own: ArrayLike | None, owner: str, field: str = "scale"
+) -> tuple[Args, ArrayLike]:
+    """The condition, and the scale: the owner's own, or that of `args`."""
+    if own is not None:
+        return args, own
+    if not isinstance(args, GuidanceArgs):
+        raise TypeError(
+            f"`{owner}` with `{field}=None` reads the scale from `args`, which must be "
+            f"`GuidanceArgs(condition, scale)`; got {type(args).__name__}. Pass them, or "
+            f"give `{owner}` a `{field}`."
+        )
+    return args.condition, args.scale
+
+
+def at_scale_one(condition: Args, args: GuidanceArgs) -> GuidanceArgs:
+    # A number stays one, an array keeps its dtype: the network sees no other type.
+    one = jnp.ones_like(args.scale) if eqx.is_array(args.scale) else 1.0
+    return GuidanceArgs(condition, one)
+
+
+def as_scalar(factor: ArrayLike, name: str, x: State) -> Scalar:
+    if jnp.shape(factor) != ():
+        raise ValueError(
+            f"`{name}` must be a scalar; got shape {jnp.shape(factor)}. An example has "
+            "one: to work on a batch, use `jax.vmap`."
+        )
+    (factor,) = times_like(x, factor)
+    return factor
+
+
+def _within(interval: tuple[ArrayLike, ArrayLike], t: Time, x: State) -> Bool[Array, ""]:
+    t, low, high = times_like(x, t, *interval)
+    # Evenly spaced times are rounded: 10 * 0.1 > 1. A solver that lost its guidance in
+    # the last stage would reject the step.
+    slack = 1e-6 * (high - low)
+    return (t >= low - slack) & (t <= high + slack)
+
+
+def _equal(condition: PyTree, null: PyTree) -> Bool[Array, ""]:
+    equal = jnp.asarray(True)
+    for pair in zip(jtu.tree_leaves(condition), jtu.tree_leaves(null), strict=True):
+        equal = equal & jnp.all(pair[0] == pair[1])
+    return equal
+
+
+def _check_interval(interval: tuple[ArrayLike, ArrayLike]) -> None:
+    low, high = interval
+    if isinstance(low, float | int) and isinstance(high, float | int) and low > high:
+        raise ValueError(
+            f"`interval` must be `(low, high)` with low <= high; got {interval}. It "
+            "holds for both directions of time, so that no order is needed."
+        )

@@ -1,0 +1,132 @@
+import math
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from .._time import at_least_float32
+from .._tree import is_concrete
+from .._types import Scalar, Time
+from ..paths._base import AbstractInterpolant
+from ..paths._interpolants import LinearInterpolant
+from ._base import AbstractWeight, check_positive
+
+
+class InverseGap(AbstractWeight):
+    r"""The squared error over $|t - s|^p$.
+
+    With $p = 2$ a regression of $X_{s,t}(x)$ is one of the average velocity
+    $v_{s,t}(x)$, whose size, and so the learning rate that suits it, does not shrink
+    with the jump. A smaller $p$ gives long jumps more weight.
+
+    **Arguments:**
+
+    - `power`: the power $p$.
+    - `min_gap`: the gap below which the weight stops growing, positive, in units of
+      time. `None` for $100\,\epsilon \max(|s|, |t|)$ with $\epsilon$ the relative
+      rounding error: shorter gaps are known to less than two digits.
+
+    **Raises:** `ValueError` if `min_gap` is not positive.
+    """
+
+    power: float = 2.0
+    min_gap: float | None = None
+
+    def __check_init__(self):
+        if self.min_gap is not None:
+            check_positive("min_gap", self.min_gap)
+
+    def __call__(self, s: Time, t: Time, squared_error: Scalar) -> Scalar:
+        gap = jnp.abs(t - s)
+        if self.min_gap is None:
+            precision = jnp.finfo(at_least_float32(squared_error.dtype))
+            least = 100 * float(precision.eps) * jnp.maximum(jnp.abs(s), jnp.abs(t))
+            # Both times may be zero.
+            least = jnp.maximum(least, math.sqrt(precision.tiny))
+        else:
+            least = self.min_gap
+        gap = jnp.maximum(gap, least)
+        return squared_error / gap.astype(squared_error.dtype) ** self.power
+
+
+class InverseNoiseGap(AbstractWeight):
+    r"""The squared error over the difference of noise levels, $\sigma_s - \sigma_t$.
+
+    The weight of consistency training between neighbouring noise levels. The level of a
+    time is $\sigma_t = \alpha_t / \beta_t$, in units of the base's standard deviation:
+    $(1 - t)/t$ for the linear interpolant. It is infinite at time 0, where sampling
+    starts, and counts as `max_noise` there.
+
+    **Arguments:**
+
+    - `interpolant`: the interpolant of the paths.
+    - `max_noise`: the largest noise level, positive; 80 in the papers.
+
+    **Raises:** `ValueError` if `max_noise` is not positive.
+
+    ??? cite "Reference"
+
+        iCT, [arXiv:2310.14189](https://arxiv.org/abs/2310.14189), section 3.3.
+    """
+
+    interpolant: AbstractInterpolant = LinearInterpolant()
+    max_noise: float = 80.0
+
+    def __check_init__(self):
+        check_positive("max_noise", self.max_noise)
+
+    def __call__(self, s: Time, t: Time, squared_error: Scalar) -> Scalar:
+        gap = jnp.abs(self._noise(s) - self._noise(t))
+        return squared_error / gap.astype(squared_error.dtype)
+
+    def _noise(self, t: Time) -> Scalar:
+        alpha, beta, _ = self.interpolant.coefficients(t)
+        # Where beta is smaller than this, the level is beyond the largest.
+        return alpha / jnp.maximum(beta, alpha / self.max_noise)
+
+
+class BandWeight(AbstractWeight):
+    r"""The squared error where $|t - s| \le \tau$, and zero beyond.
+
+    It wastes the examples beyond: `UniformSquare(max_gap)` draws none of them.
+
+    **Arguments:**
+
+    - `max_gap`: the longest jump $\tau$, for example $1/K$. It may be an array, so that a
+      schedule may change it.
+
+    ??? cite "Reference"
+
+        [arXiv:2406.07507](https://arxiv.org/abs/2406.07507).
+    """
+
+    max_gap: Float[Array, ""] | float
+
+    def __call__(self, s: Time, t: Time, squared_error: Scalar) -> Scalar:
+        inside = jnp.abs(t - s) <= self.max_gap
+        return jnp.where(inside, squared_error, jnp.zeros_like(squared_error))
+
+
+class DataEndWeight(AbstractWeight):
+    r"""The squared error times $\min(1, ((1 - t)/\delta)^2)$.
+
+    Off the support of the data, an exact velocity grows like $1/(1 - t)$. Without this
+    weight those few states near $t = 1$ dominate a distillation loss. It is for paths
+    that end in the data at time 1.
+
+    **Arguments:**
+
+    - `width`: how far before the data end the weight starts to fall, $\delta$ in (0, 1].
+
+    **Raises:** `ValueError` for a width outside (0, 1].
+    """
+
+    width: float = 0.1
+
+    def __check_init__(self):
+        if is_concrete(self.width) and not 0 < self.width <= 1:
+            raise ValueError(f"`width` must be in (0, 1]; got {self.width}.")
+
+    def __call__(self, s: Time, t: Time, squared_error: Scalar) -> Scalar:
+        del s
+        left = jnp.minimum((1 - t) / self.width, 1)
+        return squared_error * left.astype(squared_error.dtype) ** 2
