@@ -149,23 +149,21 @@ def test_alekseev_groebner_is_exact_where_errors_do_not_bend(s, t):
     exact = linear_map()
     shift = jnp.asarray([0.2, -0.1])
     flow_map = lambda s, t, x, args: exact(s, t, x) + jnp.sin(2 * (t - s)) * shift
-    found = fd.estimates.alekseev_groebner_error(
-        flow_map, exact.velocity, s, t, X, num_nodes=10
-    )
+    found = fd.estimates.AlekseevGroebner(10)(flow_map, exact.velocity, s, t, X)[1]
     assert_close(found, flow_map(s, t, X, None) - exact(s, t, X), 1e-10, 1e-10)
 
 
 @pytest.mark.parametrize(
-    "estimate", [fd.estimates.alekseev_groebner_error, fd.estimates.linearised_error]
+    "kind", [fd.estimates.AlekseevGroebner, fd.estimates.LinearisedError]
 )
 @pytest.mark.parametrize("s, t", SPANS)
-def test_vector_estimates_are_of_second_order(s, t, estimate):
+def test_vector_estimates_are_of_second_order(s, t, kind):
     exact = EXACT["logistic"]
     sizes = np.asarray([0.02, 0.01, 0.005])
     misses = []
     for size in sizes:
         flow_map = Bent(exact, size)
-        found = estimate(flow_map, exact.velocity, s, t, X, num_nodes=12)
+        _, found = kind(12)(flow_map, exact.velocity, s, t, X)
         misses.append(max_abs(found - (flow_map(s, t, X) - exact(s, t, X))))
     slope = np.polyfit(np.log(sizes), np.log(misses), 1)[0]
     assert slope == pytest.approx(2, abs=0.15)
@@ -175,9 +173,7 @@ def test_vector_estimates_are_of_second_order(s, t, estimate):
 def test_linearised_error_is_exact_for_linear_odes(s, t):
     # Whatever the map.
     exact = linear_map()
-    found = fd.estimates.linearised_error(
-        mlp_map(), exact.velocity, s, t, X, num_nodes=12
-    )
+    found = fd.estimates.LinearisedError(12)(mlp_map(), exact.velocity, s, t, X)[1]
     assert_close(found, mlp_map()(s, t, X) - exact(s, t, X), 1e-8, 1e-8)
 
 
@@ -190,7 +186,7 @@ def test_linearised_error_of_a_stiff_system(s, t, rate):
     exact = lambda t: jnp.sin(t) + (X - jnp.sin(s)) * jnp.exp(rate * (t - s))
     flow_map = lambda s, t, x, args: exact(t) + 0.01 * jnp.sin(2 * (t - s))
     error = flow_map(s, t, X, None) - exact(t)
-    found = fd.estimates.linearised_error(flow_map, field, s, t, X)
+    found = fd.estimates.LinearisedError(4)(flow_map, field, s, t, X)[1]
     assert_close(found, error, 0.2 * max_abs(error))
     # What is for stiff systems must not go by the size of the residual.
     _, blind = fd.estimates.ResidualIntegral()(flow_map, field, s, t, X)
@@ -278,13 +274,9 @@ def test_numbers_of_nodes():
         one, two = (kind(number)(*inputs)[1] for number in (1, 2))
         assert max_abs(one - two) > 1e-4
         if kind is fd.estimates.AlekseevGroebner:
-            made = fd.estimates.alekseev_groebner_error(*inputs, num_nodes=2)
-            assert_close(made, two, 1e-14)
             corrected = fd.estimates.DefectCorrectedFlowMap(*inputs[:2], num_nodes=2)
             end = inputs[0](*inputs[2:])
             assert_close(corrected(*inputs[2:]), end - two, 1e-14)
-        if kind is fd.estimates.LinearisedError:
-            assert_close(fd.estimates.linearised_error(*inputs, num_nodes=2), two, 1e-14)
 
 
 def test_residuals_within_a_jump_are_seen():
@@ -299,7 +291,7 @@ def test_residuals_within_a_jump_are_seen():
 
 def test_linearised_error_of_complex_states():
     with pytest.raises(TypeError, match="takes real arrays"):
-        fd.estimates.linearised_error(
+        fd.estimates.LinearisedError()(
             EXACT["gaussian"], nonlinear_field, 0.0, 1.0, X.astype(complex)
         )
 

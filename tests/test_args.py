@@ -112,19 +112,11 @@ RESIDUALS = {
     "inverse_residual": (lambda args: fd.inverse_residual(MAP, S, T, X, args), {"map"}),
 }
 ERRORS = {
-    "alekseev_groebner_error": (
-        lambda args: fd.estimates.alekseev_groebner_error(MAP, field, S, T, X, args),
-        BOTH,
-    ),
     "eulerian_error": (
         lambda args: (
             fd.estimates.eulerian_error(MAP, field, S, T, X, args),
             fd.estimates.eulerian_error(MAP, field, S, T, X, args, exact=MAP),
         ),
-        BOTH,
-    ),
-    "linearised_error": (
-        lambda args: fd.estimates.linearised_error(MAP, field, S, T, X, args),
         BOTH,
     ),
     "lagrangian_bound": (

@@ -64,10 +64,10 @@ ENTRIES = {
     "lagrangian_bound": lambda net: fd.estimates.lagrangian_bound(
         net, FIELD, 0.0, 1.0, X
     ),
-    "linearised_error": lambda net: fd.estimates.linearised_error(
+    "LinearisedError": lambda net: fd.estimates.LinearisedError()(
         net, FIELD, 0.0, 1.0, X
     ),
-    "alekseev_groebner_error": lambda net: fd.estimates.alekseev_groebner_error(
+    "AlekseevGroebner": lambda net: fd.estimates.AlekseevGroebner()(
         net, FIELD, 0.0, 1.0, X
     ),
     "eulerian_error": lambda net: fd.estimates.eulerian_error(

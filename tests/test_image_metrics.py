@@ -23,10 +23,9 @@ import scipy
 from helpers import without_type_checks
 
 import flowdiffrax as fd
-from flowdiffrax.images.scores import _features, _inception
+from flowdiffrax.images.scores import _features, _inception, _nearest
 from flowdiffrax.images.scores._weights import check_shapes, read_weights
 
-METRICS = fd.metrics
 CURE = "Fetch another."
 
 
@@ -36,14 +35,14 @@ def pictures(seed, number=12, shape=(8, 8, 1)):
 
 
 def random_features(width=6, seed=0):
-    return METRICS.RandomFeatures((8, 8, 1), key=jr.key(seed), width=width)
+    return fd.images.RandomFeatures((8, 8, 1), key=jr.key(seed), width=width)
 
 
 def statistics(seed, number=200, size=5, **about):
     rng = np.random.default_rng(seed)
     mixing = rng.normal(size=(size, size))
     vectors = rng.normal(size=(number, size)) @ mixing + rng.normal(size=size)
-    made = METRICS.FeatureStatistics.of_vectors(vectors)
+    made = fd.images.FeatureStatistics.of_vectors(vectors)
     return dataclasses.replace(made, **about)
 
 
@@ -54,13 +53,13 @@ def statistics(seed, number=200, size=5, **about):
 def test_rounding_is_the_inverse_of_scaling(dtype):
     values = np.arange(256, dtype=np.uint8).reshape(4, 8, 8, 1)
     x = np.asarray(fd.images.from_uint8(values)).astype(dtype)
-    made = METRICS.to_uint8(x)
+    made = fd.images.to_uint8(x)
     assert made.dtype == np.uint8
     # Bfloat16 has 8 bits for [-1, 1], so the values of dark pixels suffer, but by what
     # it cannot express alone.
     off = np.abs(np.asarray(made).astype(int) - values)
     assert off.max() <= (0 if dtype != "bfloat16" else 1)
-    beyond = METRICS.to_uint8(jnp.asarray([-7.0, 0.999, 1.5]).reshape(3, 1, 1, 1))
+    beyond = fd.images.to_uint8(jnp.asarray([-7.0, 0.999, 1.5]).reshape(3, 1, 1, 1))
     assert beyond.ravel().tolist() == [0, 255, 255]
 
 
@@ -68,19 +67,19 @@ def test_samples_that_are_no_numbers():
     x = np.zeros((5, 2, 2, 1))
     x[1, 0, 0, 0], x[3] = np.nan, np.inf
     with pytest.raises(ValueError, match="2 of 5 images hold values that are not fin"):
-        METRICS.to_uint8(x)
+        fd.images.to_uint8(x)
     with pytest.raises(ValueError, match="1 of 4 values are not finite"):
-        METRICS.to_uint8(x[1].ravel())
+        fd.images.to_uint8(x[1].ravel())
     with pytest.raises(eqx.EquinoxRuntimeError, match="not finite"):
-        eqx.filter_jit(METRICS.to_uint8)(x)
+        eqx.filter_jit(fd.images.to_uint8)(x)
     with without_type_checks(), pytest.raises(TypeError, match="need no rounding"):
-        METRICS.to_uint8(pictures(0))
+        fd.images.to_uint8(pictures(0))
 
 
 # --- networks ---------------------------------------------------------------------------
 
 
-class Traced(METRICS.AbstractFeatures):
+class Traced(fd.images.AbstractFeatures):
     """The mean and the first value, and how often it was traced."""
 
     traces: list = eqx.field(static=True, default_factory=list)
@@ -99,7 +98,7 @@ class Traced(METRICS.AbstractFeatures):
 @pytest.mark.parametrize("batch_size", [1, 5, 12, 100])
 def test_features_of_batches(batch_size):
     images, features = pictures(0), Traced()
-    made = METRICS.image_features(features, images, batch_size=batch_size)
+    made = fd.images.image_features(features, images, batch_size=batch_size)
     expected = np.stack([images.mean((1, 2, 3)), images[:, 0, 0, 0]], axis=1)
     np.testing.assert_allclose(made, expected, rtol=1e-6)
     assert made.dtype == np.float32
@@ -108,14 +107,14 @@ def test_features_of_batches(batch_size):
 
 @pytest.mark.parametrize("shape", [(8, 8, 1), (28, 28, 1), (32, 32, 3), (7, 5, 2)])
 def test_random_features(shape):
-    features = METRICS.RandomFeatures(shape, key=jr.key(0), width=16)
+    features = fd.images.RandomFeatures(shape, key=jr.key(0), width=16)
     images = pictures(0, shape=shape)
-    made = METRICS.image_features(features, images)
+    made = fd.images.image_features(features, images)
     assert made.shape == (12, 16) and np.isfinite(made).all()
     # Most of them see most images.
     assert np.mean(made.std(axis=0) > 1e-3) > 0.7
-    again = METRICS.RandomFeatures(shape, key=jr.key(0), width=16)
-    np.testing.assert_array_equal(METRICS.image_features(again, images), made)
+    again = fd.images.RandomFeatures(shape, key=jr.key(0), width=16)
+    np.testing.assert_array_equal(fd.images.image_features(again, images), made)
 
 
 def test_fingerprint_is_of_the_weights():
@@ -150,14 +149,14 @@ def test_fingerprint_of_a_saved_network(tmp_path):
 )
 def test_images_that_are_none(images, error, match):
     with without_type_checks(), pytest.raises(error, match=match):
-        METRICS.image_features(random_features(), images)
+        fd.images.image_features(random_features(), images)
 
 
 def test_settings_that_are_none():
     with pytest.raises(ValueError, match="at least 1"):
-        METRICS.image_features(random_features(), pictures(0), batch_size=0)
+        fd.images.image_features(random_features(), pictures(0), batch_size=0)
     with pytest.raises(ValueError, match="`width` at least 1"):
-        METRICS.RandomFeatures((8, 8, 1), key=jr.key(0), width=0)
+        fd.images.RandomFeatures((8, 8, 1), key=jr.key(0), width=0)
 
 
 def bilinear(image, size):
@@ -191,26 +190,26 @@ def test_frechet_distance_against_scipy(size, number):
     root = scipy.linalg.sqrtm(a.covariance @ b.covariance)
     expected = np.sum((a.mean - b.mean) ** 2)
     expected += np.trace(a.covariance + b.covariance - 2 * np.real(root))
-    assert METRICS.frechet_distance(a, b) == pytest.approx(expected, rel=1e-8)
-    assert METRICS.frechet_distance(b, a) == pytest.approx(expected, rel=1e-8)
-    assert METRICS.frechet_distance(a, a) == pytest.approx(0, abs=1e-8)
+    assert fd.images.frechet_distance(a, b) == pytest.approx(expected, rel=1e-8)
+    assert fd.images.frechet_distance(b, a) == pytest.approx(expected, rel=1e-8)
+    assert fd.images.frechet_distance(a, a) == pytest.approx(0, abs=1e-8)
 
 
 def test_frechet_distance_of_commuting_covariances():
     turn = np.linalg.qr(np.random.default_rng(0).normal(size=(4, 4)))[0]
-    make = lambda mean, stds: METRICS.FeatureStatistics(
+    make = lambda mean, stds: fd.images.FeatureStatistics(
         np.asarray(mean), turn @ np.diag(np.square(stds)) @ turn.T
     )
     # One deviation of each is zero: a singular covariance is one too.
     a = make([0.0, 1.0, 2.0, 0.0], [1.0, 2.0, 0.0, 3.0])
     b = make([0.5, 1.0, 1.0, 0.0], [2.0, 0.0, 1.0, 3.0])
-    assert METRICS.frechet_distance(a, b) == pytest.approx(1.25 + 1 + 4 + 1)
+    assert fd.images.frechet_distance(a, b) == pytest.approx(1.25 + 1 + 4 + 1)
 
 
 def test_few_images_are_warned_of():
     few, many = statistics(0, number=4), statistics(1)
     with pytest.warns(UserWarning, match="4 images .* for 5 features"):
-        METRICS.frechet_distance(few, many)
+        fd.images.frechet_distance(few, many)
 
 
 @pytest.mark.parametrize(
@@ -226,9 +225,9 @@ def test_statistics_of_different_features(about):
     known = {"features": "a", "fingerprint": "0", "settings": {"resize": "none"}}
     a, b = statistics(0, **known), statistics(1, **about)
     with pytest.raises(ValueError, match="different features"):
-        METRICS.frechet_distance(a, b)
+        fd.images.frechet_distance(a, b)
     # What a file does not say is no contradiction.
-    METRICS.frechet_distance(a, statistics(1))
+    fd.images.frechet_distance(a, statistics(1))
 
 
 @pytest.mark.parametrize(
@@ -241,19 +240,19 @@ def test_statistics_of_different_features(about):
 )
 def test_statistics_that_are_none(mean, covariance, match):
     with without_type_checks(), pytest.raises(ValueError, match=match):
-        METRICS.FeatureStatistics(mean, covariance)
+        fd.images.FeatureStatistics(mean, covariance)
 
 
 def test_covariance_that_is_none():
-    wrong = METRICS.FeatureStatistics(np.zeros(2), np.diag([1.0, -1.0]))
+    wrong = fd.images.FeatureStatistics(np.zeros(2), np.diag([1.0, -1.0]))
     with pytest.raises(ValueError, match="no negative eigenvalues"):
-        METRICS.frechet_distance(wrong, wrong)
+        fd.images.frechet_distance(wrong, wrong)
 
 
 def test_statistics_of_vectors():
     # In several blocks, and far from zero, where sums of squares would cancel.
     vectors = np.random.default_rng(0).normal(size=(10_000, 3)) * [1, 2, 3] + 1e6
-    made = METRICS.FeatureStatistics.of_vectors(vectors)
+    made = fd.images.FeatureStatistics.of_vectors(vectors)
     np.testing.assert_allclose(made.mean, vectors.mean(axis=0), rtol=1e-12)
     np.testing.assert_allclose(made.covariance, np.cov(vectors.T), atol=1e-9)
     assert made.num_images == 10_000 and made.fingerprint is None
@@ -261,28 +260,30 @@ def test_statistics_of_vectors():
 
 def test_statistics_of_images():
     features, images = random_features(), pictures(0, 30)
-    made = METRICS.FeatureStatistics.of(features, images, source="a", batch_size=7)
-    vectors = METRICS.image_features(features, images).astype(float)
+    made = fd.images.FeatureStatistics.of(features, images, source="a", batch_size=7)
+    vectors = fd.images.image_features(features, images).astype(float)
     np.testing.assert_allclose(made.mean, vectors.mean(axis=0), rtol=1e-6)
     np.testing.assert_allclose(made.covariance, np.cov(vectors.T), rtol=1e-6, atol=1e-9)
     assert (made.num_images, made.source) == (30, "a")
     assert made.fingerprint == features.fingerprint
     digits = fd.images.digits()[:20]
-    named = METRICS.FeatureStatistics.of(features, digits)
+    named = fd.images.FeatureStatistics.of(features, digits)
     assert named.source == "digits"
     with pytest.raises(ValueError, match="Say which images"):
-        METRICS.FeatureStatistics.of(features, images)
+        fd.images.FeatureStatistics.of(features, images)
     with pytest.raises(ValueError, match="two images"):
-        METRICS.FeatureStatistics.of(features, images[:1], source="a")
+        fd.images.FeatureStatistics.of(features, images[:1], source="a")
 
 
 # --- files of statistics ----------------------------------------------------------------
 
 
 def test_saved_statistics(tmp_path):
-    made = METRICS.FeatureStatistics.of(random_features(), pictures(0), source="x train")
+    made = fd.images.FeatureStatistics.of(
+        random_features(), pictures(0), source="x train"
+    )
     made.save(tmp_path / "new" / "a.npz")
-    read = METRICS.FeatureStatistics.load(tmp_path / "new" / "a.npz")
+    read = fd.images.FeatureStatistics.load(tmp_path / "new" / "a.npz")
     np.testing.assert_array_equal(read.mean, made.mean)
     np.testing.assert_array_equal(read.covariance, made.covariance)
     for name in ("num_images", "features", "fingerprint", "settings", "source"):
@@ -301,7 +302,7 @@ def test_statistics_of_others(keys, tmp_path):
     made = statistics(0)
     values = [made.mean.astype(np.float32), made.covariance, np.ones(7), np.eye(7)]
     np.savez(tmp_path / "stats.npz", **dict(zip(keys, values, strict=False)))
-    read = METRICS.FeatureStatistics.load(tmp_path / "stats.npz")
+    read = fd.images.FeatureStatistics.load(tmp_path / "stats.npz")
     np.testing.assert_allclose(read.mean, made.mean, rtol=1e-6)
     np.testing.assert_array_equal(read.covariance, made.covariance)
     assert read.num_images is None and read.fingerprint is None
@@ -319,7 +320,7 @@ class Calls:
 
 
 def test_files_that_are_no_statistics(tmp_path):
-    load, path = METRICS.FeatureStatistics.load, tmp_path / "a.npz"
+    load, path = fd.images.FeatureStatistics.load, tmp_path / "a.npz"
     with pytest.raises(FileNotFoundError, match="no statistics at"):
         load(path)
     path.write_bytes(pickle.dumps(Calls(os.system, f"touch {tmp_path / 'ran'}")))
@@ -352,18 +353,18 @@ def test_kernel_distance_by_hand():
     within = sum(kernel(x[i], x[j]) + kernel(y[i], y[j]) for i, j in pairs if i != j)
     expected = within / 20 - 2 * sum(kernel(x[i], y[j]) for i, j in pairs) / 25
     # All of them are the only subset of this size.
-    made = METRICS.kernel_distance(x, y, num_subsets=3, subset_size=5)
+    made = fd.metrics.kernel_distance(x, y, num_subsets=3, subset_size=5)
     assert made.mean == pytest.approx(expected) and made.std == pytest.approx(0)
 
 
 def test_kernel_distance_is_unbiased():
     x, y = np.random.default_rng(0).normal(size=(2, 400, 8))
-    made = METRICS.kernel_distance(x, y, num_subsets=400, subset_size=20)
+    made = fd.metrics.kernel_distance(x, y, num_subsets=400, subset_size=20)
     # 20 pairs of disjoint subsets, at four standard errors.
     assert abs(made.mean) < 4 * made.std / 20**0.5
-    assert METRICS.kernel_distance(x, y + 1, subset_size=20).mean > 10 * abs(made.mean)
-    again = METRICS.kernel_distance(x, y, num_subsets=400, subset_size=20)
-    other = METRICS.kernel_distance(x, y, num_subsets=400, subset_size=20, seed=1)
+    assert fd.metrics.kernel_distance(x, y + 1, subset_size=20).mean > 10 * abs(made.mean)
+    again = fd.metrics.kernel_distance(x, y, num_subsets=400, subset_size=20)
+    other = fd.metrics.kernel_distance(x, y, num_subsets=400, subset_size=20, seed=1)
     assert made == again != other
 
 
@@ -378,7 +379,7 @@ def test_kernel_distance_is_unbiased():
 )
 def test_kernel_distance_of_bad_sets(sizes, settings, match):
     with without_type_checks(), pytest.raises(ValueError, match=match):
-        METRICS.kernel_distance(*map(np.zeros, sizes), **settings)
+        fd.metrics.kernel_distance(*map(np.zeros, sizes), **settings)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -387,7 +388,7 @@ def test_kernel_distance_of_vectors_that_are_not_finite(bad):
     x[1, 4, 2] = bad
     for pair in (x, x[::-1]):
         with pytest.raises(ValueError, match="must be finite"):
-            METRICS.kernel_distance(*pair)
+            fd.metrics.kernel_distance(*pair)
 
 
 @pytest.mark.parametrize("n, m", [(6, 6), (4, 6), (1, 5), (7, 3)])
@@ -397,7 +398,7 @@ def test_wasserstein_distance_in_one_dimension(n, m):
     # Each point as often as makes the numbers equal, and the best assignment.
     costs = (x.repeat(m, axis=0) - y.repeat(n, axis=0).T) ** 2
     best = costs[scipy.optimize.linear_sum_assignment(costs)].mean()
-    made = METRICS.sliced_wasserstein(x, y, num_projections=3)
+    made = fd.metrics.sliced_wasserstein(x, y, num_projections=3)
     assert made == pytest.approx(np.sqrt(best))
 
 
@@ -405,12 +406,12 @@ def test_sliced_wasserstein_distance_of_a_shift():
     x = np.random.default_rng(0).normal(size=(5000, 2, 2))
     shift = np.asarray([[1.0, -2.0], [0.5, 1.0]])
     # |c|^2 / d in the mean over directions; 1000 of them, at four standard errors.
-    made = METRICS.sliced_wasserstein(x, (x + shift)[::-1], num_projections=1000)
+    made = fd.metrics.sliced_wasserstein(x, (x + shift)[::-1], num_projections=1000)
     assert made**2 == pytest.approx(np.sum(shift**2) / 4, rel=4 * 1.1 / 1000**0.5)
-    assert METRICS.sliced_wasserstein(x, x[::-1]) == pytest.approx(0, abs=1e-12)
-    part = METRICS.sliced_wasserstein(x, x[:3000])
+    assert fd.metrics.sliced_wasserstein(x, x[::-1]) == pytest.approx(0, abs=1e-12)
+    part = fd.metrics.sliced_wasserstein(x, x[:3000])
     assert 0 < part < 0.1
-    assert part != METRICS.sliced_wasserstein(x, x[:3000], seed=1)
+    assert part != fd.metrics.sliced_wasserstein(x, x[:3000], seed=1)
 
 
 @pytest.mark.parametrize(
@@ -424,17 +425,17 @@ def test_sliced_wasserstein_distance_of_a_shift():
 )
 def test_sliced_wasserstein_distance_of_bad_sets(x, y, settings, match):
     with pytest.raises(ValueError, match=match):
-        METRICS.sliced_wasserstein(x, y, **settings)
+        fd.metrics.sliced_wasserstein(x, y, **settings)
 
 
 # --- nearest neighbours -----------------------------------------------------------------
 
 
 def test_nearest_neighbours_by_hand(monkeypatch):
-    monkeypatch.setattr(METRICS._distances, "_ROWS", 7)
+    monkeypatch.setattr(_nearest, "_ROWS", 7)
     samples, train, held_out = (pictures(n, 20, (3, 2, 1)) for n in range(3))
     samples[[2, 5]] = train[[19, 0]]
-    made = METRICS.nearest_neighbours(samples, train, held_out, quantile=0.2)
+    made = fd.images.nearest_neighbours(samples, train, held_out, quantile=0.2)
 
     def distances(points):
         rows = points[:, None].astype(int) - train[None].astype(int)
@@ -451,11 +452,11 @@ def test_nearest_neighbours_by_hand(monkeypatch):
 
 def test_share_tells_copies_from_new_images():
     train, held_out, new = (pictures(n, 500, (2, 2, 1)) for n in range(3))
-    fair = METRICS.nearest_neighbours(new, train, held_out, quantile=0.05)
+    fair = fd.images.nearest_neighbours(new, train, held_out, quantile=0.05)
     # Both quantiles are of 500 images: four standard errors.
     assert abs(fair.share - 0.05) < 4 * (2 * 0.05 * 0.95 / 500) ** 0.5
     near = np.clip(train.astype(int) + 1, 0, 255).astype(np.uint8)
-    copied = METRICS.nearest_neighbours(near, train, held_out, quantile=0.05)
+    copied = fd.images.nearest_neighbours(near, train, held_out, quantile=0.05)
     assert copied.share > 0.9 and copied.copies <= 5
 
 
@@ -466,7 +467,7 @@ def test_share_tells_copies_from_new_images():
 def test_neighbours_of_bad_sets(shape, quantile, match):
     sets = pictures(0), pictures(1, shape=shape), pictures(2)
     with without_type_checks(), pytest.raises(ValueError, match=match):
-        METRICS.nearest_neighbours(*sets, quantile=quantile)
+        fd.images.nearest_neighbours(*sets, quantile=quantile)
 
 
 # --- the proxy --------------------------------------------------------------------------
@@ -475,7 +476,7 @@ def test_neighbours_of_bad_sets(shape, quantile, match):
 @pytest.fixture(scope="module")
 def classifier():
     images = fd.images.digits()
-    return METRICS.fit_classifier(
+    return fd.images.fit_classifier(
         images[:1400], key=jr.key(0), num_steps=150, batch_size=32, learning_rate=1e-2
     )
 
@@ -488,7 +489,7 @@ def test_classifier_learns(classifier):
     )
     shuffled = np.random.default_rng(0).permutation(images.labels)
     assert classifier.accuracy(images.images, shuffled) < 0.3
-    vectors = METRICS.image_features(classifier, images)
+    vectors = fd.images.image_features(classifier, images)
     assert vectors.shape == (397, 64)
     # Those of the training images have mean square 1.
     assert np.mean(vectors**2) == pytest.approx(1, rel=0.1)
@@ -497,7 +498,7 @@ def test_classifier_learns(classifier):
 
 def test_classifier_is_a_function_of_its_key():
     images = fd.images.digits()[:200]
-    fit = lambda seed: METRICS.fit_classifier(
+    fit = lambda seed: fd.images.fit_classifier(
         images, key=jr.key(seed), num_steps=2, width=4, batch_size=8
     )
     first, again, other = (fit(seed).fingerprint for seed in (0, 0, 1))
@@ -516,7 +517,7 @@ def test_classifier_is_a_function_of_its_key():
 )
 def test_classifiers_that_cannot_be_fitted(labels, settings, match):
     with without_type_checks(), pytest.raises(ValueError, match=match):
-        METRICS.fit_classifier(pictures(0), labels, key=jr.key(0), **settings)
+        fd.images.fit_classifier(pictures(0), labels, key=jr.key(0), **settings)
 
 
 # --- scores -----------------------------------------------------------------------------
@@ -526,11 +527,11 @@ def test_scores_and_their_provenance(classifier):
     images = fd.images.digits()
     train, test = images[:1400], images[1400:]
     rng = np.random.default_rng(0)
-    noisy = lambda std: METRICS.to_uint8(
+    noisy = lambda std: fd.images.to_uint8(
         np.asarray(fd.images.from_uint8(test.images))
         + std * rng.normal(size=(397, 8, 8, 1))
     )
-    score = lambda samples: METRICS.score_images(
+    score = lambda samples: fd.images.score_images(
         samples,
         train,
         classifier,
@@ -545,9 +546,9 @@ def test_scores_and_their_provenance(classifier):
         assert values == sorted(values), name
     assert scores[0].frechet == pytest.approx(scores[0].floor)
     assert scores[1].floor == scores[0].floor
-    reference = METRICS.FeatureStatistics.of(classifier, train)
-    kept = METRICS.FeatureStatistics.of(classifier, test)
-    distance = METRICS.frechet_distance(kept, reference)
+    reference = fd.images.FeatureStatistics.of(classifier, train)
+    kept = fd.images.FeatureStatistics.of(classifier, test)
+    distance = fd.images.frechet_distance(kept, reference)
     assert scores[0].floor == pytest.approx(distance, rel=1e-4)
     as_dict = json.loads(json.dumps(scores[1].as_dict()))
     assert as_dict["fingerprint"] == classifier.fingerprint
@@ -572,31 +573,31 @@ def test_scores_and_their_provenance(classifier):
 
 def test_scores_against_statistics():
     features, samples = random_features(), pictures(0, 40)
-    known = METRICS.FeatureStatistics.of(features, pictures(1, 50), source="b")
-    made = METRICS.score_images(samples, known, features, seed=0)
+    known = fd.images.FeatureStatistics.of(features, pictures(1, 50), source="b")
+    made = fd.images.score_images(samples, known, features, seed=0)
     assert made.kernel is None and made.sliced is None and made.floor is None
     assert (made.source, made.num_reference) == ("b", 50)
-    foreign = METRICS.FeatureStatistics(known.mean, known.covariance)
-    again = METRICS.score_images(samples, foreign, features, seed=0, source="c")
+    foreign = fd.images.FeatureStatistics(known.mean, known.covariance)
+    again = fd.images.score_images(samples, foreign, features, seed=0, source="c")
     assert again.frechet == made.frechet and again.source == "c"
     assert "unknown number of c" in str(again)
     with pytest.raises(ValueError, match="different features"):
-        METRICS.score_images(samples, known, random_features(seed=1), seed=0)
+        fd.images.score_images(samples, known, random_features(seed=1), seed=0)
     with pytest.raises(ValueError, match="Say which images"):
-        METRICS.score_images(samples, pictures(1, 50), features, seed=0)
+        fd.images.score_images(samples, pictures(1, 50), features, seed=0)
 
 
 def test_a_reference_is_used_again():
     features, samples = random_features(), pictures(0, 40)
     images = fd.images.Images(pictures(1, 50), name="b")
-    reference = METRICS.ImageReference.of(features, images)
-    score = lambda reference: METRICS.score_images(samples, reference, features, seed=0)
+    reference = fd.images.ImageReference.of(features, images)
+    score = lambda reference: fd.images.score_images(samples, reference, features, seed=0)
     assert score(reference) == score(images)
-    other = METRICS.ImageReference.of(random_features(seed=1), images)
+    other = fd.images.ImageReference.of(random_features(seed=1), images)
     with pytest.raises(ValueError, match="different features"):
         score(other)
     # Of other features of another length, too.
-    other = METRICS.ImageReference.of(random_features(width=9), images)
+    other = fd.images.ImageReference.of(random_features(width=9), images)
     with pytest.raises(ValueError, match="different features"):
         score(other)
 
@@ -892,7 +893,7 @@ def test_inception_has_as_many_weights_as_published():
 def test_inception_files(tmp_path):
     arrays = inception_arrays(0)
     np.savez(tmp_path / "a.npz", **arrays)
-    loaded = METRICS.InceptionFeatures.load(tmp_path / "a.npz")
+    loaded = fd.images.InceptionFeatures.load(tmp_path / "a.npz")
     # The names and the order of axes of jax-fid.
     names = {"weight": "scale", "running_mean": "mean", "running_var": "var"}
     flax = {}
@@ -905,7 +906,7 @@ def test_inception_files(tmp_path):
         else:
             flax["fc.kernel" if last == "weight" else "fc.bias"] = array.T
     nested(tmp_path / "a.pickle", flax)
-    again = METRICS.InceptionFeatures.load(tmp_path / "a.pickle")
+    again = fd.images.InceptionFeatures.load(tmp_path / "a.pickle")
     assert again.fingerprint == loaded.fingerprint
     # Torchvision's own network differs by its classes alone.
     arrays["fc.weight"] = arrays["fc.weight"][:1000]
@@ -945,10 +946,10 @@ def test_inception_is_that_of_pytorch_fid(tmp_path):
     # The features differ between images, or they would agree for nothing.
     between = expected.std(axis=0)
     assert np.median(between) > 0.05 * expected.mean()
-    ours = METRICS.InceptionFeatures.load(tmp_path / "0.pth")
-    legacy = METRICS.InceptionFeatures.load(tmp_path / "1.pth")
+    ours = fd.images.InceptionFeatures.load(tmp_path / "0.pth")
+    legacy = fd.images.InceptionFeatures.load(tmp_path / "1.pth")
     assert legacy.fingerprint == ours.fingerprint
-    made = METRICS.image_features(ours, images, batch_size=4)
+    made = fd.images.image_features(ours, images, batch_size=4)
     assert made.shape == (6, 2048)
     off = np.abs(made - expected).max()
     print(
@@ -996,7 +997,7 @@ def smooth_pictures():
 def write_alexnet(path, seed=0):
     rng = np.random.default_rng(seed)
     arrays = {}
-    for n, (shape, *_) in enumerate(METRICS._alexnet._LAYERS):
+    for n, (shape, *_) in enumerate(fd.images._alexnet._LAYERS):
         std = (2 / np.prod(shape[:3])) ** 0.5
         prefix = f"AlexNet_0.Conv_{n}"
         arrays[f"{prefix}.kernel"] = std * rng.standard_normal(shape, np.float32)
@@ -1009,15 +1010,15 @@ def test_alexnet(tmp_path):
     path = tmp_path / "alexnet.ckpt"
     write_alexnet(path)
     with pytest.raises(ValueError, match="sha256 .* instead of 443c5bc3"):
-        METRICS.AlexNetFeatures.load(path)
-    features = METRICS.AlexNetFeatures.load(path, checksums=False)
-    made = METRICS.image_features(features, smooth_pictures())
+        fd.images.AlexNetFeatures.load(path)
+    features = fd.images.AlexNetFeatures.load(path, checksums=False)
+    made = fd.images.image_features(features, smooth_pictures())
     assert made.shape == (6, 256) and (made.std(axis=0) > 0).mean() > 0.9
     # Grey images are images in three equal colours.
     grey = smooth_pictures()[..., :1]
     np.testing.assert_allclose(
-        METRICS.image_features(features, grey),
-        METRICS.image_features(features, grey.repeat(3, axis=3)),
+        fd.images.image_features(features, grey),
+        fd.images.image_features(features, grey.repeat(3, axis=3)),
         rtol=1e-6,
     )
     with pytest.raises(ValueError, match="1 or 3 channels"):
@@ -1028,7 +1029,7 @@ def test_alexnet(tmp_path):
 def test_alexnet_against_torch(tmp_path):
     torch = pytest.importorskip("torch")
     write_alexnet(tmp_path / "alexnet.ckpt")
-    features = METRICS.AlexNetFeatures.load(tmp_path / "alexnet.ckpt", checksums=False)
+    features = fd.images.AlexNetFeatures.load(tmp_path / "alexnet.ckpt", checksums=False)
     nn = torch.nn
     layers = nn.Sequential(
         *(nn.Conv2d(3, 64, 11, 4, 2), nn.ReLU(), nn.MaxPool2d(3, 2)),
@@ -1050,7 +1051,7 @@ def test_alexnet_against_torch(tmp_path):
         shift, scale = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
         x = (x - torch.tensor(shift)[:, None, None]) / torch.tensor(scale)[:, None, None]
         expected = layers(x).mean((2, 3)).numpy()
-    made = METRICS.image_features(features, images)
+    made = fd.images.image_features(features, images)
     np.testing.assert_allclose(made, expected, rtol=1e-4, atol=1e-5 * expected.max())
 
 
@@ -1061,13 +1062,13 @@ def test_alexnet_against_torch(tmp_path):
 )
 def test_published_alexnet():
     path = pathlib.Path(os.environ["FLOWDIFFRAX_ALEXNET"])
-    features = METRICS.AlexNetFeatures.load(path)
+    features = fd.images.AlexNetFeatures.load(path)
     images = fd.images.digits().images
     rng = np.random.default_rng(0)
     order = rng.permutation(len(images))
     train, test = images[order[:900]], images[order[900:]]
     noisy = np.clip(test + rng.normal(0, 40, test.shape), 0, 255).astype(np.uint8)
-    score = lambda samples: METRICS.score_images(
+    score = lambda samples: fd.images.score_images(
         samples, train, features, seed=0, source="half of the digits", num_subsets=5
     )
     scores = [score(test), score(noisy)]

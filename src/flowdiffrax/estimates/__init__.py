@@ -1,7 +1,6 @@
 """Errors of a jump, estimated without the truth."""
 
 from ._alekseev_groebner import AlekseevGroebner as AlekseevGroebner
-from ._alekseev_groebner import alekseev_groebner_error as alekseev_groebner_error
 from ._base import AbstractErrorEstimate as AbstractErrorEstimate
 from ._bounds import lagrangian_bound as lagrangian_bound
 from ._bounds import logarithmic_norm as logarithmic_norm
@@ -10,5 +9,4 @@ from ._defects import LagrangianDefect as LagrangianDefect
 from ._defects import SemigroupDefect as SemigroupDefect
 from ._eulerian import eulerian_error as eulerian_error
 from ._linearised import LinearisedError as LinearisedError
-from ._linearised import linearised_error as linearised_error
 from ._residual_integral import ResidualIntegral as ResidualIntegral

@@ -7,41 +7,6 @@ from ._quadrature import integral, last, path_residuals, radau
 from ._residual_integral import AbstractAtNodes
 
 
-def alekseev_groebner_error(
-    flow_map: TwoTimeMap,
-    teacher: VectorField,
-    s: Time,
-    t: Time,
-    x: State,
-    args: Args = None,
-    *,
-    num_nodes: int = 4,
-) -> State:
-    r"""A first-order estimate of the error, as a vector.
-
-    The Alekseev-Gröbner formula carries each residual of the map's own path to the end,
-    $e = \int_s^t \nabla X_{u,t}(\hat X_{s,u}(x))\,r_u\,du$. Here the map's own Jacobian
-    stands for that of the unknown $X_{u,t}$, which leaves a relative error of the size of
-    the residuals. Subtracted from the jump, it makes a better one:
-    [`flowdiffrax.estimates.DefectCorrectedFlowMap`][].
-
-    !!! info "Numerics"
-
-        `2 * num_nodes` forward-mode passes through the map and `num_nodes` calls of the
-        teacher. The jump itself comes out of it.
-
-    **Arguments:** as for [`flowdiffrax.estimates.lagrangian_bound`][].
-
-    **Returns:** a state like `x`.
-
-    ??? cite "Reference"
-
-        Hairer, Nørsett, Wanner: Solving Ordinary Differential Equations I, theorem
-        I.14.5.
-    """
-    return end_and_error(flow_map, teacher, s, t, x, args, num_nodes)[1]
-
-
 def end_and_error(
     flow_map: TwoTimeMap,
     teacher: VectorField,
@@ -64,16 +29,28 @@ def end_and_error(
 
 
 class AlekseevGroebner(AbstractAtNodes):
-    """The error to first order, [`flowdiffrax.estimates.alekseev_groebner_error`][].
+    r"""The error to first order, by the Jacobian of the map.
 
-    The sharpest estimate, as far as the map's own Jacobian can be trusted.
-    `2 * num_nodes` forward-mode passes through the map, `num_nodes` calls of the teacher.
+    The Alekseev-Gröbner formula carries each residual of the map's own path to the end,
+    $e = \int_s^t \nabla X_{u,t}(\hat X_{s,u}(x))\,r_u\,du$. Here the map's own Jacobian
+    replaces that of the unknown $X_{u,t}$, which leaves a relative error of the size of
+    the residuals. Subtract the estimate from the jump for a better one:
+    [`flowdiffrax.estimates.DefectCorrectedFlowMap`][].
+
+    This is the sharpest estimate, as far as the map's Jacobian can be trusted. It costs
+    `2 * num_nodes` forward-mode passes through the map and `num_nodes` calls of the
+    teacher.
 
     **Arguments:**
 
     - `num_nodes`: nodes of the Radau quadrature, at least 1.
 
     **Raises:** `ValueError` for fewer nodes than one.
+
+    ??? cite "Reference"
+
+        Hairer, Nørsett, Wanner: Solving Ordinary Differential Equations I, theorem
+        I.14.5.
     """
 
     def __call__(

@@ -14,7 +14,7 @@ class DefectCorrectedFlowMap(AbstractFlowMap):
     r"""A map less its own estimated error: better where the estimate is small already.
 
     $\hat X_{s,t}(x) - \hat e$ with $\hat e$ of
-    [`flowdiffrax.estimates.alekseev_groebner_error`][]: one Newton step towards the
+    [`flowdiffrax.estimates.AlekseevGroebner`][]: one Newton step towards the
     solution of the ODE, whose error is quadratic in that of the map. It needs the
     teacher, at `num_nodes` calls a jump, and `2 * num_nodes` forward-mode passes through
     the map. Its velocity is the teacher.

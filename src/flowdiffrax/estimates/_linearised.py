@@ -10,76 +10,6 @@ from ._quadrature import last, path_residuals, radau, start_error
 from ._residual_integral import AbstractAtNodes
 
 
-def linearised_error(
-    flow_map: TwoTimeMap,
-    teacher: VectorField,
-    s: Time,
-    t: Time,
-    x: State,
-    args: Args = None,
-    *,
-    num_nodes: int = 4,
-) -> State:
-    r"""A first-order estimate of the error as a vector, for stiff systems too.
-
-    To first order the error follows $e' = \nabla b_u(\hat X_{s,u}(x))\,e + r_u$ from
-    zero: the ODE carries its own residuals. Here that linear ODE is solved by collocation
-    at the Radau nodes (a step of Radau IIA), so that directions in which all errors die
-    out at once are damped as they should be.
-    [`flowdiffrax.estimates.alekseev_groebner_error`][] asks the map for the same
-    derivatives; this asks the ODE, and is right about maps whose own are wrong. Growth by
-    much more than $e^3$ in one jump (for three nodes) is underestimated, as it is by
-    implicit solvers.
-
-    !!! info "Numerics"
-
-        `num_nodes + 1` forward-mode passes through the map and calls of the teacher, a
-        forward-mode pass through the teacher for each entry of the state and each
-        node, and a linear solve for all of them at once: for states of few entries. The
-        pass at the start shows a fast layer there, which the nodes would miss.
-
-    **Arguments:** as for [`flowdiffrax.estimates.lagrangian_bound`][].
-
-    **Returns:** a state like `x`.
-
-    **Raises:** `TypeError` for a complex state, `ValueError` for fewer nodes than one.
-
-    ??? cite "Reference"
-
-        The method: Hairer, Wanner: Solving Ordinary Differential Equations II, section
-        IV.5.
-    """
-    return last(path_and_errors(flow_map, teacher, s, t, x, args, num_nodes)[1])
-
-
-def path_and_errors(
-    flow_map: TwoTimeMap,
-    teacher: VectorField,
-    s: Time,
-    t: Time,
-    x: State,
-    args: Args,
-    num_nodes: int,
-) -> tuple[State, State]:
-    """The map's path at the Radau nodes, and what the linearised equation says of it."""
-    s, t = times_like(x, s, t)
-    _, unravel = ravel(x, "`linearised_error`")
-    us, path, residuals = path_residuals(flow_map, teacher, s, t, x, args, num_nodes)
-    flat = lambda y: ravel(y, "`linearised_error`")[0]
-    field = lambda u, y: flat(teacher(u, unravel(y), args))
-    r = jax.vmap(flat)(residuals)
-    start = flat(start_error(flow_map, teacher, s, t, x, args, residuals, num_nodes))
-    jacobians = jax.vmap(jax.jacfwd(field, argnums=1))(us, jax.vmap(flat)(path))
-    weights, to_end = radau(num_nodes)[1:3]
-    # Weights from the start to each node, times the length of the jump.
-    collocation = (t - s).astype(r.dtype) * jnp.asarray(weights - to_end, r.dtype)
-    coupling = jnp.einsum("ij,jkl->ikjl", collocation, jacobians).reshape(r.size, r.size)
-    identity = jnp.eye(r.size, dtype=r.dtype)
-    forcing = start[None, :] + collocation @ r
-    errors = _solve(identity - coupling, forcing.reshape(-1))
-    return path, jax.vmap(unravel)(errors.reshape(r.shape))
-
-
 def _solve(
     matrix: Float[Array, "size size"], right: Float[Array, " size"]
 ) -> Float[Array, " size"]:
@@ -103,13 +33,23 @@ def _solve(
 
 
 class LinearisedError(AbstractAtNodes):
-    """The error to first order by the ODE's own Jacobian,
-    [`flowdiffrax.estimates.linearised_error`][].
+    r"""The error to first order, by the Jacobian of the ODE.
 
-    The estimate for stiff systems, and for small ones the sharpest: it knows what the ODE
-    makes of a residual. `num_nodes + 1` forward-mode passes through the map and calls of
-    the teacher, `num_nodes` Jacobians of the teacher, and a linear solve for
-    `num_nodes * entries` unknowns.
+    To first order the error follows $e' = \nabla b_u(\hat X_{s,u}(x))\,e + r_u$ from
+    zero: the ODE carries its own residuals. Here that linear ODE is solved by collocation
+    at the Radau nodes (a step of Radau IIA), so that directions in which all errors die
+    out at once are damped as they should be. This makes it the estimate for stiff
+    systems, and the sharpest for small ones: it is right about maps whose own Jacobian is
+    wrong, which [`flowdiffrax.estimates.AlekseevGroebner`][] is not. Growth by much more
+    than $e^3$ in one jump (for three nodes) is underestimated, as it is by implicit
+    solvers.
+
+    !!! info "Numerics"
+
+        `num_nodes + 1` forward-mode passes through the map and calls of the teacher,
+        `num_nodes` Jacobians of the teacher, and a linear solve for
+        `num_nodes * entries` unknowns: for states of few entries. The pass at the start
+        shows a fast layer there, which the nodes would miss.
 
     **Arguments:**
 
@@ -117,6 +57,11 @@ class LinearisedError(AbstractAtNodes):
 
     **Raises:** `ValueError` for fewer nodes than one; when called, `TypeError` for a
     complex state.
+
+    ??? cite "Reference"
+
+        The method: Hairer, Wanner: Solving Ordinary Differential Equations II, section
+        IV.5.
     """
 
     def __call__(
@@ -128,5 +73,20 @@ class LinearisedError(AbstractAtNodes):
         x: State,
         args: Args = None,
     ) -> tuple[State, State]:
-        path, errors = path_and_errors(flow_map, teacher, s, t, x, args, self.num_nodes)
-        return last(path), last(errors)
+        s, t = times_like(x, s, t)
+        flat = lambda y: ravel(y, "`LinearisedError`")[0]
+        _, unravel = ravel(x, "`LinearisedError`")
+        inputs = flow_map, teacher, s, t, x, args
+        us, path, residuals = path_residuals(*inputs, self.num_nodes)
+        field = lambda u, y: flat(teacher(u, unravel(y), args))
+        r = jax.vmap(flat)(residuals)
+        start = flat(start_error(*inputs, residuals, self.num_nodes))
+        jacobians = jax.vmap(jax.jacfwd(field, argnums=1))(us, jax.vmap(flat)(path))
+        weights, to_end = radau(self.num_nodes)[1:3]
+        # Weights from the start to each node, times the length of the jump.
+        collocation = (t - s).astype(r.dtype) * jnp.asarray(weights - to_end, r.dtype)
+        coupling = jnp.einsum("ij,jkl->ikjl", collocation, jacobians)
+        matrix = jnp.eye(r.size, dtype=r.dtype) - coupling.reshape(r.size, r.size)
+        forcing = start[None, :] + collocation @ r
+        errors = _solve(matrix, forcing.reshape(-1)).reshape(r.shape)
+        return last(path), unravel(errors[-1])

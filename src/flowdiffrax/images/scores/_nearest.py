@@ -3,9 +3,11 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Array, Float64, Int, UInt8
 
-from ...metrics._distances import _ROWS
 from ..sets._images import Images
 from ._features import as_images
+
+# Rows at a time, so that memory stays bounded.
+_ROWS = 2048
 
 
 class NearestNeighbours(NamedTuple):
