@@ -61,10 +61,32 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "helps = taken & (ratio < 0.5)",
         "helps = taken & ((ratio <= 0.5))",
     ): "no ratio is exactly one half",
+    (
+        "solvers/_hybrid.py",
+        "classical = self.classical.evaluate(t0, left=left)",
+        "classical = self.classical.evaluate(t0)",
+    ): "Diffrax's own interpolations ignore it",
+    (
+        "solvers/_sample.py",
+        "if grid.shape[0] == 2:",
+        "if grid.shape[0] == 1:",
+    ): "a scan of one jump is that jump",
+    (
+        "times/_grids.py",
+        "j = jnp.minimum((second * (size - 1)).astype(int), size - 2)",
+        "j = jnp.minimum((second * (size - 1)).astype(int), size - 1)",
+    ): "for products that are rounded up alone",
+    (
+        "objectives/_batch.py",
+        "losses = eqx.filter_vmap(one, in_axes=(axes, 0, 0, axes, 0))(",
+        "losses = eqx.filter_vmap(one, in_axes=(axes, 0, -1, axes, 0))(",
+    ): "times have one axis",
 }
 AXES = ("axis", "axes", "in_axes", "out_axes")
 # Of fields; of a place in the source; and what Python and NumPy do here by themselves.
 KEPT = ("default", "static", "converter", "stacklevel", "encoding", "allow_pickle")
+# What changes nothing but time, or is only there for our own mistakes.
+KEPT += ("strict", "unroll")
 TIMES = {"s", "t", "u", "t0", "t1", "tprev", "tnext"}
 OPPOSITES = {
     **{"max": "min", "maximum": "minimum", "argmax": "argmin", "amax": "amin"},

@@ -99,8 +99,8 @@ def run(path, *, short):
     with contextlib.ExitStack() as stack:
         # Files that nobody has at hand.
         for owner, name, value in [
-            (fd.data, "imagenet32", lambda path: stand_in()),
-            (fd.data, "cifar10", lambda path, split: stand_in()),
+            (fd.images, "imagenet32", lambda path: stand_in()),
+            (fd.images, "cifar10", lambda path, split: stand_in()),
             (fd.images.InceptionFeatures, "load", features),
         ]:
             stack.enter_context(mock.patch.object(owner, name, value))

@@ -607,3 +607,9 @@ def test_trajectories_that_end_before_the_times_drawn(ts, objective, is_fine):
     else:
         with pytest.raises(ValueError, match=r"draws times from.*g\(positions=True\)`"):
             train()
+
+
+def test_times_of_trajectories_rise():
+    for ts in ([0.0, 0.5, 0.5, 1.0], [0.0, 0.6, 0.5, 1.0]):
+        with pytest.raises(ValueError, match="rise"):
+            fd.data.TrajectoryBatches(jnp.asarray(ts), jnp.zeros((3, 4, 2)), 2)

@@ -68,6 +68,8 @@ def test_samples_that_are_no_numbers():
     x[1, 0, 0, 0], x[3] = np.nan, np.inf
     with pytest.raises(ValueError, match="2 of 5 images hold values that are not fin"):
         fd.images.to_uint8(x)
+    with pytest.raises(ValueError, match="1 of 1 images hold values"):
+        fd.images.to_uint8(x[1])
     with pytest.raises(ValueError, match="1 of 4 values are not finite"):
         fd.images.to_uint8(x[1].ravel())
     with pytest.raises(eqx.EquinoxRuntimeError, match="not finite"):
@@ -997,7 +999,7 @@ def smooth_pictures():
 def write_alexnet(path, seed=0):
     rng = np.random.default_rng(seed)
     arrays = {}
-    for n, (shape, *_) in enumerate(fd.images._alexnet._LAYERS):
+    for n, (shape, *_) in enumerate(fd.images.scores._alexnet._LAYERS):
         std = (2 / np.prod(shape[:3])) ** 0.5
         prefix = f"AlexNet_0.Conv_{n}"
         arrays[f"{prefix}.kernel"] = std * rng.standard_normal(shape, np.float32)

@@ -27,6 +27,7 @@ from PIL import Image
 import flowdiffrax as fd
 from flowdiffrax.images.sets import _cifar, _imagenet, _unpickle
 from flowdiffrax.images.sets import _fashion_mnist as _idx
+from flowdiffrax.images.sets._files import check_bytes
 from flowdiffrax.images.sets._unpickle import unpickle_arrays
 
 HERE = pathlib.Path(__file__).parent
@@ -142,7 +143,7 @@ def test_digits():
 
 
 def test_digits_bring_their_licence():
-    files = importlib.util.find_spec("flowdiffrax.data").submodule_search_locations
+    files = importlib.util.find_spec("flowdiffrax.images.sets").submodule_search_locations
     folder = pathlib.Path(files[0]) / "files"
     note = (folder / "digits.txt").read_text()
     assert "CC BY 4.0" in note
@@ -825,7 +826,9 @@ def write_parquet(path, images, labels=None, column="img", features=None, **opti
     structs = [{"bytes": body or None, "path": "a.png"} for body in bodies]
     columns = {column: arrow.array(structs, kind)}
     if labels is not None:
-        columns["label"] = arrow.array(labels, arrow.int64())
+        is_text = isinstance(labels[0], str)
+        kind = arrow.string() if is_text else arrow.int64()
+        columns["label"] = arrow.array(labels, kind)
     table = arrow.table(columns)
     if features is not None:
         info = json.dumps({"info": {"features": features}})
@@ -972,3 +975,19 @@ def test_without_the_extra(absent, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, absent, None)
     with pytest.raises(ImportError, match=r'pip install "flowdiffrax\[images\]"'):
         fd.images.parquet_images(tmp_path / "a.parquet")
+
+
+def test_parquet_with_labels_of_text(tmp_path):
+    write_parquet(tmp_path / "a.parquet", pictures(2), ["cat", "dog"])
+    with (
+        without_type_checks(),
+        pytest.raises(TypeError, match="`labels` must be integers"),
+    ):
+        fd.images.parquet_images(tmp_path / "a.parquet")
+
+
+def test_a_file_of_another_size_says_so():
+    md5 = hashlib.md5(b"abc", usedforsecurity=False).hexdigest()
+    check_bytes("file", b"abc", md5, 3)
+    with pytest.raises(ValueError, match="3 bytes instead of 4"):
+        check_bytes("file", b"abc", md5, 4)

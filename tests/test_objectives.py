@@ -1,5 +1,7 @@
 """Objectives: zero at the truth, unbiased, with gradients where the papers put them."""
 
+import inspect
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -15,10 +17,12 @@ from helpers import (
     max_abs,
     mlp_map,
     nonlinear_field,
+    public_objectives,
     without_type_checks,
 )
 
 import flowdiffrax as fd
+from flowdiffrax.objectives import _batch
 
 S, T = jnp.asarray(0.2), jnp.asarray(0.9)
 X0, X1 = jnp.asarray([0.8, -0.5]), jnp.asarray([-0.3, 1.1])
@@ -813,3 +817,45 @@ def test_positions_find_the_nearest_saved_time():
     positions = jnp.asarray([0.0, 0.2, 0.3, 0.7, 0.8, 1.0, 1.2])
     found = jax.vmap(path.saved_time)(positions)
     assert found.tolist() == [1.0, 1.0, 2.0, 2.0, 4.0, 4.0, 4.0]
+
+
+def test_band_has_its_edge():
+    # Dyadic jumps are of exactly that length.
+    weight = fd.weights.BandWeight(0.25)
+    error = jnp.asarray(3.0)
+    assert float(weight(0.5, 0.75, error)) == 3.0
+    assert float(weight(0.75, 0.5, error)) == 3.0
+    assert float(weight(0.5, 0.76, error)) == 0.0
+
+
+def test_clip_of_any_positive_length():
+    assert fd.objectives.Shortcut(clip=0.5).clip == 0.5
+    with pytest.raises(ValueError, match="clip"):
+        fd.objectives.Shortcut(clip=0.0)
+
+
+def test_each_part_of_a_mixture_draws_for_its_own_rows():
+    times = fd.times.Stratified(fd.times.UniformTriangle())
+    mixture = fd.objectives.Mixture(
+        (fd.FlowMatching(), fd.LagrangianMapDistillation(times)), (1.0, 3.0)
+    )
+    drawn = _batch.draw_times(mixture, 16, jr.key(0))
+    assert all(leaf.shape == (16,) for leaf in drawn)
+    np.testing.assert_array_equal(drawn.row, [*range(4), *range(12)])
+
+
+def test_objectives_keep_their_settings():
+    given = {
+        "times": fd.times.Stratified(fd.times.UniformTriangle()),
+        "weight": fd.weights.PowerWeight(0.3),
+        "end": 0.9,
+        "clip": 0.4,
+        "epsilon": 0.02,
+    }
+    for name in public_objectives():
+        cls = getattr(fd.objectives, name)
+        known = inspect.signature(cls).parameters
+        for setting, value in given.items():
+            if setting in known and known[setting].default != value:
+                made = cls(**{setting: value})
+                assert getattr(made, setting) is value, (name, setting)

@@ -1,4 +1,9 @@
-"""Recipes of papers: they train, have the papers' numbers, and lower for CUDA at size."""
+"""Recipes of papers: they train, have the papers' numbers, and lower for CUDA at size.
+
+All of each is pinned in `data/recipes.txt`. After a change, look at the difference:
+
+    python tests/test_recipes.py > tests/data/recipes.txt
+"""
 
 import dataclasses
 import importlib.util
@@ -16,6 +21,7 @@ from helpers import assert_close, max_abs, without_type_checks
 
 import flowdiffrax as fd
 from flowdiffrax.images import _optim
+from flowdiffrax.nn._magnitude import ForcedLinear
 
 NAMES = fd.images.recipes()
 # Their networks have a `dtype`.
@@ -176,6 +182,20 @@ def test_clipping(size, made):
     assert_close(updates["w"], made * jnp.asarray([-0.6, 0.8]), 1e-9)
 
 
+def test_an_update_keeps_the_length_of_rows():
+    layer = ForcedLinear(3, 2, key=jr.key(0))
+    layer = jtu.tree_map(lambda w: w.astype(float), fd.nn.normalise_weights(layer))
+    optim = fd.images.decayed_radam(0.1)
+    gradient = jtu.tree_map(lambda w: jr.normal(jr.key(1), w.shape), layer)
+    with jax.numpy_dtype_promotion("standard"):
+        updates, _ = optim.update(gradient, optim.init(layer), layer)
+    moved = eqx.apply_updates(layer, updates)
+    for old, new in zip(jtu.tree_leaves(layer), jtu.tree_leaves(moved), strict=True):
+        lengths = [np.linalg.norm(leaf, axis=0) for leaf in (old, new)]
+        np.testing.assert_allclose(lengths[1], lengths[0], rtol=1e-6)
+        assert np.abs(new - old).max() > 1e-3
+
+
 def test_warm_up():
     recipe = fd.images.recipe("cifar10-meanflow")
     assert recipe.num_steps == 16_000 * (50_000 // 1024)
@@ -308,3 +328,17 @@ def test_another_recipe():
 def test_bad_decay():
     with pytest.raises(ValueError, match="`constant_steps` must be positive; got 0"):
         fd.images.decayed_radam(1e-2, constant_steps=0)
+
+
+def described():
+    text = "\n\n".join(str(fd.images.recipe(name)) for name in NAMES)
+    return text.replace("float64", "float32")
+
+
+def test_recipes_are_those_of_the_table():
+    table = pathlib.Path(__file__).parent / "data" / "recipes.txt"
+    assert described() == table.read_text().rstrip("\n")
+
+
+if __name__ == "__main__":
+    print(described())

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import types
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -295,6 +296,7 @@ def test_picture_of_samples(tmp_path):
     values = picture(tmp_path / "new" / "samples-30.png")
     # Eight pixels for each of an image's; two rows and columns of 8 x 8, and gaps of 2.
     assert values.shape[0] == 8 * (2 * 10 + 2)
+    assert values.shape[1] == values.shape[0] + 12 + 9 * len("4 jumps")
     grid = values[:, -values.shape[0] :]
     inside = [grid[16:80, 16:80], grid[16:80, 96:160], grid[96:160, 16:80]]
     # From -0.6 in one jump to -0.4, and in four to 0.2.
@@ -325,6 +327,20 @@ def test_the_average_is_sampled():
     moved = eqx.tree_at(lambda s: s.averages[0].net.amount, state, jnp.asarray(0.5))
     grids = fd.images.SampleGrids(None, np.zeros((1, 2)), distance=np.max, num_jumps=[1])
     assert grids(moved, {"step": 1})["distance_1"] == pytest.approx(0.5)
+
+
+def test_each_batch_of_samples_has_its_own_conditions():
+    seen = []
+    grids = fd.images.SampleGrids(
+        None,
+        np.zeros((4, 2)),
+        jnp.arange(4.0),
+        num_jumps=(1,),
+        batch_size=2,
+        distance=lambda samples: seen.append(samples) or 0.0,
+    )
+    grids(state_of(brighten()), {"step": 1})
+    np.testing.assert_allclose(seen[0], np.stack([np.arange(4.0)] * 2, axis=1))
 
 
 def test_samples_over_other_times():
@@ -503,6 +519,27 @@ def test_tensorboard_of_another_process(tmp_path, monkeypatch):
     board = fd.train.TensorBoard(tmp_path / "board")
     board(state_of(brighten()), REPORTS[0])
     assert board.writer is None and not (tmp_path / "board").exists()
+
+
+def test_what_weights_and_biases_is_given(monkeypatch):
+    logged = []
+    run = types.SimpleNamespace(
+        log=lambda numbers, **rest: logged.append((numbers, rest))
+    )
+    fake = types.SimpleNamespace(init=lambda **settings: run)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    log = fd.train.WeightsAndBiases(project="maps")
+    for report in REPORTS:
+        log(state_of(brighten()), report)
+    assert logged == [
+        ({"loss": 0.5, "skipped": 0.0}, {"step": 2, "commit": True}),
+        (
+            {"loss": 0.25, "skipped": 1.0, "distance_1": 3.0},
+            {"step": 4, "commit": True},
+        ),
+    ]
+    monkeypatch.setattr("jax.process_index", lambda: 1)
+    assert fd.train.WeightsAndBiases().run is None
 
 
 @pytest.mark.filterwarnings("ignore")  # wandb's own

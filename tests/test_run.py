@@ -484,6 +484,7 @@ def test_checkpoints_that_are_kept(tmp_path, first_state):
         run.save(at(5), {"score": 0.0})
         run.wait()
         assert run.best_step == 3
+        assert run.resume(at(5)).step == 5
         with pytest.raises(ValueError, match="end at step 5, before step 6"):
             run.resume(at(6))
     with pytest.raises(ValueError, match=r"has a number 'scor' .*'score'"):

@@ -559,3 +559,15 @@ def test_stratified_has_less_variance():
 def test_bad_settings(make, match):
     with without_type_checks(), pytest.raises(ValueError, match=match):
         make()
+
+
+def test_stages_shorter_than_a_step_take_one():
+    grid = fd.times.doubling_schedule(1, 2, 64)
+    assert [int(grid(step)) for step in (0, 1, 2, 50)] == [3, 5, 9, 65]
+
+
+def test_no_level_is_one_jump():
+    s, t = fd.times.Dyadic(0)(jr.key(0), 4)
+    np.testing.assert_array_equal([s, t], [np.zeros(4), np.ones(4)])
+    with pytest.raises(ValueError, match="at least 0; got -1"):
+        fd.times.Dyadic(-1)

@@ -317,6 +317,16 @@ def test_accumulated_parts_are_one_batch(size, number):
     assert_close(states[1], states[0], 1e-12, 1e-12)
 
 
+def test_conditions_have_the_rows_of_the_paths():
+    wrong = lambda key: (batches(8)(key)[0], jnp.zeros(7))
+    with pytest.raises(ValueError, match="one common leading axis"):
+        run(fd.FlowMatching(), source=wrong, num_steps=1)
+
+
+def test_nothing_need_be_skipped():
+    assert int(run(fd.FlowMatching(), num_steps=1, max_skipped=0).step) == 1
+
+
 def test_batch_of_one_is_refused_where_two_parts_are_needed():
     for objective in (
         fd.objectives.MeanFlow(),

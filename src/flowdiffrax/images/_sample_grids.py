@@ -154,7 +154,7 @@ class SampleGrids:
             np.asarray(self._to_images(rows_of(batch, 0, columns)))
             for batch in samples.values()
         ]
-        if any(row.ndim != 4 for row in rows):
+        if rows[0].ndim != 4:
             raise ValueError(
                 "`to_images` must return images of shape (images, height, width, "
                 f"channels); got {rows[0].shape}."

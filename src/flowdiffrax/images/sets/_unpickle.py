@@ -78,7 +78,7 @@ def _as_array(body: Any, dtype: Any, shape: Any, order: Any) -> np.ndarray:
     )
     if not whole:
         raise _Refused("it holds an array whose parts do not fit together")
-    return np.ndarray(shape, dtype.dtype, body, order=order).copy(order="C")
+    return np.ndarray(shape, dtype.dtype, body, order=order).copy()
 
 
 def _reconstruct(subtype: type, shape: tuple, code: object) -> _Array:
