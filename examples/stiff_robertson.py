@@ -57,7 +57,7 @@ class ExchangeFlowMap(fd.AbstractFlowMap):
     net: fd.nn.MLP
     time_range = (T0, T1)
 
-    def __call__(self, s, t, x, args=None):
+    def jump(self, s, t, x, args):
         h = jnp.asarray(t - s, x.dtype)
         # The second species at the end of the step, if the others stood still.
         source, decay = x[1] + 0.04 * h * x[0], 1 + 1e4 * h * x[2]

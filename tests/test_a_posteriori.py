@@ -29,7 +29,7 @@ class Bent(fd.AbstractFlowMap):
     flow_map: fd.AbstractFlowMap
     size: float
 
-    def __call__(self, s, t, x, args=None):
+    def jump(self, s, t, x, args):
         h = jnp.asarray(t) - jnp.asarray(s)
         bend = self.size * jnp.sin(3 * h) * jnp.cos(2 * x + s)
         return self.flow_map(s, t, x, args) + bend
@@ -38,12 +38,12 @@ class Bent(fd.AbstractFlowMap):
 class Logistic(fd.AbstractFlowMap):
     """Growth between -2 and 2, x' = (1 + t) (4 - x^2) / 4, in closed form."""
 
-    def __call__(self, s, t, x, args=None):
+    def jump(self, s, t, x, args):
         gain = jnp.exp((t - s) + (t**2 - s**2) / 2)
         y = (x + 2) / 4
         return 4 * y * gain / (1 + y * (gain - 1)) - 2
 
-    def velocity(self, t, x, args=None):
+    def tangent(self, t, x, args):
         return (1 + t) * (4 - x**2) / 4
 
 

@@ -38,7 +38,7 @@ class Perturbed(fd.AbstractFlowMap):
     size: float = eqx.field(static=True)
     power: int = eqx.field(static=True)
 
-    def __call__(self, s, t, x, args=None):
+    def jump(self, s, t, x, args):
         h = jnp.asarray(t) - jnp.asarray(s)
         error = self.size * h**self.power * jnp.cos(3 * x + s)
         return self.flow_map(s, t, x, args) + error

@@ -35,7 +35,7 @@ def field(t, x, args):
 class Growth(fd.AbstractFlowMap):
     """The flow map of `field`."""
 
-    def __call__(self, s, t, x, args=None):
+    def jump(self, s, t, x, args):
         asked.add("map")
         return x * jnp.exp(args["rate"] * (jnp.asarray(t) - jnp.asarray(s)))
 

@@ -23,13 +23,13 @@ class PolynomialMap(fd.AbstractFlowMap):
 
     coefficients: jax.Array
 
-    def __call__(self, s, t, x, args=None):
+    def jump(self, s, t, x, args):
         return x + (t - s) * self.average_velocity(s, t, x)
 
-    def velocity(self, t, x, args=None):
+    def tangent(self, t, x, args):
         return self.average_velocity(t, t, x)
 
-    def average_velocity(self, s, t, x, args=None):
+    def chord(self, s, t, x, args):
         powers = self.coefficients.shape
         wave = lambda t, n: jnp.cos(jnp.arange(1.0 * n) * jnp.arccos(0.98 * (2 * t - 1)))
         return wave(s, powers[0]) @ self.coefficients @ wave(t, powers[1]) * x

@@ -26,9 +26,9 @@ X = jnp.asarray([0.8, -0.5])
 
 
 class Plain(fd.AbstractFlowMap):
-    """A map of one's own, with `__call__` only: X = x + h sin(x + s) + h^2 cos(t) x."""
+    """A map of one's own, with `jump` only: X = x + h sin(x + s) + h^2 cos(t) x."""
 
-    def __call__(self, s, t, x, args=None):
+    def jump(self, s, t, x, args):
         h = t - s
         return x + h * jnp.sin(x + s) + h**2 * jnp.cos(t) * x
 

@@ -54,10 +54,10 @@ class LinearMap(fd.AbstractFlowMap):
     def exact(self, offset):
         return fd.exact.LinearFlowMap([[0.2, -1.1], [0.7, -0.4]], offset)
 
-    def __call__(self, s, t, x, args=None):
+    def jump(self, s, t, x, args):
         return self.exact(args)(s, t, x)
 
-    def velocity(self, t, x, args=None):
+    def tangent(self, t, x, args):
         return self.exact(args).velocity(t, x)
 
 
@@ -66,7 +66,7 @@ class GaussianMap(fd.AbstractFlowMap):
 
     time_range = (0.0, 1.0)
 
-    def __call__(self, s, t, x, args=None):
+    def jump(self, s, t, x, args):
         return fd.exact.GaussianFlowMap(target_std=0.4, target_mean=args)(s, t, x)
 
 

@@ -47,7 +47,7 @@ class Shifted(fd.AbstractFlowMap):
     flow_map: fd.AbstractFlowMap
     size: float = eqx.field(static=True, default=0.1)
 
-    def __call__(self, s, t, x, args=None):
+    def jump(self, s, t, x, args):
         h = jnp.asarray(t) - jnp.asarray(s)
         return self.flow_map(s, t, x, args) + self.size * h * jnp.cos(3 * x + s)
 

@@ -571,7 +571,7 @@ def test_pair_is_a_teacher(objective):
     class Exact(fd.AbstractFlowMap):
         share: jax.Array
 
-        def __call__(self, s, t, x, args=None):
+        def jump(self, s, t, x, args):
             gain = -self.share * np.trace(MATRIX) * (t - s)
             return linear_map()(s, t, x[0]), x[1] + gain
 

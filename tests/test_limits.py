@@ -320,10 +320,10 @@ def test_diagonal_rows_follow_the_teacher(name):
 class OnlyDiagonal(fd.AbstractFlowMap):
     """The identity, but for a diagonal that knows better."""
 
-    def __call__(self, s, t, x, args=None):
+    def jump(self, s, t, x, args):
         return x
 
-    def velocity(self, t, x, args=None):
+    def tangent(self, t, x, args):
         return nonlinear_field(t, x, args)
 
 
@@ -368,7 +368,7 @@ class TrigFlow(fd.AbstractFlowMap):
     net: fd.FlowMap
     sigma: float = 0.5
 
-    def __call__(self, s, t, x, args=None):
+    def jump(self, s, t, x, args):
         angle = jnp.pi / 2 * (1 - s)
         F = self.net.average_velocity(angle, angle, x / self.sigma)
         return jnp.cos(angle) * x - jnp.sin(angle) * self.sigma * F

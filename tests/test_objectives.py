@@ -238,10 +238,10 @@ class ScaledVelocity(fd.AbstractFlowMap):
 
     factor: jax.Array
 
-    def __call__(self, s, t, x, args=None):
+    def jump(self, s, t, x, args):
         raise NotImplementedError
 
-    def velocity(self, t, x, args=None):
+    def tangent(self, t, x, args):
         return self.factor * gaussian_map().velocity(t, x)
 
 

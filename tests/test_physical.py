@@ -357,7 +357,7 @@ def test_steps_beyond_leave_integers_alone():
     class Counting(fd.AbstractFlowMap):
         time_range = (-1.0, 1.0)
 
-        def __call__(self, s, t, x, args=None):
+        def jump(self, s, t, x, args):
             return {"x": x["x"] + t - s, "count": x["count"]}
 
     flow_map = fd.AutonomousFlowMap(Counting())
@@ -563,7 +563,7 @@ def oscillator():
 class Drifting(fd.AbstractFlowMap):
     """A map whose velocity is right, and which gains energy."""
 
-    def __call__(self, s, t, x, args=None):
+    def jump(self, s, t, x, args):
         h = jnp.asarray(t) - jnp.asarray(s)
         field = lambda x: {"angle": x["rate"], "rate": -jnp.sin(x["angle"])}
         return jtu.tree_map(lambda x, v: x + h * v, x, field(x))

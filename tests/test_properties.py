@@ -28,7 +28,7 @@ class Turning(fd.AbstractFlowMap):
 
     rate: complex = eqx.field(static=True, default=-1.5)
 
-    def __call__(self, s, t, x, args=None):
+    def jump(self, s, t, x, args):
         # A closed form in numbers, whatever the dtype of the times.
         with jax.numpy_dtype_promotion("standard"):
             growth = jnp.exp(self.rate * (jnp.sin(t) - jnp.sin(s)))

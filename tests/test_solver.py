@@ -392,7 +392,7 @@ class Traced(fd.AbstractFlowMap):
     flow_map: fd.AbstractFlowMap
     traces: Traces = eqx.field(static=True)
 
-    def __call__(self, s, t, x, args=None):
+    def jump(self, s, t, x, args):
         self.traces.count += 1
         return self.flow_map(s, t, x, args)
 

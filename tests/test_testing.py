@@ -31,7 +31,7 @@ class Decay(fd.AbstractFlowMap):
 
     error: Callable = eqx.field(static=True, default=lambda s, t, x: 0.0)
 
-    def __call__(self, s, t, x, args=None):
+    def jump(self, s, t, x, args):
         return x * jnp.exp(s - t) + self.error(s, t, x)
 
 
@@ -44,25 +44,25 @@ def decay(t, x):
 
 
 class StopsState(fd.AbstractFlowMap):
-    def __call__(self, s, t, x, args=None):
+    def jump(self, s, t, x, args):
         return EXACT(s, t, jax.lax.stop_gradient(x), args)
 
 
 class WrongAverage(fd.AbstractFlowMap):
-    def __call__(self, s, t, x, args=None):
+    def jump(self, s, t, x, args):
         return EXACT(s, t, x, args)
 
-    def average_velocity(self, s, t, x, args=None):
+    def chord(self, s, t, x, args):
         return EXACT(s, t, x, args) - x
 
 
 class SpuriousSemigroup(fd.AbstractFlowMap):
     """The identity, with the right velocity: it satisfies the semigroup identity."""
 
-    def __call__(self, s, t, x, args=None):
+    def jump(self, s, t, x, args):
         return x
 
-    def velocity(self, t, x, args=None):
+    def tangent(self, t, x, args):
         return FIELD(t, x, args)
 
 

@@ -26,15 +26,15 @@ class Wrong(fd.AbstractFlowMap):
     flow_map: fd.AbstractFlowMap
     size: jax.Array
 
-    def __call__(self, s, t, x, args=None):
+    def jump(self, s, t, x, args):
         error = self._error(jnp.asarray(s), jnp.asarray(t), x)
         return self.flow_map(s, t, x, args) + (t - s) * self.size * error
 
-    def velocity(self, t, x, args=None):
+    def tangent(self, t, x, args):
         t = jnp.asarray(t)
         return self.flow_map.velocity(t, x, args) + self.size * self._error(t, t, x)
 
-    def average_velocity(self, s, t, x, args=None):
+    def chord(self, s, t, x, args):
         error = self._error(jnp.asarray(s), jnp.asarray(t), x)
         return self.flow_map.average_velocity(s, t, x, args) + self.size * error
 

@@ -284,7 +284,7 @@ def velocity_on(interpolant):
 class Diagonal(fd.AbstractFlowMap):
     """A map that is right to first order: one step along the field."""
 
-    def __call__(self, s, t, x, args=None):
+    def jump(self, s, t, x, args):
         return x + (t - s) * nonlinear_field(s, x, args)
 
 

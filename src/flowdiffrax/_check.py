@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+from jaxtyping import Array
 
 from ._types import State
 
@@ -17,6 +18,9 @@ def check_like(out: State, x: State, name: str) -> State:
     **Raises:** `ValueError` for another PyTree structure or other shapes, `TypeError`
     for other dtypes.
     """
+    if isinstance(out, Array) and isinstance(x, Array):
+        if out.shape == x.shape and out.dtype == x.dtype:
+            return out
     got, expected = jtu.tree_structure(out), jtu.tree_structure(x)
     if got != expected:
         raise ValueError(

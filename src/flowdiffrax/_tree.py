@@ -1,5 +1,6 @@
 """PyTrees of arrays: their algebra, as one vector, and as what training leaves alone."""
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -90,17 +91,21 @@ def _bits_of(dtype: np.dtype) -> np.dtype:
 
 def scale(factor: Scalar, x: State) -> State:
     """`factor * x`, every leaf keeping its own dtype."""
+    if isinstance(x, Array) and factor.dtype == x.dtype:
+        return factor * x
     return jtu.tree_map(lambda leaf: _cast_factor(factor, leaf) * leaf, x)
 
 
 def add_scaled(x: State, factor: Scalar, v: State) -> State:
     """`x + factor * v`, every leaf keeping its own dtype."""
+    if isinstance(v, Array) and factor.dtype == v.dtype:
+        return x + factor * v
     return jtu.tree_map(lambda a, b: a + _cast_factor(factor, b) * b, x, v)
 
 
 def subtract(x: State, y: State) -> State:
     """`x - y`, leaf by leaf."""
-    return jtu.tree_map(lambda a, b: a - b, x, y)
+    return jtu.tree_map(operator.sub, x, y)
 
 
 def _cast_factor(factor: Scalar, leaf: ArrayLike) -> Inexact[Array, ""]:

@@ -1,9 +1,8 @@
 import equinox as eqx
 
 from .._check import check_callable
-from .._time import times_like
 from .._tree import subtract
-from .._types import Args, State, Time, TwoTimeMap, VectorField
+from .._types import Args, Scalar, State, TwoTimeMap, VectorField
 from ..flow_maps._base import AbstractFlowMap
 from ..flow_maps._inverse import check_composable
 from ._alekseev_groebner import end_and_error
@@ -41,12 +40,13 @@ class DefectCorrectedFlowMap(AbstractFlowMap):
     def time_range(self):
         return getattr(self.flow_map, "time_range", None)
 
-    def __call__(self, s: Time, t: Time, x: State, args: Args = None) -> State:
+    def jump(self, s: Scalar, t: Scalar, x: State, args: Args) -> State:
+        """The jump less its estimated error."""
         X_st, error = end_and_error(
             self.flow_map, self.teacher, s, t, x, args, self.num_nodes
         )
         return subtract(X_st, error)
 
-    def velocity(self, t: Time, x: State, args: Args = None) -> State:
-        (t,) = times_like(x, t)
+    def tangent(self, t: Scalar, x: State, args: Args) -> State:
+        """The teacher."""
         return self.teacher(t, x, args)

@@ -2,8 +2,7 @@ import jax.numpy as jnp
 from jax.scipy.linalg import expm
 from jaxtyping import Array
 
-from .._time import times_like
-from .._types import Args, Numbers, State, Time
+from .._types import Args, Numbers, Scalar, State
 from ..flow_maps._base import AbstractFlowMap
 
 
@@ -32,13 +31,14 @@ class LinearFlowMap(AbstractFlowMap):
         self.generator = jnp.zeros((size + 1, size + 1))
         self.generator = self.generator.at[:-1, :-1].set(matrix).at[:-1, -1].set(offset)
 
-    def __call__(self, s: Time, t: Time, x: State, args: Args = None) -> State:
+    def jump(self, s: Scalar, t: Scalar, x: State, args: Args) -> State:
+        """By the matrix exponential."""
         del args
-        s, t = times_like(x, s, t)
         propagator = expm((t - s) * self.generator.astype(t.dtype)).astype(x.dtype)
         return propagator[:-1, :-1] @ x + propagator[:-1, -1]
 
-    def velocity(self, t: Time, x: State, args: Args = None) -> State:
+    def tangent(self, t: Scalar, x: State, args: Args) -> State:
+        """The linear field."""
         del t, args
         generator = self.generator.astype(x.dtype)
         return generator[:-1, :-1] @ x + generator[:-1, -1]

@@ -1,6 +1,7 @@
 """Flow maps X_{s,t}: the forms that are learned, the exact one, and compositions."""
 
 from ._autonomous import AutonomousFlowMap as AutonomousFlowMap
+from ._base import AbstractChordFlowMap as AbstractChordFlowMap
 from ._base import AbstractFlowMap as AbstractFlowMap
 from ._composed import ComposedFlowMap as ComposedFlowMap
 from ._hypersolver import HypersolverFlowMap as HypersolverFlowMap

@@ -4,36 +4,37 @@ from jax import lax
 from .._check import check_like
 from .._time import as_times, times_like
 from .._tree import nan_where
-from .._types import Args, State, Time
+from .._types import Args, Scalar, State, Time
 from ._base import AbstractFlowMap, check_times, times_out_of_range
 from ._inverse import check_composable
 
 
 class AutonomousFlowMap(AbstractFlowMap):
-    r"""One map for all start times: $X_{s,t} = X_{0,h}$ with $h = t - s$.
+    r"""Uses one map for all start times: $X_{s,t} = X_{0,h}$ with $h = t - s$.
 
-    For an ODE whose vector field does not depend on time. The flow then depends on the
-    step alone, so that a network need not learn the same map at every $s$, and a map
-    that is trained on steps $h$ is never asked to extrapolate in time.
+    This is for an ODE whose vector field does not depend on time. The flow then depends
+    only on the step: the network need not learn the same map at every $s$, and a map
+    trained on steps $h$ never has to extrapolate in time.
 
-    The map itself has no time range, since it starts anywhere. That of the inner map is
-    one of steps: `(0, 0.5)` allows steps up to a half forwards, `(-0.5, 0.5)` in both
-    directions. A longer step is refused; inside `jit`, where there is nobody to refuse
-    it for one example of a batch, the state is NaN, which ends a solve, as one that
-    diverged, or makes a [`flowdiffrax.HybridSolver`][] step classically.
+    The map itself has no time range, since it can start at any time. The time range of
+    the inner map is a range of steps: `(0, 0.5)` allows forward steps of up to a half,
+    `(-0.5, 0.5)` steps in both directions. A longer step raises an error. Inside `jit`,
+    where an error cannot be raised for one example of a batch, the state becomes NaN:
+    this ends a solve as diverged, or makes [`flowdiffrax.HybridSolver`][] take a
+    classical step.
 
     !!! info "Numerics"
 
-        The step is taken in the precision of the times, and rounded to that of the state
-        afterwards: late times in float64 do not spoil a float32 state's short steps.
+        The step is computed in the precision of the times, and then rounded to that of
+        the state: short steps at late float64 times are accurate for a float32 state.
 
     **Arguments:**
 
-    - `flow_map`: the inner map, which sees the times $0$ and $h$.
+    - `flow_map`: the inner map. It is called with the times $0$ and $h$.
 
     **Raises:** `TypeError` for an inner map that is not a
-    [`flowdiffrax.AbstractFlowMap`][], `ValueError` if its time range leaves out 0; when
-    it is called, `ValueError` for a step outside that range, if known.
+    [`flowdiffrax.AbstractFlowMap`][], `ValueError` if its time range does not contain 0;
+    when called, `ValueError` for a concrete step outside that range.
     """
 
     flow_map: AbstractFlowMap
@@ -48,21 +49,24 @@ class AutonomousFlowMap(AbstractFlowMap):
                 "to h in both directions, (-h, h)."
             )
 
-    def __call__(self, s: Time, t: Time, x: State, args: Args = None) -> State:
-        zero, h, outside = self._step(s, t, x)
-        out = check_like(self.flow_map(zero, h, x, args), x, "`flow_map`")
+    def jump(self, s: Scalar, t: Scalar, x: State, args: Args) -> State:
+        """Takes the step `t - s` with the inner map."""
+        h, outside = self._step(s, t)
+        out = check_like(self.flow_map(jnp.zeros_like(h), h, x, args), x, "`flow_map`")
         return out if outside is None else nan_where(outside, out)
 
-    def velocity(self, t: Time, x: State, args: Args = None) -> State:
-        zero, _, _ = self._step(t, t, x)
-        return self.flow_map.velocity(zero, x, args)
-
-    def average_velocity(self, s: Time, t: Time, x: State, args: Args = None) -> State:
-        zero, h, outside = self._step(s, t, x)
-        out = self.flow_map.average_velocity(zero, h, x, args)
+    def chord(self, s: Scalar, t: Scalar, x: State, args: Args) -> State:
+        """Returns the average velocity of the step `t - s`."""
+        h, outside = self._step(s, t)
+        out = self.flow_map.average_velocity(jnp.zeros_like(h), h, x, args)
         return out if outside is None else nan_where(outside, out)
 
-    def _step(self, s, t, x):
+    def tangent(self, t: Scalar, x: State, args: Args) -> State:
+        """Returns the velocity, which is the same at all times."""
+        return self.flow_map.velocity(jnp.zeros_like(t), x, args)
+
+    def _times(self, s: Time, t: Time, x: State) -> tuple[Scalar, Scalar]:
+        """Returns 0 and the step, the difference of the times before they are rounded."""
         s, t = as_times(s, t)
         h = t - s
         time_range = getattr(self.flow_map, "time_range", None)
@@ -75,17 +79,21 @@ class AutonomousFlowMap(AbstractFlowMap):
         (h,) = times_like(x, h)
         zero = jnp.zeros_like(h)
         check_times(self.flow_map, zero, h)
-        outside = times_out_of_range(self.flow_map, zero, h)
-        # No solver can check this: it knows the times, which may be any. Diffrax also
-        # evaluates beyond the step of an example that is done.
-        return zero, h if outside is None else jnp.where(outside, 0, h), outside
+        return zero, h
+
+    def _step(self, s, t):
+        h = t - s
+        outside = times_out_of_range(self.flow_map, jnp.zeros_like(h), h)
+        # A solver cannot check this, since all times are allowed. Diffrax also evaluates
+        # beyond the last step of an example that has finished.
+        return h if outside is None else jnp.where(outside, 0, h), outside
 
 
 def check_inner(flow_map: object) -> None:
-    """**Raises:** `TypeError` for what is no `AbstractFlowMap`, or does not compose."""
+    """**Raises:** `TypeError` unless it is an `AbstractFlowMap` that composes."""
     check_composable(flow_map)
     if not isinstance(flow_map, AbstractFlowMap):
         raise TypeError(
             "`flow_map` must be an `AbstractFlowMap`, which has velocities too; got "
-            f"{type(flow_map).__name__}. Subclass it and define `__call__`."
+            f"{type(flow_map).__name__}. Subclass it and define `jump`."
         )

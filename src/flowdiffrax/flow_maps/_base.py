@@ -5,12 +5,11 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-import numpy as np
 from jaxtyping import Array, Bool
 
 from .._time import as_times, times_like
-from .._tree import is_concrete
-from .._types import Args, State, Time
+from .._tree import add_scaled, is_concrete
+from .._types import Args, Scalar, State, Time
 
 
 class AbstractFlowMap(eqx.Module):
@@ -21,14 +20,17 @@ class AbstractFlowMap(eqx.Module):
     has $X_{s,s}(x) = x$, and defines an average velocity $v_{s,t}$ by
     $X_{s,t}(x) = x + (t - s) v_{s,t}(x)$. On the diagonal, $v_{t,t} = b_t$.
 
-    To write your own, subclass and define `__call__`; the velocities follow from it.
-    Define them too where your map knows them without a derivative.
+    To write your own, subclass this and define `jump`; the velocities follow from it.
+    Define `chord` and `tangent` as well if your map knows them without a derivative. If
+    your map computes the average velocity, subclass
+    [`flowdiffrax.flow_maps.AbstractChordFlowMap`][] instead. All three methods receive
+    times as scalar arrays in the precision of the state, within `time_range` if known.
 
     **Attributes:**
 
-    - `time_range`: the interval `(low, high)` that both times must lie in, or `None` if
-      the map makes no such promise. [`flowdiffrax.FlowMapSolver`][] and
-      [`flowdiffrax.sample`][] refuse times outside.
+    - `time_range`: the interval `(low, high)` that both times must lie in; `None` for
+      any times. [`flowdiffrax.FlowMapSolver`][] and [`flowdiffrax.sample`][] refuse
+      times outside it.
 
     ??? cite "Reference"
 
@@ -39,7 +41,6 @@ class AbstractFlowMap(eqx.Module):
 
     time_range = None
 
-    @abc.abstractmethod
     def __call__(self, s: Time, t: Time, x: State, args: Args = None) -> State:
         """Takes a state from time `s` to time `t`.
 
@@ -48,55 +49,103 @@ class AbstractFlowMap(eqx.Module):
         - `s`, `t`: start and end of the jump, in either order.
         - `x`: one state at time `s`, an array or a PyTree of arrays; use `jax.vmap` for
           a batch.
-        - `args`: anything the map is conditioned on, as in Diffrax.
+        - `args`: whatever the map is conditioned on, as in Diffrax.
 
         **Returns:** the state at time `t`, like `x` in structure, shapes and dtypes.
+
+        **Raises:** `ValueError` for concrete times outside `time_range`.
         """
+        s, t = self._times(s, t, x)
+        return self.jump(s, t, x, args)
 
     def velocity(self, t: Time, x: State, args: Args = None) -> State:
         r"""The instantaneous velocity $v_{t,t}(x) = \partial_t X_{s,t}(x) |_{s=t}$.
 
-        It has the signature of a vector field, so that
-        `diffrax.ODETerm(flow_map.velocity)` is the ODE that the map implies.
+        It has the signature of a vector field: `diffrax.ODETerm(flow_map.velocity)` is
+        the ODE that the map implies.
         """
-        (t,) = times_like(x, t)
-        _, v_tt = jax.jvp(lambda end: self(t, end, x, args), (t,), (jnp.ones_like(t),))
-        return v_tt
+        _, t = self._times(t, t, x)
+        return self.tangent(t, x, args)
 
     def average_velocity(self, s: Time, t: Time, x: State, args: Args = None) -> State:
         r"""The slope of the chord, $v_{s,t}(x) = (X_{s,t}(x) - x) / (t - s)$.
 
         At `s == t` it is [`velocity`][flowdiffrax.AbstractFlowMap.velocity].
         """
-        s, t = times_like(x, s, t)
+        s, t = self._times(s, t, x)
+        return self.chord(s, t, x, args)
+
+    @abc.abstractmethod
+    def jump(self, s: Scalar, t: Scalar, x: State, args: Args) -> State:
+        """Returns the state at time `t`; calling the map calls this."""
+
+    def chord(self, s: Scalar, t: Scalar, x: State, args: Args) -> State:
+        """Returns the average velocity: by default that of `jump`, or `tangent` if
+        `s == t`.
+        """
         h = t - s
-        # Both branches are evaluated, so the division must be safe in the one not
-        # taken: a NaN there would reach the gradient.
+        # `where` evaluates both branches, so the division must be safe in the one that
+        # is not taken: a NaN there would reach the gradient.
         safe = jnp.where(h == 0, 1, h)
-        X_st = self(s, t, x, args)
-        v_tt = self.velocity(t, x, args)
+        X_st = self.jump(s, t, x, args)
+        v_tt = self.tangent(t, x, args)
 
         def slope(end: Array, start: Array, v: Array) -> Array:
-            # A gap of float64 may be zero in the precision of the leaf.
+            # A float64 gap may round to zero in the precision of the leaf.
             width = safe.astype(jnp.finfo(end.dtype).dtype).astype(end.dtype)
             at_rest = (h == 0) | (width == 0)
             return jnp.where(at_rest, v, (end - start) / jnp.where(width == 0, 1, width))
 
         return jtu.tree_map(slope, X_st, x, v_tt)
 
+    def tangent(self, t: Scalar, x: State, args: Args) -> State:
+        """Returns the velocity: by default the derivative of `jump` in its end time."""
+        end = lambda end: self.jump(t, end, x, args)
+        return jax.jvp(end, (t,), (jnp.ones_like(t),))[1]
+
+    def _times(self, s: Time, t: Time, x: State) -> tuple[Scalar, Scalar]:
+        """Checks the times and converts them for `jump`, `chord` and `tangent`."""
+        if self.time_range is not None:
+            check_times(self, s, t)
+        s, t = times_like(x, s, t)
+        return s, t
+
+
+class AbstractChordFlowMap(AbstractFlowMap):
+    r"""A map given by its average velocity: $X_{s,t}(x) = x + (t - s)\,v_{s,t}(x)$.
+
+    To write your own, subclass this and define `chord`, which must also be correct at
+    `s == t`.
+    """
+
+    @abc.abstractmethod
+    def chord(self, s: Scalar, t: Scalar, x: State, args: Args) -> State:
+        """Returns the average velocity, or the velocity if `s == t`."""
+
+    def jump(self, s: Scalar, t: Scalar, x: State, args: Args) -> State:
+        """Moves along the chord."""
+        return add_scaled(x, t - s, self.chord(s, t, x, args))
+
+    def tangent(self, t: Scalar, x: State, args: Args) -> State:
+        """Returns the chord of zero length."""
+        return self.chord(t, t, x, args)
+
 
 def times_out_of_range(flow_map: object, s: Time, t: Time) -> Bool[Array, ""] | None:
-    """Whether a jump leaves the map's declared range; `None` if it declares none."""
+    """Whether a jump leaves the map's `time_range`; `None` if the map has none."""
     time_range = getattr(flow_map, "time_range", None)
     if time_range is None:
         return None
     s, t = as_times(s, t)
-    # Evenly spaced times are rounded: 10 * 0.1 > 1. A millionth is no extrapolation.
+    low, high = _with_slack(time_range)
+    return ((jnp.minimum(s, t) < low) | (jnp.maximum(s, t) > high)) & (s != t)
+
+
+def _with_slack(time_range: tuple[float, float]) -> tuple[float, float]:
+    # Evenly spaced times are rounded: 10 * 0.1 > 1. A millionth does not extrapolate.
     low, high = time_range
     slack = 1e-6 * (high - low)
-    return ((jnp.minimum(s, t) < low - slack) | (jnp.maximum(s, t) > high + slack)) & (
-        s != t
-    )
+    return low - slack, high + slack
 
 
 def out_of_range_message(flow_map: object) -> str:
@@ -110,17 +159,20 @@ def out_of_range_message(flow_map: object) -> str:
 
 def check_times(flow_map: object, s: Time, t: Time) -> None:
     """**Raises:** `ValueError` if the times are concrete and leave the range."""
-    if is_concrete((s, t)):
-        outside = times_out_of_range(flow_map, s, t)
-        # Inside `jit` even constants become tracers once an operation touches them.
-        if outside is not None and is_concrete(outside) and bool(np.asarray(outside)):
-            raise ValueError(f"{out_of_range_message(flow_map)} Got s={s}, t={t}.")
+    time_range = getattr(flow_map, "time_range", None)
+    is_known = is_concrete((s, t)) and jnp.shape(s) == jnp.shape(t) == ()
+    if time_range is None or not is_known:
+        return
+    low, high = _with_slack(time_range)
+    first, last = sorted([float(s), float(t)])
+    if first != last and (first < low or last > high):
+        raise ValueError(f"{out_of_range_message(flow_map)} Got s={s}, t={t}.")
 
 
 def as_time_range(time_range: Any) -> tuple[float, float] | None:
-    """Two Python numbers, as a static field needs them, or `None`.
+    """Converts a time range to two Python numbers, as a static field needs; or `None`.
 
-    **Raises:** `TypeError` for what are not two numbers, `ValueError` unless they rise.
+    **Raises:** `TypeError` unless it is two numbers, `ValueError` unless they increase.
     """
     if time_range is None:
         return None

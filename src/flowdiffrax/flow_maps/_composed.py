@@ -2,22 +2,23 @@ import equinox as eqx
 import jax.numpy as jnp
 from jax import lax
 
-from .._time import times_like
-from .._types import Args, State, Time, TwoTimeMap
-from ._base import AbstractFlowMap, check_times
+from .._types import Args, Scalar, State, TwoTimeMap
+from ._base import AbstractFlowMap
 from ._inverse import check_composable
 
 
 class ComposedFlowMap(AbstractFlowMap):
-    r"""A flow map that takes `num_jumps` equal jumps of another instead of one.
+    r"""Takes `num_jumps` equal jumps of another flow map instead of one.
 
-    $X_{t_{K-1},t} \circ \dots \circ X_{s,t_1}$ with $t_k = s + \tfrac kK (t - s)$. For an
-    exact map it changes nothing; a learned one is mostly better in short jumps.
+    $X_{t_{K-1},t} \circ \dots \circ X_{s,t_1}$ with $t_k = s + \tfrac kK (t - s)$. This
+    changes nothing for an exact map. Learned maps are usually more accurate in short
+    jumps.
 
     **Arguments:**
 
     - `flow_map`: the map to compose.
-    - `num_jumps`: the number of jumps $K$, at least 1, and of evaluations.
+    - `num_jumps`: the number of jumps $K$, which is also the number of evaluations; at
+      least 1.
 
     **Raises:** `ValueError` if `num_jumps` is below 1.
     """
@@ -34,11 +35,10 @@ class ComposedFlowMap(AbstractFlowMap):
     def time_range(self):
         return getattr(self.flow_map, "time_range", None)
 
-    def __call__(self, s: Time, t: Time, x: State, args: Args = None) -> State:
-        check_times(self, s, t)
-        s, t = times_like(x, s, t)
+    def jump(self, s: Scalar, t: Scalar, x: State, args: Args) -> State:
+        """Takes equal jumps, one after the other."""
         fractions = jnp.arange(self.num_jumps + 1, dtype=s.dtype) / self.num_jumps
-        # A convex combination ends at `t` to the last bit, where s + K (t - s)/K may not.
+        # A convex combination ends at exactly `t`; s + K (t - s)/K may not.
         ts = (1 - fractions) * s + fractions * t
         jump = lambda x, ends: (self.flow_map(ends[0], ends[1], x, args), None)
         out, _ = lax.scan(jump, x, (ts[:-1], ts[1:]))

@@ -1,5 +1,5 @@
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import diffrax
 import equinox as eqx
@@ -8,13 +8,13 @@ import jax.tree_util as jtu
 import numpy as np
 
 from .._check import check_callable, check_like
-from .._time import at_least_float32, times_like
+from .._time import at_least_float32
 from .._tree import Frozen, add_scaled
-from .._types import Args, State, Time, VectorField
-from ._base import AbstractFlowMap, as_time_range, check_times
+from .._types import Args, Scalar, State, VectorField
+from ._base import AbstractChordFlowMap, as_time_range
 
 
-class HypersolverFlowMap(AbstractFlowMap):
+class HypersolverFlowMap(AbstractChordFlowMap):
     r"""One step of a classical solver plus a learned remainder of the right order.
 
     The average velocity is that of a Runge-Kutta step of order $p$ from $s$ to $t$, plus
@@ -93,17 +93,12 @@ class HypersolverFlowMap(AbstractFlowMap):
         """The vector field, its arrays held fixed."""
         return self.frozen_field.thaw()
 
-    def __call__(self, s: Time, t: Time, x: State, args: Args = None) -> State:
-        check_times(self, s, t)
-        s, t = times_like(x, s, t)
-        return add_scaled(x, t - s, self.average_velocity(s, t, x, args))
-
-    def velocity(self, t: Time, x: State, args: Args = None) -> State:
-        (t,) = times_like(x, t)
+    def tangent(self, t: Scalar, x: State, args: Args) -> State:
+        """The vector field."""
         return check_like(self.vector_field(t, x, args), x, "`vector_field`")
 
-    def average_velocity(self, s: Time, t: Time, x: State, args: Args = None) -> State:
-        s, t = times_like(x, s, t)
+    def chord(self, s: Scalar, t: Scalar, x: State, args: Args) -> State:
+        """The average velocity of one step."""
         h = t - s
         field = self.vector_field
         b = lambda t, y: check_like(field(t, y, args), y, "`vector_field`")
@@ -112,7 +107,7 @@ class HypersolverFlowMap(AbstractFlowMap):
         step = _step_velocity(self.solver, b, s, h, jtu.tree_map(widen, x))
         step = jtu.tree_map(lambda v, x: v.astype(jnp.result_type(x)), step, x)
         remainder = check_like(self.net(s, t, x, args), x, "`HypersolverFlowMap.net`")
-        power = self.solver.order(diffrax.ODETerm(field))
+        power = cast(int, self.solver.order(diffrax.ODETerm(field)))
         return add_scaled(step, h**power, remainder)
 
 

@@ -10,7 +10,7 @@ from jaxtyping import Array, Inexact, PyTree
 from .._check import check_callable, check_like
 from .._time import as_times, at_least_float32, real_dtype, times_like
 from .._tree import Frozen, is_concrete, num_rows, subtract
-from .._types import Args, State, Time, VectorField
+from .._types import Args, Scalar, State, Time, VectorField
 from ._autonomous import AutonomousFlowMap, check_inner
 from ._base import AbstractFlowMap, check_times
 
@@ -241,25 +241,30 @@ class NormalisedFlowMap(AbstractFlowMap):
         low, high = ((1 - end) * units.t0 + end * units.t1 for end in time_range)
         return (low, high)
 
-    def __call__(self, s: Time, t: Time, x: State, args: Args = None) -> State:
-        check_times(self, s, t)
+    def jump(self, s: Scalar, t: Scalar, x: State, args: Args) -> State:
+        """The jump of the inner map, in the user's units."""
         units = self.normalisation
         z = units.state(x)
-        end = self.flow_map(units.time(s), units.time(t), z, units.args(args))
+        end = self.flow_map(s, t, z, units.args(args))
         move = lambda x, std, jump: x + _like(std, x) * jump
         return jtu.tree_map(move, x, units.std, subtract(end, z))
 
-    def velocity(self, t: Time, x: State, args: Args = None) -> State:
-        units = self.normalisation
-        v = self.flow_map.velocity(units.time(t), units.state(x), units.args(args))
-        return units._rate(v)
-
-    def average_velocity(self, s: Time, t: Time, x: State, args: Args = None) -> State:
+    def chord(self, s: Scalar, t: Scalar, x: State, args: Args) -> State:
+        """The average velocity of the inner map, in the user's units."""
         units = self.normalisation
         z, args = units.state(x), units.args(args)
-        return units._rate(
-            self.flow_map.average_velocity(units.time(s), units.time(t), z, args)
-        )
+        return units._rate(self.flow_map.average_velocity(s, t, z, args))
+
+    def tangent(self, t: Scalar, x: State, args: Args) -> State:
+        """The velocity of the inner map, in the user's units."""
+        units = self.normalisation
+        return units._rate(self.flow_map.velocity(t, units.state(x), units.args(args)))
+
+    def _times(self, s: Time, t: Time, x: State) -> tuple[Scalar, Scalar]:
+        """The times on the inner map's clock, with all their digits."""
+        check_times(self, s, t)
+        units = self.normalisation
+        return units.time(s), units.time(t)
 
 
 class _NormalisedField(eqx.Module):

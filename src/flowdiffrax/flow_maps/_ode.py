@@ -4,13 +4,13 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 
 from .._check import check_callable
-from .._time import at_least_float32, times_like
+from .._time import at_least_float32
 from .._tree import add_scaled
-from .._types import Args, State, Time, VectorField
-from ._base import AbstractFlowMap, as_time_range, check_times
+from .._types import Args, Scalar, State, VectorField
+from ._base import AbstractChordFlowMap, as_time_range
 
 
-class ODEFlowMap(AbstractFlowMap):
+class ODEFlowMap(AbstractChordFlowMap):
     r"""The exact flow map of a vector field, integrated by Diffrax.
 
     Use it as an oracle in tests, as a teacher map, or wherever a learned map may stand.
@@ -52,17 +52,12 @@ class ODEFlowMap(AbstractFlowMap):
         if self.max_steps < 1:
             raise ValueError(f"`max_steps` must be at least 1; got {self.max_steps}.")
 
-    def __call__(self, s: Time, t: Time, x: State, args: Args = None) -> State:
-        check_times(self, s, t)
-        s, t = times_like(x, s, t)
-        return add_scaled(x, t - s, self.average_velocity(s, t, x, args))
-
-    def velocity(self, t: Time, x: State, args: Args = None) -> State:
-        (t,) = times_like(x, t)
+    def tangent(self, t: Scalar, x: State, args: Args) -> State:
+        """The vector field."""
         return self.vector_field(t, x, args)
 
-    def average_velocity(self, s: Time, t: Time, x: State, args: Args = None) -> State:
-        s, t = times_like(x, s, t)
+    def chord(self, s: Scalar, t: Scalar, x: State, args: Args) -> State:
+        """The average velocity, integrated by Diffrax."""
         # Integrated in float32 at least: bfloat16 times would cost Diffrax steps.
         like = lambda a, b: a.astype(jnp.result_type(b))
         widen = lambda x: jnp.asarray(x, at_least_float32(jnp.result_type(x)))

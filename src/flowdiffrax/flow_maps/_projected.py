@@ -6,9 +6,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from .._check import check_callable, check_like
-from .._time import at_least_float32, times_like
+from .._time import as_times, at_least_float32
 from .._tree import Frozen, ravel
-from .._types import Args, State, Time
+from .._types import Args, Scalar, State, Time
 from ._autonomous import check_inner
 from ._base import AbstractFlowMap, check_times
 
@@ -43,14 +43,20 @@ class ProjectedFlowMap(AbstractFlowMap):
     def time_range(self):
         return self.flow_map.time_range
 
-    def __call__(self, s: Time, t: Time, x: State, args: Args = None) -> State:
+    def _times(self, s: Time, t: Time, x: State) -> tuple[Scalar, Scalar]:
+        """The times with all their digits, which the inner map may need."""
         check_times(self, s, t)
+        s, t = as_times(s, t)
+        return s, t
+
+    def jump(self, s: Scalar, t: Scalar, x: State, args: Args) -> State:
+        """The jump of the inner map, corrected."""
         X_st = self.flow_map(s, t, x, args)
         return check_like(self.projection(x, X_st, args), x, "`projection`")
 
-    def velocity(self, t: Time, x: State, args: Args = None) -> State:
+    def tangent(self, t: Scalar, x: State, args: Args) -> State:
+        """The velocity of the inner map, projected."""
         # To first order in the jump, the inner map moves along its own velocity.
-        (t,) = times_like(x, t)
         v_tt = self.flow_map.velocity(t, x, args)
         _, v = jax.jvp(lambda end: self.projection(x, end, args), (x,), (v_tt,))
         return v

@@ -3,30 +3,31 @@ import jax.numpy as jnp
 from jax import lax
 
 from .._check import check_flow_map
-from .._time import times_like
 from .._tree import scale
-from .._types import Args, State, Time, TwoTimeMap
+from .._types import Args, Scalar, State, TwoTimeMap
 from ..paths._base import AbstractInterpolant
-from ._base import AbstractFlowMap, check_times
+from ._base import AbstractFlowMap
 
 
 class RescheduledFlowMap(AbstractFlowMap):
-    r"""A map learned under one interpolant, serving another without retraining.
+    r"""Uses a map learned under one interpolant for another, without retraining.
 
-    For a Gaussian base and the same coupling, interpolants whose coefficients point the
-    same way, $(\tilde\alpha_t, \tilde\beta_t) = c_t\,(\alpha_{t'}, \beta_{t'})$, differ
-    by a scaling of space and a change of clock only, so that
-    $\tilde X_{s,t}(x) = c_t\, X_{s',t'}(x / c_s)$. It holds for any base and data.
+    Two interpolants whose coefficients have the same direction,
+    $(\tilde\alpha_t, \tilde\beta_t) = c_t\,(\alpha_{t'}, \beta_{t'})$, differ only by a
+    scaling of space and a change of clock, so that
+    $\tilde X_{s,t}(x) = c_t\, X_{s',t'}(x / c_s)$. This holds for any base and data, if
+    the coupling is the same.
 
     !!! info "Numerics"
 
-        The clock $t'$ is found by bisection of the angle of $(\alpha, \beta)$ and two
-        Newton steps, which also carry its derivatives. Cost: one evaluation a jump.
+        The clock $t'$ is found by bisection on the angle of $(\alpha, \beta)$, followed
+        by two Newton steps, which also carry its derivatives. A jump costs one evaluation
+        of the inner map.
 
     **Arguments:**
 
     - `flow_map`: a map for the interpolant `source`.
-    - `source`, `target`: the interpolant it was learned under, and the one to serve.
+    - `source`, `target`: the interpolant it was learned under, and the one to use it for.
 
     **Raises:** `ValueError` if either interpolant has a latent.
 
@@ -53,20 +54,19 @@ class RescheduledFlowMap(AbstractFlowMap):
     def time_range(self):
         return (0.0, 1.0)
 
-    def __call__(self, s: Time, t: Time, x: State, args: Args = None) -> State:
-        check_times(self, s, t)
-        s, t = times_like(x, s, t)
+    def jump(self, s: Scalar, t: Scalar, x: State, args: Args) -> State:
+        """Jumps with the inner map, on its clock and scale."""
         source_s, c_s = self._clock(s)
         source_t, c_t = self._clock(t)
         return scale(c_t, self.flow_map(source_s, source_t, scale(1 / c_s, x), args))
 
     def _clock(self, t):
-        """The source's time at which the directions agree, and the ratio of lengths."""
+        """Returns the source's time of the same angle, and the ratio of lengths."""
         zero, one = jnp.zeros_like(t), jnp.ones_like(t)
         angle = _angle(self.target, t)
-        # A diffusion's schedule stops short of its base, or of the data. Where the
-        # target goes further, the source's end must do: beyond it no map is trained.
-        # The slack keeps a rounded end point, and its derivatives, as they are.
+        # A diffusion's schedule may stop short of its base or of the data. If the target
+        # goes further, use the source's end: the map is not trained beyond it. The slack
+        # leaves a rounded end point and its derivatives unchanged.
         slack = 8 * jnp.finfo(t.dtype).eps
         lowest, highest = _angle(self.source, zero), _angle(self.source, one)
         angle = jnp.where(angle < lowest - slack, lowest, angle)
@@ -78,11 +78,11 @@ class RescheduledFlowMap(AbstractFlowMap):
             below = _angle(self.source, middle) < angle
             return jnp.where(below, middle, low), jnp.where(below, high, middle)
 
-        # Sixty halvings exhaust float64.
+        # Sixty halvings exhaust the digits of float64.
         low, high = lax.fori_loop(0, 60, halve, lax.stop_gradient((zero, one)))
         clock = lax.stop_gradient((low + high) / 2)
-        # Bisection has no derivative. Newton's correction is zero in value here, and
-        # in two steps gives the inverse function's first and second derivatives.
+        # Bisection has no derivative. Newton's correction is zero in value here, but its
+        # two steps give the first and second derivatives of the inverse function.
         for _ in range(2):
             value, slope = jax.jvp(
                 lambda clock: _angle(self.source, clock), (clock,), (one,)

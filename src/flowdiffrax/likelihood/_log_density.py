@@ -128,7 +128,8 @@ class LogDensityFlowMap(AbstractFlowMap):
     def time_range(self):
         return getattr(self.flow_map, "time_range", None)
 
-    def __call__(self, s: Time, t: Time, x: State, args: Args = None) -> State:
+    def jump(self, s: Scalar, t: Scalar, x: State, args: Args) -> State:
+        """The end alone."""
         return self.with_log_det(s, t, x, args)[0]
 
     def with_log_det(

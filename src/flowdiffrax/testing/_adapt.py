@@ -14,7 +14,7 @@ import numpy as np
 from .._check import check_callable, check_like
 from .._derivative import Derivative, FiniteDifference
 from .._time import real_dtype, times_like
-from .._types import Args, State, Time, VectorField
+from .._types import Args, Scalar, State, Time, VectorField
 from ..flow_maps._base import AbstractFlowMap
 
 
@@ -25,13 +25,14 @@ class _ForeignFlowMap(AbstractFlowMap):
     jvp: Derivative
     outside_jax: bool = eqx.field(static=True)
 
-    def __call__(self, s: Time, t: Time, x: State, args: Args = None) -> State:
-        out = _evaluate(self.fn, times_like(x, s, t), x, args, self.outside_jax)
+    def jump(self, s: Scalar, t: Scalar, x: State, args: Args) -> State:
+        """The callable's own."""
+        out = _evaluate(self.fn, (s, t), x, args, self.outside_jax)
         return check_like(out, x, "`flow_map`")
 
-    def velocity(self, t: Time, x: State, args: Args = None) -> State:
-        (t,) = times_like(x, t)
-        end = lambda end: self(t, end, x, args)
+    def tangent(self, t: Scalar, x: State, args: Args) -> State:
+        """By the derivative that suits the callable."""
+        end = lambda end: self.jump(t, end, x, args)
         return self.jvp(end, (t,), (jnp.ones_like(t),))[1]
 
 

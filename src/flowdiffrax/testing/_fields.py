@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 
 from .._time import times_like
 from .._tree import ravel
-from .._types import Args, Numbers, State, Time
+from .._types import Args, Numbers, Scalar, State, Time
 from ..flow_maps._base import AbstractFlowMap
 
 
@@ -109,12 +109,13 @@ class _KnownFlowMap(AbstractFlowMap):
 
     field: KnownField
 
-    def __call__(self, s: Time, t: Time, x: State, args: Args = None) -> State:
+    def jump(self, s: Scalar, t: Scalar, x: State, args: Args) -> State:
+        """The exact transport."""
         del args
-        s, t = times_like(x, s, t)
         return self.field.transport(s, t, x)
 
-    def velocity(self, t: Time, x: State, args: Args = None) -> State:
+    def tangent(self, t: Scalar, x: State, args: Args) -> State:
+        """The field."""
         return self.field(t, x, args)
 
     def __repr__(self) -> str:

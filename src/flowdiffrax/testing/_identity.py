@@ -295,7 +295,7 @@ IDENTITIES = {
         "X_{s,t}(x) = x + (t - s) v_{s,t}(x)",
         "st",
         _average_velocity,
-        "`average_velocity` was written apart from `__call__`, and differs from it",
+        "`average_velocity` was written apart from `jump`, and differs from it",
     ),
     "both_directions": Identity(
         "v_{s,t}(x) = v_{t,s}(X_{s,t}(x))",

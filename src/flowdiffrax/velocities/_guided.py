@@ -2,10 +2,9 @@ import equinox as eqx
 from jaxtyping import ArrayLike
 
 from .._check import check_callable
-from .._time import times_like
 from .._tree import add_scaled, subtract
-from .._types import Args, State, Time, VectorField
-from ..flow_maps._base import AbstractFlowMap, check_times
+from .._types import Args, Scalar, State, Time, VectorField
+from ..flow_maps._base import AbstractChordFlowMap, AbstractFlowMap
 from ..flow_maps._inverse import check_composable
 from ._guidance import GuidanceRule, as_jax, as_scalar, split_args
 
@@ -73,7 +72,7 @@ class AutoguidedVelocity(eqx.Module):
         return add_scaled(strong, excess, subtract(strong, weak))
 
 
-class GuidedFlowMap(AbstractFlowMap):
+class GuidedFlowMap(AbstractChordFlowMap):
     r"""A flow map guided as it is sampled: the rule on its average velocities.
 
     $X_{s,t}(x) = x + (t - s)\,q_{s,t}(x)$ with $q_{s,t}$ the rule's value for the average
@@ -104,7 +103,7 @@ class GuidedFlowMap(AbstractFlowMap):
             raise TypeError(
                 "`flow_map` must be an `AbstractFlowMap`, whose average velocities are "
                 f"guided; got {type(self.flow_map).__name__}. Make `FlowMap(net)` of a "
-                "network, or subclass `AbstractFlowMap` and define `__call__`."
+                "network, or subclass `AbstractFlowMap` and define `jump`."
             )
         check_callable(self.guidance, "guidance", "guidance(velocity, t, x, args)")
 
@@ -112,14 +111,11 @@ class GuidedFlowMap(AbstractFlowMap):
     def time_range(self):
         return self.flow_map.time_range
 
-    def __call__(self, s: Time, t: Time, x: State, args: Args = None) -> State:
-        check_times(self, s, t)
-        s, t = times_like(x, s, t)
-        return add_scaled(x, t - s, self.average_velocity(s, t, x, args))
-
-    def velocity(self, t: Time, x: State, args: Args = None) -> State:
+    def tangent(self, t: Scalar, x: State, args: Args) -> State:
+        """The guided velocity."""
         return self.guidance(self.flow_map.velocity, t, x, args)
 
-    def average_velocity(self, s: Time, t: Time, x: State, args: Args = None) -> State:
+    def chord(self, s: Scalar, t: Scalar, x: State, args: Args) -> State:
+        """The guided average velocity."""
         chord = lambda s, x, args: self.flow_map.average_velocity(s, t, x, args)
         return self.guidance(chord, s, x, args)
