@@ -226,9 +226,9 @@ def test_condition_may_be_a_pytree():
     [
         ((0, 1), 0, ValueError, "structure of the condition"),
         (NULL, None, ValueError, "structure of the condition"),
-        (0, fd.velocities.GuidanceArgs(0, 2.0), ValueError, "`GuidanceArgs` only where"),
+        (0, fd.velocities.GuidanceArgs(0, 2.0), ValueError, "`GuidanceArgs` only if"),
         (0.0, C, ValueError, r"shape of the condition, \(2,\); got \(\)"),
-        (0.5, jnp.asarray(1), TypeError, "integer where the condition is one"),
+        (0.5, jnp.asarray(1), TypeError, r"integer of dtype int\d+, like"),
     ],
 )
 def test_null_unlike_the_condition(null, condition, error, match):

@@ -1,4 +1,4 @@
-"""Flow maps and velocities in closed form: the oracles of tests, docs and benchmarks."""
+"""Closed-form flow maps and velocities: references for tests, docs and benchmarks."""
 
 from ._boxes import UniformBoxesVelocity as UniformBoxesVelocity
 from ._boxes import checkerboard_velocity as checkerboard_velocity

@@ -18,26 +18,26 @@ from ..paths._interpolants import LinearInterpolant
 class UniformBoxesVelocity(eqx.Module):
     r"""The exact velocity from a Gaussian base to a distribution uniform on boxes.
 
-    Given $I_t = x$ and the box, each coordinate of the base is a normal truncated to an
-    interval, and each coordinate of the data an affine function of it; boxes are weighed
-    by the mass of their intervals.
+    Given $I_t = x$ and the box, each coordinate of the base is a normal variable
+    truncated to an interval, and each coordinate of the data is an affine function of
+    it. The boxes are weighted by the mass of their intervals.
 
     !!! info "Numerics"
 
-        Exact to rounding for all $t$ in [0, 1] and all $x$ within a few box widths.
-        Outside the support the field points to the nearest box, and grows like
-        $1/(1 - t)$ as $t$ goes to 1.
+        The velocity is exact to rounding for all $t$ in [0, 1] and all $x$ within a few
+        box widths. Outside the support it points to the nearest box, and grows like
+        $1/(1 - t)$ as $t$ tends to 1.
 
     **Arguments:**
 
-    - `lower`, `upper`: corners of the boxes, `(boxes, d)`.
-    - `weights`: the boxes' probabilities, positive; `None` for a uniform density. They
-      are divided by their sum.
-    - `interpolant`: any interpolant without latent.
+    - `lower`, `upper`: the corners of the boxes, of shape `(boxes, d)`.
+    - `weights`: the probabilities of the boxes, positive. They are divided by their sum.
+      `None` gives a uniform density.
+    - `interpolant`: any interpolant without a latent.
     - `base_std`: the standard deviation of the base, positive.
 
-    **Raises:** `ValueError` for shapes that do not match, empty boxes, weights that are
-    not positive, or an interpolant with a latent.
+    **Raises:** `ValueError` if the shapes do not match, a box is empty, a weight is not
+    positive, or the interpolant has a latent.
     """
 
     intervals: Float[Array, "2 d unique"]
@@ -70,7 +70,7 @@ class UniformBoxesVelocity(eqx.Module):
             raise ValueError(
                 "`UniformBoxesVelocity` needs an interpolant without latent."
             )
-        # Boxes on a grid share their intervals: four instead of eight on a 4x4 board.
+        # Boxes on a grid share intervals: a 4x4 board has four instead of eight.
         pairs = np.stack([lower, upper], axis=-1)
         unique, index = np.unique(pairs.reshape(-1, 2), axis=0, return_inverse=True)
         self.intervals = jnp.asarray(unique.T)
@@ -93,7 +93,7 @@ class UniformBoxesVelocity(eqx.Module):
         cast = lambda value: value.astype(x.dtype)
         alpha, beta, _ = map(cast, self.interpolant.coefficients(t))
         low, high = cast(self.intervals)[:, None]
-        # At the data end the base has no width left; a floor keeps its square finite.
+        # The scale is zero at the data end; the floor keeps squares of ratios finite.
         scale = jnp.maximum(alpha * cast(self.base_std), 1e-15)
         x_column = x[:, None]
         log_mass, mean, position = _truncated_normal(
@@ -103,8 +103,8 @@ class UniformBoxesVelocity(eqx.Module):
         )
         dims, index = np.arange(x.shape[0]), np.asarray(self.index)
         pick = lambda value: value[dims, index]
-        # The density of a box's data is its weight over its volume, and the volume is
-        # the width that `log_mass` has already been divided by.
+        # The density in a box is its weight over its volume. `log_mass` is already
+        # divided by the widths, whose product is the volume.
         log_posterior = cast(self.log_weights) + jnp.sum(pick(log_mass), axis=-1)
         posterior = jax.nn.softmax(log_posterior)
         noise = cast(self.base_std) * (posterior @ pick(mean))
@@ -128,8 +128,8 @@ def checkerboard_velocity(
     return UniformBoxesVelocity(lower, upper, interpolant=interpolant, base_std=base_std)
 
 
-# Gauss-Legendre on [0, 1]. Six nodes are exact to rounding where the density falls by
-# less than exp(1) over less than half a standard deviation.
+# Gauss-Legendre quadrature on [0, 1]. Six nodes are exact to rounding if the density
+# falls by less than a factor of e over less than half a standard deviation.
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(6)
 
 
@@ -140,14 +140,14 @@ def _truncated_normal(a: Array, b: Array, width: Array) -> tuple[Array, Array, A
     r"""A standard normal truncated to $[a, b]$, of known width $b - a$.
 
     Returns the logarithm of its mean density over the interval, its mean, and the mean's
-    position in the interval, from 0 at `a` to 1 at `b`. Three regimes keep all digits:
-    a short interval is integrated by quadrature, one in the tail by Mills ratios, and
-    the rest by error functions.
+    position in the interval, from 0 at `a` to 1 at `b`. To keep full precision, it uses
+    quadrature for short intervals, Mills ratios for intervals in the tail, and error
+    functions for the rest.
     """
-    # Reflect so that the interval's middle is not negative.
+    # Reflect so that the midpoint is not negative.
     flip = a + b < 0
     a, b = jnp.where(flip, -b, a), jnp.where(flip, -a, b)
-    # The logarithm of the ratio of densities at the ends.
+    # The logarithm of the ratio of the densities at the two ends.
     fall = width * (a + b) / 2
     short = (width < 0.5) & (fall < 1)
     tail = a >= 0
@@ -193,12 +193,12 @@ def _truncated_normal(a: Array, b: Array, width: Array) -> tuple[Array, Array, A
 
 
 def _mills_ratio(x: Array) -> Array:
-    """The upper tail of the standard normal over its density, for `x >= 0`."""
+    """The upper tail of the standard normal divided by its density, for `x >= 0`."""
     near = jnp.where(x < 6, x, 1.0)
     near_ratio = (
         math.sqrt(math.pi / 2) * erfc(near * math.sqrt(0.5)) * jnp.exp(near**2 / 2)
     )
-    # Laplace's continued fraction: from 6 on, so many levels are exact to rounding.
+    # Laplace's continued fraction: for x >= 6, this many levels are exact to rounding.
     far = jnp.where(x < 6, 6.0, x)
     fraction = far
     for level in range(8 if jnp.finfo(x.dtype).bits <= 32 else 16, 0, -1):

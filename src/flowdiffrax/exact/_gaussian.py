@@ -15,21 +15,22 @@ class GaussianFlowMap(AbstractFlowMap):
     r"""The exact flow map of an interpolant between two Gaussians.
 
     With mean $m_t = \alpha_t m_0 + \beta_t m_1$ and covariance
-    $\Sigma_t = \alpha_t^2 C_0 + \beta_t^2 C_1 + \gamma_t^2 I$,
-    $X_{s,t}(x) = m_t + \Sigma_t^{1/2} \Sigma_s^{-1/2} (x - m_s)$. It holds for
-    independent end points and covariances that commute.
+    $\Sigma_t = \alpha_t^2 C_0 + \beta_t^2 C_1 + \gamma_t^2 I$, the map is
+    $X_{s,t}(x) = m_t + \Sigma_t^{1/2} \Sigma_s^{-1/2} (x - m_s)$. This holds if the end
+    points are independent and the covariances commute.
 
     **Arguments:**
 
     - `interpolant`: any interpolant.
     - `base_std`, `target_std`: standard deviations, scalars or arrays that broadcast to
       the state.
-    - `base_mean`, `target_mean`: means, likewise.
-    - `base_cov`, `target_cov`: full covariance matrices instead, `(d, d)` for a state
-      of shape `(d,)`; where one is given, the other may be a standard deviation.
+    - `base_mean`, `target_mean`: means, scalars or arrays that broadcast to the state.
+    - `base_cov`, `target_cov`: full covariance matrices instead, of shape `(d, d)` for a
+      state of shape `(d,)`. If only one is given, the other end uses its standard
+      deviation.
 
-    **Raises:** `ValueError` for covariances that are not symmetric positive
-    semi-definite, or that do not commute.
+    **Raises:** `ValueError` if a covariance is not symmetric positive semi-definite, or
+    if the two do not commute.
     """
 
     interpolant: AbstractInterpolant
@@ -96,15 +97,15 @@ def _covariance(name, std, cov, other_cov) -> np.ndarray:
 
 
 def _diagonalise(c0: np.ndarray, c1: np.ndarray):
-    """Both spectra in one eigenbasis."""
+    """Returns both spectra in a common eigenbasis, and the basis."""
     scale = np.abs(c0).max() * np.abs(c1).max()
     if c0.shape != c1.shape or np.abs(c0 @ c1 - c1 @ c0).max() > 1e-6 * scale:
         raise ValueError(
-            "`base_cov` and `target_cov` must have one shape and commute, C0 C1 = C1 C0: "
-            "only then is the flow map known in closed form. Otherwise integrate "
-            "`GaussianMixtureVelocity` with `ODEFlowMap`."
+            "`base_cov` and `target_cov` must have the same shape and commute, "
+            "C0 C1 = C1 C0: otherwise the flow map has no closed form. Integrate "
+            "`GaussianMixtureVelocity` with `ODEFlowMap` instead."
         )
-    # A generic combination separates eigenspaces that either one alone may merge.
+    # A generic combination separates eigenspaces that one matrix alone may merge.
     _, basis = np.linalg.eigh(c0 / np.abs(c0).max() + np.pi * c1 / np.abs(c1).max())
     spectra = tuple(np.einsum("ij,ik,kj->j", basis, c, basis) for c in (c0, c1))
     if min(spectrum.min() for spectrum in spectra) < -1e-8:
@@ -121,16 +122,16 @@ class GaussianMixtureVelocity(eqx.Module):
 
     **Arguments:**
 
-    - `weights`: the weights $\pi_k$, positive, of shape `(components,)`; they are
+    - `weights`: the weights $\pi_k$, positive, of shape `(components,)`. They are
       divided by their sum.
-    - `means`: of shape `(components, d)`.
-    - `covariances`: of shape `(components, d, d)`, or `(components,)` for variances of
-      isotropic components.
+    - `means`: the means $m_k$, of shape `(components, d)`.
+    - `covariances`: the covariances $C_k$, of shape `(components, d, d)`, or
+      `(components,)` for the variances of isotropic components.
     - `interpolant`: any interpolant.
     - `base_std`: the standard deviation $\sigma_0$ of the base, positive.
 
-    **Raises:** `ValueError` for shapes that do not match, weights that are not positive
-    or covariances that are not positive semi-definite.
+    **Raises:** `ValueError` if the shapes do not match, a weight is not positive, or a
+    covariance is not positive semi-definite.
     """
 
     log_weights: Array
@@ -164,7 +165,7 @@ class GaussianMixtureVelocity(eqx.Module):
                 f"`covariances` must be {(components, size, size)} or {(components,)}; "
                 f"got {covariances.shape}."
             )
-        # The base is isotropic, so that each component keeps the axes of its target.
+        # The base is isotropic, so each component keeps the axes of its target.
         spectra, bases = np.linalg.eigh(covariances)
         if spectra.min() < -1e-8 * np.abs(spectra).max():
             raise ValueError("Covariances must be positive semi-definite.")

@@ -7,14 +7,14 @@ from ..flow_maps._base import AbstractFlowMap
 
 
 class LinearFlowMap(AbstractFlowMap):
-    r"""The exact flow map of $\dot x = A x + c$, by the matrix exponential.
+    r"""The exact flow map of $\dot x = A x + c$, from the matrix exponential.
 
     **Arguments:**
 
-    - `matrix`: the matrix $A$, `(d, d)`, of any symmetry.
-    - `offset`: the vector $c$, `(d,)`; `None` for none.
+    - `matrix`: the matrix $A$, of shape `(d, d)`. It need not be symmetric.
+    - `offset`: the vector $c$, of shape `(d,)`; `None` for zero.
 
-    **Raises:** `ValueError` for shapes that do not match.
+    **Raises:** `ValueError` if the shapes do not match.
     """
 
     generator: Array
@@ -27,7 +27,7 @@ class LinearFlowMap(AbstractFlowMap):
         offset = jnp.zeros(size) if offset is None else jnp.asarray(offset, float)
         if offset.shape != (size,):
             raise ValueError(f"`offset` must be {(size,)}; got {offset.shape}.")
-        # One more coordinate that stays 1 turns the affine ODE into a linear one.
+        # An extra coordinate that stays 1 turns the affine ODE into a linear one.
         self.generator = jnp.zeros((size + 1, size + 1))
         self.generator = self.generator.at[:-1, :-1].set(matrix).at[:-1, -1].set(offset)
 

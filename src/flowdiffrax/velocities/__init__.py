@@ -1,4 +1,4 @@
-"""Velocities made of other networks: from scores, noise and denoisers, and guided."""
+"""Velocities from scores, noise predictors and denoisers, and guided velocities."""
 
 from .._types import GuidanceArgs as GuidanceArgs
 from ._conversions import VelocityFromDenoiser as VelocityFromDenoiser

@@ -1,10 +1,10 @@
-r"""Velocities from other predictions, and back.
+r"""Conversions between velocities and other predictions.
 
-With $\eta_0 = E[x_0 | I_t = x]$ the predicted noise and $\eta_1 = E[x_1 | I_t = x]$ the
-denoiser, every prediction of the literature is one line in the plane of the two:
+Let $\eta_0 = E[x_0 | I_t = x]$ be the predicted noise and $\eta_1 = E[x_1 | I_t = x]$ the
+denoiser. Every prediction in the literature is a linear combination of the two, such as
 $x = \alpha_t \eta_0 + \beta_t \eta_1$ and
-$b_t = \dot\alpha_t \eta_0 + \dot\beta_t \eta_1$. That holds for
-interpolants without latent; the score needs a Gaussian base besides.
+$b_t = \dot\alpha_t \eta_0 + \dot\beta_t \eta_1$. This holds for interpolants without a
+latent; the score also needs a Gaussian base.
 """
 
 import equinox as eqx
@@ -23,12 +23,12 @@ def noise_from_velocity(
 
     **Arguments:**
 
-    - `interpolant`: one without latent.
+    - `interpolant`: an interpolant without a latent.
     - `t`: a time; `x`: a state at that time; `velocity`: $b_t(x)$.
 
     **Returns:** a state like `x`.
 
-    **Raises:** `ValueError` for an interpolant with a latent.
+    **Raises:** `ValueError` if the interpolant has a latent.
     """
     alpha, beta, d_alpha, d_beta = _weights(interpolant, t, x)
     wronskian = alpha * d_beta - d_alpha * beta
@@ -40,7 +40,8 @@ def denoiser_from_velocity(
 ) -> State:
     r"""The denoiser $\eta_1 = E[x_1 | I_t = x]$ that a velocity $b_t(x)$ implies.
 
-    Arguments, return and errors as for [`flowdiffrax.velocities.noise_from_velocity`][].
+    The arguments, return value and errors are those of
+    [`flowdiffrax.velocities.noise_from_velocity`][].
     """
     alpha, beta, d_alpha, d_beta = _weights(interpolant, t, x)
     wronskian = alpha * d_beta - d_alpha * beta
@@ -58,9 +59,9 @@ def score_from_velocity(
 
     **Arguments:** as for [`flowdiffrax.velocities.noise_from_velocity`][], and
 
-    - `base_std`: standard deviation $\sigma_0$ of the Gaussian base.
+    - `base_std`: the standard deviation $\sigma_0$ of the Gaussian base.
 
-    **Returns:** a state like `x`; infinite where $\alpha_t = 0$, at the data end.
+    **Returns:** a state like `x`. It is infinite where $\alpha_t = 0$, at the data end.
     """
     noise = noise_from_velocity(interpolant, t, x, velocity)
     alpha, *_ = _weights(interpolant, t, x)
@@ -72,8 +73,9 @@ def velocity_from_noise(
 ) -> State:
     r"""The velocity $b_t(x)$ that a noise prediction $\eta_0$ implies.
 
-    Arguments and errors as for [`flowdiffrax.velocities.noise_from_velocity`][]. Infinite
-    where $\beta_t = 0$, at the base end: the noise says nothing of the data there.
+    The arguments and errors are those of
+    [`flowdiffrax.velocities.noise_from_velocity`][]. The velocity is infinite where
+    $\beta_t = 0$, at the base end: the noise does not determine the data there.
     """
     alpha, beta, d_alpha, d_beta = _weights(interpolant, t, x)
     return _combine(d_beta / beta, x, d_alpha - alpha * d_beta / beta, noise)
@@ -84,8 +86,9 @@ def velocity_from_denoiser(
 ) -> State:
     r"""The velocity $b_t(x)$ that a denoiser's prediction $\eta_1$ implies.
 
-    Arguments and errors as for [`flowdiffrax.velocities.noise_from_velocity`][]. Infinite
-    where $\alpha_t = 0$, at the data end.
+    The arguments and errors are those of
+    [`flowdiffrax.velocities.noise_from_velocity`][]. The velocity is infinite where
+    $\alpha_t = 0$, at the data end.
     """
     alpha, beta, d_alpha, d_beta = _weights(interpolant, t, x)
     return _combine(d_alpha / alpha, x, d_beta - beta * d_alpha / alpha, denoiser)
@@ -100,8 +103,9 @@ def velocity_from_score(
 ) -> State:
     r"""The velocity $b_t(x)$ that a score implies, for a Gaussian base.
 
-    Arguments and errors as for [`flowdiffrax.velocities.score_from_velocity`][]. Infinite
-    where $\beta_t = 0$, at the base end.
+    The arguments and errors are those of
+    [`flowdiffrax.velocities.score_from_velocity`][]. The velocity is infinite where
+    $\beta_t = 0$, at the base end.
     """
     alpha, *_ = _weights(interpolant, t, x)
     noise = scale(-alpha * base_std**2, score)
@@ -114,11 +118,11 @@ class VelocityFromNoise(eqx.Module):
     **Arguments:**
 
     - `predictor`: a callable `(t, x, args) -> E[x0 | I_t = x]`.
-    - `interpolant`: the interpolant it was trained under, without latent.
-    - `margin`: times closer than this to the base end, where the velocity is infinite,
-      are taken for that far from it. Not negative.
+    - `interpolant`: the interpolant that it was trained with, without a latent.
+    - `margin`: the smallest distance in time from the base end, where the velocity is
+      infinite. Closer times are moved to this distance. Not negative.
 
-    **Raises:** `ValueError` for a negative `margin`.
+    **Raises:** `ValueError` if `margin` is negative.
     """
 
     predictor: VectorField
@@ -139,11 +143,11 @@ class VelocityFromDenoiser(eqx.Module):
     **Arguments:**
 
     - `predictor`: a callable `(t, x, args) -> E[x1 | I_t = x]`.
-    - `interpolant`: the interpolant it was trained under, without latent.
-    - `margin`: times closer than this to the data end, where the velocity is infinite,
-      are taken for that far from it. Not negative.
+    - `interpolant`: the interpolant that it was trained with, without a latent.
+    - `margin`: the smallest distance in time from the data end, where the velocity is
+      infinite. Closer times are moved to this distance. Not negative.
 
-    **Raises:** `ValueError` for a negative `margin`.
+    **Raises:** `ValueError` if `margin` is negative.
     """
 
     predictor: VectorField
@@ -164,12 +168,12 @@ class VelocityFromScore(eqx.Module):
     **Arguments:**
 
     - `predictor`: a callable `(t, x, args) -> grad log rho_t(x)`.
-    - `interpolant`: the interpolant it was trained under, without latent.
-    - `base_std`: standard deviation of the Gaussian base.
-    - `margin`: times closer than this to the base end, where the velocity is infinite,
-      are taken for that far from it. Not negative.
+    - `interpolant`: the interpolant that it was trained with, without a latent.
+    - `base_std`: the standard deviation of the Gaussian base.
+    - `margin`: the smallest distance in time from the base end, where the velocity is
+      infinite. Closer times are moved to this distance. Not negative.
 
-    **Raises:** `ValueError` for a negative `margin`.
+    **Raises:** `ValueError` if `margin` is negative.
     """
 
     predictor: VectorField

@@ -1,10 +1,10 @@
-"""Guidance: a condition followed more closely than the data ask for.
+"""Guidance: samples that follow a condition more closely than the data do.
 
 A guidance rule is a callable `guidance(velocity, t, x, args) -> v` that evaluates a
-velocity more than once and extrapolates. It makes a teacher of a velocity
-([`flowdiffrax.velocities.GuidedVelocity`][]), or guides a map as it is sampled
-([`flowdiffrax.velocities.GuidedFlowMap`][]). A map distilled from a guided teacher needs
-no rule any more, and one evaluation.
+velocity more than once and extrapolates. It turns a velocity into a guided teacher
+([`flowdiffrax.velocities.GuidedVelocity`][]), or guides a map during sampling
+([`flowdiffrax.velocities.GuidedFlowMap`][]). A map distilled from a guided teacher no
+longer needs a rule, and takes one evaluation.
 """
 
 from collections.abc import Callable
@@ -25,35 +25,37 @@ GuidanceRule: TypeAlias = Callable[[VectorField, Time, State, Args], State]
 
 
 def as_jax(tree: PyTree) -> PyTree:
-    # Equinox takes NumPy arrays for constants, which `jit` would compile in.
+    # Equinox treats NumPy arrays as constants, which `jit` would compile in.
     cast = lambda leaf: jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf
     return jtu.tree_map(cast, tree)
 
 
 class ClassifierFreeGuidance(eqx.Module):
-    r"""A rule: away from the velocity without condition, towards the one with it.
+    r"""A rule that extrapolates from the unconditional to the conditional velocity.
 
     $q_t(x) = b_t(x; \varnothing) + a\,(b_t(x; c) - b_t(x; \varnothing))$ with the scale
-    $a$: at 0 the condition does not count, at 1 it is what it is, above 1 it is
-    exaggerated. Outside the interval of times, $q_t(x) = b_t(x; c)$.
+    $a$. Scale 0 ignores the condition, scale 1 gives the conditional velocity, and larger
+    scales exaggerate the condition. Outside the interval of times,
+    $q_t(x) = b_t(x; c)$.
 
-    Every call evaluates the velocity twice, outside the interval too.
+    Every call evaluates the velocity twice, even outside the interval.
 
-    With `scale=None` the scale comes from `args`, which are
-    [`flowdiffrax.velocities.GuidanceArgs`][]. The velocity then takes them as well, and
-    is called at scale 1 on both sides: it is the network without guidance that is guided.
-    Its values at other scales are what it may learn from this rule.
+    With `scale=None` the scale is read from `args`, which must be
+    [`flowdiffrax.velocities.GuidanceArgs`][]. The velocity then takes `GuidanceArgs` too,
+    and both evaluations use scale 1: the rule guides the unguided network. The network
+    can learn its values at other scales from this rule.
 
     **Arguments:**
 
-    - `null`: the condition $\varnothing$ that stands for none, like that of one example.
-    - `scale`: the scale $a$; it may be an array. `None` to read it from `args`.
+    - `null`: the condition $\varnothing$ that means "unconditional", in the form of one
+      example's condition.
+    - `scale`: the scale $a$, a number or a scalar array. `None` reads it from `args`.
     - `interval`: the times `(low, high)` at which to guide, both included. For an ODE
       outside [0, 1], give its times.
 
-    **Raises:** `ValueError` for an interval that falls. When it is called, `ValueError`
-    or `TypeError` for a `null` unlike the condition, a scale that is no scalar, or `args`
-    without a scale that is read from them.
+    **Raises:** `ValueError` if `interval` has `low > high`. When called, `ValueError` or
+    `TypeError` if `null` is not like the condition, the scale is not a scalar, or
+    `args` lacks the scale that is read from it.
 
     ??? cite "Reference"
 
@@ -78,50 +80,52 @@ class ClassifierFreeGuidance(eqx.Module):
         if self.scale is None:
             condition, null = at_scale_one(condition, args), at_scale_one(null, args)
         v_c, v_null = velocity(t, x, condition), velocity(t, x, null)
-        # From the conditional side, so that scale 1 is exact, and so are times outside.
+        # Start from `v_c`, so that scale 1 and times outside the interval are exact.
         excess = as_scalar(factor, "scale", x) - 1
         excess = jnp.where(_within(self.interval, t, x), excess, 0)
         return add_scaled(v_c, excess, subtract(v_c, v_null))
 
 
 class MeanFlowGuidance(eqx.Module):
-    r"""Guidance within training: the velocity that a MeanFlow objective learns from.
+    r"""Guidance during training: the velocity that a MeanFlow objective learns from.
 
-    In place of the interpolant's rate $\dot I_t$ stands
+    The interpolant's rate $\dot I_t$ is replaced by
     $\omega \dot I_t + \kappa\,v_{t,t}(I_t; c) + (1 - \omega - \kappa)\,
     v_{t,t}(I_t; \varnothing)$, so that a single network learns the guided flow and needs
-    one evaluation when it is sampled. Its own velocity takes part: where it has learnt
-    its target, it is classifier-free guidance of the plain velocities, at the scale
-    $\omega / (1 - \kappa)$. An example whose condition is `null`, and one outside the
-    interval, learns from $\dot I_t$ itself.
+    one evaluation when sampled. This target contains the network's own velocity. Once
+    the network has learnt it, the result is classifier-free guidance of the plain
+    velocities at the scale $\omega / (1 - \kappa)$. Examples whose condition is `null`,
+    and examples outside the interval, learn from $\dot I_t$ itself.
 
-    Every call evaluates the velocity twice. Nothing is held fixed here: that is for the
-    objective to do, mostly with all of the target.
+    Every call evaluates the velocity twice. It stops no gradients: the objective does
+    that, usually for the whole target.
 
-    With `kappa=None` the scale $a$ comes from `args`, which are
+    With `kappa=None` the scale $a$ is read from `args`, which must be
     [`flowdiffrax.velocities.GuidanceArgs`][], and $\kappa = 1 - \omega / a$. The network
-    takes them too, and learns to be guided at every scale it meets. It is evaluated at
-    that same scale with the condition and at scale 1 without: there is nothing to guide
-    then, and [`flowdiffrax.data.ConditionDropout`][] trains it there.
+    takes `GuidanceArgs` too, and learns the guided flow for every scale that it is
+    trained on. It is evaluated at that scale with the condition, and at scale 1 without
+    it: there is nothing to guide then, and [`flowdiffrax.data.ConditionDropout`][] trains
+    it there.
 
     **Arguments:**
 
-    - `null`: the condition $\varnothing$ that stands for none, like that of one example.
-    - `omega`: the factor $\omega$ of the data; it may be an array.
-    - `kappa`: the factor $\kappa$ of the network's own conditional velocity, below 1; it
-      may be an array. `None` to read the scale, positive, from `args`.
+    - `null`: the condition $\varnothing$ that means "unconditional", in the form of one
+      example's condition.
+    - `omega`: the factor $\omega$ of the data, a number or a scalar array.
+    - `kappa`: the factor $\kappa$ of the network's own conditional velocity, below 1, a
+      number or a scalar array. `None` reads the scale, which must be positive, from
+      `args`.
     - `interval`: the times `(low, high)` at which to guide, both included.
 
-    **Raises:** `ValueError` for a number `kappa` that is not below 1, or an interval that
-    falls. When it is called, `ValueError` or `TypeError` for a `null` unlike the
-    condition, factors that are no scalars, or `args` without a scale that is read from
-    them.
+    **Raises:** `ValueError` if a number `kappa` is not below 1, or if `interval` has
+    `low > high`. When called, `ValueError` or `TypeError` if `null` is not like the
+    condition, a factor is not a scalar, or `args` lacks the scale that is read from it.
 
     ??? cite "Reference"
 
         MeanFlow, [arXiv:2505.13447](https://arxiv.org/abs/2505.13447); with the scale as
         an input, and $\omega = 1$, improved MeanFlow,
-        [arXiv:2512.02012](https://arxiv.org/abs/2512.02012). Their clock is $1 - t$.
+        [arXiv:2512.02012](https://arxiv.org/abs/2512.02012). Their time is $1 - t$.
     """
 
     null: PyTree = eqx.field(converter=as_jax)
@@ -149,8 +153,9 @@ class MeanFlowGuidance(eqx.Module):
 
         **Arguments:**
 
-        - `velocity`: the network's own, `(t, x, args) -> v`, as `flow_map.velocity`.
-        - `dI`: the interpolant's rate at time `t`, where its state is `x`.
+        - `velocity`: the network's own velocity `(t, x, args) -> v`, such as
+          `flow_map.velocity`.
+        - `dI`: the interpolant's rate at time `t` and state `x`.
         - `t`, `x`, `args`: the time, the state and the condition of one example.
 
         **Returns:** a state like `dI`.
@@ -172,20 +177,21 @@ class MeanFlowGuidance(eqx.Module):
 def split_args(
     args: Args, own: ArrayLike | None, owner: str, field: str = "scale"
 ) -> tuple[Args, ArrayLike]:
-    """The condition, and the scale: the owner's own, or that of `args`."""
+    """Returns the condition and the scale; the scale is `own`, or read from `args`."""
     if own is not None:
         return args, own
     if not isinstance(args, GuidanceArgs):
         raise TypeError(
             f"`{owner}` with `{field}=None` reads the scale from `args`, which must be "
-            f"`GuidanceArgs(condition, scale)`; got {type(args).__name__}. Pass them, or "
-            f"give `{owner}` a `{field}`."
+            f"`GuidanceArgs(condition, scale)`; got {type(args).__name__}. Pass "
+            f"`GuidanceArgs`, or give `{owner}` a `{field}`."
         )
     return args.condition, args.scale
 
 
 def at_scale_one(condition: Args, args: GuidanceArgs) -> GuidanceArgs:
-    # A number stays one, an array keeps its dtype: the network sees no other type.
+    # A number stays a number, and an array keeps its dtype, so the network does not
+    # see a new type.
     one = jnp.ones_like(args.scale) if eqx.is_array(args.scale) else 1.0
     return GuidanceArgs(condition, one)
 
@@ -193,8 +199,8 @@ def at_scale_one(condition: Args, args: GuidanceArgs) -> GuidanceArgs:
 def as_scalar(factor: ArrayLike, name: str, x: State) -> Scalar:
     if jnp.shape(factor) != ():
         raise ValueError(
-            f"`{name}` must be a scalar; got shape {jnp.shape(factor)}. An example has "
-            "one: to work on a batch, use `jax.vmap`."
+            f"`{name}` must be a scalar; got shape {jnp.shape(factor)}. For a batch, use "
+            "`jax.vmap`."
         )
     (factor,) = times_like(x, factor)
     return factor
@@ -202,8 +208,8 @@ def as_scalar(factor: ArrayLike, name: str, x: State) -> Scalar:
 
 def _within(interval: tuple[ArrayLike, ArrayLike], t: Time, x: State) -> Bool[Array, ""]:
     t, low, high = times_like(x, t, *interval)
-    # Evenly spaced times are rounded: 10 * 0.1 > 1. A solver that lost its guidance in
-    # the last stage would reject the step.
+    # Evenly spaced times are rounded: 3 * 0.1 > 0.3. If a solver lost the guidance in
+    # its last stage, it would reject the step.
     slack = 1e-6 * (high - low)
     return (t >= low - slack) & (t <= high + slack)
 
@@ -219,6 +225,6 @@ def _check_interval(interval: tuple[ArrayLike, ArrayLike]) -> None:
     low, high = interval
     if isinstance(low, float | int) and isinstance(high, float | int) and low > high:
         raise ValueError(
-            f"`interval` must be `(low, high)` with low <= high; got {interval}. It "
-            "holds for both directions of time, so that no order is needed."
+            f"`interval` must be `(low, high)` with low <= high; got {interval}. The "
+            "same interval applies in both directions of time."
         )

@@ -10,7 +10,7 @@ from ._guidance import GuidanceRule, as_jax, as_scalar, split_args
 
 
 class GuidedVelocity(eqx.Module):
-    """A velocity with a guidance rule: again a velocity, and so a teacher.
+    """A velocity with a guidance rule applied, which can be used as a teacher.
 
     **Arguments:**
 
@@ -19,7 +19,7 @@ class GuidedVelocity(eqx.Module):
     - `guidance`: a rule `(velocity, t, x, args) -> v`, such as
       [`flowdiffrax.velocities.ClassifierFreeGuidance`][].
 
-    **Raises:** `TypeError` if one of them cannot be called.
+    **Raises:** `TypeError` if either is not callable.
     """
 
     velocity: VectorField
@@ -34,22 +34,24 @@ class GuidedVelocity(eqx.Module):
 
 
 class AutoguidedVelocity(eqx.Module):
-    r"""A velocity guided by a worse version of itself: again a teacher.
+    r"""A velocity guided by a weaker version of itself, which can be used as a teacher.
 
-    $a\,b^{\text{strong}}_t(x) + (1 - a)\,b^{\text{weak}}_t(x)$, away from the mistakes
-    that the weak velocity makes more of. No condition is needed.
+    The velocity is $a\,b^{\text{strong}}_t(x) + (1 - a)\,b^{\text{weak}}_t(x)$, which
+    moves away from mistakes that the weak velocity makes more often. No condition is
+    needed.
 
     **Arguments:**
 
-    - `strong`, `weak`: callables `(t, x, args) -> v`. The weak one is smaller or less
-      trained, and otherwise the same.
-    - `scale`: the scale $a$, 1 for the strong velocity alone; it may be an array. `None`
-      to read it from `args`, which are [`flowdiffrax.velocities.GuidanceArgs`][]: both
-      velocities receive the condition alone.
+    - `strong`, `weak`: callables `(t, x, args) -> v`. The weak one should be smaller or
+      less trained, and otherwise the same.
+    - `scale`: the scale $a$, a number or a scalar array; 1 gives the strong velocity
+      alone. `None` reads it from `args`, which must be
+      [`flowdiffrax.velocities.GuidanceArgs`][]; both velocities then receive only the
+      condition.
 
-    **Raises:** `TypeError` if one of them cannot be called. When it is called,
-    `TypeError` for `args` without a scale that is read from them, and `ValueError` for a
-    scale that is no scalar.
+    **Raises:** `TypeError` if either velocity is not callable. When called, `TypeError`
+    if `args` lacks the scale that is read from it, and `ValueError` if the scale is not a
+    scalar.
 
     ??? cite "Reference"
 
@@ -73,25 +75,26 @@ class AutoguidedVelocity(eqx.Module):
 
 
 class GuidedFlowMap(AbstractChordFlowMap):
-    r"""A flow map guided as it is sampled: the rule on its average velocities.
+    r"""A flow map guided during sampling: the rule is applied to average velocities.
 
-    $X_{s,t}(x) = x + (t - s)\,q_{s,t}(x)$ with $q_{s,t}$ the rule's value for the average
-    velocities $v_{s,t}(x; c)$, at the start time $s$. On the diagonal it is the guided
-    velocity.
+    $X_{s,t}(x) = x + (t - s)\,q_{s,t}(x)$, where $q_{s,t}$ is the rule applied to the
+    average velocities $v_{s,t}(x; c)$ at the start time $s$. On the diagonal it is the
+    guided velocity.
 
-    It is not the flow map of the guided velocity, except where average velocities are
-    affine in the condition: two maps are extrapolated that went different ways. In short
-    jumps it comes close to that map. For long ones, distil a
+    This is not the flow map of the guided velocity, unless average velocities are affine
+    in the condition: it extrapolates two maps that followed different trajectories. For
+    short jumps it is close to that map. For long ones, distil a
     [`flowdiffrax.velocities.GuidedVelocity`][].
 
     **Arguments:**
 
     - `flow_map`: the conditional map.
-    - `guidance`: a rule `(velocity, t, x, args) -> v`. One
-      [`flowdiffrax.velocities.ClassifierFreeGuidance`][] costs two average velocities a
+    - `guidance`: a rule `(velocity, t, x, args) -> v`.
+      [`flowdiffrax.velocities.ClassifierFreeGuidance`][] costs two average velocities per
       jump.
 
-    **Raises:** `TypeError` for what is no flow map or no rule.
+    **Raises:** `TypeError` if `flow_map` is not a flow map, or `guidance` is not
+    callable.
     """
 
     flow_map: AbstractFlowMap
@@ -102,8 +105,8 @@ class GuidedFlowMap(AbstractChordFlowMap):
         if not isinstance(self.flow_map, AbstractFlowMap):
             raise TypeError(
                 "`flow_map` must be an `AbstractFlowMap`, whose average velocities are "
-                f"guided; got {type(self.flow_map).__name__}. Make `FlowMap(net)` of a "
-                "network, or subclass `AbstractFlowMap` and define `jump`."
+                f"guided; got {type(self.flow_map).__name__}. Wrap a network in "
+                "`FlowMap(net)`, or subclass `AbstractFlowMap` and define `jump`."
             )
         check_callable(self.guidance, "guidance", "guidance(velocity, t, x, args)")
 
