@@ -268,7 +268,10 @@ def test_python_number():
 
 
 def test_not_a_solver():
-    with without_type_checks(), pytest.raises(TypeError, match="Optimistix solver.*str"):
+    with (
+        without_type_checks(),
+        pytest.raises(TypeError, match="Optimistix.*solver; got str"),
+    ):
         fd.likelihood.invert(gaussian_map(), 0.0, 0.5, X, solver="newton")
 
 

@@ -1,4 +1,4 @@
-"""Densities of what a flow map makes: traces, log-determinants, inversion."""
+"""Densities under flow maps: traces, log-determinants and inversion."""
 
 from ._inversion import Inversion as Inversion
 from ._inversion import invert as invert

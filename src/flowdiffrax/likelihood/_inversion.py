@@ -18,19 +18,20 @@ from ._trace import ravel_floats
 
 
 class Inversion(NamedTuple):
-    r"""What [`flowdiffrax.likelihood.invert`][] finds.
+    r"""The result of [`flowdiffrax.likelihood.invert`][].
 
     **Attributes:**
 
     - `x`: the state with $X_{s,t}(x) = y$.
-    - `error`: the error of the round trip, the largest entry of $X_{s,t}(x) - y$ by
-      magnitude.
-    - `contraction`: an estimate, from below, of the largest singular value of
+    - `error`: the round-trip error: the largest entry, by magnitude, of
+      $X_{s,t}(x) - y$.
+    - `contraction`: a lower estimate of the largest singular value of
       $\nabla X_{s,t} - I$ at `x`, which is $(t - s)$ times the local Lipschitz constant
-      of $v_{s,t}$. Below 1 the jump is invertible around `x`, and the fixed-point
-      iteration finds `x` from nearby; below 1 everywhere, `x` is the only solution.
-    - `num_steps`: the steps that were taken.
-    - `result`: `optimistix.RESULTS.successful`, or what went wrong.
+      of $v_{s,t}$. If it is below 1, the jump is invertible around `x`, and fixed-point
+      iteration from a nearby guess finds `x`. If it is below 1 everywhere, `x` is the
+      only solution.
+    - `num_steps`: the number of steps taken.
+    - `result`: `optimistix.RESULTS.successful`, or the reason for the failure.
     """
 
     x: State
@@ -61,23 +62,23 @@ def invert(
     num_iterations: int = 20,
     throw: bool = True,
 ) -> Inversion:
-    r"""Finds where a jump came from: the $x$ with $X_{s,t}(x) = y$.
+    r"""Inverts a jump: finds the $x$ with $X_{s,t}(x) = y$.
 
-    For maps that were trained forward only; one that goes in both directions of time has
-    its inverse in one evaluation, $X_{t,s}(y)$.
+    Use it for maps that were trained forwards only. A map that goes in both directions
+    of time gives its inverse in one evaluation, $X_{t,s}(y)$.
 
-    A jump $x + (t - s) v_{s,t}(x)$ is one-to-one if $(t - s) \operatorname{Lip}(v) < 1$,
-    which a short jump satisfies and a long one may not; the estimate at the solution is
-    part of the result.
+    A jump $x + (t - s) v_{s,t}(x)$ is one-to-one if $(t - s) \operatorname{Lip}(v) < 1$.
+    A short jump satisfies this; a long one may not. The result contains an estimate of
+    the left-hand side at the solution.
 
     !!! info "Numerics"
 
-        A solver of fixed points iterates $x \leftarrow y - (t - s) v_{s,t}(x)$, one
-        evaluation a step, and converges if the jump contracts. A root finder solves
-        $X_{s,t}(x) = y$; Newton's method takes one Jacobian-vector product for each
-        dimension a step, all at once: of an image of 32x32x3, gigabytes. Derivatives in
-        `y`, `args` and the map's parameters are those of the implicit function theorem,
-        whatever the solver.
+        A fixed-point solver iterates $x \leftarrow y - (t - s) v_{s,t}(x)$, with one
+        evaluation per step, and converges if this iteration contracts. A root finder
+        solves $X_{s,t}(x) = y$. Each step of Newton's method takes one Jacobian-vector
+        product per dimension, all at once, which needs gigabytes for an image of
+        32x32x3. Derivatives with respect to `y`, `args` and the map's parameters come
+        from the implicit function theorem, whatever the solver.
 
     **Arguments:**
 
@@ -85,25 +86,26 @@ def invert(
       `(s, t, x, args) -> x_t`.
     - `s`, `t`: start and end of the jump, in either order.
     - `y`: one state at time `t`, of floating-point numbers; use `jax.vmap` for a batch.
-    - `args`: passed on to the map.
+    - `args`: passed to the map.
     - `solver`: an Optimistix solver with its tolerances, such as
       `optimistix.FixedPointIteration(rtol, atol)` or `optimistix.Newton(rtol, atol)`.
-      `None` for `optimistix.Dogleg`, a Newton method with a trust region, to a tolerance
-      of 1e-9 in float64, and `optimistix.Newton` to 1e-5 in float32 and 3e-2 in half
-      precision; for states of more than 1,000 entries, whose Jacobian would fill the
-      memory, `optimistix.FixedPointIteration` to the same.
-    - `guess`: where to start; `None` for `y`.
-    - `max_steps`: the most steps it may take.
-    - `num_iterations`: the power iterations for `contraction`, each one forward-mode and
-      one reverse-mode pass.
-    - `throw`: whether a solver that does not converge is an error. Otherwise see
+      `None` selects `optimistix.Dogleg`, a Newton method with a trust region, with a
+      tolerance of 1e-9 in float64, and `optimistix.Newton` with 1e-5 in float32 and 3e-2
+      in half precision. For states of more than 1,000 entries, whose Jacobian may not
+      fit in memory, it selects `optimistix.FixedPointIteration` with the same
+      tolerances.
+    - `guess`: the initial guess; `None` for `y`.
+    - `max_steps`: the maximum number of steps.
+    - `num_iterations`: the number of power iterations for `contraction`. Each takes one
+      forward-mode and one reverse-mode pass.
+    - `throw`: whether to raise an error if the solver does not converge. If false, check
       `result`.
 
     **Returns:** an [`flowdiffrax.likelihood.Inversion`][].
 
-    **Raises:** `ValueError` for a guess or a map's output not like `y`, `TypeError` for
-    what is no solver or a complex state, `RuntimeError` at run time if the solver does
-    not converge and `throw` is true.
+    **Raises:** `ValueError` if the guess or the map's output is not like `y`, `TypeError`
+    if `solver` is not an Optimistix solver or the state is complex, `RuntimeError` at run
+    time if the solver does not converge and `throw` is true.
     """
     check_flow_map(flow_map)
     y = jtu.tree_map(jnp.asarray, y)
@@ -111,12 +113,12 @@ def invert(
     guess = y if guess is None else jtu.tree_map(jnp.asarray, guess)
     check_like(guess, y, "`guess`")
     vector, unravel = ravel_floats(y)
-    # Optimistix keeps its norms in the default dtype, and so it must have its vectors.
+    # Optimistix keeps its norms in the default dtype, so it needs vectors of that dtype.
     widen = lambda x: ravel_floats(x)[0].astype(jnp.result_type(float))
     jump = lambda x: check_like(flow_map(s, t, x, args), y, "`flow_map`")
     if solver is None:
         tol = {64: 1e-9, 32: 1e-5, 16: 3e-2}[jnp.finfo(real_dtype(y)).bits]
-        # In few digits a trust region takes rounding for a step that does not help.
+        # In low precision a trust region mistakes rounding for a step that fails.
         kind = optx.Dogleg if tol < 1e-8 else optx.Newton
         kind = kind if vector.size <= 1000 else optx.FixedPointIteration
         solver = kind(rtol=tol, atol=tol)
@@ -134,11 +136,11 @@ def invert(
         solution = optx.root_find(residual, solver, start, **options)
     else:
         raise TypeError(
-            "`solver` must be an Optimistix solver of fixed points, roots or least "
-            f"squares; got {type(solver).__name__}."
+            "`solver` must be an Optimistix fixed-point, root-finding or least-squares "
+            f"solver; got {type(solver).__name__}."
         )
     x = unravel(solution.value.astype(vector.dtype))
-    # Diagnostics: no gradient.
+    # Diagnostics carry no gradient.
     error = lax.stop_gradient(largest_entry(subtract(jump(x), y)))
     increment = lambda x: residual(x) - x
     contraction = _largest_singular_value(increment, solution.value, num_iterations)
@@ -161,7 +163,7 @@ def largest_entry(x: State) -> Scalar:
 
 
 def _largest_singular_value(fn, x: Array, num_iterations: int) -> Scalar:
-    """Of the Jacobian of `fn` at `x`, by power iteration: an estimate from below."""
+    """A lower estimate for the Jacobian of `fn` at `x`, by power iteration."""
     _, forward = jax.linearize(fn, lax.stop_gradient(x))
     backward = jax.linear_transpose(forward, x)
 
@@ -169,7 +171,7 @@ def _largest_singular_value(fn, x: Array, num_iterations: int) -> Scalar:
         size = jnp.linalg.norm(z)
         return z / jnp.where(size == 0, 1, size)
 
-    # Any start will do that is not orthogonal to the singular vector.
+    # Any start that is not orthogonal to the singular vector will do.
     z = normalise(vary_like(jr.normal(jr.key(0), x.shape, x.dtype), x))
     turn = lambda _, z: normalise(backward(forward(z))[0])
     z = lax.fori_loop(0, num_iterations, turn, z)

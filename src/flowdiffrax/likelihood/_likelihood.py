@@ -1,4 +1,4 @@
-"""Log-densities of what a flow map generates, in one jump or several."""
+"""Log-densities under generative flow maps, in one jump or several."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -24,14 +24,14 @@ from ._log_det import AbstractLogDet, ExactJacobian, log_det
 
 
 class PullBack(NamedTuple):
-    r"""What [`flowdiffrax.likelihood.pull_back`][] finds.
+    r"""The result of [`flowdiffrax.likelihood.pull_back`][].
 
     **Attributes:**
 
     - `x0`: the state at the first time.
-    - `log_det`: $\log |\det \nabla X_{1,0}(x_1)|$ of the way back.
-    - `error`: the round trip's error: the largest entry, by magnitude, of
-      $X_{0,1}(x_0) - x_1$ with the way forward in the same jumps.
+    - `log_det`: $\log |\det \nabla X_{1,0}(x_1)|$ for the way back.
+    - `error`: the round-trip error: the largest entry, by magnitude, of
+      $X_{0,1}(x_0) - x_1$, where the way forward takes the same jumps.
     """
 
     x0: State
@@ -55,33 +55,33 @@ def log_prob(
     $\log \rho_1(x_1) = \log \rho_0(X_{1,0}(x_1)) + \log |\det \nabla X_{1,0}(x_1)|$, in
     one jump or several. It is differentiable in the map's parameters, `x1` and `args`.
 
-    The density integrates to one where the map back is one-to-one and onto, as that of a
-    flow is. Of a learned map, check the round trip:
-    [`flowdiffrax.likelihood.pull_back`][] returns its error beside the same numbers.
+    The density integrates to one if the map back is one-to-one and onto, as it is for a
+    flow. For a learned map, check the round trip: [`flowdiffrax.likelihood.pull_back`][]
+    returns its error along with the terms of the log-density.
 
     **Arguments:**
 
-    - `flow_map`: a map that goes in both directions of time; with `inverse`, one that
-      knows its way forward only.
+    - `flow_map`: a map that goes in both directions of time; with `inverse`, a map that
+      goes forwards is enough.
     - `base_log_prob`: the log-density of the base, a function of one state.
     - `x1`: one data point; use `jax.vmap` for a batch.
-    - `ts`: the times from base to data, as they would be given to
-      [`flowdiffrax.sample`][]: a grid, or a number of equal jumps. The way back visits
-      them from the last to the first.
-    - `args`: passed on to the map.
-    - `method`: how the log-determinant of each jump is found, see
+    - `ts`: the times from base to data, as for [`flowdiffrax.sample`][]: a grid, or a
+      number of equal jumps. The way back visits them from the last to the first.
+    - `args`: passed to the map.
+    - `method`: how to compute the log-determinant of each jump; see
       [`flowdiffrax.likelihood.log_det`][].
-    - `inverse`: `None`, for the jumps back as the map makes them; or how to invert the
-      jumps forward: [`flowdiffrax.likelihood.invert`][], or `functools.partial` of it
-      with settings. Take several jumps then: short ones contract, and are found from
-      where they end. A jump that could not be inverted makes the density NaN, if it does
-      not raise.
-    - `key`: a random key, if the method has a stochastic trace; another for each example.
+    - `inverse`: `None` to use the map's own jumps backwards; or a function that inverts
+      the forward jumps: [`flowdiffrax.likelihood.invert`][], or `functools.partial` of it
+      with settings. Then use several jumps: short ones contract, and their end is a good
+      initial guess. If a jump cannot be inverted and `inverse` does not raise, the
+      density is NaN.
+    - `key`: a random key, if the method has a stochastic trace. Use a different key for
+      each example.
 
     **Returns:** the log-density, in float32 at least.
 
-    **Raises:** as [`flowdiffrax.likelihood.log_det`][] and, for times,
-    [`flowdiffrax.sample`][]; `ValueError` if `base_log_prob` returns more than a number.
+    **Raises:** the errors of [`flowdiffrax.likelihood.log_det`][] and, for times, of
+    [`flowdiffrax.sample`][]; `ValueError` if `base_log_prob` does not return a scalar.
     """
     there = pull_back(flow_map, x1, ts, args, method=method, inverse=inverse, key=key)
     return _density(base_log_prob, there.x0) + there.log_det
@@ -97,13 +97,13 @@ def pull_back(
     inverse: Callable[..., Inversion] | None = None,
     key: Key[Array, ""] | None = None,
 ) -> PullBack:
-    """Takes a data point to the base, and tells how good the way is.
+    """Takes a data point to the base, and measures the error of the round trip.
 
     The log-density is the base's at `x0` plus `log_det`, as in
-    [`flowdiffrax.likelihood.log_prob`][]. The error costs one more evaluation a jump;
+    [`flowdiffrax.likelihood.log_prob`][]. The error costs one more evaluation per jump;
     inside `jit` it costs nothing if it is not used.
 
-    **Arguments:** and errors as for [`flowdiffrax.likelihood.log_prob`][].
+    **Arguments:** as for [`flowdiffrax.likelihood.log_prob`][], with the same errors.
 
     **Returns:** a [`flowdiffrax.likelihood.PullBack`][].
     """
@@ -135,18 +135,18 @@ def sample_log_prob(
 ) -> tuple[State, Scalar]:
     r"""A sample and its log-density, $\log \rho_1(x_1)$ at $x_1 = X_{0,1}(x_0)$.
 
-    $\log \rho_0(x_0) - \log |\det \nabla X_{0,1}(x_0)|$, found on the way forward: the
-    map need not know its way back. It is exact for the map's own samples, if the map is
-    one-to-one, and so serves to weight them.
+    The log-density is $\log \rho_0(x_0) - \log |\det \nabla X_{0,1}(x_0)|$, computed on
+    the way forward, so the map need not go backwards. If the map is one-to-one, it is the
+    exact density of the map's own samples, and can be used to weight them.
 
-    **Arguments:** as for [`flowdiffrax.likelihood.log_prob`][], but for
+    **Arguments:** as for [`flowdiffrax.likelihood.log_prob`][], except
 
-    - `x0`: one draw of the base.
+    - `x0`: one draw from the base.
 
     **Returns:** the pair of the state at the last time, as [`flowdiffrax.sample`][]
     returns it, and its log-density.
 
-    **Raises:** as [`flowdiffrax.likelihood.log_det`][] and, for times,
+    **Raises:** the errors of [`flowdiffrax.likelihood.log_det`][] and, for times, of
     [`flowdiffrax.sample`][].
     """
 
@@ -171,7 +171,7 @@ def _density(base_log_prob: Callable[[State], Scalar], x0: State) -> Scalar:
 
 
 def _checked(flow_map: TwoTimeMap, x: State, ts) -> tuple[State, Array]:
-    """The grid of times in the precision of the state; an error for a bad one."""
+    """Checks the grid of times, and casts it to the precision of the state."""
     check_composable(flow_map)
     grid = make_grid(flow_map, ts)
     if is_concrete(grid):
@@ -184,14 +184,14 @@ def _checked(flow_map: TwoTimeMap, x: State, ts) -> tuple[State, Array]:
 
 
 def _jumps(jump: Callable, grid: Array, x: State, key) -> tuple[State, Scalar]:
-    """The last state and the sum of the log-determinants."""
+    """Returns the last state and the sum of the log-determinants."""
 
     def turn(x, inputs):
         start, end, index = inputs
         return jump(start, end, x, None if key is None else jr.fold_in(key, index))
 
     inputs = grid[:-1], grid[1:], jnp.arange(grid.size - 1)
-    if grid.size == 2:  # a scan would loop, if only once
+    if grid.size == 2:  # a scan would compile a loop
         return turn(x, jax.tree_util.tree_map(lambda leaf: leaf[0], inputs))
     x, gains = lax.scan(turn, x, inputs)
     return x, jnp.sum(gains)

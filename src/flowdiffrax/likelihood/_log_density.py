@@ -1,4 +1,4 @@
-"""The log-density as one more component of the state, with its own velocity."""
+"""The log-density as an extra component of the state, with its own velocity."""
 
 from collections.abc import Callable
 from typing import ClassVar
@@ -18,27 +18,27 @@ from ._trace import AbstractTrace, ExactTrace, divergence, ravel_floats
 
 
 class LogDensityVelocity(eqx.Module):
-    r"""The velocity of the pair $(x, \ell)$ with $\ell$ the log-density along the flow.
+    r"""The velocity of the pair $(x, \ell)$, where $\ell$ is the log-density.
 
-    $\dot x = b_t(x)$, $\dot \ell = -\nabla \cdot b_t(x)$: started from
-    $\ell = \log \rho_s(x_s)$ it keeps $\ell = \log \rho_t(x_t)$. Integrated by Diffrax it
-    is a continuous normalising flow; as the teacher of an objective it makes a flow map
-    that carries densities along, see [`flowdiffrax.likelihood.LogDensityFlowMap`][].
+    Along the flow, $\dot x = b_t(x)$ and $\dot \ell = -\nabla \cdot b_t(x)$. Started from
+    $\ell = \log \rho_s(x_s)$, this keeps $\ell = \log \rho_t(x_t)$. Integrated by
+    Diffrax, it is a continuous normalising flow. Used as a teacher, it trains a flow map
+    that carries densities along; see [`flowdiffrax.likelihood.LogDensityFlowMap`][].
 
     **Arguments:**
 
     - `vector_field`: a callable `(t, x, args) -> dx/dt`.
-    - `trace`: how the divergence is found.
-    - `key`: a random key, if the trace needs one. Probes are then the same for all times,
-      so that the field is smooth and an ODE solver can keep its tolerance; for other
-      probes in each solve, make the velocity inside the function that is mapped over the
-      batch, with a key for each example.
-    - `fresh`: whether each time and state have probes of their own instead. So it must be
-      for a teacher: a map would learn what fixed probes say, and not the divergence.
+    - `trace`: how to compute the divergence.
+    - `key`: a random key, if the trace needs one. The probes are then the same for all
+      times, so that the field is smooth and an ODE solver can meet its tolerance. For
+      different probes in each solve, create the velocity inside the function that is
+      mapped over the batch, with one key per example.
+    - `fresh`: whether to draw new probes for each time and state instead. Set it for a
+      teacher: with fixed probes, a map learns their estimate and not the divergence.
 
     The state is a tuple `(x, l)` of a state and a scalar.
 
-    **Raises:** when called, `ValueError` for a missing key or a state that is no pair.
+    **Raises:** when called, `ValueError` if a key is missing or the state is not a pair.
 
     ??? cite "Reference"
 
@@ -68,16 +68,16 @@ class LogDensityVelocity(eqx.Module):
 class LogDensityNet(eqx.Module):
     r"""A network for pairs $(x, \ell)$ whose output depends on $x$ alone.
 
-    What the log-density gains in a jump depends on the path and not on the log-density
-    itself, so that $\ell$ is set to zero before it reaches the network. With
-    [`flowdiffrax.FlowMap`][] around it, $\ell_t = \ell_s - (t - s) D_{s,t}(x)$, where the
-    network's last output is the mean divergence $D_{s,t}$ with the sign turned.
+    The change of the log-density in a jump depends on the path and not on the
+    log-density itself, so $\ell$ is set to zero before it reaches the network. Wrapped
+    in [`flowdiffrax.FlowMap`][], it gives $\ell_t = \ell_s - (t - s) D_{s,t}(x)$, where
+    $D_{s,t}$ is the mean divergence. The network's last output is $-D_{s,t}$.
 
     **Arguments:**
 
-    - `net`: for a state that is a vector, a network of vectors with one more entry, such
-      as `nn.MLP(size + 1)`. For any other state, a callable
-      `net(s, t, (x, l), args)` that returns a pair.
+    - `net`: for a vector state, a network of vectors with one more entry, such as
+      `nn.MLP(size + 1)`. For any other state, a callable `net(s, t, (x, l), args)` that
+      returns a pair.
 
     ??? cite "Reference"
 
@@ -104,10 +104,11 @@ class LogDensityNet(eqx.Module):
 
 
 class LogDensityFlowMap(AbstractFlowMap):
-    r"""A flow map on pairs $(x, \ell)$ as a map on $x$ that knows its log-determinant.
+    r"""A map on $x$ with a learned log-determinant, from a flow map on pairs $(x, \ell)$.
 
-    It serves wherever a flow map does; with [`flowdiffrax.likelihood.LearnedLogDet`][] it
-    gives likelihoods in a few jumps without a derivative.
+    It can be used wherever a flow map can. With
+    [`flowdiffrax.likelihood.LearnedLogDet`][] it gives likelihoods in a few jumps without
+    derivatives.
 
     **Arguments:**
 
@@ -145,18 +146,18 @@ def _pair(x) -> tuple[State, Array]:
     if not isinstance(x, tuple) or len(x) != 2 or jnp.shape(x[1]) != ():
         raise ValueError(
             "The state must be a tuple `(x, l)` of one state and its log-density, a "
-            f"scalar; got {jtu.tree_structure(x)} of shapes "
+            f"scalar; got {jtu.tree_structure(x)} with shapes "
             f"{[jnp.shape(leaf) for leaf in jtu.tree_leaves(x)]}."
         )
     return x[0], jnp.asarray(x[1])
 
 
 def _key_of(key: Key[Array, ""], t: Time, x: State) -> Key[Array, ""]:
-    """A key that is another for other bits of time or state."""
+    """A key that depends on the bits of the time and the state."""
     numbers = jnp.append(
         ravel_floats(x)[0].astype(jnp.float32), jnp.asarray(t, jnp.float32)
     )
     bits = lax.bitcast_convert_type(lax.stop_gradient(numbers), jnp.uint32)
-    # Multiplied by odd numbers, so that an exchange of two entries is seen too.
+    # Multiply by distinct odd numbers, so that swapping two entries changes the sum.
     odd = 2 * jnp.arange(bits.size, dtype=jnp.uint32) + 1
     return jr.fold_in(key, jnp.sum(bits * odd, dtype=jnp.uint32))

@@ -18,7 +18,7 @@ from ._trace import AbstractTrace, ExactTrace, Hutchinson, divergence, ravel_flo
 
 
 class AbstractLogDet(eqx.Module):
-    """How the log-determinant of a jump is found."""
+    """How to compute the log-determinant of a jump."""
 
     @abc.abstractmethod
     def __call__(
@@ -30,20 +30,21 @@ class AbstractLogDet(eqx.Module):
         args: Args,
         key: Key[Array, ""] | None,
     ) -> tuple[State, Scalar]:
-        r"""The end of the jump and its log-determinant.
+        r"""Returns the end of the jump and its log-determinant.
 
-        Arguments as for [`flowdiffrax.likelihood.log_det`][], which has checked them.
+        The arguments are those of [`flowdiffrax.likelihood.log_det`][], already checked.
         """
 
 
 class ExactJacobian(AbstractLogDet):
-    r"""The determinant of the Jacobian: one forward-mode pass for each dimension.
+    r"""The determinant of the Jacobian, from one forward-mode pass per dimension.
 
-    For states of up to some hundred numbers. It is the density of the map's samples,
-    whether or not the map is accurate, wherever the map is one-to-one.
+    Use it for states of up to a few hundred numbers. Wherever the map is one-to-one, it
+    gives the density of the map's samples, whether or not the map is accurate.
 
-    A flow never flips orientation. Where the determinant is not positive, the map is not
-    the map of any flow, nor locally one-to-one on the way there, and the value is NaN.
+    A flow never reverses orientation. Where the determinant is not positive, the map is
+    not the map of any flow, and is not locally one-to-one at some time on the way there.
+    The value is then NaN.
     """
 
     def __call__(self, flow_map, s, t, x, args, key) -> tuple[State, Scalar]:
@@ -63,22 +64,22 @@ class ExactJacobian(AbstractLogDet):
 class PowerSeries(AbstractLogDet):
     r"""The trace of a power series, for short jumps in many dimensions.
 
-    With $A = \nabla X_{s,t}(x) - I$, which is small where $t - s$ is,
-    $\log\det(I + A) = \operatorname{tr} \sum_{k \ge 1} (-1)^{k+1} A^k / k$. It is cut
-    after $K$ terms. What is missing, for $\|A\| = c < 1$ in $d$ dimensions, is at most
-    $d\,c^{K+1} / ((K + 1)(1 - c))$.
+    With $A = \nabla X_{s,t}(x) - I$, which is small if $t - s$ is small,
+    $\log\det(I + A) = \operatorname{tr} \sum_{k \ge 1} (-1)^{k+1} A^k / k$. The series is
+    truncated after $K$ terms. For $\|A\| = c < 1$ in $d$ dimensions, the truncation error
+    is at most $d\,c^{K+1} / ((K + 1)(1 - c))$.
 
-    The value is NaN where the series shows no convergence, $|A^K z| > |z|$ for some
-    probe $z$: take more and shorter jumps.
+    The value is NaN if the series does not seem to converge, that is, if $|A^K z| > |z|$
+    for some probe $z$. In that case, take more and shorter jumps.
 
     !!! info "Numerics"
 
-        One evaluation of the map, linearised, and $K$ Jacobian-vector products for each
-        product of the trace; no Jacobian is formed.
+        It takes one evaluation of the map, linearised, and $K$ Jacobian-vector products
+        for each product of the trace. It forms no Jacobian.
 
     **Arguments:**
 
-    - `trace`: how the trace is found.
+    - `trace`: how to compute the trace.
     - `num_terms`: the number of terms $K$, at least 1.
 
     **Raises:** `ValueError` if `num_terms` is below 1.
@@ -116,25 +117,25 @@ class DivergenceIntegral(AbstractLogDet):
     r"""The integral of the divergence along the jump, by Gauss–Legendre quadrature.
 
     For a flow, $\log\det \nabla X_{s,t}(x) = \int_s^t \nabla \cdot b_u(X_{s,u}(x))\,du$.
-    The states on the way are single jumps from $x$, so that the nodes are evaluated side
-    by side; an ODE solver would need them in turn.
+    The states on the way are single jumps from $x$, so all nodes are evaluated in
+    parallel; an ODE solver would need them in sequence.
 
-    The result is as good as the map is consistent: by default $b_u$ is the map's own
-    velocity $v_{u,u}$, and the identity holds for a map that follows its own velocity.
+    The result is only as accurate as the map is consistent: by default $b_u$ is the map's
+    own velocity $v_{u,u}$, and the identity holds if the map follows its own velocity.
     [`flowdiffrax.likelihood.ExactJacobian`][] makes no such assumption.
 
     **Arguments:**
 
     - `num_nodes`: the number of nodes, at least 1. The quadrature is exact for
       divergences that are polynomials in $u$ up to the degree `2 * num_nodes - 1`.
-    - `trace`: how the divergence is found.
-    - `vector_field`: a teacher `(t, x, args) -> dx/dt` to take the divergence of, in the
-      place of the map's velocity.
+    - `trace`: how to compute the divergence.
+    - `vector_field`: a teacher `(t, x, args) -> dx/dt` whose divergence is used in place
+      of that of the map's velocity.
 
-    Cost: a jump, a velocity and the products of the trace for each node.
+    Each node costs a jump, a velocity and the products of the trace.
 
-    **Raises:** `ValueError` if `num_nodes` is below 1; when called, `TypeError` for a map
-    that knows no velocity where no `vector_field` is given.
+    **Raises:** `ValueError` if `num_nodes` is below 1; when called, `TypeError` if no
+    `vector_field` is given and the map has no velocity.
     """
 
     num_nodes: int = eqx.field(static=True, default=8)
@@ -155,7 +156,7 @@ class DivergenceIntegral(AbstractLogDet):
         weights = jnp.asarray(weights / 2, s.dtype)
 
         def rate(u, index):
-            # Probes of its own for each node: their errors then average out.
+            # Each node has its own probes, so that their errors average out.
             probe_key = None if key is None else jr.fold_in(key, index)
             X_su = _jump(flow_map, s, u, x, args)
             return divergence(field, u, X_su, args, trace=self.trace, key=probe_key)[1]
@@ -166,17 +167,17 @@ class DivergenceIntegral(AbstractLogDet):
 
 
 class LearnedLogDet(AbstractLogDet):
-    """What a [`flowdiffrax.likelihood.LogDensityFlowMap`][] has learned.
+    """The log-determinant that a [`flowdiffrax.likelihood.LogDensityFlowMap`][] learned.
 
-    It takes no derivative at all.
+    It takes no derivatives.
     """
 
     def __call__(self, flow_map, s, t, x, args, key) -> tuple[State, Scalar]:
         del key
         if not isinstance(flow_map, LogDensityFlowMap):
             raise TypeError(
-                "`LearnedLogDet` needs a `LogDensityFlowMap`, made from a map that is "
-                f"trained on states and log-densities; got {type(flow_map).__name__}."
+                "`LearnedLogDet` needs a `LogDensityFlowMap` of a map that is trained on "
+                f"states and log-densities; got {type(flow_map).__name__}."
             )
         return flow_map.with_log_det(s, t, x, args)
 
@@ -191,9 +192,10 @@ def log_det(
     method: AbstractLogDet = ExactJacobian(),
     key: Key[Array, ""] | None = None,
 ) -> tuple[State, Scalar]:
-    r"""A jump, and by how much it stretches volumes: $\log |\det \nabla X_{s,t}(x)|$.
+    r"""A jump and its log-determinant, $\log |\det \nabla X_{s,t}(x)|$.
 
-    Along a flow, densities change by it:
+    The log-determinant tells how the jump changes volumes. Along a flow, densities change
+    accordingly:
     $\log \rho_t(X_{s,t}(x)) = \log \rho_s(x) - \log |\det \nabla X_{s,t}(x)|$.
 
     **Arguments:**
@@ -202,18 +204,19 @@ def log_det(
       `(s, t, x, args) -> x_t`.
     - `s`, `t`: start and end of the jump, in either order.
     - `x`: one state at time `s`, of floating-point numbers; use `jax.vmap` for a batch.
-    - `args`: passed on to the map.
-    - `method`: how: [`flowdiffrax.likelihood.ExactJacobian`][] for few dimensions,
-      [`flowdiffrax.likelihood.PowerSeries`][] or
+    - `args`: passed to the map.
+    - `method`: how to compute it: [`flowdiffrax.likelihood.ExactJacobian`][] for few
+      dimensions, [`flowdiffrax.likelihood.PowerSeries`][] or
       [`flowdiffrax.likelihood.DivergenceIntegral`][] for many,
-      [`flowdiffrax.likelihood.LearnedLogDet`][] for a map that was trained to know.
-    - `key`: a random key, if the method has a stochastic trace; another for each example.
+      [`flowdiffrax.likelihood.LearnedLogDet`][] for a map that was trained on it.
+    - `key`: a random key, if the method has a stochastic trace. Use a different key for
+      each example.
 
-    **Returns:** the pair $X_{s,t}(x)$ and its log-determinant, the latter in float32 at
-    least.
+    **Returns:** the pair of $X_{s,t}(x)$ and its log-determinant, the latter in float32
+    at least.
 
-    **Raises:** `ValueError` for a missing key or a map whose output has another shape
-    than `x`, `TypeError` for another dtype or a complex state.
+    **Raises:** `ValueError` if a key is missing or the map's output has another shape
+    than `x`, `TypeError` if it has another dtype or the state is complex.
     """
     check_flow_map(flow_map)
     x = jax.tree_util.tree_map(jnp.asarray, x)

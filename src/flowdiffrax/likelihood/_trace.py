@@ -1,4 +1,4 @@
-"""Traces of Jacobians that are known by their products with vectors."""
+"""Traces of Jacobians, computed from products with vectors."""
 
 import abc
 from collections.abc import Callable
@@ -22,7 +22,7 @@ Product: TypeAlias = Callable[[Float[Array, " d"]], Float[Array, " d"]]
 
 
 class AbstractTrace(eqx.Module):
-    """How the trace of a square matrix is found from its products with vectors."""
+    """How to compute the trace of a square matrix from its products with vectors."""
 
     @abc.abstractmethod
     def __call__(
@@ -32,16 +32,16 @@ class AbstractTrace(eqx.Module):
 
         **Arguments:**
 
-        - `product`: the function $z \mapsto A z$, linear.
-        - `like`: a vector of the size and dtype of `z`.
-        - `key`: a random key, `None` where none is needed.
+        - `product`: the linear function $z \mapsto A z$.
+        - `like`: a vector with the size and dtype of `z`.
+        - `key`: a random key; `None` if none is needed.
 
-        **Raises:** `ValueError` if a key is needed and there is none.
+        **Raises:** `ValueError` if a key is needed but not given.
         """
 
 
 class ExactTrace(AbstractTrace):
-    """The trace itself, from one product for each dimension."""
+    """The exact trace, from one product per dimension."""
 
     def __call__(self, product, like, key) -> Scalar:
         del key
@@ -50,7 +50,7 @@ class ExactTrace(AbstractTrace):
 
 
 class Hutchinson(AbstractTrace):
-    r"""The mean of $z^\top A z$ over random signs $z$, unbiased.
+    r"""The mean of $z^\top A z$ over random signs $z$, an unbiased estimate.
 
     With $n$ probes its variance is
     $\tfrac2n \sum_{i \ne j} (\tfrac12 (A_{ij} + A_{ji}))^2$: zero for a diagonal matrix,
@@ -58,7 +58,7 @@ class Hutchinson(AbstractTrace):
 
     **Arguments:**
 
-    - `num_probes`: the number of probes $n$, and of products, at least 1.
+    - `num_probes`: the number of probes $n$, which is also that of products; at least 1.
 
     **Raises:** `ValueError` if `num_probes` is below 1.
 
@@ -85,21 +85,21 @@ class HutchPlusPlus(AbstractTrace):
 
     With $Q$ an orthonormal basis of $A S$ for random signs $S$, and $P = I - Q Q^\top$,
     $\operatorname{tr} A = \operatorname{tr} Q^\top A Q + \operatorname{tr} P A P$. The
-    second term is small where $A$ is nearly of low rank. Unbiased.
+    second term is small if $A$ is nearly of low rank. The estimate is unbiased.
 
     !!! info "Numerics"
 
-        No gradient flows through $Q$. Whatever the basis, the value and its gradient are
-        unbiased, and the derivative of a QR factorisation is infinite where $A$ has a
-        rank below that of the sketch.
+        No gradient flows through $Q$: the derivative of a QR factorisation is infinite
+        if the rank of $A$ is below that of the sketch. The value and its gradient are
+        unbiased for any basis.
 
     **Arguments:**
 
-    - `num_probes`: the number of products: a third for the sketch, a third on its
-      range, a third for probes. A multiple of 3; above three times the dimension it is
+    - `num_probes`: the number of products, a positive multiple of 3: a third each for
+      the sketch, its range and the probes. Above three times the dimension the result is
       exact, and [`flowdiffrax.likelihood.ExactTrace`][] is cheaper.
 
-    **Raises:** `ValueError` if `num_probes` is no positive multiple of 3.
+    **Raises:** `ValueError` if `num_probes` is not a positive multiple of 3.
 
     ??? cite "Reference"
 
@@ -111,8 +111,8 @@ class HutchPlusPlus(AbstractTrace):
     def __check_init__(self):
         if self.num_probes < 3 or self.num_probes % 3 != 0:
             raise ValueError(
-                "`num_probes` must be a positive multiple of 3: sketch, range and probes "
-                f"have a third each; got {self.num_probes}."
+                "`num_probes` must be a positive multiple of 3, a third each for sketch, "
+                f"range and probes; got {self.num_probes}."
             )
 
     def __call__(self, product, like, key) -> Scalar:
@@ -143,14 +143,14 @@ def divergence(
     - `vector_field`: a callable `(t, x, args) -> dx/dt`.
     - `t`: a time.
     - `x`: one state, of floating-point numbers; use `jax.vmap` for a batch.
-    - `args`: passed on to the vector field.
-    - `trace`: how the trace of $\nabla b_t$ is found.
+    - `args`: passed to the vector field.
+    - `trace`: how to compute the trace of $\nabla b_t$.
     - `key`: a random key, if the trace needs one.
 
     **Returns:** the velocity, like `x`, and the divergence, in float32 at least.
 
-    **Raises:** `ValueError` for a missing key or a velocity not like `x`, `TypeError` for
-    complex states.
+    **Raises:** `ValueError` if a key is missing or the velocity is not like `x`,
+    `TypeError` if the state is complex.
     """
     (t,) = times_like(x, t)
     vector, unravel = ravel_floats(x)
@@ -164,13 +164,13 @@ def divergence(
 
 
 def ravel_floats(x: State) -> tuple[Float[Array, " d"], Callable[[Array], State]]:
-    """A state as one vector, and the function that makes a state of a vector."""
+    """Returns a state as one vector, and a function from such vectors to states."""
     dtypes = [jnp.result_type(leaf) for leaf in jtu.tree_leaves(x)]
     if not dtypes or not all(jnp.issubdtype(dtype, jnp.floating) for dtype in dtypes):
         raise TypeError(
-            "Densities and inverses are for states of floating-point numbers; got dtypes "
-            f"{dtypes}. Convert integers with `.astype(float)`, and give the real and "
-            "the imaginary part of a complex state as two leaves."
+            "Densities and inverses need states of floating-point numbers; got dtypes "
+            f"{dtypes}. Convert integers with `.astype(float)`, and pass the real and "
+            "imaginary parts of a complex state as two leaves."
         )
     return ravel(x, "A density")
 
@@ -178,8 +178,8 @@ def ravel_floats(x: State) -> tuple[Float[Array, " d"], Callable[[Array], State]
 def _signs(key: Key[Array, ""] | None, number: int, like: Array) -> Array:
     if key is None:
         raise ValueError(
-            "A stochastic trace draws random probes: pass `key=jax.random.key(...)`, "
-            "another for each example."
+            "A stochastic trace draws random probes: pass `key=jax.random.key(...)`, a "
+            "different key for each example."
         )
     return vary_like(jr.rademacher(key, (number, like.size), like.dtype), like)
 
