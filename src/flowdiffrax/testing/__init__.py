@@ -1,8 +1,8 @@
-"""Property tests for flow maps: anyone's, in anyone's test suite or notebook.
+"""Property tests for any flow map, in any test suite or notebook.
 
-Assertions and the report need nothing else; strategies and `check` need Hypothesis:
-`pip install "flowdiffrax[testing]"`. It is imported by itself,
-`import flowdiffrax.testing`.
+The assertions and the report need no further packages. The strategies and `check` need
+Hypothesis: `pip install "flowdiffrax[testing]"`. `import flowdiffrax` does not import
+this module; use `import flowdiffrax.testing`.
 """
 
 from ._assert import assert_average_velocity as assert_average_velocity

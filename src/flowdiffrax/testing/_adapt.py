@@ -1,4 +1,4 @@
-"""Anyone's callables as flow maps and vector fields: the one place that knows them."""
+"""Adapters from arbitrary callables to flow maps and vector fields."""
 
 import functools
 import inspect
@@ -19,7 +19,7 @@ from ..flow_maps._base import AbstractFlowMap
 
 
 class _ForeignFlowMap(AbstractFlowMap):
-    """Any `(s, t, x)` or `(s, t, x, args)` as a flow map."""
+    """Any callable `(s, t, x)` or `(s, t, x, args)` as a flow map."""
 
     fn: Callable
     jvp: Derivative
@@ -37,7 +37,7 @@ class _ForeignFlowMap(AbstractFlowMap):
 
 
 class _ForeignField(eqx.Module):
-    """Any `(t, x)` or `(t, x, args)` as a vector field."""
+    """Any callable `(t, x)` or `(t, x, args)` as a vector field."""
 
     fn: Callable
     outside_jax: bool = eqx.field(static=True)
@@ -54,14 +54,15 @@ def adapt(
     args: Args,
     jvp: Derivative | None,
 ) -> tuple[AbstractFlowMap, VectorField, Derivative]:
-    """The map, the field and the derivative to use, from whatever the user has.
+    """Returns the flow map, vector field and derivative to use for given callables.
 
     **Arguments:**
 
-    - `flow_map`, `vector_field`: the user's; the map's own velocity for `None`.
-    - `s`, `x`, `args`: a time, one state, and what goes with it, to try them at.
-    - `jvp`: the user's, or `None` for forward mode, and central differences for
-      callables that are not written in JAX.
+    - `flow_map`, `vector_field`: the user's callables. If `vector_field` is `None`, the
+      map's own velocity is used.
+    - `s`, `x`, `args`: a time, a state and `args` at which to try the callables.
+    - `jvp`: the user's choice. `None` selects forward mode, or central differences for
+      maps that are not written in JAX.
     """
     signatures = "flow_map(s, t, x)", "flow_map(s, t, x, args)"
     check_callable(flow_map, "flow_map", *signatures)
@@ -83,25 +84,25 @@ def adapt(
 
 
 def is_opaque(fn: Callable) -> bool:
-    """Whether JAX cannot see the arrays that a callable carries.
+    """Whether JAX cannot see the arrays that a callable holds.
 
-    What is compiled of such a callable has them as constants. It must not be kept, since
-    the same callable may have other weights a moment later; `adapt` makes a new object
-    of it each time.
+    Compiled code contains the arrays of such a callable as constants. It must not be
+    cached, because the callable may hold other weights later, so `adapt` wraps the
+    callable in a new object each time.
     """
     return jtu.all_leaves([fn])
 
 
 def _best_step(x: State) -> float:
-    """The step at which rounding and truncation of a central difference are equal."""
+    """The step that balances rounding and truncation errors of a central difference."""
     return float(jnp.finfo(real_dtype(x)).eps) ** (1 / 3)
 
 
 def _traces(fn: Callable, inputs: tuple, args: Args) -> bool:
-    """Whether JAX can trace it; if not, it can be called, or raises its own error."""
+    """Whether JAX can trace `fn`. If not, calls `fn` once, so that its errors surface."""
     try:
         jax.eval_shape(lambda *inputs: _call(fn, inputs, args), *inputs)
-    except Exception:  # NumPy, PyTorch and others each have their own
+    except Exception:  # NumPy, PyTorch and others raise different errors
         _call(fn, _on_host(inputs), _on_host(args))
         return False
     return True
@@ -114,13 +115,13 @@ def _on_host(tree: Any) -> Any:
 
 
 def _call(fn: Callable, inputs: tuple, args: Args) -> Any:
-    """Calls it without `args` where there are none, and it does without."""
+    """Calls `fn`, without `args` if they are `None` and `fn` does not need them."""
     if args is None:
         try:
             inspect.signature(fn).bind(*inputs)
         except TypeError:
             return fn(*inputs, None)
-        except ValueError:  # what is written in C may have no signature
+        except ValueError:  # functions written in C may have no signature
             pass
         return fn(*inputs)
     return fn(*inputs, args)
@@ -132,7 +133,7 @@ def _evaluate(fn: Callable, times: tuple, x: State, args: Args, outside_jax: boo
     like = jax.eval_shape(lambda x: x, x)
 
     def on_host(inputs, args):
-        # NumPy has its own rules of promotion, of which nobody wants to hear.
+        # NumPy promotes types by its own rules, so cast back.
         cast = lambda out, x: np.asarray(out, x.dtype)
         return jtu.tree_map(cast, _call(fn, _on_host(inputs), _on_host(args)), like)
 

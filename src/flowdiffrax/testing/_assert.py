@@ -1,4 +1,4 @@
-"""One assertion for each identity, at given points, for anyone's map."""
+"""One assertion per identity, at given points, for any flow map."""
 
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
@@ -22,7 +22,7 @@ from ._identity import IDENTITIES, Jump, Settings, evaluate, evaluate_compiled, 
 if TYPE_CHECKING:
     Times: TypeAlias = Any
 else:
-    # One time, or those of a batch.
+    # One time, or the times of a batch.
     Times: TypeAlias = Real[ArrayLike, "..."]
 
 
@@ -42,27 +42,26 @@ def assert_starts_as_identity(
     **Arguments:**
 
     - `flow_map`: a [`flowdiffrax.AbstractFlowMap`][] or any callable `(s, t, x)` or
-      `(s, t, x, args)` that returns the state at `t`, in JAX or not. One that is not
-      written in JAX is called on the host, and differentiated by central differences.
-    - `vector_field`: the velocity $b$, any callable `(t, x)` or `(t, x, args)`; `None`
-      for the map's own, of which the map is then asked to be the flow.
-    - `s`, `t`, `u`: start, end and stop-over, in any order; scalars, or of shape
-      `(batch,)`.
-    - `x`: one state at time `s`, or a batch of them: every leaf with a leading axis.
-    - `args`: passed on to map and field where it is not `None`; of a batch, with its
-      axis.
-    - `rtol`, `atol`: the largest entry of the residual may be `atol` plus `rtol` times
-      the largest entry of what cancels in it: states and velocities. The default `rtol`
-      is $\epsilon^{2/3}$ with $\epsilon$ the rounding unit of the least precise leaf:
-      4e-11 in float64 and 2e-5 in float32. The default
-      `atol` is the same number, for states of order one. Derivatives by central
-      differences have a hundredfold. For a map that is learned, give the defect that
-      you accept as `atol`.
-    - `jvp`: how derivatives are taken: `jax.jvp`, or a
+      `(s, t, x, args)` that returns the state at `t`, in JAX or not. A callable that is
+      not written in JAX is called on the host, and differentiated by central differences.
+    - `vector_field`: the velocity $b$, any callable `(t, x)` or `(t, x, args)`. `None`
+      uses the map's own velocity, and so asserts that the map is the flow of it.
+    - `s`, `t`, `u`: start, end and intermediate time, in any order; scalars, or arrays of
+      shape `(batch,)`.
+    - `x`: one state at time `s`, or a batch of states, with a leading axis on every leaf.
+    - `args`: passed to the map and the field if it is not `None`; for a batch, with the
+      batch axis.
+    - `rtol`, `atol`: the largest entry of the residual may be at most `atol` plus `rtol`
+      times the largest entry of the states and velocities that cancel in it. The default
+      `rtol` is $\epsilon^{2/3}$, where $\epsilon$ is the rounding unit of the least
+      precise leaf: 4e-11 in float64 and 2e-5 in float32. The default `atol` is the same
+      number, which suits states of order one. With central differences, the defaults are
+      a hundred times larger. For a learned map, set `atol` to the defect that you accept.
+    - `jvp`: how to take derivatives: `jax.jvp`, or a
       [`flowdiffrax.objectives.FiniteDifference`][] for layers without forward mode.
 
-    **Raises:** [`flowdiffrax.testing.IdentityError`][], which says which identity does
-    not hold, where, and by how much; `ValueError` or `TypeError` for a map whose output
+    **Raises:** [`flowdiffrax.testing.IdentityError`][], which names the identity that
+    does not hold, where, and by how much; `ValueError` or `TypeError` if the map's output
     is not like `x`.
     """
     __tracebackhide__ = True
@@ -80,9 +79,10 @@ def assert_semigroup(
     rtol: float | None = None,
     atol: float | None = None,
 ) -> None:
-    r"""Asserts that two jumps are one, $X_{u,t}(X_{s,u}(x)) = X_{s,t}(x)$.
+    r"""Asserts that two jumps equal one, $X_{u,t}(X_{s,u}(x)) = X_{s,t}(x)$.
 
-    Needs no vector field, and cannot see a map that follows another ODE consistently.
+    It needs no vector field, and does not detect a map that consistently follows another
+    ODE.
 
     **Arguments:** as for [`flowdiffrax.testing.assert_starts_as_identity`][].
     """
@@ -121,8 +121,8 @@ def assert_tangent(
 ) -> None:
     r"""Asserts that the map's own velocity is the field, $v_{t,t}(x) = b_t(x)$.
 
-    **Arguments:** as for [`flowdiffrax.testing.assert_starts_as_identity`][]. With
-    `None` for the field it says nothing.
+    **Arguments:** as for [`flowdiffrax.testing.assert_starts_as_identity`][]. If
+    `vector_field` is `None`, it tests nothing.
     """
     __tracebackhide__ = True
     settings = (rtol, atol, jvp)
@@ -163,7 +163,7 @@ def assert_eulerian(
     atol: float | None = None,
     jvp: Derivative | None = None,
 ) -> None:
-    r"""Asserts that all starts on a trajectory lead to one end, $\partial_s X_{s,t}(x) +
+    r"""Asserts that all points of a trajectory have one end, $\partial_s X_{s,t}(x) +
     \nabla X_{s,t}(x)\,b_s(x) = 0$.
 
     **Arguments:** as for [`flowdiffrax.testing.assert_starts_as_identity`][].
@@ -183,10 +183,10 @@ def assert_average_velocity(
     rtol: float | None = None,
     atol: float | None = None,
 ) -> None:
-    r"""Asserts that the map's average velocity is its own, $X_{s,t}(x) = x + (t - s)
+    r"""Asserts that the average velocity matches the map, $X_{s,t}(x) = x + (t - s)
     v_{s,t}(x)$.
 
-    For classes that define `average_velocity` themselves.
+    Use it for classes that define `average_velocity` themselves.
 
     **Arguments:** as for [`flowdiffrax.testing.assert_starts_as_identity`][].
     """
@@ -205,11 +205,11 @@ def assert_both_directions(
     atol: float | None = None,
     jvp: Derivative | None = None,
 ) -> None:
-    r"""Asserts that the way back has the slope of the way there, $v_{s,t}(x) =
+    r"""Asserts that a jump and the jump back have the same slope, $v_{s,t}(x) =
     v_{t,s}(X_{s,t}(x))$.
 
-    It is the inverse identity over $t - s$, so that short jumps weigh as much as long
-    ones: a wrong direction is an error of order one however short the jump.
+    This is the inverse identity divided by $t - s$, so that short jumps count as much as
+    long ones: a wrong direction is an error of order one, however short the jump.
 
     **Arguments:** as for [`flowdiffrax.testing.assert_starts_as_identity`][].
     """
@@ -226,12 +226,12 @@ def assert_positive_jacobian(
     *,
     jvp: Derivative | None = None,
 ) -> None:
-    r"""Asserts $\det \nabla X_{s,t}(x) > 0$: a flow never folds space, nor mirrors it.
+    r"""Asserts $\det \nabla X_{s,t}(x) > 0$: a flow never folds or reflects space.
 
-    One derivative for each entry of the state, real ones only.
+    It takes one derivative per entry of the state. The state must be real.
 
-    **Arguments:** as for [`flowdiffrax.testing.assert_starts_as_identity`][]. There is
-    no tolerance.
+    **Arguments:** as for [`flowdiffrax.testing.assert_starts_as_identity`][], without a
+    tolerance.
     """
     __tracebackhide__ = True
     _assert("positive_jacobian", flow_map, None, s, s, t, x, args, None, None, jvp)
@@ -249,14 +249,16 @@ def assert_solver_equals_map(
     rtol: float | None = None,
     atol: float | None = None,
 ) -> None:
-    """Asserts that a solve in equal steps is the same jumps in turn, in any direction.
+    """Asserts that a solve in equal steps equals the map's jumps over the same steps.
+
+    It holds in both directions of time.
 
     **Arguments:** as for [`flowdiffrax.testing.assert_starts_as_identity`][], and
 
-    - `solver`: a Diffrax solver that steps by the map, `None` for
+    - `solver`: a Diffrax solver that steps with the map; `None` for
       [`flowdiffrax.FlowMapSolver`][]; or a function `(flow_map, x, ts, args) -> x_t`
-      such as [`flowdiffrax.sample`][], `ts` being a grid of `num_steps + 1` times.
-    - `num_steps`: how many steps.
+      such as [`flowdiffrax.sample`][], where `ts` is a grid of `num_steps + 1` times.
+    - `num_steps`: the number of steps.
     """
     __tracebackhide__ = True
     name, settings = "solver_equals_map", (None, solver, num_steps)
@@ -275,11 +277,11 @@ def assert_dense_output(
     rtol: float | None = None,
     atol: float | None = None,
 ) -> None:
-    """Asserts that dense output between the steps is the map's own jump to there.
+    """Asserts that dense output between the steps equals the map's jump to that time.
 
-    The solver interpolates by a polynomial: the default tolerance is the root of the
-    rounding unit, 1.5e-8 in float64 and 3.5e-4 in float32, and steps must be short
-    enough for its degree.
+    The solver interpolates with a polynomial. The default tolerance is therefore the
+    square root of the rounding unit, 1.5e-8 in float64 and 3.5e-4 in float32, and steps
+    must be short enough for the polynomial's degree.
 
     **Arguments:** as for [`flowdiffrax.testing.assert_solver_equals_map`][], with Diffrax
     solvers only.
@@ -307,11 +309,12 @@ def assert_identities(
 
     **Arguments:** as for [`flowdiffrax.testing.assert_starts_as_identity`][], and
 
-    - `identities`: names of identities, those of the assertions without `assert_`.
-      `tangent` is taken at the end time `t`, with `x`.
-    - `rtol`, `atol`: one tolerance for all, or some by the names of the identities.
+    - `identities`: names of identities: the names of the assertions without `assert_`.
+      `tangent` is evaluated at the end time `t` and at `x`.
+    - `rtol`, `atol`: one tolerance for all identities, or a mapping from their names.
 
-    **Raises:** `ValueError` for an unknown name; else as there.
+    **Raises:** `ValueError` for an unknown name, and the errors of
+    [`flowdiffrax.testing.assert_starts_as_identity`][].
     """
     __tracebackhide__ = True
     check_names(identities)
@@ -325,16 +328,16 @@ def assert_identities(
 def assert_path_derivative(
     path: Any, t: Numbers, *, rtol: float = 1e-5, atol: float = 1e-5
 ) -> None:
-    r"""Asserts that the derivative of a path is that of its values.
+    r"""Asserts that `path.derivative` is the derivative of `path.evaluate`.
 
     **Arguments:**
 
-    - `path`: whatever has `evaluate(t)` and `derivative(t)`, a `diffrax.AbstractPath`
-      such as an interpolant between two points.
-    - `t`: a time, or several.
+    - `path`: any object with `evaluate(t)` and `derivative(t)`, such as a
+      `diffrax.AbstractPath` or an interpolant between two points.
+    - `t`: one time, or several.
     - `rtol`, `atol`: tolerances, relative to the largest entry of the derivative.
 
-    **Raises:** `AssertionError`.
+    **Raises:** `AssertionError` if it is not.
     """
     __tracebackhide__ = True
     for time in np.ravel(np.asarray(t)):
@@ -348,8 +351,8 @@ def assert_path_derivative(
             raise AssertionError(
                 f"`path.derivative` is not the derivative of `path.evaluate`: off by "
                 f"{defect:.3g} at t = {now}, where {allowed:.2g} is allowed: "
-                f"{literal(found)} in the place of {literal(truth)}.\n"
-                "  often it is: the rate of one coefficient missing or with the wrong "
+                f"{literal(found)} instead of {literal(truth)}.\n"
+                "  often it is: the rate of one coefficient is missing or has the wrong "
                 "sign"
             )
 
@@ -366,17 +369,17 @@ def _assert(
 
 
 def _broadcast(*times: Times) -> tuple:
-    """**Raises:** `ValueError` for times of other shapes than `()` and `(batch,)`."""
+    """Broadcasts times; `ValueError` unless their shapes are `()` and `(batch,)`."""
     shapes = {jnp.shape(time) for time in times} - {()}
     if len(shapes) > 1 or any(len(shape) != 1 for shape in shapes):
         raise ValueError(
-            f"Times must be scalars or of one shape (batch,); got shapes {shapes}."
+            f"Times must be scalars or have one shape (batch,); got shapes {shapes}."
         )
     return tuple(np.broadcast_arrays(*map(np.asarray, times)))
 
 
 def check_names(names: Sequence[str]) -> None:
-    """**Raises:** `ValueError` unless all are names of identities."""
+    """Raises `ValueError` unless all names are those of identities."""
     unknown = sorted({*names} - {*IDENTITIES})
     if unknown or not names:
         raise ValueError(
@@ -385,7 +388,7 @@ def check_names(names: Sequence[str]) -> None:
 
 
 class Prepared(NamedTuple):
-    """What does not change from point to point."""
+    """Everything that is the same for all points."""
 
     compute: Callable
     flow_map: AbstractFlowMap
@@ -406,12 +409,12 @@ def prepare(
     *,
     once: bool = True,
 ) -> Prepared:
-    """Makes ready what a map, a field and settings are evaluated by.
+    """Prepares a map, a vector field and settings for evaluation.
 
-    **Arguments:** as for the assertions, with a state at which all may be tried, and
+    **Arguments:** as for the assertions, with a state at which to try the callables, and
 
-    - `once`: whether it is used for one point only, for which it is not worth while to
-      compile what cannot be kept.
+    - `once`: whether the result is used only once. Code that cannot be cached is then
+      not compiled.
     """
     if num_steps < 1:
         raise ValueError(f"`num_steps` must be at least 1; got {num_steps}.")
@@ -438,7 +441,7 @@ def assess(
     rtol: Tolerance,
     atol: Tolerance,
 ) -> tuple[list[Failure], dict[str, float]]:
-    """What does not hold at a point or a batch, and each identity's largest defect."""
+    """The failures at a point or a batch, and the largest defect of each identity."""
     compute, flow_map, vector_field, settings, has_field = prepared
     x = jtu.tree_map(jnp.asarray, x)
     s, u, t = (jnp.asarray(time, time_dtype(x)) for time in (s, u, t))
@@ -455,7 +458,7 @@ def assess(
         entries, labels = _entries(residual, s.ndim == 1)
         worst = np.max(entries, axis=1, initial=0)
         defects[name] = float(np.max(worst))
-        # What is not finite is off by more than anything.
+        # A residual that is not finite is worse than any other.
         excess = np.where(np.isfinite(worst), worst - allowed, np.inf)
         if np.max(excess) <= 0:
             continue
@@ -489,7 +492,7 @@ def _row(tree: Any, at: int | tuple) -> Any:
 
 
 def _entries(residual: State, batched: bool) -> tuple[np.ndarray, Callable]:
-    """Magnitudes of shape (rows, entries), and the name of each entry."""
+    """Magnitudes of shape (rows, entries), and a function that names an entry."""
     paths, leaves = [], []
     for path, leaf in jtu.tree_flatten_with_path(residual)[0]:
         leaf = leaf if batched else leaf[None]
@@ -510,7 +513,7 @@ def _entries(residual: State, batched: bool) -> tuple[np.ndarray, Callable]:
 
 
 def jacobian_is_cheap(x: State) -> bool:
-    """Whether a state is real, and small enough for its whole Jacobian."""
+    """Whether a state is real, and small enough to compute the full Jacobian."""
     leaves = jtu.tree_leaves(x)
     is_real = all(jnp.issubdtype(jnp.result_type(leaf), jnp.floating) for leaf in leaves)
     return is_real and sum(int(np.size(leaf)) for leaf in leaves) <= 64

@@ -1,4 +1,4 @@
-"""All identities of a map over random times and states."""
+"""A check of all identities of a map at random times and states."""
 
 import secrets
 from collections.abc import Callable, Sequence
@@ -13,7 +13,7 @@ from ._failure import Failure, IdentityError, Tolerance, literal
 from ._identity import IDENTITIES
 from ._strategies import Strategy, hypothesis_module, states_like, time_triples
 
-# A flow backwards in time is asked for by these.
+# These need a map that goes backwards in time too.
 _BACKWARDS = {"inverse", "both_directions"}
 
 
@@ -33,10 +33,10 @@ def check(
     max_examples: int | None = None,
     seed: int | None = None,
 ) -> dict[str, float]:
-    """Looks for times and states at which an identity does not hold.
+    """Searches for times and states at which an identity does not hold.
 
-    Hypothesis draws them; what it finds is shrunk to the simplest numbers that still
-    fail. It needs no pytest:
+    Hypothesis draws them, and shrinks a failure to the simplest numbers that still fail.
+    It does not need pytest:
 
     ```python
     check(lambda s, t, x: my_network(x, s, t), state=jnp.zeros(2))
@@ -47,21 +47,22 @@ def check(
     - `flow_map`, `vector_field`, `args`, `jvp`: as for
       [`flowdiffrax.testing.assert_starts_as_identity`][]. Without a field, the map is
       compared with its own velocity.
-    - `state`: a state like those of the map, of entries up to 2; or a strategy.
-    - `identities`: names of identities, those of the assertions without `assert_`;
-      `None` for all that apply. `tangent` needs a field, and `positive_jacobian` a real
+    - `state`: an example of a state, for states like it with entries up to 2; or a
+      strategy.
+    - `identities`: names of identities: the names of the assertions without `assert_`.
+      `None` for all that apply: `tangent` needs a field, and `positive_jacobian` a real
       state of at most 64 entries.
-    - `t0`, `t1`: the interval of times; `None` for the map's `time_range`, which is
-      [0, 1] if it declares none.
-    - `ordered`: whether times only rise, for maps of one direction; without `inverse`
-      and `both_directions`, then.
+    - `t0`, `t1`: the interval of times; `None` for the map's `time_range`, or [0, 1] if
+      it declares none.
+    - `ordered`: whether times only rise, for maps that go in one direction. By default,
+      this omits `inverse` and `both_directions`.
     - `rtol`, `atol`: as for [`flowdiffrax.testing.assert_identities`][].
-    - `max_examples`: how many jumps; `None` for the Hypothesis profile's number, 100 if
-      there is none.
-    - `seed`: other examples for each; `None` for a random one, and the same one always
-      in a profile that is derandomised. A failure says which it was.
+    - `max_examples`: the number of jumps; `None` for the number of the Hypothesis
+      profile, which is 100 by default.
+    - `seed`: the seed of the examples; `None` for a random one, or a fixed one if the
+      Hypothesis profile is derandomised. A failure reports its seed.
 
-    **Returns:** the largest defect that was seen of each identity.
+    **Returns:** the largest defect found for each identity.
 
     **Raises:** [`flowdiffrax.testing.IdentityError`][], with one failure for each
     identity that is broken; `ImportError` without Hypothesis; `ValueError` for unknown
@@ -116,7 +117,8 @@ def check(
         test = hypothesis.given(points, draws)(test)
         hypothesis.seed(seed)(settings(test))()
 
-    # First what is broken at all. Then each is shrunk by itself, from the same examples.
+    # First find the broken identities. Then shrink each separately, from the same
+    # examples.
     simplest = _find_broken(search, failures_at)
     for name in simplest:
 
@@ -130,8 +132,8 @@ def check(
         except IdentityError as error:
             (simplest[name],) = error.failures
         except hypothesis.errors.Flaky:
-            # The map is no function of its inputs, and nothing simpler fails alike again:
-            # the failure that was met first is reported.
+            # The map is not a function of its inputs, so its failures cannot be shrunk:
+            # report the first one.
             continue
     if simplest:
         note = (
@@ -148,7 +150,7 @@ def check(
 
 
 def _find_broken(search: Callable, failures_at: Callable) -> dict[str, Failure]:
-    """For each identity that is broken, the first failure that was met."""
+    """For each identity that is broken, the first failure found."""
     first: dict[str, Failure] = {}
     crash: Exception | None = None
 
@@ -160,8 +162,8 @@ def _find_broken(search: Callable, failures_at: Callable) -> dict[str, Failure]:
             for failure in failures_at(times, x):
                 first.setdefault(failure.identity, failure)
         except Exception as error:
-            # A map that cannot be called fails alike everywhere, and slowly: Hypothesis
-            # would look for the simplest point at which it does.
+            # A map that cannot be called fails everywhere. Stop here, because Hypothesis
+            # would take long to search for the simplest point at which it fails.
             error.add_note(f"At (s, u, t) = {times} and x = {literal(x)}.")
             crash = error
 

@@ -1,4 +1,4 @@
-"""What is said when an identity does not hold."""
+"""The error raised when an identity does not hold."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ from .._derivative import FiniteDifference
 from .._types import Args, State
 from ._identity import IDENTITIES, rounding_unit
 
-# A number for all identities, or one for each by name.
+# One number for all identities, or a mapping from their names.
 Tolerance = float | Mapping[str, float] | None
 
 
@@ -21,16 +21,17 @@ class Failure(NamedTuple):
 
     **Attributes:**
 
-    - `identity`: its name, as in `assert_<name>`.
-    - `times`: its times by name.
-    - `x`, `args`: the state, and what goes with it.
+    - `identity`: the name of the identity, as in `assert_<name>`.
+    - `times`: its times, by name.
+    - `x`, `args`: the state, and the `args` of the map.
     - `defect`: the largest entry of the residual, by magnitude; for
       `positive_jacobian` the determinant.
-    - `tolerance`: what it may be at most.
-    - `entry`: which entry of the state is off most.
-    - `row`: which row of a batch it was, `None` for a single point.
-    - `has_field`: whether it was compared with a vector field, or with its own velocity.
-    - `largest`: the largest defect of a search, `None` if there was none.
+    - `tolerance`: the largest defect allowed.
+    - `entry`: the entry of the state with the largest error.
+    - `row`: the row of the batch, `None` for a single point.
+    - `has_field`: whether the map was compared with a vector field. Otherwise, it was
+      compared with its own velocity.
+    - `largest`: the largest defect found in a search, `None` without a search.
     """
 
     identity: str
@@ -69,7 +70,7 @@ class Failure(NamedTuple):
         return "\n".join(lines)
 
     def command(self) -> str:
-        """A line of Python that repeats the failure."""
+        """A line of Python that reproduces the failure."""
         field = ["vector_field" if self.has_field else "None"]
         field = field if IDENTITIES[self.identity].needs_field else []
         point = [str(value) for value in self.times.values()] + [literal(self.x)]
@@ -92,21 +93,21 @@ class IdentityError(AssertionError):
 
 
 class _Code(str):
-    """Text that stands for itself in the `repr` of a PyTree."""
+    """Text that is its own `repr`, and so appears unquoted in the `repr` of a PyTree."""
 
     def __repr__(self) -> str:
         return str(self)
 
 
 def literal(tree: Any) -> str:
-    """A PyTree as Python code; arrays of more than 64 entries are abridged."""
+    """A PyTree as Python code, with arrays of more than 64 entries abbreviated."""
 
     def write(leaf: Any) -> Any:
         if not isinstance(leaf, jax.Array | np.ndarray | np.generic):
             return leaf
         dtype, values = jnp.result_type(leaf), np.asarray(leaf)
-        # NumPy does not know how many digits the other floats of eight or sixteen bits
-        # are worth.
+        # NumPy does not know how many digits to print for non-native floats, such as
+        # bfloat16.
         if values.dtype.kind == "V":
             values = values.astype(np.float32)
         text = np.array2string(
@@ -122,13 +123,14 @@ def tolerances(
 ) -> tuple[float, float]:
     """The relative and the absolute tolerance of an identity, given or by default.
 
-    **Raises:** `ValueError` for names of no identity.
+    **Raises:** `ValueError` for unknown names.
     """
     named = [tol for tol in (rtol, atol) if isinstance(tol, Mapping)]
     unknown = {key for tol in named for key in tol} - {*IDENTITIES}
     if unknown:
         raise ValueError(
-            f"Tolerances are by identity, of {sorted(IDENTITIES)}; got {sorted(unknown)}."
+            f"Tolerances must have names among {sorted(IDENTITIES)}; got "
+            f"{sorted(unknown)}."
         )
     pick = lambda tol: tol.get(name) if isinstance(tol, Mapping) else tol
     relative, absolute = pick(rtol), pick(atol)
@@ -140,5 +142,5 @@ def tolerances(
 def _default_rtol(name: str, x: State, jvp: Callable) -> float:
     identity = IDENTITIES[name]
     by_differences = identity.differentiates and isinstance(jvp, FiniteDifference)
-    # The third derivative of a smooth map may well be a hundred times its value.
+    # The third derivative of a smooth map may easily be a hundred times its value.
     return rounding_unit(x) ** identity.accuracy * (100 if by_differences else 1)

@@ -15,22 +15,22 @@ from ..flow_maps._base import AbstractFlowMap
 class KnownField(eqx.Module):
     r"""A smooth vector field, nonlinear in time and space, whose flow is known.
 
-    Any family of maps $\Psi_t$ that are smooth and one-to-one is carried along by one
-    field, $b_t = \partial_t \Psi_t \circ \Psi_t^{-1}$, whose flow is
-    $X_{s,t} = \Psi_t \circ \Psi_s^{-1}$. Here $\Psi_t$ bends each entry $z$ to
+    Any family of smooth one-to-one maps $\Psi_t$ defines a vector field,
+    $b_t = \partial_t \Psi_t \circ \Psi_t^{-1}$, whose flow is
+    $X_{s,t} = \Psi_t \circ \Psi_s^{-1}$. Here $\Psi_t$ maps each entry $z$ to
     $\sinh(e^{w \sin t} \operatorname{asinh} z)$, shears the odd and the even entries of
-    the state against each other by waves, and then scales and moves each entry; all
-    four have inverses in closed form. With all numbers zero nothing moves.
+    the state against each other with waves, and then scales and shifts each entry. All
+    these steps have closed-form inverses. With all arguments zero, nothing moves.
 
-    It is called as `field(t, x, args)`, and takes any real state of as many entries as
-    it has itself; `args` are not used.
+    It is called as `field(t, x, args)`, and takes any real state with as many entries as
+    `growth`. It does not use `args`.
 
     **Arguments:**
 
-    - `growth`: for each entry, the logarithm of its growth over a unit of time, about.
-    - `drift`: for each entry, how far it is moved.
-    - `shear`: the size of the waves.
-    - `warp`: $w$.
+    - `growth`: for each entry, roughly the logarithm of its growth per unit of time.
+    - `drift`: for each entry, how far it is shifted.
+    - `shear`: the amplitude of the waves.
+    - `warp`: the number $w$.
 
     **Attributes:**
 

@@ -1,4 +1,4 @@
-"""What is asserted: each identity as a residual, and the size of what cancels in it."""
+"""Each identity as a residual, with the size of the terms that cancel in it."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -39,9 +39,9 @@ class Settings(NamedTuple):
 
 
 class Jump(NamedTuple):
-    """Where identities are evaluated: a jump from `s` to `t`, with a stop-over at `u`.
+    """The jump at which identities are evaluated, from `s` to `t` by way of `u`.
 
-    `X_st` is its end, which most of them need.
+    `X_st` is its end, which most identities need.
     """
 
     flow_map: AbstractFlowMap
@@ -61,13 +61,14 @@ class Jump(NamedTuple):
 class Identity(NamedTuple):
     """One identity.
 
-    - `formula`: as it is printed.
-    - `times`: the names of the times it has, in the order of its assertion.
-    - `residual`: from a jump to the residual, and the largest entry of what cancels.
-    - `causes`: of what it is mostly the symptom.
+    - `formula`: the formula that is printed.
+    - `times`: the names of its times, in the order of the assertion's arguments.
+    - `residual`: maps a jump to the residual and the largest entry of the terms that
+      cancel in it.
+    - `causes`: the usual causes of a failure.
     - `needs_field`: whether its assertion takes a vector field.
     - `differentiates`: whether it differentiates the map.
-    - `accuracy`: which power of the rounding unit is the default tolerance.
+    - `accuracy`: the power of the rounding unit that is the default tolerance.
     """
 
     formula: str
@@ -89,7 +90,7 @@ def largest(*states: State) -> Array:
 
 
 def rounding_unit(x: State) -> float:
-    """That of the least precise leaf."""
+    """The rounding unit of the least precise leaf."""
     dtypes = [jnp.result_type(leaf) for leaf in jtu.tree_leaves(x)]
     floats = [dtype for dtype in dtypes if jnp.issubdtype(dtype, jnp.inexact)]
     return max(float(jnp.finfo(dtype).eps) for dtype in floats)
@@ -143,7 +144,7 @@ def _lagrangian(jump):
 def _eulerian(jump):
     flow_map, field, s, _, t, x, args, settings, X_st = jump
     residual = eulerian_residual(flow_map, field, s, t, x, args, jvp=settings.jvp)
-    # What cancels is the velocity at the start, carried to the end.
+    # The term that cancels is the start velocity, carried to the end.
     return residual, largest(x, X_st, field(s, x, args), field(t, X_st, args))
 
 
@@ -157,7 +158,7 @@ def _both_directions(jump):
     flow_map, _, s, _, t, x, args, _, X_st = jump
     there = flow_map.average_velocity(s, t, x, args)
     back = flow_map.average_velocity(t, s, X_st, args)
-    # A map that knows its end points only has the slope to rounding over the gap.
+    # If a map computes only end points, its slope has the error rounding / gap.
     eps = rounding_unit(x)
     gap = jnp.abs(t - s).astype(float)
     blur = 10 * eps ** (1 / 3) / jnp.where(gap == 0, 1, gap)
@@ -172,7 +173,7 @@ def _positive_jacobian(jump):
     columns = jax.vmap(column)(jnp.eye(vector.size, dtype=vector.dtype))
     # LAPACK has no bfloat16.
     sign, log_abs = jnp.linalg.slogdet(columns.astype(time_dtype(x)))
-    # Never rounded to zero, which would be taken for no defect.
+    # Never round to zero, which would mean no defect.
     size = jnp.maximum(jnp.exp(log_abs), jnp.finfo(log_abs.dtype).tiny)
     defect = jnp.where(sign > 0, 0, jnp.where(sign < 0, -size, jnp.nan))
     return defect, jnp.zeros_like(defect)
@@ -203,7 +204,7 @@ def _dense_output(jump):
     # Within each step, and at its ends.
     shares = jnp.asarray([0.0, 0.15, 0.4, 0.8, 1.0], s.dtype)
     worst, sizes, start = None, [largest(x)], x
-    # Beyond the ends, if only by rounding, there is no solution.
+    # The solution is not defined beyond its ends, even by rounding.
     inside = lambda time: jnp.clip(time, jnp.minimum(s, t), jnp.maximum(s, t))
     shares_of_steps = [k / num_steps for k in range(num_steps + 1)]
     ts = [inside((1 - share) * s + share * t) for share in shares_of_steps]
@@ -248,7 +249,7 @@ IDENTITIES = {
         "X_{s,s}(x) = x",
         "s",
         _starts_as_identity,
-        "the factor (t - s) is missing, or the callable returns a velocity and no state",
+        "the factor (t - s) is missing, or the callable returns a velocity, not a state",
     ),
     "semigroup": Identity(
         "X_{u,t}(X_{s,u}(x)) = X_{s,t}(x)",
@@ -261,8 +262,8 @@ IDENTITIES = {
         "X_{t,s}(X_{s,t}(x)) = x",
         "st",
         _inverse,
-        "a map that was trained in one direction of time only, |t - s| in the place of "
-        "t - s, or a state that is clipped",
+        "a map that was trained in one direction of time only, |t - s| instead of t - s, "
+        "or a state that is clipped",
     ),
     "tangent": Identity(
         "v_{t,t}(x) = b_t(x)",
@@ -277,7 +278,7 @@ IDENTITIES = {
         "d/dt X_{s,t}(x) = b_t(X_{s,t}(x))",
         "st",
         _lagrangian,
-        "the field taken at the start of the jump, an end time whose derivative is "
+        "the field evaluated at the start of the jump, an end time whose derivative is "
         "stopped or rounded away, or a factor that is missing in a custom derivative",
         needs_field=True,
         differentiates=True,
@@ -295,13 +296,13 @@ IDENTITIES = {
         "X_{s,t}(x) = x + (t - s) v_{s,t}(x)",
         "st",
         _average_velocity,
-        "`average_velocity` was written apart from `jump`, and differs from it",
+        "`average_velocity` was written separately from `jump`, and differs from it",
     ),
     "both_directions": Identity(
         "v_{s,t}(x) = v_{t,s}(X_{s,t}(x))",
         "st",
         _both_directions,
-        "|t - s| in the place of t - s, an embedding of the jump that loses its sign, or "
+        "|t - s| instead of t - s, an embedding of the jump that loses its sign, or "
         "training in one direction of time only",
         differentiates=True,
     ),
@@ -309,16 +310,16 @@ IDENTITIES = {
         "det grad X_{s,t}(x) > 0",
         "st",
         _positive_jacobian,
-        "a map that folds or reflects space, or ignores or clips the state: trajectories "
-        "of an ODE never cross",
+        "a map that folds or reflects space, or that ignores or clips the state: "
+        "trajectories of an ODE never cross",
         differentiates=True,
     ),
     "solver_equals_map": Identity(
         "a solve in equal steps = the same jumps in turn",
         "st",
         _solver_equals_map,
-        "a grid that is off by one, or Diffrax's clock in the place of the true one: "
-        "going back it runs with negated times",
+        "a grid that is off by one, or Diffrax's time instead of the true one: Diffrax "
+        "negates times when it solves backwards",
     ),
     "dense_output": Identity(
         "sol.evaluate(u) = X_{t_k,u}(x_k)",

@@ -29,16 +29,17 @@ _REPORTED = (
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class DefectReport:
-    """The defects of a flow map; printed, it is a table.
+    """The defects of a flow map, which print as a table.
 
     A defect is the norm of an identity's residual, over all entries of a state.
 
     **Attributes:**
 
     - `times`: the grid of times.
-    - `by_times`: for each identity its root mean square over the states, by start time
-      and end time. Identities of one time have the diagonal only, and NaN beside it.
-    - `worst_by_times`: likewise, of the state with the largest defect.
+    - `by_times`: for each identity, the root mean square over the states, by start time
+      and end time. Identities with one time have values on the diagonal only, and NaN
+      elsewhere.
+    - `worst_by_times`: the same for the largest defect over the states.
     """
 
     times: Float[np.ndarray, " times"]
@@ -47,14 +48,14 @@ class DefectReport:
 
     @property
     def rms(self) -> dict[str, float]:
-        """For each identity the root mean square over times and states."""
+        """For each identity, the root mean square over times and states."""
         return {
             name: float(np.sqrt(np.mean(_asked(name, values) ** 2)))
             for name, values in self.by_times.items()
         }
 
     def table(self) -> str:
-        """A row for each identity: rms, the largest defect, and the times it is at."""
+        """A row for each identity: rms, the largest defect, and its times."""
         lines = [f"{'identity':<20}{'rms':>11}{'worst':>11}{'s':>8}{'t':>8}"]
         for name, rms in self.rms.items():
             values = self.worst_by_times[name]
@@ -76,24 +77,24 @@ class DefectReport:
     def plot(self, axes: Any = None) -> Any:
         """A heat-map for each identity: start times to the right, end times upwards.
 
-        Colours are logarithmic, bright where the map is bad, and the same in all panels:
-        from the smallest defect of a jump between different times, but no less than
-        1/10,000 of the largest, to the largest.
+        The colour scale is logarithmic, brighter for larger defects, and the same in all
+        panels. It goes from the smallest defect of a jump between different times, but no
+        less than 1/10,000 of the largest, to the largest.
 
         **Arguments:**
 
-        - `axes`: Matplotlib axes, one for each identity, as `plt.subplots` makes them;
+        - `axes`: Matplotlib axes, one for each identity, as `plt.subplots` returns them;
           `None` for a new figure.
 
         **Returns:** the figure.
 
-        **Raises:** `ImportError` without Matplotlib; `ValueError` for fewer axes than
-        identities.
+        **Raises:** `ImportError` without Matplotlib; `ValueError` if there are fewer axes
+        than identities.
         """
         colours = import_extra("matplotlib.colors", "plot", "DefectReport.plot")
         mappables = import_extra("matplotlib.cm", "plot", "DefectReport.plot")
         if axes is None:
-            # Not of `pyplot`, which keeps figures and may open windows.
+            # Avoid `pyplot`, which keeps figures and may open windows.
             figures = import_extra("matplotlib.figure", "plot", "DefectReport.plot")
             rows = 1 + (len(self.by_times) > 3)
             columns = -(-len(self.by_times) // rows)
@@ -110,7 +111,7 @@ class DefectReport:
         panels = axes[: len(self.by_times)]
         norm = colours.LogNorm(*_colour_range(self.by_times))
         for panel, (name, values) in zip(panels, self.by_times.items(), strict=True):
-            # Zero, an identity that holds exactly, has a colour too.
+            # Give zero, an identity that holds exactly, a colour too.
             values = np.maximum(values, np.finfo(np.float32).tiny)
             panel.pcolormesh(
                 self.times,
@@ -141,25 +142,26 @@ def defect_report(
 ) -> DefectReport:
     """How far a map is from its identities, by start and end time.
 
-    The stop-over of the semigroup identity is in the middle. On the same jumps, the root
-    mean squares are those of [`flowdiffrax.metrics.defects`][].
+    The intermediate time of the semigroup identity is the midpoint. On the same jumps,
+    the root mean squares are those of [`flowdiffrax.metrics.defects`][].
 
     **Arguments:**
 
     - `flow_map`, `vector_field`: as for
       [`flowdiffrax.testing.assert_starts_as_identity`][]. Without a field, the map is
-      compared with its own velocity, and `tangent` is left out.
-    - `states`: a batch of states at time `t0`, every leaf with the batch axis, which the
-      map itself takes to the other times; or a function `t -> batch`, such as the
-      samples of an interpolant at `t`, of one shape for all times.
-    - `t0`, `t1`: the interval of times; `None` for the map's `time_range`, which is
-      [0, 1] if it declares none.
-    - `num_times`: times along each side of the grid, at least 2, the ends among them.
-    - `identities`: names of identities, those of the assertions without `assert_`.
+      compared with its own velocity, and `tangent` is omitted.
+    - `states`: a batch of states at time `t0`, with the batch axis on every leaf, which
+      the map itself takes to the other times; or a function `t -> batch`, such as the
+      samples of an interpolant at `t`, with the same shape for all times.
+    - `t0`, `t1`: the interval of times; `None` for the map's `time_range`, or [0, 1] if
+      it declares none.
+    - `num_times`: the number of times along each side of the grid, at least 2, including
+      both ends.
+    - `identities`: names of identities: the names of the assertions without `assert_`.
     - `args`: conditions with the batch axis, or `None`.
 
-    **Raises:** `ValueError` for fewer than two times, unknown names, or a batch that is
-    none.
+    **Raises:** `ValueError` for fewer than two times, unknown names, or states and
+    conditions without a common batch axis.
     """
     check_names(identities)
     if num_times < 2:
@@ -198,25 +200,25 @@ def defect_report(
 
 
 def _asked(name: str, values: np.ndarray) -> np.ndarray:
-    """Without the entries beside the diagonal, where an identity has none."""
+    """The diagonal if the identity has one time, otherwise all values."""
     return np.diagonal(values) if len(IDENTITIES[name].times) == 1 else values
 
 
 def _colour_range(by_times: dict[str, np.ndarray]) -> tuple[float, float]:
-    """From the smallest to the largest defect of the map, rather than of rounding."""
+    """The range of the map's defects, without those that are only rounding."""
     high, low = 1e-30, np.inf
     for name, values in by_times.items():
         values = np.where(np.isfinite(values), values, np.nan)
         high = np.nanmax(values, initial=high)
         if len(IDENTITIES[name].times) > 1:
-            # A jump from a time to itself obeys most identities exactly.
+            # A jump from a time to itself satisfies most identities exactly.
             jumps = values[~np.eye(len(values), dtype=bool)]
             low = np.nanmin(jumps, initial=low)
     return float(np.clip(low, 1e-4 * high, 0.1 * high)), float(high)
 
 
 def _squared_norms(residual: State) -> np.ndarray:
-    """For each row of a batch."""
+    """The squared norm of each row of a batch."""
     total: Any = 0.0
     for leaf in jtu.tree_leaves(residual):
         magnitude = np.asarray(jnp.abs(leaf).astype(float))

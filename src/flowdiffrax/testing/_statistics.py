@@ -1,4 +1,4 @@
-"""What estimators and random draws should satisfy, told from many of them."""
+"""Statistical assertions about estimators and random draws."""
 
 from collections.abc import Callable
 
@@ -17,21 +17,21 @@ def assert_unbiased(
     num_draws: int = 4096,
     sigmas: float = 5.0,
 ) -> None:
-    """Asserts that the mean of an estimator is what it estimates.
+    """Asserts that an estimator is unbiased: its mean is the expected value.
 
     **Arguments:**
 
     - `estimator`: a function `key -> estimate`, in JAX.
-    - `expected`: what the mean should be, like an estimate in structure and shapes.
+    - `expected`: the expected mean, with the structure and shapes of an estimate.
     - `key`: a random key.
     - `num_draws`: the number of draws $n$.
     - `sigmas`: how many standard errors the mean may be off. A bias of this many times
       the standard deviation over $\\sqrt n$ is found half of the time, and one twice as
-      large nearly always. Five are exceeded by chance once in two million draws of the
-      key, for each entry.
+      large nearly always. An unbiased entry exceeds five by chance for one key in two
+      million.
 
-    **Raises:** `AssertionError`; `ValueError` for an expectation unlike the estimates,
-    or fewer than two draws.
+    **Raises:** `AssertionError` if it is biased; `ValueError` if `expected` is not like
+    the estimates, or for fewer than two draws.
     """
     _check_number(num_draws)
     draws = jax.jit(jax.vmap(estimator))(jr.split(key, num_draws))
@@ -44,7 +44,7 @@ def assert_unbiased(
     for (path, values), truth in zip(estimates, jtu.tree_leaves(expected), strict=True):
         values, truth = np.asarray(values, float), np.asarray(truth, float)
         mean, error = values.mean(axis=0), values.std(axis=0) / np.sqrt(num_draws)
-        # An estimator without variance is right to rounding.
+        # An estimator without variance is only correct to rounding.
         error = error + 1e-6 * np.maximum(np.abs(truth), np.abs(mean)) / sigmas
         off = np.abs(mean - truth) / np.maximum(error, np.finfo(float).tiny)
         if not np.all(off <= sigmas):
@@ -67,10 +67,10 @@ def assert_independent(
     num_draws: int = 4096,
     sigmas: float = 5.5,
 ) -> None:
-    """Asserts that random draws which should be independent share no key.
+    """Asserts that random draws are independent, which they are not if they share a key.
 
-    Compares every entry of each part with every entry of the others: correlations of the
-    values and of their distances from the mean.
+    It compares every entry of each part with every entry of the others, by the
+    correlations of the values and of their distances from the mean.
 
     **Arguments:**
 
@@ -80,8 +80,8 @@ def assert_independent(
     - `num_draws`: the number of draws.
     - `sigmas`: how many standard errors a correlation may be from zero.
 
-    **Raises:** `AssertionError`, for draws that are not finite too; `ValueError` for
-    fewer than two parts, a part without entries, or fewer than two draws.
+    **Raises:** `AssertionError` if the draws are correlated or not finite; `ValueError`
+    for fewer than two parts, a part without entries, or fewer than two draws.
     """
     _check_number(num_draws)
     parts = jax.jit(jax.vmap(draw))(jr.split(key, num_draws))

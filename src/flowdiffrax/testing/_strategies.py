@@ -21,30 +21,30 @@ from ..paths._interpolants import (
 from ..paths._latents import SineSquaredLatent
 from ._fields import KnownField
 
-# A `hypothesis.strategies.SearchStrategy`, of an extra.
+# A `hypothesis.strategies.SearchStrategy`; Hypothesis is an optional dependency.
 Strategy: TypeAlias = Any
 
 
 def hypothesis_module(name: str = "") -> Any:
     """A module of Hypothesis.
 
-    **Raises:** `ImportError`, naming the extra that brings it.
+    **Raises:** `ImportError`, which names the extra to install.
     """
     return import_extra(f"hypothesis{name}", "testing", "flowdiffrax.testing")
 
 
 def times(t0: float = 0.0, t1: float = 1.0) -> Strategy:
-    """Times of an interval, both ends included.
+    """Times in an interval, both ends included.
 
-    Most are thousandths of the interval, so that a counterexample can be read; the
-    others are any floats.
+    Most are thousandths of the interval, so that counterexamples are easy to read. The
+    others are arbitrary floats.
 
     **Arguments:**
 
     - `t0`, `t1`: the interval, `t0 < t1`.
 
     **Raises:** `ValueError` for an empty interval; `ImportError` without Hypothesis, as
-    all strategies do.
+    for all strategies.
     """
     return _time_tuples(1, t0, t1).map(lambda drawn: drawn[0])
 
@@ -58,9 +58,9 @@ def time_pairs(
 
     - `t0`, `t1`: the interval, `t0 < t1`.
     - `ordered`: `True` for `s <= t`, `False` for `s >= t`, `None` for either.
-    - `gap`: how far apart they are at least; then "equal" pairs are so far apart.
+    - `gap`: the smallest distance between them, which "equal" pairs then have.
 
-    **Raises:** `ValueError` for an empty interval, or a gap it has no room for.
+    **Raises:** `ValueError` for an empty interval, or a gap that does not fit in it.
     """
     st = hypothesis_module(".strategies")
     _check_interval(t0, t1)
@@ -68,12 +68,12 @@ def time_pairs(
         raise ValueError(
             f"`gap` must be at least 0 and below the length of [{t0}, {t1}]; got {gap}."
         )
-    # What is drawn are pairs without the gap.
+    # Draw pairs without the gap, which `arrange` adds.
     last = t1 - gap
     nearby = st.sampled_from([1e-2, 1e-4, 1e-6]).map(lambda share: share * (t1 - t0))
     time = times(t0, last)
     close = st.tuples(time, nearby).map(lambda p: (p[0], min(p[0] + p[1], last)))
-    # Twice, and so half of all: Hypothesis draws branches alike.
+    # Hypothesis draws all branches equally often. Two of four give half of all pairs.
     apart, far_apart = _time_tuples(2, t0, last), _time_tuples(2, t0, last)
     both = apart | far_apart | time.map(lambda t: (t, t)) | close
     falls = st.just(ordered is False) if ordered is not None else st.booleans()
@@ -89,13 +89,13 @@ def time_pairs(
 def time_triples(
     t0: float = 0.0, t1: float = 1.0, *, ordered: bool | None = None, gap: float = 0.0
 ) -> Strategy:
-    """Triples `(s, u, t)` of start, stop-over and end.
+    """Triples `(s, u, t)` of start, intermediate time and end.
 
-    **Arguments:** as for [`flowdiffrax.testing.time_pairs`][], whose pairs the ends are.
-    The stop-over is between them if they are `ordered`, and any time of the interval if
-    not; it is at an end often enough.
+    **Arguments:** as for [`flowdiffrax.testing.time_pairs`][], which draws start and end.
+    If `ordered` is not `None`, the intermediate time is between them. Otherwise, it is
+    any time in the interval. Often it equals the start or the end.
 
-    **Raises:** `ValueError` as there.
+    **Raises:** `ValueError` as for [`flowdiffrax.testing.time_pairs`][].
     """
     st = hypothesis_module(".strategies")
     pairs = time_pairs(t0, t1, ordered=ordered, gap=gap)
@@ -113,7 +113,7 @@ def time_triples(
 
 
 def dtypes() -> Strategy:
-    """The floating-point and complex dtypes of JAX; those of 64 bits if they are enabled.
+    """The floating-point and complex dtypes of JAX, with 64-bit ones if enabled.
 
     **Raises:** `ImportError` without Hypothesis.
     """
@@ -132,17 +132,17 @@ def states(
 ) -> Strategy:
     """States that are arrays.
 
-    Most entries are tenths, so that a counterexample can be read; the others are any
-    floats of single precision.
+    Most entries are tenths, so that counterexamples are easy to read. The others are
+    arbitrary floats of single precision.
 
     **Arguments:**
 
-    - `shape`: the shape, or a strategy of shapes; `None` for any of at most three axes
-      and three entries along each, scalars and empty arrays among them. Every shape
-      compiles what is tested anew.
+    - `shape`: the shape, or a strategy of shapes. `None` draws shapes with at most three
+      axes and at most three entries along each, including scalars and empty arrays. The
+      tested code compiles again for each shape.
     - `dtype`: the dtype, or a strategy of dtypes such as
       [`flowdiffrax.testing.dtypes`][]; `None` for JAX's default.
-    - `bound`: no entry is larger by magnitude, nor is its imaginary part.
+    - `bound`: the largest magnitude of an entry, or of its real and imaginary parts.
 
     **Raises:** `ImportError` without Hypothesis.
     """
@@ -167,7 +167,7 @@ def states(
 
 
 def states_like(example: State, *, bound: float = 2.0) -> Strategy:
-    """States of the structure, shapes and dtypes of an example.
+    """States with the structure, shapes and dtypes of an example.
 
     **Arguments:**
 
@@ -188,9 +188,9 @@ def pytrees(dtype: Any = None, *, bound: float = 2.0, max_leaves: int = 4) -> St
 
     **Arguments:**
 
-    - `dtype`, `bound`: as for [`flowdiffrax.testing.states`][]; each leaf has its own
-      draw of a strategy of dtypes.
-    - `max_leaves`: how many arrays at most.
+    - `dtype`, `bound`: as for [`flowdiffrax.testing.states`][]. A strategy of dtypes is
+      drawn from separately for each leaf.
+    - `max_leaves`: the maximum number of arrays.
 
     **Raises:** `ImportError` without Hypothesis.
     """
@@ -209,8 +209,8 @@ def vector_fields(shape: int | Sequence[int] = (2,)) -> Strategy:
     """Smooth random vector fields with a known flow.
 
     Each is a [`flowdiffrax.testing.KnownField`][]: `field(t, x, args)` is the velocity,
-    `field.flow_map(s, t, x)` its flow. All are alike to `jax.jit`: what takes the field
-    as an argument compiles once.
+    and `field.flow_map(s, t, x)` its flow. All have the same structure, so a jitted
+    function that takes the field as an argument compiles once.
 
     **Arguments:**
 
@@ -243,7 +243,7 @@ def gaussian_flows(
     **Arguments:**
 
     - `shape`: the shape of the states.
-    - `interpolants`: one of them is drawn.
+    - `interpolants`: the interpolants to draw from.
 
     **Raises:** `ImportError` without Hypothesis.
     """
@@ -265,13 +265,13 @@ def gaussian_flows(
     )
 
 
-# Hypothesis likes to repeat a draw in the place of another of its kind: of times and of
-# entries that are drawn one by one, most would be equal. Those of one string of bytes are
-# not, and shrink one by one all the same.
+# Hypothesis often repeats an earlier draw of the same kind. If times or entries were
+# drawn one by one, most would be equal. Decoding them from one byte string avoids this,
+# and they still shrink one by one.
 
 
 def _time_tuples(number: int, t0: float, t1: float) -> Strategy:
-    """So many times of an interval, independent of each other."""
+    """Tuples of `number` independent times in an interval."""
     st = hypothesis_module(".strategies")
     _check_interval(t0, t1)
 
@@ -280,7 +280,7 @@ def _time_tuples(number: int, t0: float, t1: float) -> Strategy:
         thousandths = np.round(shares) / 1000
         return tuple(_tidy(t0 + (t1 - t0) * k, t0, t1) for k in thousandths.tolist())
 
-    # Hypothesis likes 1e-234, which no clock tells from zero.
+    # Hypothesis likes numbers such as 1e-234, which are zero for all purposes here.
     snap = lambda time: t0 if time - t0 < 1e-12 * (t1 - t0) else time
     size = 2 * number
     tidy = st.binary(min_size=size, max_size=size).map(decode)
@@ -308,7 +308,7 @@ def _numbers(shape: tuple, bound: float) -> Strategy:
 
 
 def _tidy(time: float, low: float, high: float) -> float:
-    """Without the last digits, which are rounding: 0.3 and not 0.30000000000000004."""
+    """Drops the last digits, which are rounding: 0.3 and not 0.30000000000000004."""
     return min(max(float(f"{time:.12g}"), low), high)
 
 
