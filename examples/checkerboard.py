@@ -1,18 +1,18 @@
 """Learn the flow map of the checkerboard, and sample it with Diffrax in a few jumps.
 
-A Gaussian is carried to the uniform density on the eight filled squares of a 4x4 board.
-The teacher is the exact velocity of that flow, or one learned from samples. Diffrax
-integrates it; a network learns the flow map from the trajectories and from the teacher;
-`diffeqsolve` then runs the network in 1 to 16 jumps in the place of Tsit5.
+A flow carries a Gaussian to the uniform density on the eight filled squares of a 4x4
+board. The teacher is the exact velocity of that flow, or one learned from samples.
+Diffrax integrates it, and a network learns the flow map from the trajectories and from
+the teacher. `diffeqsolve` then runs the network in 1 to 16 jumps in place of Tsit5.
 
     python examples/checkerboard.py                        # exact teacher, Lagrangian
-    python examples/checkerboard.py --teacher learned      # knows samples only
+    python examples/checkerboard.py --teacher learned      # learns from samples only
     python examples/checkerboard.py --method progressive   # doubles its jumps in stages
     python examples/checkerboard.py --full                 # all of these, for longer
     python examples/checkerboard.py --checkpoint out/checkerboard/exact-lagrangian.fdx
 
 Each run prints a table and saves a figure, a checkpoint and the numbers under `--out`.
-Expected numbers, times and hardware stand in the README.
+See the README for expected numbers, times and hardware.
 """
 
 import argparse
@@ -31,10 +31,10 @@ import optax
 
 import flowdiffrax as fd
 
-BASE_STD = 3**-0.5  # of the data, so that the flow need not rescale
-# A thousandth of the base is left in the data: it keeps the velocity bounded at t = 1.
+BASE_STD = 3**-0.5  # that of the data, so that the flow does not have to rescale
+# A thousandth of the base remains in the data, which keeps the velocity bounded at t = 1.
 INTERPOLANT = fd.LinearInterpolant(sigma_min=1e-3)
-# Trajectories are saved on sixteenths, and closer where the squares take shape.
+# Trajectories are saved on sixteenths, and on a finer grid where the squares take shape.
 GRID = np.asarray([*np.arange(16) / 16, 31 / 32, 63 / 64, 1.0])
 JUMPS = (1, 2, 4, 8, 16)
 
@@ -66,7 +66,7 @@ def make_optim(num_steps, muon_rate=0.02, adam_rate=2e-3):
 
 
 def learn_teacher(config, steps, key, path):
-    """Flow matching: a velocity from samples of the board alone. Kept for other runs."""
+    """Learns a velocity by flow matching, from samples only. Saves it for other runs."""
     wanted = {"net": config["net"], "seed": config["seed"], "steps": steps}
     if path.exists():
         found, flow_map = fd.train.load(path, make_map)
@@ -98,7 +98,7 @@ def solve_pool(config, teacher, key):
 
 
 def distil_lagrangian(config, teacher, steps, key):
-    """Lagrangian distillation, held to exact trajectories."""
+    """Lagrangian distillation together with exact trajectories."""
     pool_key, fit_key = jr.split(key)
     batches = solve_pool(config, teacher, pool_key)
     # Jumps from the base and into the data matter most: one jump is both.
@@ -135,7 +135,8 @@ def distil_lagrangian(config, teacher, steps, key):
 def distil_progressive(config, teacher, steps, key):
     """Progressive distillation: short jumps first, then twice as long in each stage.
 
-    Five stages of a quarter of the steps each; the last repeats the longest jumps.
+    There are five stages of a quarter of the steps each. The last one repeats the longest
+    jumps.
     """
     pool_key, *stage_keys = jr.split(key, 6)
     batches = solve_pool(config, teacher, pool_key)
@@ -164,7 +165,7 @@ def distil_progressive(config, teacher, steps, key):
 
 
 def run_solver(solver, controller, dt0, teacher, x0):
-    """Endpoints of a batch, evaluations a sample, and seconds for the batch."""
+    """End points of a batch, evaluations per sample, and seconds for the batch."""
 
     @eqx.filter_jit
     def solve(solver, controller, teacher, x0):
@@ -193,7 +194,7 @@ def run_solver(solver, controller, dt0, teacher, x0):
 
 
 def evaluate(flow_map, teacher, num_samples, seed):
-    """One row of numbers a method, and its samples."""
+    """A row of numbers for each method, and its samples."""
     x0 = BASE_STD * jr.normal(jr.fold_in(jr.key(seed), 1), (num_samples, 2))
     even = lambda steps: (diffrax.StepTo(jnp.linspace(0.0, 1.0, steps + 1)), None)
     adaptive = diffrax.PIDController(rtol=1e-5, atol=1e-5), 0.01
@@ -202,7 +203,7 @@ def evaluate(flow_map, teacher, num_samples, seed):
         result = run_solver(diffrax.Heun(), *even(steps), teacher, x0)
         results[f"Heun, {steps} steps"] = result
     for jumps in JUMPS:
-        # The one line that changes: a learned solver in the place of Tsit5.
+        # The one line that changes: a learned solver in place of Tsit5.
         result = run_solver(fd.FlowMapSolver(flow_map), *even(jumps), teacher, x0)
         results[f"flow map, {jumps} jump{'s' * (jumps > 1)}"] = result
     truth = results["Tsit5"][0]
@@ -233,11 +234,11 @@ def table(rows):
 
 
 def draw(path, flow_map, teacher, rows, samples, x0):
-    """Densities, trajectories and work against precision, in one figure."""
+    """Plots densities, trajectories, and work against precision, in one figure."""
     figure, axes = plt.subplots(2, 4, figsize=(13, 6.6), layout="constrained")
     names = ["Tsit5", *(f"flow map, {n} jump{'s' * (n > 1)}" for n in JUMPS)]
     for axis, name in zip(axes.flat, names, strict=False):
-        # One scale for all, up to twice the density of the board's own squares.
+        # All share one colour scale, up to twice the density of the filled squares.
         fd.plot.density(axis, samples[name], low=-1.1, high=1.1, peak=1.0)
         axis.set_title(name, fontsize="medium")
     ts = jnp.linspace(0.0, 1.0, 65)
@@ -323,14 +324,12 @@ if __name__ == "__main__":
     )
     parser.add_argument("--teacher", choices=("exact", "learned"))
     parser.add_argument("--method", choices=("lagrangian", "progressive"))
-    parser.add_argument(
-        "--steps", type=int, help="of distillation: 3500, or 6000 with --full"
-    )
-    parser.add_argument("--teacher-steps", type=int, help="3000, or 5000 with --full")
-    parser.add_argument("--num-samples", type=int, help="64000")
-    parser.add_argument("--pool", type=int, help="trajectories: 131072")
-    parser.add_argument("--seed", type=int, help="0")
-    parser.add_argument("--out", help="folder: out/checkerboard")
+    parser.add_argument("--steps", type=int, help="default 3500, or 6000 with --full")
+    parser.add_argument("--teacher-steps", type=int, help="default 3000; --full: 5000")
+    parser.add_argument("--num-samples", type=int, help="default 64000")
+    parser.add_argument("--pool", type=int, help="trajectories; default 131072")
+    parser.add_argument("--seed", type=int, help="default 0")
+    parser.add_argument("--out", help="folder; default out/checkerboard")
     parser.add_argument("--checkpoint", help="sample from this file, do not train")
     parser.add_argument(
         "--full", action="store_true", help="all teachers and methods, longer"

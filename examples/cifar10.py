@@ -7,14 +7,14 @@
     python examples/cifar10.py --preset lsd --data cifar-10-binary.tar.gz \\
         --precision bfloat16 --accumulate 4 --num-samples 50000
 
-Presets are the papers' runs, listed with their costs in `docs/recipes.md`; `smoke` is a
-small network for five minutes on a CPU, on half of a set of 180 emoji if there is no
-`--data`. Everything is in the folder of the run: checkpoints, numbers, pictures of
-samples (`samples/`), the map (`map.fdx`), samples by every sampler (`samples.png`),
-their scores (`scores.json`), and, but for `smoke`, images taken to noise and back
-(`inversion.png`).
-Start it again with the same options and it goes on from there; give it the options of a
-finished run with `--do scores` to score that with others.
+Presets are the papers' runs, listed with their costs in `docs/recipes.md`. `smoke` is a
+small network that takes five minutes on a CPU; without `--data`, it trains on half of a
+set of 180 emoji. Everything is saved in the folder of the run: checkpoints, numbers,
+pictures of samples (`samples/`), the map (`map.fdx`), samples by every sampler
+(`samples.png`), their scores (`scores.json`), and, except for `smoke`, images taken to
+noise and back (`inversion.png`).
+Start it again with the same options to continue. Give it the options of a finished run
+with `--do scores` to score that run with other options.
 """
 
 import dataclasses
@@ -51,7 +51,7 @@ def smoke():
 
 
 def presets():
-    """The papers' runs on these data, without the prefix, and `smoke`."""
+    """The papers' runs on this data set, named without the prefix, and `smoke`."""
     return image_runs.Presets({"smoke": smoke, **image_runs.published(PREFIX)})
 
 

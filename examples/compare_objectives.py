@@ -1,18 +1,18 @@
 """Every objective on equal terms: one network, one budget, one set of seeds.
 
 All objectives train the same network with the same optimiser on the same densities, and
-each may spend the same number of network evaluations: a derivative along a direction
-counts as one more evaluation, and so does the teacher, even an exact one. What a method
-saves an example, it has in steps.
+each may spend the same number of network evaluations. A derivative along a direction
+counts as one more evaluation, and so does the teacher, even an exact one. A method that
+needs fewer evaluations per example gets more steps.
 
     python examples/compare_objectives.py                      # all, three seeds
     python examples/compare_objectives.py --objectives LSD MeanFlow --data mixture
-    python examples/compare_objectives.py --vary               # what the ranking hangs on
+    python examples/compare_objectives.py --vary               # what changes the ranking
     python examples/compare_objectives.py --gradients          # Lagrangian or Eulerian?
 
-Each finished run is a line of `runs.jsonl` under `--out`: started again, the script goes
-on with what is missing. It prints the table and saves it with its figure. Numbers, times
-and hardware stand in `docs/objectives.md`.
+Each finished run is a line of `runs.jsonl` under `--out`. When started again, the script
+makes only the missing runs. It prints the table and saves it with its figure. See
+`docs/objectives.md` for numbers, times and hardware.
 """
 
 import argparse
@@ -37,7 +37,7 @@ from tqdm import tqdm
 import flowdiffrax as fd
 
 JUMPS = (1, 2, 4, 8, 16)
-# A thousandth of the base is left in the data: it keeps velocities bounded at t = 1.
+# A thousandth of the base remains in the data, which keeps velocities bounded at t = 1.
 INTERPOLANT = fd.LinearInterpolant(sigma_min=1e-3)
 # The paper's rows for the checkerboard: KL50 in 1, 2, 4, 8 and 16 jumps.
 PAPER = {
@@ -52,7 +52,7 @@ PAPER = {
 
 
 class Density(NamedTuple):
-    """What is learned: samples, their flow's exact velocity, and their density."""
+    """A density to learn: its samples, the exact velocity of its flow, and its values."""
 
     draw: object  # (key, n) -> points
     velocity: object  # (t, x, args) -> v
@@ -103,7 +103,7 @@ def mixture(size=2):
 
 
 def modes():
-    """Eight narrow modes on a circle, far from each other."""
+    """Eight narrow modes on a circle, far apart."""
     angles = np.arange(8) * np.pi / 4
     means = np.stack([np.cos(angles), np.sin(angles)], axis=1)
     return gaussian_mixture(np.full(8, 1 / 8), means, np.full(8, 0.04))
@@ -117,7 +117,7 @@ def manifold():
 
 
 def tail():
-    """Gaussians of one centre and ever larger widths: a heavy tail."""
+    """Gaussians with the same centre and growing widths: a heavy tail."""
     stds = 0.3 * 2.0 ** np.arange(5)
     weights = np.asarray([0.5, 0.25, 0.15, 0.07, 0.03])
     return gaussian_mixture(weights, np.zeros((5, 2)), stds)
@@ -137,31 +137,32 @@ DATA = {
 
 
 class Method(NamedTuple):
-    """An objective, what it learns from, and its evaluations an example off the diagonal.
+    """An objective, its teacher, and its evaluations per example off the diagonal.
 
-    Those that learn single jumps only, to the end or from the start, are sampled in one.
+    `single` marks objectives that learn only jumps to the end or from the start. They are
+    sampled in one jump.
     """
 
     make: object  # () -> an objective or a mixture
     evaluations: float
     needs_teacher: bool = False
     single: bool = False
-    diagonal: float | None = None  # its share, where the objective does not know it
+    diagonal: float | None = None  # its share, if the objective does not have it
 
 
 def tamed(objective):
-    """Exact velocities are steep near the data: their errors there count less."""
+    """Gives errors near the data less weight, since exact velocities are steep there."""
     return eqx.tree_at(lambda o: o.weight, objective, fd.weights.DataEndWeight(0.5))
 
 
 def with_velocity(objective):
-    """Distillation on and off the diagonal, three rows to one."""
+    """Distillation off and on the diagonal, with three rows to one."""
     both = (tamed(fd.objectives.VelocityDistillation()), objective)
     return fd.objectives.Mixture(both, (0.25, 0.75))
 
 
 def of_images(objective, share, floor=1e-2):
-    """The papers' times and weight for images, which rarely draw the jump from 0 to 1."""
+    """The papers' times and weight for images, which rarely draw jumps from 0 to 1."""
     normal = fd.times.LogitNormal(0.4, 1.0)
     times = fd.times.DiagonalMixture(normal, share, fd.times.Diagonal(normal, start=True))
     return lambda: objective(times, fd.weights.PowerWeight(1.0, floor))
@@ -228,11 +229,11 @@ FAMILIES = {
 
 
 def evaluations_per_example(method):
-    """On the diagonal one, off it what the method says."""
+    """Evaluations per example: one on the diagonal, the method's number off it."""
     share = method.diagonal
     if share is None:
         share = method.make().times.num_diagonal(10_000) / 10_000
-    # A velocity that a teacher gives on the diagonal is one more.
+    # On the diagonal, a teacher's velocity is one more.
     on_diagonal = 2 if method.needs_teacher else 1
     return share * on_diagonal + (1 - share) * method.evaluations
 
@@ -241,7 +242,7 @@ def evaluations_per_example(method):
 
 
 class PlainMLP(eqx.Module):
-    """Layer on layer, raw inputs: no residual connections, no waves."""
+    """Plain layers on raw inputs, without residual connections or waves."""
 
     mlp: eqx.nn.MLP
     scale: float = eqx.field(static=True)
@@ -256,7 +257,7 @@ def make_map(network, density, width, key):
         mlp = eqx.nn.MLP(density.size + 2, density.size, width, 4, jax.nn.gelu, key=key)
         net = PlainMLP(mlp, density.base_std)
     else:
-        # Waves of the state help in the plane; in high dimension they only cost.
+        # Waves of the state help in the plane; in high dimension they only add cost.
         waves = (0.5, 1.0, 2.0) if network == "fourier" else ()
         net = fd.nn.MLP(
             density.size, width, 5, scale=density.base_std, frequencies=waves, key=key
@@ -265,7 +266,7 @@ def make_map(network, density, width, key):
 
 
 def teachers_of(name, density):
-    """What the objective takes for its teacher."""
+    """The teacher of an objective."""
     if name == "PFMM":
         return density.velocity, None
     return density.velocity if METHODS[name].needs_teacher else None
@@ -273,12 +274,12 @@ def teachers_of(name, density):
 
 @functools.cache
 def training(name, data, budget, batch_size):
-    """How many steps the budget allows, and the step, compiled once for all seeds."""
+    """The number of steps in the budget, and the step, compiled once for all seeds."""
     method, density = METHODS[name], DATA[data]()
     steps = round(budget / evaluations_per_example(method))
     rate = optax.warmup_cosine_decay_schedule(0, 2e-3, max(steps // 30, 1), steps)
     optim = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate, b2=0.99))
-    # Averages as teachers where the papers have them.
+    # Use averaged teachers where the papers do.
     decay = {"Shortcut": 0.999, "TVM": 0.99}.get(name)
     objective = method.make()
     step = fd.train.make_step(objective, optim, teacher_decay=decay)
@@ -299,7 +300,7 @@ def training(name, data, budget, batch_size):
 
 
 def train(name, data, options, seed):
-    """The trained average, and the seconds of a step."""
+    """The averaged map after training, and the seconds per step."""
     steps, create, step = training(name, data, options["budget"], options["batch_size"])
     map_key, train_key = jr.split(jr.key(seed))
     flow_map = make_map(options["network"], DATA[data](), options["width"], map_key)
@@ -333,10 +334,10 @@ def memory(name, data, network, width, batch_size):
 
 @functools.cache
 def reference(data, num_samples):
-    """Starting points, and exact trajectories of the first of them."""
+    """Starting points, and exact trajectories from the first few thousand."""
     density = DATA[data]()
     x0 = density.base_std * jr.normal(jr.key(123), (num_samples, density.size))
-    # The last but one: exact velocities are at their steepest at 1.
+    # One more time close to 1, where exact velocities are steepest.
     ts = jnp.asarray([*np.arange(16) / 16, 0.96, 1.0])
     return x0, ts, fd.solve_trajectories(density.velocity, x0[:4000], ts)
 
@@ -360,7 +361,7 @@ def evaluate(name, data, flow_map, num_samples):
     density, method = DATA[data](), METHODS[name]
     x0, ts, ys = reference(data, num_samples)
     if name == "FM":
-        flow_map = fd.FlowMap(Euler(flow_map))  # it was never trained off the diagonal
+        flow_map = fd.FlowMap(Euler(flow_map))  # not trained off the diagonal
     numbers = {}
     for jumps in JUMPS[:1] if method.single else JUMPS:
         x1 = np.asarray(sample(flow_map, x0, jumps))
@@ -370,7 +371,8 @@ def evaluate(name, data, flow_map, num_samples):
             numbers[f"KL{bins} {jumps}"] = fd.metrics.histogram_kl(
                 x1[finite], density.density, bins=bins, low=-density.box, high=density.box
             ).kl
-    # Jumps between saved times, from the exact state; single jumps as they are learned.
+    # Jumps between saved times, from the exact state. For methods that learn single
+    # jumps, only the jumps that they learn.
     rng = np.random.default_rng(0)
     i, j = np.sort(rng.choice(len(ts) - 1, (len(ys), 2)), axis=1).T
     if method.single:
@@ -386,10 +388,10 @@ def evaluate(name, data, flow_map, num_samples):
 
 
 def run_all(names, data_names, networks, options, out):
-    """Every run that is not yet in the file, and all of its lines."""
+    """Makes every run that is not yet in the file, and returns the lines of all runs."""
     path = out / "runs.jsonl"
     path.touch()
-    # A run that was killed as it wrote left a torn last line: that run is made again.
+    # If a run was killed while writing, its last line is incomplete: make it again.
     content = path.read_bytes()
     end = content.rfind(b"\n") + 1
     os.truncate(path, end)
@@ -419,7 +421,7 @@ def run_all(names, data_names, networks, options, out):
             name, data, settings["network"], settings["width"], settings["batch_size"]
         )
         lines.append({"settings": settings, "numbers": numbers})
-        # One write, so that a run that is killed leaves whole lines.
+        # Use one write, so that a killed run leaves whole lines.
         with path.open("a") as file:
             file.write(json.dumps(lines[-1]) + "\n")
     keys = {json.dumps(s, sort_keys=True) for s in wanted}
@@ -436,7 +438,7 @@ def spread(lines, key):
 
 
 def table(lines, columns, rows="objective"):
-    """A Markdown table with one line for each objective, or whatever `rows` says."""
+    """A Markdown table with a line for each objective, or each value of `rows`."""
     groups = {}
     for line in lines:
         groups.setdefault(line["settings"][rows], []).append(line)
@@ -475,9 +477,9 @@ def report(lines, data_names, out):
 
 
 def draw(lines, data_names, out):
-    """Coupling error, and KL where there is one, against the number of jumps.
+    """Plots the coupling error, and the KL if known, against the number of jumps.
 
-    A row for each family of objectives, with all others in grey behind it.
+    There is a row for each family of objectives, with all others in grey behind it.
     """
     names = dict.fromkeys(line["settings"]["objective"] for line in lines)
     rows = {
@@ -530,7 +532,7 @@ def curve(lines, name, data, metric):
 
 
 def gradient_statistics(name, data, flow_map, options, key, num_batches=32):
-    """The norm of the mean gradient, and the noise of a batch over that norm."""
+    """The norm of the mean gradient, and the noise of a batch divided by that norm."""
     density = DATA[data]()
     teacher = teachers_of(name, density)
     objective = METHODS[name].make()
@@ -556,13 +558,13 @@ def gradient_statistics(name, data, flow_map, options, key, num_batches=32):
     each = jnp.stack([gradient(flow_map, k) for k in jr.split(key, num_batches)])
     mean = each.mean(axis=0)
     noise = jnp.sum(each.var(axis=0, ddof=1))
-    # The mean of finitely many batches is longer than the true one, by their noise.
+    # Noise makes the mean of finitely many batches longer than the true mean.
     norm = jnp.sqrt(jnp.maximum(jnp.sum(mean**2) - noise / num_batches, 0))
     return float(norm), float(jnp.sqrt(noise) / jnp.maximum(norm, 1e-12))
 
 
 def compare_gradients(pair, data, options, out):
-    """Lagrangian and Eulerian gradients, at the same maps along a run of each."""
+    """Compares Lagrangian and Eulerian gradients at the same maps, along runs of both."""
     lines = []
     for trained_by, share, seed in itertools.product(
         pair, (0.02, 0.1, 0.3, 1.0), range(options["seeds"])
@@ -595,7 +597,7 @@ def main(
     vary=False,
     out="out/objectives",
 ):
-    """Runs what is missing, prints the tables, saves the figure. Returns all numbers."""
+    """Makes missing runs, prints the tables, saves the figure. Returns all numbers."""
     out = pathlib.Path(out)
     out.mkdir(parents=True, exist_ok=True)
     options = {"budget": budget, "batch_size": batch_size, "width": width}
@@ -633,12 +635,12 @@ if __name__ == "__main__":
     parser.add_argument("--objectives", nargs="+", choices=METHODS, metavar="NAME")
     parser.add_argument("--data", nargs="+", choices=DATA)
     parser.add_argument("--networks", nargs="+", choices=("fourier", "residual", "plain"))
-    parser.add_argument("--budget", type=int, help="evaluations an example of the batch")
-    parser.add_argument("--batch-size", type=int, help="1024")
-    parser.add_argument("--width", type=int, help="of the network: 128")
-    parser.add_argument("--seeds", type=int, help="3")
-    parser.add_argument("--num-samples", type=int, help="64000")
+    parser.add_argument("--budget", type=int, help="evaluations per row; default 20000")
+    parser.add_argument("--batch-size", type=int, help="default 1024")
+    parser.add_argument("--width", type=int, help="of the network; default 128")
+    parser.add_argument("--seeds", type=int, help="number of seeds; default 3")
+    parser.add_argument("--num-samples", type=int, help="default 64000")
     parser.add_argument("--gradients", action="store_true", default=None)
     parser.add_argument("--vary", action="store_true", default=None)
-    parser.add_argument("--out", help="folder: out/objectives")
+    parser.add_argument("--out", help="folder; default out/objectives")
     main(**{k: v for k, v in vars(parser.parse_args()).items() if v is not None})

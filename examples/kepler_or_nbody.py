@@ -1,15 +1,16 @@
 """The Kepler problem over a hundred periods, in jumps of up to half a period.
 
-The network gives velocities as combinations of position and momentum, by the step and
-e cos E and e sin E (e: eccentricity, E: eccentric anomaly), which no rotation changes.
-Left alone, the map leaves the orbit, and may lose it: an infinite error. Projected after
-each jump to the energy and the angular momentum of its start, it stays there.
+The velocity is a combination of position and momentum. The network computes the
+coefficients from the step and from e cos E and e sin E (e: eccentricity, E: eccentric
+anomaly), which are invariant under rotations. Without projection, the map drifts off the
+orbit, and may lose it, with an infinite error. With a projection to the initial energy
+and angular momentum after each jump, it stays on the orbit.
 
     python examples/kepler_or_nbody.py
 
-prints calls of network or vector field, errors of position after 0.7, 9.7 and 99.7
-periods, the last error of energy (both root mean squares) and seconds for the batch, and
-saves a figure and the map under `--out`, in about two minutes on 2 cores.
+prints calls of the network or the vector field, errors of position after 0.7, 9.7 and
+99.7 periods, the last error of energy (both root mean squares) and seconds for the batch.
+It saves a figure and the map under `--out`, in about two minutes on 2 cores.
 """
 
 import argparse
@@ -26,7 +27,7 @@ import optax
 
 import flowdiffrax as fd
 
-# In float32, rounding alone would move the best solvers within a hundred periods.
+# In float32, rounding alone would limit the best solvers over a hundred periods.
 jax.config.update("jax_enable_x64", True)
 T0, T1, PERIOD, LONGEST = 0.0, 200 * np.pi, 2 * np.pi, np.pi
 
@@ -41,7 +42,7 @@ def invariants(x, args=None):
 
 
 def draw(key, n, t=0.0, largest=0.5):
-    """Orbits of semi-major axis 1, where they are at time `t`: by Kepler's equation."""
+    """States at time `t` on orbits of semi-major axis 1, from Kepler's equation."""
     e, tilt, phase = jr.uniform(key, (3, n)) * jnp.array([[largest], [PERIOD], [PERIOD]])
     mean = phase + t
     E = mean + e * jnp.sin(mean)
@@ -53,7 +54,7 @@ def draw(key, n, t=0.0, largest=0.5):
 
 
 class OrbitNet(eqx.Module):
-    """An average velocity that turns and scales with the orbit."""
+    """An average velocity that rotates and scales with the orbit."""
 
     net: fd.nn.MLP
 
@@ -75,7 +76,7 @@ def learn(num_steps=20_000, seed=0, pool=8192):
     net = jax.tree_util.tree_map(lambda w: jnp.float32(w) if eqx.is_array(w) else w, net)
     flow_map = fd.AutonomousFlowMap(fd.FlowMap(OrbitNet(net)))
     ts = jnp.linspace(0.0, LONGEST, 17)
-    # Some orbits beyond the last, as a map is worst at the edge of what it has seen.
+    # Train on slightly larger eccentricities too: a map is worst at the edge of its data.
     x0, solver = draw(draw_key, pool, largest=0.55), diffrax.Dopri8()
     ys = fd.solve_trajectories(vector_field, x0, ts, solver=solver, rtol=1e-7, atol=1e-7)
     start = fd.times.StartAt(fd.times.GridTimes(ts), 0.0)
@@ -84,11 +85,11 @@ def learn(num_steps=20_000, seed=0, pool=8192):
     batches = fd.data.TrajectoryBatches(ts, ys, 1024)
     schedule, warmup = optax.warmup_cosine_decay_schedule, num_steps // 30
     rate = lambda peak: schedule(0, peak, warmup, num_steps, exponent=2)
-    # Muon for the matrices, Adam for the rest: a third of the error of Adam alone.
+    # Muon for the matrices and Adam for the rest give a third of Adam's error.
     optim = optax.contrib.muon(rate(0.02), adam_learning_rate=rate(2e-3))
     run = {"num_steps": num_steps, "key": fit_key}
     flow_map = fd.train.fit(flow_map, objective, batches, optim, **run).ema_map
-    # Trained through the projection, it learned far worse.
+    # Training through the projection gave much worse maps.
     return fd.ProjectedFlowMap(flow_map, fd.ConserveInvariants(invariants, 2))
 
 
@@ -107,10 +108,10 @@ def integrate(solver, controller, dt0, ts, x0):
 
 
 def main(*, steps=20_000, pool=8192, num_samples=1024, methods=5, out="out/kepler"):
-    """Learns, compares and draws, with the first so many methods."""
+    """Learns, compares and draws, with the first `methods` methods."""
     x0, flow_map = draw(jr.key(1), num_samples), learn(steps, pool=pool)
     fd.train.save(f"{out}/kepler.fdx", {"steps": steps, "pool": pool}, flow_map)
-    # Not at whole periods, where the energy error of a symplectic solver is small.
+    # Avoid whole periods, where the energy error of a symplectic solver is small.
     ts = PERIOD * (jnp.geomspace(1.0, 100.0, 25) - 0.3)
     truth = jax.vmap(lambda t: draw(jr.key(1), num_samples, t), out_axes=1)(ts)
     energy = jax.vmap(jax.vmap(lambda x: invariants(x)[0]))

@@ -1,15 +1,16 @@
 r"""Fitting parameters through a learned flow map: predators and prey.
 
 A network learns the flow map of $\dot u = \alpha - \beta e^v$, $\dot v = \delta e^u -
-\gamma$, the Lotka-Volterra equations for logarithms of the populations, for a range of
-parameters, its `args`. Then parameters are fitted to noisy data, for many data sets at
-once: through the map, in one jump to each time of observation, and through Tsit5.
+\gamma$, the Lotka-Volterra equations for the logarithms of the populations, for a range
+of parameters, which are its `args`. Then parameters are fitted to noisy data, for many
+data sets at once: through the map, in one jump to each observation time, and through
+Tsit5.
 
     python examples/lotka_volterra_parameters.py
 
-prints evaluations of network or vector field, the seconds that all data sets take
-and quantiles of the relative errors, and saves a figure and the map under `--out`. Both
-ways find the same parameters; this field is nearly free, and Tsit5 the quicker.
+prints evaluations of the network or the vector field, the seconds for all data sets
+and quantiles of the relative errors. It saves a figure and the map under `--out`. Both
+ways find the same parameters. This vector field costs almost nothing, so Tsit5 is faster.
 """
 
 import argparse
@@ -38,7 +39,7 @@ def vector_field(t, x, args):
 
 
 def draw(key, n):
-    """Logarithms of populations between a half and two, and parameters."""
+    """Logarithms of populations between one half and two, and parameters."""
     state_key, args_key = jr.split(key)
     x0 = jr.uniform(state_key, (n, 2), minval=-np.log(2), maxval=np.log(2))
     return x0, jr.uniform(args_key, (n, 4), minval=LOW, maxval=HIGH)
@@ -53,7 +54,7 @@ def learn(num_steps=6000, seed=0, pool=65_536):
     units = fd.Normalisation.of(ts, ys, args)
     grid, zs = units.trajectories(ts, ys)
     net = fd.nn.MLP(2, 96, 4, args_size=4, activation=jnp.tanh, key=net_key)
-    # The equations do not depend on time: the map sees the length of the jump alone.
+    # The equations do not depend on time: the map sees only the length of the jump.
     flow_map = fd.AutonomousFlowMap(fd.FlowMap(net, time_range=(0.0, 1.0)))
     times = fd.times.GridTimes(grid), fd.times.StartAt(fd.times.GridTimes(grid), 0.0)
     objective = fd.TrajectoryMatching(
@@ -67,7 +68,7 @@ def learn(num_steps=6000, seed=0, pool=65_536):
 
 
 def by_map(flow_map, x0, args):
-    """States at the times of observation, one jump to each, and the evaluations."""
+    """States at the observation times, in one jump to each, and the evaluations."""
     jumps = jax.vmap(flow_map, in_axes=(None, 0, None, None))
     return jumps(T0, OBSERVED, x0, args), OBSERVED.size
 
@@ -84,7 +85,7 @@ def by_tsit5(tol, x0, args):
 
 def fit(predict, x0, data, num_iterations=20):
     """The parameters, by the method of Levenberg and Marquardt."""
-    # In the range of training, with a prior that is about uniform there.
+    # Stay in the range of training, with a prior that is roughly uniform there.
     to_args = lambda z: LOW + (HIGH - LOW) * jax.nn.sigmoid(z)
     misfit = lambda z: (predict(x0, to_args(z))[0] - data) / NOISE
     residual = lambda z: jnp.append(misfit(z), z / 1.8)
@@ -98,7 +99,7 @@ def fit(predict, x0, data, num_iterations=20):
 
 
 def draw_figure(path, flow_map, x0, args, data, found):
-    """A fit, and the errors of all parameters."""
+    """Plots one fit, and the errors of all parameters."""
     _, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     ts = jnp.linspace(T0, T1, 200)
     truth = fd.solve_trajectories(vector_field, x0[:1], ts, args[0])[0]
@@ -116,7 +117,7 @@ def draw_figure(path, flow_map, x0, args, data, found):
 
 
 def main(*, steps=6000, pool=65_536, num_samples=256, out="out/lotka_volterra"):
-    """Learns, fits, prints the table and draws."""
+    """Learns the map, fits, prints the table and draws the figure."""
     out, keys, rows, found = pathlib.Path(out), jr.split(jr.key(1)), [], {}
     flow_map = learn(num_steps=steps, pool=pool)
     fd.train.save(out / "lotka_volterra.fdx", {"steps": steps, "pool": pool}, flow_map)

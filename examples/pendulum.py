@@ -1,13 +1,13 @@
 r"""A driven, damped pendulum: a learned flow map against Tsit5, at equal error.
 
 A network learns the flow map of $\ddot\theta = -\sin\theta - c\,\dot\theta + A\cos\omega
-t$ between all times in one period of the drive: its longest jump is the Poincaré map.
+t$ between all times in one period of the drive. Its longest jump is the Poincaré map.
 
     python examples/pendulum.py
 
-prints errors against a tight solve, evaluations (of the network or of the vector field)
-and seconds for the batch, and saves a figure and the map under `--out`. The field is
-nearly free: one jump saves 99 % of the evaluations, and far less of the time.
+prints errors against a tight solve, evaluations (of the network or the vector field) and
+seconds for the batch, and saves a figure and the map under `--out`. The vector field
+costs almost nothing: one jump saves 99 % of the evaluations, and far less of the time.
 """
 
 import argparse
@@ -49,7 +49,7 @@ def learn(num_steps=16_000, seed=0, pool=32_768):
     times = fd.times.GridTimes(grid)
     start = fd.times.StartAt(times, 0.0)
     times = fd.times.MixedTimes((times, start, fd.times.EndAt(start, 1.0)), (4, 1, 1))
-    # That the map's end moves with the field is what a hybrid solver tests.
+    # A hybrid solver tests whether the map's end moves with the field.
     objectives = fd.TrajectoryMatching(times), fd.LagrangianMapDistillation()
     objective = fd.objectives.Mixture(objectives, shares=(3, 1), weights=(1.0, 0.1))
     batches = fd.data.TrajectoryBatches(grid, zs, batch_size=2048)
@@ -63,7 +63,7 @@ def learn(num_steps=16_000, seed=0, pool=32_768):
 
 
 def evaluate(solver, controller, x0, truth):
-    """Work, errors, and the least seconds of nine runs."""
+    """Work, errors, and the seconds of the fastest of nine runs."""
     hybrid = isinstance(solver, fd.HybridSolver)
     # A hybrid tries the whole interval first.
     dt0 = (2 if hybrid else 0.05) * (T1 - T0)
@@ -90,7 +90,7 @@ def evaluate(solver, controller, x0, truth):
 
 
 def draw_figure(path, flow_map, rows, x0):
-    """Work against precision, and the map between the ends of its one jump."""
+    """Plots work against precision, and the map between the ends of a single jump."""
     _, axes = plt.subplots(1, 3, figsize=(13, 4.2), layout="constrained")
     for axis, work in zip(axes, ("evaluations", "seconds"), strict=False):
         plain = [r for r in rows if r["evaluations"] and "faster" not in r["method"]]
@@ -110,7 +110,7 @@ def draw_figure(path, flow_map, rows, x0):
 
 
 def main(*, steps=16_000, pool=32_768, num_samples=4096, settings=9, out="out/pendulum"):
-    """Learns, compares and draws, with so many settings of each method at most."""
+    """Learns, compares and draws, with at most `settings` settings of each method."""
     out, x0, rows = pathlib.Path(out), draw(jr.key(1), num_samples), []
     flow_map = learn(num_steps=steps, pool=pool)
     fd.train.save(out / "pendulum.fdx", {"steps": steps, "pool": pool}, flow_map)
@@ -123,7 +123,7 @@ def main(*, steps=16_000, pool=32_768, num_samples=4096, settings=9, out="out/pe
         ("Tsit5, equal steps", diffrax.Tsit5(), even(8, 12, 16)),
         ("Heun", diffrax.Heun(), even(32, 256)),
         ("HybridSolver", hybrid, to(1e-2, 1e-3)),
-        # Pendulums that the map has not seen: many go over the top.
+        # Starts outside the training data: many pendulums go over the top.
         ("flow map, faster starts", jump, even(1)),
         ("Tsit5, faster starts", diffrax.Tsit5(), to(1e-3)),
         ("HybridSolver, faster starts", hybrid, to(1e-3)),

@@ -1,18 +1,19 @@
 """A stiff problem over nine decades of time, in one jump or in a few.
 
-Robertson's three reactions have rates from 0.04 to 3e7: no network could learn an average
-velocity that varies as much. Here a jump is one step of linear exchange between species
-instead, whose rates are the reactions' times what the network says, of order one:
+Robertson's three reactions have rates from 0.04 to 3e7. No network could learn an average
+velocity that varies so much. Here a jump is one step of linear exchange between species
+instead. Its rates are those of the reactions times factors of order one from the network:
 
     X = (I + h K)^{-1} x,   K_ij = k_ij exp(n_ij(x, log h)),   columns of K sum to zero.
 
-No species can become negative, the mass is kept to round-off, and X is x at h = 0. With
-n = 0 it is a classical positive scheme, the untrained map of the table.
+No species can become negative, the mass is conserved to round-off, and X is x at h = 0.
+With n = 0 this is a classical positive scheme, the untrained map of the table.
 
     python examples/stiff_robertson.py
 
 prints errors (relative, rms over the batch, the worst of eight times), the least share,
-the error of the mass and seconds, and saves figure and map under `--out`: 2 minutes.
+the error of the mass and seconds. It saves a figure and the map under `--out`, and takes
+2 minutes.
 """
 
 import argparse
@@ -30,13 +31,13 @@ import optimistix as optx
 
 import flowdiffrax as fd
 
-# The equations of an implicit step ask for more digits than float32 has.
+# The equations of an implicit step need more digits than float32 has.
 jax.config.update("jax_enable_x64", True)
 T0, T1 = 0.0, 1e4
 GRID = np.asarray([0.0, *np.logspace(-5, 4, 73)])
 TIMES = GRID[17::8]  # 1e-3, 1e-2, ...
-# Diffrax's default, a chord method, takes five times as many steps. Less exactly than
-# this, long steps can end on a wrong branch.
+# Diffrax's default, a chord method, takes five times as many steps. With looser
+# tolerances than these, long steps can end on a wrong branch.
 STIFF = diffrax.Kvaerno5(root_finder=optx.Newton(rtol=1e-6, atol=1e-14))
 
 
@@ -46,7 +47,7 @@ def vector_field(t, x, args):
 
 
 def draw(key, n):
-    """Mixtures near (1, 0, 0): a trace of the second species, some of the third."""
+    """Mixtures near (1, 0, 0): a trace of the second species and some of the third."""
     y, z = jr.uniform(key, (2, n)) ** 4 * jnp.asarray([[1e-4], [0.4]])
     return jnp.stack([1 - y - z, y, z], axis=1)
 
@@ -67,14 +68,14 @@ class ExchangeFlowMap(fd.AbstractFlowMap):
         clock = jnp.log10(h + 1e-6) / 10 + 0.6
         n = self.net(0.0, clock.astype(jnp.float32), z.astype(jnp.float32))[:3]
         rates = jnp.stack([0.04 * jnp.ones_like(y), 1e4 * x[2], 3e7 * y])
-        # At h = 0 the network is left out: the velocity there is the reactions' own.
+        # At h = 0 the network has no effect: the velocity there is that of the reactions.
         a, b, c = h * rates * jnp.exp(h / (h + 1e-4) * n.astype(x.dtype))
         second = (a * x[0] + (1 + a) * x[1]) / (1 + a + b + c + a * c)
         return jnp.stack([(x[0] + b * second) / (1 + a), second, x[2] + c * second])
 
 
 class LogMatching(fd.objectives.AbstractResidualObjective):
-    """Trajectory matching in logarithms, for species of very different amounts."""
+    """Trajectory matching in logarithms, for species with very different amounts."""
 
     times: fd.times.AbstractTimes
     weight: fd.weights.AbstractWeight = fd.weights.NoWeight()
@@ -92,7 +93,7 @@ def learn(num_steps=20_000, seed=0, pool=8192):
     how = {"solver": STIFF, "rtol": 1e-6, "atol": 1e-12}
     solve = lambda x: fd.solve_trajectories(vector_field, x, GRID, **how)
     ys = solve(draw(draw_key, pool // 2))
-    # Half of them start late on the others: short steps are asked for there too.
+    # Half of them start late on the others: short steps are needed there too.
     late = ys[jnp.arange(pool // 2), jr.randint(late_key, (pool // 2,), 1, GRID.size)]
     batches = fd.data.TrajectoryBatches(GRID, jnp.concatenate([ys, solve(late)]), 1024)
     grid = fd.times.GridTimes(GRID)
@@ -113,7 +114,7 @@ def integrate(solver, controller, dt0, ts, x0):
 
 
 def main(*, steps=20_000, pool=8192, num_samples=4096, methods=9, out="out/robertson"):
-    """Learns, compares the first so many methods and draws."""
+    """Learns, compares the first `methods` methods and draws."""
     x0 = draw(jr.key(1), num_samples).at[0].set(jnp.asarray([1.0, 0, 0]))  # textbook
     flow_map = learn(num_steps=steps, pool=pool)
     fd.train.save(f"{out}/robertson.fdx", {"steps": steps, "pool": pool}, flow_map)
