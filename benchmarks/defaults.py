@@ -1,15 +1,16 @@
-"""The gate of defaults: every objective as it comes, on six densities in any units.
+"""A gate for the defaults: every objective as it is, on six densities in various units.
 
     python benchmarks/defaults.py                       # all, and the table
     python benchmarks/defaults.py --objectives LSD MeanFlow --densities spiral
-    python benchmarks/defaults.py --rejudge             # the table of what has run
+    python benchmarks/defaults.py --rejudge             # the table of finished runs
 
 Each objective trains the same network with the same optimiser and its own defaults. The
 error is the sliced Wasserstein distance of its samples from the data, in standard
-deviations. The gate fails where an objective is more than 1.5 times as far off as LSD in
-one jump, or further off in four jumps than in one. `EXCEPTIONS` has those that may, with
-the reason. Each finished run is a line of `runs.jsonl` under `--out`: started again, the
-script goes on with what is missing. It exits with status 1 if the gate fails.
+deviations. The gate fails if an objective has more than 1.5 times the error of LSD in one
+jump, or a larger error in four jumps than in one. `EXCEPTIONS` lists the objectives that
+may, with the reasons. Each finished run is a line of `runs.jsonl` under `--out`. When
+started again, the script makes only the missing runs. It exits with status 1 if the gate
+fails.
 """
 
 import argparse
@@ -31,7 +32,7 @@ import flowdiffrax as fd
 
 STEPS, WIDTH, NUM_SAMPLES = 2000, 64, 20_000
 LIMIT = 1.5
-# Two sets of samples of this size, both of the data, are about this far from each other.
+# Two sets of this many samples from the data are about this far from each other.
 NOISE = 0.01
 
 
@@ -61,7 +62,7 @@ class Density(NamedTuple):
         return self.scale * x + self.mean
 
     def base(self):
-        """A base of the mean and standard deviation of the data."""
+        """A base with the mean and standard deviation of the data."""
         return fd.data.GaussianBase(self.scale, self.mean)
 
     def velocity(self):
@@ -117,7 +118,7 @@ DENSITIES = {
 
 # --- objectives -----------------------------------------------------------------------
 
-# name -> (an objective at its defaults, what it learns from)
+# name -> (an objective with its defaults, what it learns from)
 OBJECTIVES = {
     "LSD": (fd.LagrangianSelfDistillation, None),
     "ESD": (fd.objectives.EulerianSelfDistillation, None),
@@ -159,7 +160,7 @@ EXCEPTIONS = {
     ("FreeFlow", 1): _STEEP,
     ("PFMM", 4): "compares states, so that short jumps count little without `InverseGap`",
 }
-# These are not maps to be sampled, and do not run.
+# These do not learn maps to be sampled, and do not run.
 LEFT_OUT = {
     "FlowMatching": "learns the velocity only",
     "VelocityDistillation": "learns the velocity only",
@@ -185,7 +186,7 @@ def teacher_of(name, density):
 
 
 def runge_kutta(velocity, num_steps=4):
-    """A map by a few classical steps, which is cheap to train with."""
+    """A map made of a few classical steps, which is cheap to train with."""
 
     def flow_map(s, t, x, args):
         h = (t - s) / num_steps
@@ -205,7 +206,7 @@ def runge_kutta(velocity, num_steps=4):
 
 
 def train(name, density, seed):
-    """The averaged map after all steps, which run in one compiled loop."""
+    """The averaged map after training, whose steps run in one compiled loop."""
     objective = OBJECTIVES[name][0]()
     map_key, run_key = jr.split(jr.key(seed))
     net = fd.nn.MLP(density.size, WIDTH, 3, scale=density.scale, key=map_key)
@@ -278,7 +279,7 @@ def by_run(lines):
 
 
 def failures(lines):
-    """What fails, as (objective, density, jumps, how)."""
+    """The failures, as (objective, density, jumps, how)."""
     by = by_run(lines)
     found = []
     for (name, density), errors in by.items():
@@ -305,7 +306,7 @@ def table(lines):
 
 
 def _cell(name, errors):
-    """The error in one jump, and in four where the objective learns them."""
+    """The error in one jump, and in four if the objective learns such jumps."""
     if errors is None:
         return "-"
     four = "" if (name, 4) in EXCEPTIONS else f", {errors['4']:.3f}"
@@ -346,6 +347,6 @@ if __name__ == "__main__":
     parser.add_argument("--objectives", nargs="+", default=list(OBJECTIVES), metavar="O")
     parser.add_argument("--densities", nargs="+", default=list(DENSITIES), metavar="D")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--rejudge", action="store_true", help="train nothing")
+    parser.add_argument("--rejudge", action="store_true", help="do not train")
     parser.add_argument("--out", default="out/defaults")
     sys.exit(1 if main(**vars(parser.parse_args())) else 0)

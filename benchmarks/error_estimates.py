@@ -1,14 +1,14 @@
-"""Are the error estimates calibrated? On learned maps and fresh initial conditions.
+"""The calibration of error estimates, on learned maps and new initial conditions.
 
     python benchmarks/error_estimates.py                       # ten minutes
     python benchmarks/error_estimates.py --problems pendulum
 
-For each problem of `examples/` the map is learned as the example learns it, and jumps of
-several lengths are made from states on fresh trajectories. Of each estimate it prints the
-rank correlation with the true error over those jumps, its coverage (the share of jumps
-whose error is no more than the estimate), the median and the 5 % and 95 % quantiles of
-estimate over error, and its cost. Errors are lengths in standard deviations of the
-states, against a tight solution. The table and the figure are saved under `--out`.
+For each problem of `examples/`, the map is learned as in the example, and makes jumps of
+several lengths from new initial conditions. For each estimate, the script prints the rank
+correlation with the true error over those jumps, its coverage (the share of jumps whose
+error is no more than the estimate), the median and the 5 % and 95 % quantiles of estimate
+over error, and its cost. Errors are lengths in standard deviations of the states, against
+a tight solution. The table and the figure are saved under `--out`.
 """
 
 import argparse
@@ -57,7 +57,7 @@ def length(x, spread):
 
 
 def run_one(name, options, learn):
-    """One problem: pairs of true and estimated errors, by estimate."""
+    """Pairs of true and estimated errors for one problem, by estimate."""
     example, setting = load(name), PROBLEMS[name]
     flow_map = learn(example)
     span = example.T1 - example.T0
@@ -114,9 +114,9 @@ def report(name, pairs):
 
 
 def draw(results, path):
-    """Estimate against error: a row for each estimate, a column for each problem.
+    """Plots estimate against error: a row per estimate, a column per problem.
 
-    The figure is as wide as the column of text that it stands in.
+    The figure is as wide as the column of text on its page.
     """
     figure, axes = plt.subplots(
         len(ESTIMATES), len(results), figsize=(1.45 * len(results), 1.3 * len(ESTIMATES)),

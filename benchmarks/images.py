@@ -4,17 +4,17 @@
     python benchmarks/images.py --data fashion-mnist --folder DIR
 
 Each method trains the same U-Net, from the same seed, for as many steps as fit into the
-FLOPs of `--budget` steps of the teacher's flow matching, by the compiled step's own
-count. The distillation has its teacher's training besides. Then 2,000 images are drawn
-in 1, 2, 4 and 8 jumps and scored: the Fréchet distance in the features of a classifier
-trained on the same images (a proxy, not the FID), the kernel distance, the sliced
-Wasserstein distance of pixels, the rms distance to what Tsit5 makes of the same noise
-with the teacher's velocity, and the share of samples that lie nearer to a training
-image than held-out ones do.
+FLOPs of `--budget` steps of the teacher's flow matching. FLOPs are those that the
+compiler reports for the step. The distillation needs its teacher's training in addition.
+Then 2,000 images are drawn in 1, 2, 4 and 8 jumps and scored. The scores are the Fréchet
+distance in the features of a classifier trained on the same images (a proxy, not the
+FID), the kernel distance, the sliced Wasserstein distance of pixels, the rms distance to
+the samples of Tsit5 from the same noise with the teacher's velocity, and the share of
+samples that lie nearer to a training image than held-out images do.
 
-Trained maps are kept in `--out`, and not trained again. The tables, with the mean over
-seeds and half their range, all numbers and the figure with samples are written there
-too.
+Trained maps are kept in `--out`, and not trained again. The script also writes the
+tables, with the mean over seeds and half their range, all numbers, and the figure with
+samples there.
 """
 
 import argparse
@@ -49,7 +49,7 @@ NUMBERS = {
 
 
 def fashion():
-    """As for the digits, at 28x28: one more resolution, half the channels."""
+    """As for the digits, but at 28x28, with one more resolution and half the channels."""
     return dataclasses.replace(
         digits.self_distilled(),
         data="fashion_mnist",
@@ -62,7 +62,7 @@ def fashion():
 
 
 def load(options):
-    """Presets, training images, held-out images."""
+    """Returns presets, training images, and held-out images."""
     if options.data == "digits":
         lsd, (train, test) = digits.self_distilled(), digits.load()
     else:
@@ -79,7 +79,7 @@ def map_path(options, method, seed):
 
 
 def load_map(options, presets, method, seed):
-    """How it was trained, and the averaged map."""
+    """The configuration of a run, and its averaged map."""
 
     def make(config):
         del config
@@ -89,7 +89,7 @@ def load_map(options, presets, method, seed):
 
 
 def flops_of(recipe, images, teacher):
-    """Of one step, as compiled."""
+    """The FLOPs of one compiled step."""
     optim, decay = recipe.optim(), recipe.ema_decay
     step = fd.train.make_step(recipe.objective, optim, ema_decay=decay)
     state = fd.train.TrainState.create(
@@ -137,7 +137,7 @@ def train(options, presets, images, method, seed):
 
 
 def measure(options, presets, images, held_out, features, reference, seed):
-    """Scores of every method by the number of jumps, and the first samples."""
+    """Scores of every method by number of jumps, and the first samples."""
     sampling = image_runs.Options(seed=seed)
     noise = image_runs.noise(presets["lsd"], sampling, options.num_samples, images)
     _, teacher = load_map(options, presets, "teacher", seed)
@@ -172,7 +172,7 @@ def measure(options, presets, images, held_out, features, reference, seed):
 
 
 def by_seed(rows, name):
-    """The mean over seeds by method and number of jumps, and half the range."""
+    """The mean and half the range over seeds, by method and number of jumps."""
     found = {}
     for row in rows:
         found.setdefault((row["method"], row["jumps"]), []).append(row[name])
@@ -180,7 +180,7 @@ def by_seed(rows, name):
 
 
 def report(rows, floor):
-    """The tables in Markdown."""
+    """The tables, in Markdown."""
     text = []
     for name, title in NUMBERS.items():
         found = by_seed(rows, name)
@@ -208,7 +208,7 @@ def report(rows, floor):
 
 
 def draw(rows, pictures, floor, path):
-    """Distances by the number of jumps, and samples of the first seed."""
+    """Plots distances against the number of jumps, and samples of the first seed."""
     figure = plt.figure(figsize=(11, 8), layout="constrained")
     top, bottom = figure.subfigures(2, 1, height_ratios=(1, 1.6))
     for axes, (name, title) in zip(top.subplots(1, 4), NUMBERS.items(), strict=True):
@@ -222,7 +222,7 @@ def draw(rows, pictures, floor, path):
         if name in floor:
             axes.axhline(floor[name], color="0.6", ls=":", label="held-out images")
         axes.set(xscale="log", title=title, xlabel="jumps")
-        if name != "kernel":  # its estimate is unbiased, and may be negative
+        if name != "kernel":  # an unbiased estimate, which may be negative
             axes.set_yscale("log")
             axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
             axes.yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
@@ -272,7 +272,7 @@ if __name__ == "__main__":
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data", choices=["digits", "fashion-mnist"], default="digits")
-    parser.add_argument("--folder", type=pathlib.Path, help="of Fashion-MNIST")
+    parser.add_argument("--folder", type=pathlib.Path, help="folder of Fashion-MNIST")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--budget", type=int, default=1500, help="steps of the teacher")
     parser.add_argument("--seeds", type=int, default=2)

@@ -1,19 +1,21 @@
-"""Which small mistakes in the library the quick tests do not notice.
+"""Finds small mistakes in the library that the quick tests do not notice.
 
 Each mutant is the library with one mistake: a lost argument, two times swapped, another
-default, a sign, a boundary, a wrong axis. Only the quick tests that run the line are
-asked, fastest first, until one fails. Needs Linux (it forks) and the `tests` group:
+default, a sign, a boundary, a wrong axis. For each mutant, only the quick tests that run
+the line are run, fastest first, until one fails. This needs Linux (it forks) and the
+`tests` group:
 
     python benchmarks/mutation.py --sample 200 --seed 0 --workers 2
 
-The first run traces the quick tests once, which takes some ten to twenty minutes;
-`--trace` does so again, after tests or sources have changed. `--again` asks the survivors
-of the last run only, and `--list` prints mutants without running any. The mutants are a
-random sample, spread over the groups of modules; the report gives the share that was
-noticed with its 95 % interval, by group and by operator, and names each survivor.
+The first run traces the quick tests once, which takes ten to twenty minutes. Use
+`--trace` to trace again after tests or sources have changed. `--again` runs only the
+survivors of the last run, and `--list` prints mutants without running any. The mutants
+are a random sample, spread over the groups of modules. The report gives the share that
+was noticed with its 95 % interval, by group and by operator, and names each survivor.
 
-What is left out, since no test should see it: messages of errors, warnings, docstrings,
-annotations, and the mutants of `EQUIVALENT`, which change nothing, each with its reason.
+Some code is omitted, since no test should depend on it: error messages, warnings,
+docstrings, annotations, and the mutants of `EQUIVALENT`, which change nothing, each for
+the reason given.
 """
 
 import argparse
@@ -35,7 +37,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = Path("src/flowdiffrax")
-# What is asked last, and what reads the sources themselves and would notice anything.
+# Tests that run last, and tests that read the sources and so would notice anything.
 TABLES, READERS = ("tests/test_defaults.py",), ("tests/test_mutants.py",)
 GROUPS = {
     "identities": ["identities.py"],
@@ -54,7 +56,7 @@ OPERATORS = [
     *("lost argument", "ignored argument", "changed default"),
     *("swapped times", "sign", "boundary", "wrong axis"),
 ]
-# (file, line as it should be, line as it is mistaken): why it is no mistake.
+# (file, correct line, mutated line): why the mutation changes nothing.
 EQUIVALENT: dict[tuple[str, str, str], str] = {
     (
         "solvers/_hybrid.py",
@@ -83,9 +85,10 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
     ): "times have one axis",
 }
 AXES = ("axis", "axes", "in_axes", "out_axes")
-# Of fields; of a place in the source; and what Python and NumPy do here by themselves.
+# Arguments of fields, of places in the source, and settings that are Python's or NumPy's
+# defaults here anyway.
 KEPT = ("default", "static", "converter", "stacklevel", "encoding", "allow_pickle")
-# What changes nothing but time, or is only there for our own mistakes.
+# Arguments that change only the run time, or only guard against our own mistakes.
 KEPT += ("strict", "unroll")
 TIMES = {"s", "t", "u", "t0", "t1", "tprev", "tnext"}
 OPPOSITES = {
@@ -99,9 +102,9 @@ class Mutant(typing.NamedTuple):
     group: str
     file: str
     operator: str
-    line: int  # the first of the node, counted from 1
-    scope: tuple[int, int]  # lines of the function or class around it
-    start: int  # in characters, of what is replaced
+    line: int  # the first line of the node, counted from 1
+    scope: tuple[int, int]  # first and last line of the function or class around it
+    start: int  # of the replaced text, in characters
     stop: int
     new: str
 
@@ -117,7 +120,7 @@ class Mutant(typing.NamedTuple):
         return " ".join(before.split()), " ".join(after.split())
 
 
-# Operators: each yields (operator, node that is replaced, its replacement)
+# Operators: each yields (operator, replaced node, replacement)
 
 
 def changed(node: ast.expr, **fields) -> ast.expr:
@@ -144,7 +147,7 @@ def called(node: ast.Call) -> str:
 
 @functools.cache
 def required() -> dict[str, set[str]]:
-    """Parameters without default of all functions and classes, by their last names."""
+    """Parameters without defaults of all functions and classes, by unqualified name."""
     found = collections.defaultdict(set)
     for path in sorted((ROOT / SOURCE).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -164,14 +167,14 @@ def required() -> dict[str, set[str]]:
 
 def of_call(node: ast.Call):
     if called(node) in ("minimum", "maximum"):
-        return  # of either order
+        return  # the order of arguments does not matter
     for index, keyword in enumerate(node.keywords):
         if keyword.arg is None:
             continue
         if keyword.arg in AXES:
             yield from of_axis(keyword.value)
         elif keyword.arg in required()[called(node)]:
-            continue  # a `TypeError` for sure
+            continue  # this would certainly raise a `TypeError`
         elif keyword.arg not in KEPT:
             rest = node.keywords[:index] + node.keywords[index + 1 :]
             yield "lost argument", node, changed(node, keywords=rest)
@@ -243,7 +246,7 @@ def defaults_of(node: ast.AST):
 
 
 def ignored(node: ast.AST):
-    """Parameters and fields that always have their default: (node, text in its place)."""
+    """Makes parameters and fields always use their default: (node, replacement text)."""
     match node:
         case ast.FunctionDef(args=args, body=[*_, _] as body):
             if isinstance(body[0], ast.Expr):  # docstring
@@ -274,7 +277,7 @@ def ignored(node: ast.AST):
 
 
 def is_prose(node: ast.AST) -> bool:
-    """Whether nobody should test the inside of it."""
+    """Whether tests should not depend on the inside of a node."""
     prose = ast.Raise | ast.JoinedStr | ast.Import | ast.ImportFrom
     if isinstance(node, prose):
         return True
@@ -354,7 +357,7 @@ def all_mutants(groups) -> list[Mutant]:
 
 
 def draw(mutants: list[Mutant], size: int, seed: int) -> list[Mutant]:
-    """A sample of which every group has the share of its mutants, and at least 12."""
+    """A sample in proportion to the mutants of each group, with at least 12 of each."""
     chosen, rng = [], random.Random(seed)
     for group in GROUPS:
         rows = [mutant for mutant in mutants if mutant.group == group]
@@ -364,7 +367,7 @@ def draw(mutants: list[Mutant], size: int, seed: int) -> list[Mutant]:
     return chosen
 
 
-# Which tests run a line, and how long they take
+# The tests that run a line, and how long they take
 
 
 def environment(folder: Path, tree: Path) -> dict[str, str]:
@@ -377,7 +380,7 @@ def environment(folder: Path, tree: Path) -> dict[str, str]:
 
 
 def copy_tree(tree: Path) -> None:
-    """The files of the project, as they are now."""
+    """Copies the current files of the project."""
     shutil.rmtree(tree, ignore_errors=True)
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     names = subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout
@@ -388,7 +391,7 @@ def copy_tree(tree: Path) -> None:
 
 
 def trace(folder: Path, workers: int) -> None:
-    """Runs the quick tests once, and notes which lines each of them runs."""
+    """Runs the quick tests once, and records which lines each of them runs."""
     copy_tree(folder / "traced")
     command = [sys.executable, "-m", "pytest", "-q", "-m", "not slow"]
     command += ["-n", str(workers), "--dist", "worksteal", "--cov", "--cov-context=test"]
@@ -399,7 +402,7 @@ def trace(folder: Path, workers: int) -> None:
 
 
 class Trace:
-    """Which quick tests ran a line, and how long each of them took."""
+    """The quick tests that ran each line, and how long they took."""
 
     def __init__(self, folder: Path):
         import coverage
@@ -417,7 +420,7 @@ class Trace:
             self.files[tail] = self.data.contexts_by_lineno(path)
 
     def tests(self, mutant: Mutant) -> list[str]:
-        """Those that run the line; what only an import runs, its scope or its file."""
+        """The tests that run the line, or if there are none, its scope or its file."""
         lines = self.files.get(mutant.file.removeprefix(f"{SOURCE}/"), {})
         first, last = mutant.scope
         scope = range(first, last + 1)
@@ -436,7 +439,7 @@ class Trace:
 
 
 def ask(tests: list[str], tree: Path, log: Path, *options: str) -> int:
-    """Starts a process that runs tests of a tree, and returns its number."""
+    """Starts a process that runs tests of a tree, and returns its id."""
     pid = os.fork()
     if pid > 0:
         return pid
@@ -450,7 +453,7 @@ def ask(tests: list[str], tree: Path, log: Path, *options: str) -> int:
     sys.dont_write_bytecode = True
     sys.path.insert(0, str(tree / "src"))
     os.environ["PYTHONPATH"] = sys.path[0]
-    # Plugins were imported before, by the parent.
+    # The parent has already imported the plugins.
     quiet = ("-q", "--no-header", "--tb=line", "-p", "no:cacheprovider")
     quiet += ("-W", "ignore::pytest.PytestAssertRewriteWarning")
     status = int(pytest.main([*quiet, *options, *tests]))
@@ -464,7 +467,7 @@ def failed(log: Path) -> list[str]:
 
 
 class Job:
-    """A mutant in a worker's tree: a few seconds' worth of tests first, then the rest."""
+    """A mutant in a worker's tree. Runs a few seconds of tests first, then the rest."""
 
     def __init__(self, mutant: Mutant, tree: Path, trace: Trace):
         self.mutant, self.tree, self.trace = mutant, tree, trace
@@ -504,7 +507,7 @@ class Job:
         if code == 0 and self.parts:
             self.next()
             return False
-        if code:  # not 1, if not even the tests can be imported
+        if code:  # other than 1 if the tests cannot even be imported
             is_found = code in (1, 2) or "ERROR collecting" in self.log.read_text()
             self.status = "noticed" if is_found else f"exit status {code}"
         return True
@@ -526,13 +529,13 @@ def run(mutants: list[Mutant], folder: Path, workers: int) -> list[dict]:
     trees = [folder / f"worker-{index}" for index in range(workers)]
     copy_tree(trees[0])
     os.environ.update(environment(folder, trees[0]))
-    # Compiles sources to bytecode, which mutants only read.
+    # This compiles sources to bytecode, which mutants only read.
     collect = [sys.executable, "-m", "pytest", "-q", "--collect-only"]
     subprocess.run(collect, cwd=trees[0], stdout=subprocess.DEVNULL, check=True)
     for tree in trees[1:]:
         shutil.rmtree(tree, ignore_errors=True)
         shutil.copytree(trees[0], tree)
-    # Every process has these already; the library itself it reads anew.
+    # Every forked process has these already, and imports only the library itself.
     import diffrax, equinox, hypothesis, optax, optimistix, scipy.stats  # noqa
 
     waiting, jobs, results = collections.deque(mutants), [], []
@@ -547,7 +550,7 @@ def run(mutants: list[Mutant], folder: Path, workers: int) -> list[dict]:
             (folder / "results.json").write_text(json.dumps(results, indent=1))
             print(f"{len(results):4d} {job.status:10} {results[-1]['file']}", end=" ")
             print(results[-1]["operator"], results[-1]["by"] or "", flush=True)
-    # A test that fails without any mistake has noticed nothing.
+    # A test that fails without a mutation has not noticed anything.
     tests = sorted({result["by"] for result in results if result["by"]})
     os.waitpid(ask(tests, trees[0], folder / "log.txt"), 0)
     for result in results:
@@ -560,7 +563,7 @@ def run(mutants: list[Mutant], folder: Path, workers: int) -> list[dict]:
 
 
 def interval(noticed: int, total: int) -> tuple[float, ...]:
-    """Wilson's 95 % interval of a share."""
+    """Wilson's 95 % interval for a share."""
     z, p = 1.96, noticed / total
     middle, width = (
         p + z**2 / (2 * total),

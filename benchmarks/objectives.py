@@ -1,38 +1,38 @@
-"""What a training step of each objective costs over one of flow matching.
+"""The cost of a training step of each objective, relative to flow matching.
 
     python benchmarks/objectives.py                            # both networks
     python benchmarks/objectives.py --rounds 1 --network mlp   # a quick check
 
-Most of the time is compilation: one to three seconds a row for the MLP, about ten for the
-U-Net, on two busy cores.
+Most of the time is compilation: one to three seconds per row for the MLP, about ten for
+the U-Net, on two busy cores.
 
 A step is the loss and its gradient in the map's weights, and with `--optimiser` a step of
-Adam. It is held against a count, in units of one forward evaluation of the network:
+Adam. It is compared with a count, in units of one forward evaluation of the network:
 
 - an evaluation is 1, and its derivative along one direction is 1 more: a `jax.jvp` is 2;
-- going back through either costs twice as much again, once for the weights and once for
-  the inputs. So what is trained costs 3, an evaluation as well as a derivative, and what
-  is held fixed costs 1;
-- going back through a frozen network to its input costs 1;
+- backpropagation through either costs twice as much again, once for the weights and once
+  for the inputs. A trained evaluation or derivative therefore costs 3, and one that is
+  held fixed costs 1;
+- backpropagation through a frozen network to its input costs 1;
 - a value that is needed twice is computed once.
 
 Flow matching is one trained evaluation, 3. Lagrangian distillation is a trained
-evaluation, its trained derivative in time and the teacher, 3 + 3 + 1 = 7; MeanFlow a
-trained evaluation and a derivative that is held fixed, 3 + 1 = 4; a jump in two frozen
-pieces 3 + 1 + 1 = 5. The teacher is a network of the map's own size. All interpolants,
-norms and weights count as nothing, and so does the optimiser. The count of a whole batch
-is the mean over its rows: 3 for those on the diagonal, where every objective with a
-share of them is flow matching.
+evaluation, its trained derivative in time, and the teacher, 3 + 3 + 1 = 7. MeanFlow is a
+trained evaluation and a derivative that is held fixed, 3 + 1 = 4. A jump in two frozen
+pieces is 3 + 1 + 1 = 5. The teacher is a network of the same size as the map. All
+interpolants, norms and weights count as zero, and so does the optimiser. The count of a
+whole batch is the mean over its rows: 3 for those on the diagonal, where every objective
+with such rows is flow matching.
 
 FLOPs are those of XLA's cost analysis: `compiled` of the program that runs, `as traced`
-of the program before XLA merges what is computed twice. Both include elementwise work,
-and count the body of a loop once, so that the evaluations of later turns are added by
-hand. Below the count is what first layers save: they hand on no gradient, and have no
-derivative in a time that enters later. Memory is the compiled program's temporary memory.
-All are ratios to flow matching on the same network and batch. Seconds are so too, in the
-same rounds: the median over rounds in which all rows run once in random order, and the
-span from the 10th to the 90th percentile. The script fails if compiled FLOPs exceed a
-count by more than 15%.
+of the program before XLA merges repeated computations. Both include elementwise work, and
+count the body of a loop once, so that the evaluations of later iterations are added by
+hand. FLOPs can be below the count, because first layers save work: they pass on no
+gradient, and have no derivative in a time that enters later. Memory is the compiled
+program's temporary memory. All are ratios to flow matching on the same network and batch.
+So are seconds, in the same rounds: the median over rounds in which all rows run once in
+random order, and the span from the 10th to the 90th percentile. The script fails if
+compiled FLOPs exceed a count by more than 15%.
 """
 
 import argparse
@@ -58,22 +58,22 @@ import optax
 
 import flowdiffrax as fd
 
-# Elementwise work is the difference: activations, and more so their derivatives.
+# The excess is elementwise work: activations, and even more their derivatives.
 LIMIT = 1.15
 
 
 @dataclasses.dataclass
 class Row:
-    """An objective, and what it evaluates for one example off the diagonal."""
+    """An objective, and its evaluations for one example off the diagonal."""
 
     objective: fd.objectives.AbstractObjective
-    # Evaluations, and derivatives along a direction, that gradients run through.
+    # Evaluations and directional derivatives with a gradient.
     trained: int
-    # Those that are held fixed.
+    # Evaluations and directional derivatives that are held fixed.
     frozen: int = 0
-    # Frozen networks that gradients run through to their inputs.
+    # Frozen networks with a gradient in their inputs.
     through: int = 0
-    # Those of the above that are later turns of a loop, which XLA does not count.
+    # Those of the above in later iterations of a loop, which XLA does not count.
     looped: int = 0
     has_teacher: bool = False
 
@@ -108,7 +108,7 @@ def rows():
         "TerminalVelocityMatching": Row(
             fd.objectives.TerminalVelocityMatching(), trained=3, frozen=1
         ),
-        # The derivative is held fixed, and the teacher.
+        # The derivative and the teacher, both held fixed.
         "FreeFlow": Row_(fd.objectives.FreeFlow(), trained=1, frozen=2),
         "AlignYourFlowLMD": Row_(fd.objectives.AlignYourFlowLMD(), trained=1, frozen=2),
         # The state before the last piece, and the teacher there.
@@ -119,7 +119,7 @@ def rows():
         "EulerianMapDistillation": Row_(
             fd.objectives.EulerianMapDistillation(), trained=2, frozen=1
         ),
-        # The derivatives in time and in space apart, the second one held fixed.
+        # The derivatives in time and in space separately, the second one held fixed.
         "EulerianMapDistillation, TRANSPORT": Row_(
             fd.objectives.EulerianMapDistillation(stop_gradient=transport),
             trained=2,
@@ -132,7 +132,7 @@ def rows():
         "EulerianSelfDistillation": Row(
             fd.objectives.EulerianSelfDistillation(), trained=2, frozen=2
         ),
-        # The derivative is held fixed, and what gives its direction, if not the data.
+        # The derivative is held fixed, and so is its direction if it is not from data.
         "MeanFlow": Row(fd.objectives.MeanFlow(), trained=1, frozen=1),
         "ImprovedMeanFlow": Row(fd.objectives.ImprovedMeanFlow(), trained=1, frozen=2),
         "AlignYourFlowEMD": Row_(fd.objectives.AlignYourFlowEMD(), trained=1, frozen=2),
@@ -169,7 +169,7 @@ def rows():
 
 
 class Block(eqx.Module):
-    """Two convolutions with a skip, shifted between them by an embedding of times."""
+    """Two convolutions with a skip connection and a shift by an embedding of times."""
 
     norms: list[eqx.nn.GroupNorm]
     convs: list[eqx.nn.Conv2d]
@@ -194,7 +194,7 @@ class Block(eqx.Module):
 
 
 class UNet(eqx.Module):
-    """A U-Net of two times and an image, with two resolutions."""
+    """A U-Net that takes two times and an image, with two resolutions."""
 
     times: eqx.nn.MLP
     first: eqx.nn.Conv2d
@@ -231,13 +231,13 @@ class UNet(eqx.Module):
 
 def mlp(key):
     net = fd.nn.MLP(2, 256, 4, key=key)
-    # A fresh one is zero in its last layer.
+    # The last layer of a new network is zero.
     last = 0.1 * jr.normal(key, net.last.weight.shape)
     return eqx.tree_at(lambda net: net.last.weight, net, last)
 
 
-# Title, network, shape of a state, and rows of a batch: a multiple of eight, so that all
-# shares on the diagonal are what they are called.
+# Title, network, shape of a state, and rows of a batch: a multiple of eight, so that the
+# shares on the diagonal are exact.
 NETWORKS = {
     "mlp": ("MLP 4x256, 2-D", mlp, (2,), 4096),
     "unet": ("U-Net, 32x32x3", lambda key: UNet(3, 32, key), (3, 32, 32), 8),
@@ -245,14 +245,14 @@ NETWORKS = {
 
 
 def off_diagonal(objective):
-    """The objective with the law of its times off the diagonal, if there are any."""
+    """The objective with only its times off the diagonal, if there are any."""
     if isinstance(objective.times, fd.times.DiagonalMixture):
         return dataclasses.replace(objective, times=objective.times.times)
     return objective
 
 
 class Program:
-    """A compiled function whose arrays are all arguments: none is a constant."""
+    """A compiled function with all arrays as arguments, and none as constants."""
 
     def __init__(self, fn, *args):
         self.arrays, rest = eqx.partition(args, eqx.is_array)
@@ -268,7 +268,7 @@ class Program:
 
 
 def off_diagonal_loss(objective, flow_map, teacher, paths, key):
-    """The mean loss with no row treated as one on the diagonal."""
+    """The mean loss, with all rows treated as off the diagonal."""
     times_key, draw_key = jr.split(key)
     batch = jtu.tree_leaves(paths)[0].shape[0]
     s, t = objective.times(times_key, batch)
@@ -285,7 +285,7 @@ def whole_loss(objective, flow_map, teacher, paths, key):
 
 
 def step(loss_fn, optim, objective, flow_map, opt_state, teacher, paths, key):
-    """Loss and gradient, or with an optimiser the loss and what comes next."""
+    """Loss and gradient, or with an optimiser the loss and the next weights and state."""
     of_map = lambda flow_map: loss_fn(objective, flow_map, teacher, paths, key)
     loss, grads = eqx.filter_value_and_grad(of_map)(flow_map)
     if optim is None:
@@ -308,7 +308,7 @@ class Case:
 
 
 def cases(chosen, batch):
-    """Each objective off the diagonal, then those batches that have a share on it."""
+    """Each objective off the diagonal, then each batch with some rows on it."""
     for name, row in chosen.items():
         objective = off_diagonal(row.objective)
         kind = "off the diagonal"
@@ -346,7 +346,7 @@ def ratios(samples, baseline):
 
 
 def time_programs(programs, rounds):
-    """Seconds of each program in each round, all in random order in a round."""
+    """Seconds of each program in each round. A round runs all in random order."""
     seconds = [[] for _ in programs]
     for program in programs:
         jax.block_until_ready(program())
@@ -372,7 +372,7 @@ def measure(network, chosen, options):
         jax.vmap(flow_map.average_velocity), *jr.uniform(jr.key(3), (2, batch)), ends[0]
     )
 
-    # A trajectory of two points: what is not a network counts as nothing.
+    # A trajectory of two points is enough: only networks count.
     ts = jnp.tile(jnp.asarray([0.0, 1.0]), (batch, 1))
     trajectories = fd.paths.TrajectoryPath(ts, jnp.stack(list(ends), axis=1))
     optim = optax.adam(1e-3) if options.optimiser else None
@@ -430,12 +430,12 @@ def main():
     parser.add_argument("--out", default="out/benchmarks")
     options = parser.parse_args()
 
-    # Not `choices`: some rows have arrays, which start JAX.
+    # Do not use `choices`: some rows have arrays, which start JAX.
     known = rows()
     names = known if options.objectives is None else options.objectives
     if unknown := {*names} - known.keys():
         parser.error(f"no objective {sorted(unknown)}; there are {', '.join(known)}")
-    # All is relative to flow matching, which comes first.
+    # Everything is relative to flow matching, which comes first.
     chosen = {
         name: row
         for name, row in known.items()

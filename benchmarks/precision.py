@@ -3,11 +3,12 @@
     python benchmarks/precision.py                 # three minutes
     python benchmarks/precision.py --networks DiT
 
-Each network is made twice with the same weights, moved at random from where they start,
-once in float32 and once with `dtype=jnp.bfloat16`. Printed are relative errors against
-float32, in root mean square over four images of 32x32 and four pairs of times: of the
-velocity, of its derivative in the end time, and of its derivative along the flow,
-which the Lagrangian and the Eulerian objectives contain.
+Each network is created twice with the same weights, perturbed at random from their
+initial values: once in float32 and once with `dtype=jnp.bfloat16`. The script prints
+relative errors against float32, in root mean square over four images of 32x32 and four
+pairs of times. The errors are those of the velocity, of its derivative in the end time,
+and of its derivative along the flow. The Lagrangian and the Eulerian objectives contain
+these derivatives.
 """
 
 import argparse
@@ -30,7 +31,7 @@ NETWORKS = {
 
 
 def moved(net):
-    """The network with every weight moved: at the start its output is zero."""
+    """The network with every weight perturbed, since its initial output is zero."""
     leaves, structure = jax.tree_util.tree_flatten(net)
     keys = jr.split(jr.key(1), len(leaves))
     return structure.unflatten(map(move, leaves, keys))
@@ -41,7 +42,8 @@ def move(leaf, key):
         return leaf + 1
     if leaf.ndim == 1:
         return leaf + 0.1 * jr.normal(key, leaf.shape)
-    # Convolutions have the axes (height, width, inputs, outputs) last, matrices two.
+    # The last axes are (height, width, inputs, outputs) for convolutions, and
+    # (inputs, outputs) for matrices.
     inputs = leaf.shape[-4:-1] if leaf.ndim >= 4 else leaf.shape[-2:-1]
     fan_in = jnp.prod(jnp.asarray(inputs)).astype(leaf.dtype)
     return leaf + 0.5 * jr.normal(key, leaf.shape) / jnp.sqrt(fan_in)

@@ -1,24 +1,25 @@
-"""What the training runs of `images.recipes()` cost, from one step compiled on a CPU.
+"""The cost of the training runs of `images.recipes()`, from one step compiled on a CPU.
 
     python benchmarks/recipes.py                        # all; a minute or two for each
     python benchmarks/recipes.py --recipes cifar10-lsd --out out/benchmarks
 
 Each step is the one that `train.fit` runs, at the paper's size and batch: draw, loss,
-gradient, optimiser and averages, traced from shapes alone, so that no weight and no image
-has memory. It is compiled for the CPU, and never run.
+gradient, optimiser and averages. It is traced from shapes alone, so that no memory is
+allocated for weights or images. It is compiled for the CPU, and never run.
 
-FLOPs are those of the cost analysis of the compiled step. They are held against a count,
+FLOPs are those of the cost analysis of the compiled step. They are compared with a count,
 as in `objectives.py`: a trained evaluation of the network is 3, its trained derivative 3
-more, and what is held fixed is 1, times the products and convolutions of one forward
-evaluation. XLA counts no products with the zeros around an image, which are 4% of a
+more, and one that is held fixed is 1, times the products and convolutions of one forward
+evaluation. XLA does not count products with the zeros around an image, which are 4% of a
 convolution at 32x32 and 16% at 8x8, and it counts elementwise work. The script fails if
 the two differ by more than 20%, unless `--remat` computes more on purpose.
 
 Memory is the CPU compiler's plan for the step in float32: weights, averages, optimiser,
-images and temporary arrays. A GPU's compiler plans anew; this is no measurement of it.
+images and temporary arrays. A GPU's compiler makes another plan, so this is not a
+measurement for GPUs.
 
-GPU-hours are FLOPs times steps, over the peak rate of one H100 SXM for dense products
-times an assumed utilisation. They are an estimate that stands or falls with the latter.
+GPU-hours are FLOPs times steps, divided by the peak rate of one H100 SXM for dense
+products times an assumed utilisation. They are only as good as this assumption.
 """
 
 import argparse
@@ -37,11 +38,11 @@ import jax.tree_util as jtu
 
 import flowdiffrax as fd
 
-# FLOP/s of one H100 SXM, dense, as its data sheet has them.
+# Dense FLOP/s of one H100 SXM, from its data sheet.
 PEAKS = {"bfloat16": 989e12, "TF32": 494e12}
 NUM_IMAGES = {"cifar10": 50_000, "imagenet32": 1_281_167}
 LIMIT = 0.2
-# Off the diagonal; see `rows` in `objectives.py`. On it, all are flow matching: 3.
+# Counts off the diagonal; see `rows` in `objectives.py`. On it, all are flow matching: 3.
 COUNTS = {
     "FlowMatching": 3,
     "LagrangianMapDistillation": 7,
@@ -52,7 +53,7 @@ COUNTS = {
     "AlignYourFlowEMD": 5,
     "ContinuousConsistency": 4,
 }
-# The code need not be fast, and compiles in less than half the time.
+# The code does not have to be fast. With these, it compiles in less than half the time.
 OPTIONS = {
     "xla_backend_optimization_level": 0,
     "xla_llvm_disable_expensive_passes": True,
@@ -71,7 +72,7 @@ def data_of(recipe, images, labels):
 
 
 def inputs_of(recipe, batch, settings):
-    """State, batches and teacher of a run, as shapes."""
+    """The state, batches and teacher of a run, as shapes."""
 
     def make(key, images, labels):
         net_key, state_key, teacher_key = jr.split(key, 3)
@@ -95,7 +96,7 @@ def inputs_of(recipe, batch, settings):
 
 
 def lowered(recipe, inputs, **options):
-    """The step that `fit` runs, with the state's memory used again."""
+    """The step that `fit` runs, which reuses the state's memory."""
     step = fd.train.make_step(
         recipe.objective, recipe.optim(), ema_decay=recipe.ema_decay
     )
@@ -107,7 +108,7 @@ def lowered(recipe, inputs, **options):
 
 
 def products(jaxpr):
-    """FLOPs of all products and convolutions, those with zeros around images too."""
+    """FLOPs of all products and convolutions, also with zeros around images."""
     total = 0
     for equation in jaxpr.eqns:
         out = equation.outvars[0].aval
@@ -128,7 +129,7 @@ def products(jaxpr):
 
 
 def counted(recipe, flow_map, batch):
-    """FLOPs of a step by hand: a multiple of one forward evaluation."""
+    """FLOPs of a step counted by hand, as a multiple of one forward evaluation."""
     objective = recipe.objective
     if isinstance(objective, fd.objectives.Scheduled):
         objective = objective.at(jnp.zeros((), int))
@@ -191,7 +192,7 @@ def main():
         "--batch", type=int, help="compile for fewer rows, and scale the FLOPs"
     )
     parser.add_argument(
-        "--remat", action="store_true", help="compute blocks again in the reverse pass"
+        "--remat", action="store_true", help="recompute blocks in the reverse pass"
     )
     parser.add_argument("--out", help="a folder for recipes.json")
     options = parser.parse_args()

@@ -1,12 +1,12 @@
-"""What stepping a flow map through Diffrax costs over evaluating its network.
+"""The overhead of stepping a flow map through Diffrax over evaluating its network.
 
     python benchmarks/sampling.py                  # a table, about four minutes
     python benchmarks/sampling.py --errors raise   # with Equinox's run-time checks on
 
 Each row is a way to make the same jumps from the same states. Times are ratios to a
-hand-written `lax.scan` over the same network in the same rounds: the median over rounds
-in which all rows run once in random order, and the span from the 10th to the 90th
-percentile. Compilation is measured from a cleared cache.
+hand-written `lax.scan` over the same network in the same rounds. In each round, all rows
+run once in random order. The table gives the median over rounds, and the span from the
+10th to the 90th percentile. Compilation is measured from a cleared cache.
 """
 
 import argparse
@@ -40,7 +40,7 @@ import flowdiffrax as fd  # noqa: E402
 
 
 class ConvNet(eqx.Module):
-    """A small convolutional network of two times and an image."""
+    """A small convolutional network that takes two times and an image."""
 
     layers: list[eqx.nn.Conv2d]
 
@@ -126,7 +126,7 @@ def ratios(samples, baseline):
 
 
 def time_ways(calls, rounds):
-    """Seconds of each call in each round, all calls in random order in a round."""
+    """Seconds of each call in each round. A round runs all calls in random order."""
     seconds = {name: [] for name in calls}
     order = list(calls)
     for _ in range(rounds):
@@ -143,7 +143,7 @@ def measure(flow_map, x, jumps, rounds):
     weights, rest = eqx.partition(flow_map, eqx.is_array)
 
     def compiled(way):
-        # Fresh function, empty caches: nothing of the last compilation is reused.
+        # Use a fresh function and empty caches, so that no compilation is reused.
         jax.clear_caches()
         run = lambda weights, x, ts: way(eqx.combine(weights, rest), x, ts)
         start = time.perf_counter()
@@ -180,9 +180,9 @@ def measure(flow_map, x, jumps, rounds):
 
 
 def against_tsit5(rounds):
-    """A jump of a map against Tsit5 on its own velocity, a network of the same size."""
+    """Jumps of a map against Tsit5 on its own velocity, a network of the same size."""
     flow_map = fd.FlowMap(fd.nn.MLP(16, 256, 4, key=jr.key(0)))
-    # The last layer of a fresh network is zero; without weights there is no ODE.
+    # The last layer of a new network is zero, so its ODE would be trivial.
     last = 0.1 * jr.normal(jr.key(4), flow_map.net.last.weight.shape)
     flow_map = eqx.tree_at(lambda m: m.net.last.weight, flow_map, last)
     x = jr.normal(jr.key(2), (256, 16))
@@ -212,7 +212,7 @@ def against_tsit5(rounds):
     for call in calls.values():
         jax.block_until_ready(call())
     steps = tsit5(flow_map, x)[1]
-    # First-same-as-last: six evaluations a step and one at the start.
+    # First-same-as-last: six evaluations per step and one at the start.
     evaluations = [6 * float(steps.mean()) + 1, 1, 4]
     runs = time_ways(calls, rounds)
     for (name, seconds), count in zip(runs.items(), evaluations, strict=True):

@@ -1,13 +1,13 @@
-"""How the step of an image model grows: with resolution, channels, batch, and objective.
+"""The cost of an image model's step, by resolution, channels, batch and objective.
 
     python benchmarks/scaling.py              # twenty minutes on two CPU cores
     python benchmarks/scaling.py --quick      # three objectives, small images
 
-One thing is varied at a time around a U-Net of 32 channels on 32x32x3 and a batch of 16.
-Seconds are the median over `--rounds` in which the step of every objective runs once, in
-random order; memory is what the compiler plans beside weights, averages and optimiser.
-Tables, numbers and the figure are written under `--out`, and what is in `scaling.json`
-already is not measured again.
+One setting is varied at a time around a U-Net of 32 channels on 32x32x3 and a batch of
+16. Seconds are the median over `--rounds` in which the step of every objective runs once,
+in random order. Memory is the compiler's temporary memory, in addition to weights,
+averages and optimiser. Tables, numbers and the figure are written under `--out`. Settings
+that are already in `scaling.json` are not measured again.
 """
 
 import argparse
@@ -43,7 +43,7 @@ QUICK = {"resolution": (8, 16), "channels": (8, 16), "batch": (4, 8)}
 
 
 def settings(varied):
-    """All settings, each once, the base with the others."""
+    """All settings, each once, including the base."""
     found = []
     for name, values in varied.items():
         found += [{**BASE, name: value} for value in values]
@@ -51,7 +51,7 @@ def settings(varied):
 
 
 def make_step(objective, setting):
-    """A compiled step, its state, and what its compiler says."""
+    """A function that runs a compiled step, its temporary memory, and its FLOPs."""
     size = setting["resolution"]
     shape, coarsest = (size, size, 3), size // 4
     net = fd.nn.UNet(
@@ -80,7 +80,7 @@ def make_step(objective, setting):
 
 
 def measure(setting, names, rounds):
-    """A row for each objective: they take turns, in random order."""
+    """A row for each objective. They run in turn, in random order."""
     steps, rows, seconds = [], [], []
     for name in names:
         step, memory, flops = make_step(OBJECTIVES[name], setting)
@@ -100,7 +100,7 @@ def measure(setting, names, rounds):
 
 
 def table(rows, name, unit):
-    """A row a setting, a column an objective."""
+    """A table with a row for each setting and a column for each objective."""
     objectives = list(dict.fromkeys(row["objective"] for row in rows))
     lines = [f"\n{unit}\n", f"| | {' | '.join(objectives)} |"]
     lines.append("| --- " * (1 + len(objectives)) + "|")
@@ -114,7 +114,7 @@ def table(rows, name, unit):
 
 
 def draw(rows, varied, path):
-    """Seconds above and memory below, a column for each thing that is varied."""
+    """Plots seconds above and memory below, with a column for each varied setting."""
     _, axes = plt.subplots(
         2, len(varied), figsize=(11, 6), sharey="row", layout="constrained"
     )
@@ -154,7 +154,7 @@ def main(options):
             rows = [row for row in rows if not setting.items() <= row.items()]
             rows += measure(setting, names, options.rounds)
             found.write_text(json.dumps(rows, indent=1))
-        jax.clear_caches()  # programs of this size are a limit of the system's
+        jax.clear_caches()  # programs of this size can exhaust system limits
     asked = settings(varied)
     rows = [
         row for row in rows

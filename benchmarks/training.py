@@ -1,36 +1,37 @@
-"""What the training engine costs over the network's own work, and against PyTorch.
+"""The overhead of the training engine over the network's work, and against PyTorch.
 
     python benchmarks/training.py                              # a quarter of an hour
     python benchmarks/training.py --networks mlp --repeats 3   # a quick check
     python benchmarks/training.py --parts host                 # feeding from the host
     python benchmarks/training.py --parts --torch --torch-python torch/bin/python
 
-**Engine.** For each network and objective, seconds a step of
+**Engine.** For each network and objective, the seconds per step of
 
 - `forward, backward`: `eqx.filter_value_and_grad` of `batch_loss` on one fixed batch;
-- `and Adam`: that, Optax's update, and nothing else, which is what any loop pays; all
-  ratios are to this one;
-- `and a batch`: that, on rows and noise drawn in the same program, as any loop needs;
+- `and Adam`: the same and Optax's update, which any loop needs. All ratios are to this
+  one;
+- `and a batch`: the same, on rows and noise drawn in the same program, as any loop needs;
 - `train.update`: the engine's step on the fixed batch. To `and Adam` it adds the moving
   average, the norm of the gradient, and the checks that skip a step which is not finite;
 - `train.make_step`: the step as it is used: all of this, called as users call it;
-- `train.fit`: the loop around it, with a report, and so a copy of the state, after every
-  `steps` of them. Its own default is a report every 100.
+- `train.fit`: the loop around it, with a report, and so a copy of the state, every
+  `steps` steps. The default of `fit` is a report every 100 steps.
 
-FLOPs are those of XLA's cost analysis of the compiled program, as ratios too; it counts
-the body of a loop once. Memory is its temporary memory, and in all: with arguments, and
-with results that do not lie where arguments did.
+FLOPs are those of XLA's cost analysis of the compiled program, also as ratios. The
+analysis counts the body of a loop once. Memory is given as the program's temporary
+memory, and in total: with arguments, and with results that do not reuse the memory of
+arguments.
 
-**Host.** Steps fed from a set on disk, by `fd.data.stream` by hand and by
-`fd.data.StreamBatches` as in `fit`, against the same steps on images that lie on the
-device; and the images a second of the stream alone. On a CPU, the threads that read share
-the cores with the step.
+**Host.** Steps with batches from a set on disk, by `fd.data.stream` by hand and by
+`fd.data.StreamBatches` as in `fit`, against the same steps with images on the device; and
+the images per second of the stream alone. On a CPU, the threads that read share the cores
+with the step.
 
 **PyTorch**, with `--torch`. The network and the step of torchcfm's CIFAR-10 example
 (`UNetModelWrapper`, `ConditionalFlowMatcher`, clipping, Adam, moving average; without
 dropout) against `nn.UNet` of one time with the same parts, in float32. It runs in a
-process of its own, with `--torch-python`'s interpreter, which needs torch and torchcfm
-but not this library; blocks of steps alternate between the two.
+separate process with the interpreter `--torch-python`, which needs torch and torchcfm but
+not this library. Blocks of steps alternate between the two.
 
 Everything that is compared runs in the same rounds, in random order, in blocks of steps.
 Seconds are medians over rounds. A ratio is the median over rounds of the ratio to the
@@ -108,15 +109,15 @@ PEERS = {"32": (32, 16), "64": (64, 16), "128": (128, 8)}
 
 
 class Program:
-    """A compiled function of what is carried along, whose memory it reuses, and the rest.
+    """A compiled function of carried values, whose memory it reuses, and fixed ones.
 
-    `fn(carried, fixed)` returns what is carried on, and more. All arrays are arguments:
-    none is a constant.
+    `fn(carried, fixed)` returns the next carried values and other results. All arrays are
+    arguments, and none are constants.
     """
 
     def __init__(self, fn, carried, fixed):
         copy = lambda leaf: jnp.array(leaf) if eqx.is_array(leaf) else leaf
-        # The memory of what is carried is taken at the first call.
+        # The first call takes over the memory of the carried values.
         carried = jtu.tree_map(copy, carried)
         self.carried, static_carried = eqx.partition(carried, eqx.is_array)
         self.fixed, static_fixed = eqx.partition(fixed, eqx.is_array)
@@ -146,7 +147,7 @@ class Program:
 
 
 class Steps:
-    """Steps of `train.make_step`, each of whose batches comes from `next_batches`."""
+    """Steps of `train.make_step` on batches from `next_batches`."""
 
     def __init__(self, step, state, next_batches):
         self.step, self.state, self.next_batches = step, state, next_batches
@@ -158,7 +159,7 @@ class Steps:
 
 
 def seconds_in_random_order(calls, steps):
-    """Seconds a step of each, all once."""
+    """Seconds per step of each call. Every call runs once."""
     seconds = {}
     for name in random.sample(list(calls), len(calls)):
         start = time.perf_counter()
@@ -189,7 +190,7 @@ def row(*cells):
 
 
 def programs(flow_map, objective, optim, batches, state):
-    """The functions to compile, with what they carry along and what they are given."""
+    """The functions to compile, with their carried and fixed arguments."""
     weights, static = eqx.partition(flow_map, eqx.is_inexact_array)
     opt_state = optim.init(weights)
     fixed = (*batches(jr.key(2)), jr.key(3))
@@ -206,7 +207,7 @@ def programs(flow_map, objective, optim, batches, state):
         return eqx.filter_value_and_grad(loss, has_aux=True)(weights)
 
     def forward_backward(old, fixed):
-        del old  # Their memory is all that is wanted, as the others reuse theirs.
+        del old  # Only their memory is needed, as the other ways reuse theirs.
         (loss, _), grads = gradients(*fixed)
         return grads, loss
 
@@ -257,7 +258,8 @@ def measure_engine(network, objective, options):
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         built = list(pool.map(lambda parts: Program(*parts), wanted.values()))
     compiled = dict(zip(wanted, built, strict=True))
-    # The step as it is called, Python and all; the program above is for its counts.
+    # Time the step as users call it, with Python's overhead. The program above is only
+    # for its FLOPs and memory.
     step = fd.train.make_step(loss, optim, **settings)
     calls = compiled | {"train.make_step": Steps(step, create(), lambda: batches)}
     for call in calls.values():
@@ -266,7 +268,7 @@ def measure_engine(network, objective, options):
     rounds, in_fit, start = [], [], None
 
     def on_report(state, report):
-        """Between the reports of `fit`, the other ways have their turn."""
+        """Runs the other ways between the steps of `fit`."""
         nonlocal start
         jax.block_until_ready(state)
         if start is not None:
@@ -337,7 +339,7 @@ def image_networks():
 
 
 def measure_host(images, net, size, steps, options):
-    """Seconds a step by the way it is fed, and of a batch of the stream alone."""
+    """Seconds per step by source of batches, and per batch of the stream alone."""
     optim = optax.adam(1e-4)
     step = fd.train.make_step(fd.FlowMatching(), optim)
     create = lambda: fd.train.TrainState.create(fd.FlowMap(net), optim, key=jr.key(4))
@@ -363,7 +365,7 @@ def measure_host(images, net, size, steps, options):
         call(1)
     rounds = [seconds_in_random_order(calls, steps) for _ in range(options.repeats)]
     start = time.perf_counter()
-    # Many batches, as some lie ready.
+    # Use many batches, as some are ready in advance.
     count = 50 * steps
     stream_alone(count)
     alone = (time.perf_counter() - start) / count
@@ -405,9 +407,9 @@ def host(options):
 
 
 def torch_worker():
-    """Steps of torchcfm's CIFAR-10 example: runs by itself, in another interpreter.
+    """Steps of torchcfm's CIFAR-10 example, run in another interpreter.
 
-    It answers each line of its input, a number of steps, when they are done.
+    Each line of its input is a number of steps. It answers when they are done.
     """
     import copy
     import json
@@ -421,7 +423,7 @@ def torch_worker():
     channels, size, threads = map(int, sys.argv[1:])
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    # As XLA does; without it, small gradients can slow a CPU down.
+    # XLA does the same. Otherwise, small gradients can slow a CPU down.
     torch.set_flush_denormal(True)
     net = UNetModelWrapper(
         dim=(3, 32, 32),
@@ -430,7 +432,7 @@ def torch_worker():
         channel_mult=[1, 2, 2, 2],
         num_head_channels=64,
         attention_resolutions="16",
-        # The example leaves out these two of ADM's parts, and has dropout.
+        # The example omits these two parts of ADM, and has dropout.
         use_scale_shift_norm=True,
         resblock_updown=True,
     )
@@ -468,7 +470,7 @@ def torch_worker():
 
 
 class Torch:
-    """The worker, in a process of its own."""
+    """The worker, in a separate process."""
 
     def __init__(self, python, channels, size):
         source = f"{inspect.getsource(torch_worker)}\ntorch_worker()\n"
@@ -500,7 +502,7 @@ class Torch:
 
 
 def measure_torch(channels, size, options):
-    """A dictionary of the two networks, and the versions of PyTorch's."""
+    """A dictionary with the numbers of both networks, and PyTorch's versions."""
     net = fd.nn.UNet(
         SHAPE, channels, (1, 2, 2, 2), 2, attention=(16,), two_times=False, key=jr.key(0)
     )
@@ -563,7 +565,7 @@ def main():
     parser.add_argument("--parts", nargs="*", choices=parts, default=list(parts))
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     parser.add_argument("--repeats", type=int, default=15, help="rounds")
-    parser.add_argument("--steps", type=int, help="in a block; by default as many as fit")
+    parser.add_argument("--steps", type=int, help="per block; default: by the network")
     parser.add_argument("--images", type=int, default=50_000, help="in the set on disk")
     parser.add_argument("--torch", action="store_true", help="compare with PyTorch")
     parser.add_argument("--torch-python", default=sys.executable, metavar="PATH")

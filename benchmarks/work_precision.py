@@ -3,18 +3,18 @@
     python benchmarks/work_precision.py                         # everything, half an hour
     python benchmarks/work_precision.py --problems pendulum --batches 4096
 
-For each problem of `examples/` the map is learned as the example learns it, then solves
-fresh initial conditions in batches of 1, 64 and 4,096, beside Diffrax's own solvers,
-each example with step sizes of its own. An error is the rms distance to a tight float64
-solution, in standard deviations of the end states, over those examples for which the
-solver does not say that it failed; their number stands beside. Seconds are for the
-batch: the median over rounds in which everything runs once, in random order;
-compilation is timed apart. What would take longer than `--limit` seconds, were it as
-fast an example as in the batch before, is left out: implicit solvers and the hybrid pay
-for thousands of linear solves.
+For each problem of `examples/`, the map is learned as in the example. It then solves new
+initial conditions in batches of 1, 64 and 4,096, and so do Diffrax's own solvers, with
+separate step sizes for each initial condition. An error is the rms distance to a tight
+float64 solution, in standard deviations of the end states, over the initial conditions
+for which the solver does not report a failure. The number of failures is given too.
+Seconds are for the batch: the median over rounds in which everything runs once, in random
+order. Compilation is timed separately. Methods that would take longer than `--limit`
+seconds, at the speed per initial condition of the previous batch, are omitted: implicit
+solvers and the hybrid pay for thousands of linear solves.
 
-`HybridSolver` is also asked to keep its promise: a thousand initial conditions, a third
-of them far from the training data, at the relative `--tolerances`.
+A further test checks whether `HybridSolver` keeps its promise, on a thousand initial
+conditions, a third of them far from the training data, at the relative `--tolerances`.
 
 The tables, the numbers and the figure are saved under `--out`.
 """
@@ -45,12 +45,12 @@ TOLERANCES = (1e-2, 1e-4, 1e-6)
 
 
 class Setting:
-    """What a benchmark has to know of a problem beside what its example says."""
+    """What the benchmarks need to know about a problem that its example does not say."""
 
     def __init__(self, module, *, positive=False, stiff=False, atol=1e-2, t1=None):
         self.module, self.positive, self.stiff = module, positive, stiff
         self.atol = atol  # times the relative tolerance
-        self.t1 = t1  # where the example's own end is far beyond a jump
+        self.t1 = t1  # given if the example's own end is far beyond a jump
 
 
 PROBLEMS = {
@@ -74,7 +74,7 @@ def load(name):
 
 
 def initial(example, key, size, far=False, positive=False):
-    """A batch of states and of `args`; far ones lie well outside what was learned."""
+    """A batch of states and `args`; if `far`, well outside the training data."""
     drawn = example.draw(key, size)
     x0, args = drawn if isinstance(drawn, tuple) else (drawn, None)
     if far:
@@ -138,7 +138,7 @@ def diffeqsolve(example, solver, controller, dt0, x0, args, saveat=None):
 
 
 def stages(solver):
-    """Evaluations of the vector field a step; of implicit ones, without iterations."""
+    """Vector field evaluations per step, without the iterations of implicit solvers."""
     tableau = getattr(solver, "tableau", None)
     if tableau is None:
         return 1
@@ -146,12 +146,12 @@ def stages(solver):
 
 
 def contenders(example, setting, flow_map, size):
-    """Name and setting of each, and a function of a batch.
+    """Yields the name and setting of each contender, and a function of a batch.
 
-    It returns end states, evaluations, and whether the solver says that it succeeded.
+    The function returns end states, evaluations, and whether the solver reports success.
     """
     length = example.T1 - example.T0
-    # Diffrax's own guess of a first step, 0.01, knows nothing of the problem.
+    # Diffrax's own guess of a first step, 0.01, does not depend on the problem.
     first = (1e-6 if setting.stiff else 0.02) * length
 
     def by_map(jumps):
@@ -200,7 +200,7 @@ def contenders(example, setting, flow_map, size):
         yield ("HybridSolver", tolerance), jax.vmap(by_hybrid(tolerance))
         yield ("HybridSolver, sorted", tolerance), in_chunks(by_hybrid(tolerance))
     adaptive = [diffrax.Tsit5(), diffrax.Dopri8()]
-    # Thousands of its linear solves in one loop can hang JAX 0.10 on two cores.
+    # Thousands of Kvaerno5's linear solves in one loop can hang JAX 0.10 on two cores.
     adaptive += [diffrax.Kvaerno5()] if size <= 64 else []
     for solver in [example.STIFF] if setting.stiff else adaptive:
         for tolerance in TOLERANCES:
@@ -235,9 +235,9 @@ def classical(example, setting):
 
 
 def evaluations_of_hybrid(example, setting, sol, x0):
-    """Of the field, at most: as if the map had been tried at every step.
+    """An upper bound on evaluations: it assumes that the map is tried at every step.
 
-    An estimate is four calls and three Jacobians, two evaluations an entry.
+    An estimate takes four calls and three Jacobians, with two evaluations per entry.
     """
     size = sum(leaf.size for leaf in jax.tree_util.tree_leaves(x0))
     tries = (4 + 6 * size) * sol.stats["num_steps"]
@@ -248,10 +248,13 @@ def evaluations_of_hybrid(example, setting, sol, x0):
 
 
 def measure(example, setting, flow_map, size, options, before):
-    """A row of numbers for each contender on one batch; `before` has a smaller one's."""
+    """A row of numbers for each contender on one batch.
+
+    `before` has the seconds per initial condition in the previous, smaller batch.
+    """
     x0, args = initial(example, jr.key(1000 + size), size)
     truth = exact(example, setting, x0, args)
-    # Of many: a single example has no spread of its own.
+    # Use a separate batch: a single example has no spread.
     spread = exact(example, setting, *initial(example, jr.key(7), 256)).std(axis=0)
     rows, programs, seconds = [], {}, {}
     for name, batched in contenders(example, setting, flow_map, size):
@@ -281,7 +284,7 @@ def measure(example, setting, flow_map, size, options, before):
                 "compile": compiling,
             }
         )
-    # Of what takes long, the first run will do.
+    # For slow contenders, use only the first run.
     again = [name for name in programs if seconds[name][0] < options.limit / 10]
     for turn in range(options.rounds):
         for name in random.sample(again, len(again)):
@@ -296,7 +299,7 @@ def measure(example, setting, flow_map, size, options, before):
 
 
 def keep_promise(example, setting, flow_map, tolerance, size):
-    """How the hybrid does on a thousand examples, near and far, beside its fallback."""
+    """Rows for the hybrid and its fallback, on initial conditions near and far."""
     near, far = (
         initial(example, jr.key(k), n, k == 6, setting.positive)
         for k, n in ((5, size - size // 3), (6, size // 3))
@@ -328,7 +331,7 @@ def keep_promise(example, setting, flow_map, tolerance, size):
         start = time.perf_counter()
         jax.block_until_ready(run(x0, args))
         seconds = time.perf_counter() - start
-        # Of each quantity's own size: some pass through zero.
+        # Include the spread of each quantity, since some pass through zero.
         scale = tolerance * (np.abs(truth) + truth.std(axis=0))
         ratio = np.sqrt(np.mean(((as_vectors(ends) - truth) / scale) ** 2, axis=1))
         near = np.arange(size) < size - size // 3
@@ -359,7 +362,7 @@ def is_ours(method):
 
 
 def best_seconds(rows, error):
-    """Of Diffrax's solvers, the fewest seconds at which that error is met."""
+    """The fewest seconds in which one of Diffrax's solvers reaches an error."""
     theirs = [row for row in rows if not is_ours(row["method"])]
     met = [
         (row["seconds"], row["method"], row["setting"])
@@ -370,7 +373,7 @@ def best_seconds(rows, error):
 
 
 def run_one(name, options, learn):
-    """All the numbers of one problem."""
+    """All numbers of one problem."""
     example, setting = load(name), PROBLEMS[name]
     start = time.perf_counter()
     flow_map = learn(example)
@@ -397,7 +400,7 @@ def table(rows):
 
 
 def report(name, numbers):
-    """The tables of a problem, and how the aims were met."""
+    """The tables of a problem, and speed-ups over Diffrax's solvers at equal error."""
     text = [f"\n## {name}\n\nLearned in {numbers['learning']:.0f} seconds."]
     for size, rows in numbers["batches"].items():
         text.append(f"\nBatch of {size}\n\n{table(rows)}\n")
@@ -415,7 +418,7 @@ def report(name, numbers):
 
 
 def draw(results, path):
-    """Error against seconds, a row for each problem and a column for each batch."""
+    """Plots error against seconds: a row per problem, a column per batch size."""
     sizes = list(next(iter(results.values()))["batches"])
     figure, axes = plt.subplots(
         len(results), len(sizes), figsize=(5 * len(sizes), 3.6 * len(results)),
@@ -440,14 +443,14 @@ def draw(results, path):
 
 
 def command_line(parser, run_one, report, draw):
-    """Runs the problems asked for, each in a process of its own, and reports on all.
+    """Runs the chosen problems, each in a separate process, and reports on all.
 
     `run_one(name, options, learn)` returns the numbers of a problem.
     """
     stem = pathlib.Path(sys.argv[0]).stem
     parser.add_argument("--problems", nargs="+", choices=PROBLEMS, default=[*PROBLEMS])
-    parser.add_argument("--steps", type=int, help="of learning; the example's own")
-    parser.add_argument("--pool", type=int, help="trajectories; the example's own")
+    parser.add_argument("--steps", type=int, help="training steps; default: example's")
+    parser.add_argument("--pool", type=int, help="trajectories; default: example's")
     parser.add_argument("--out", type=pathlib.Path, default=f"out/{stem}")
     parser.add_argument("--in-this-process", action="store_true", help="one problem")
     options = parser.parse_args()
@@ -462,7 +465,7 @@ def command_line(parser, run_one, report, draw):
         return
     results = {}
     for name in options.problems:
-        # Examples choose their precision for the whole process: each has its own.
+        # Examples set their precision for the whole process, so each needs its own.
         again = [sys.executable, *sys.argv, "--in-this-process", "--problems", name]
         subprocess.run(again, check=True)
         results[name] = json.loads(path(name).read_text())
@@ -479,8 +482,8 @@ if __name__ == "__main__":
     )
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 64, 4096])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--limit", type=float, default=60.0, help="seconds of a row")
-    parser.add_argument("--methods", nargs="+", help="all")
+    parser.add_argument("--limit", type=float, default=60.0, help="seconds per row")
+    parser.add_argument("--methods", nargs="+", help="default: all")
     parser.add_argument("--tolerances", nargs="+", type=float, default=[1e-2, 1e-3])
     parser.add_argument("--promised", type=int, default=1000, help="initial conditions")
     command_line(parser, run_one, report, draw)
