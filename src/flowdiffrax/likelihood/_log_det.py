@@ -129,7 +129,7 @@ class DivergenceIntegral(AbstractLogDet):
     - `num_nodes`: the number of nodes, at least 1. The quadrature is exact for
       divergences that are polynomials in $u$ up to the degree `2 * num_nodes - 1`.
     - `trace`: how to compute the divergence.
-    - `vector_field`: a teacher `(t, x, args) -> dx/dt` whose divergence is used in place
+    - `vector_field`: a teacher `(t, x, args) -> dx/dt`, whose divergence is used instead
       of that of the map's velocity.
 
     Each node costs a jump, a velocity and the products of the trace.

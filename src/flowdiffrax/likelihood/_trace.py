@@ -58,7 +58,7 @@ class Hutchinson(AbstractTrace):
 
     **Arguments:**
 
-    - `num_probes`: the number of probes $n$, which is also that of products; at least 1.
+    - `num_probes`: the number of probes $n$, and so of products, at least 1.
 
     **Raises:** `ValueError` if `num_probes` is below 1.
 

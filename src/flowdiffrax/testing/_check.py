@@ -47,8 +47,8 @@ def check(
     - `flow_map`, `vector_field`, `args`, `jvp`: as for
       [`flowdiffrax.testing.assert_starts_as_identity`][]. Without a field, the map is
       compared with its own velocity.
-    - `state`: an example of a state, for states like it with entries up to 2; or a
-      strategy.
+    - `state`: an example state, from which similar states with entries up to 2 are
+      drawn; or a strategy.
     - `identities`: names of identities: the names of the assertions without `assert_`.
       `None` for all that apply: `tangent` needs a field, and `positive_jacobian` a real
       state of at most 64 entries.
