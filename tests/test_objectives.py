@@ -575,14 +575,17 @@ def test_missing_teacher_is_named(objective):
 @pytest.mark.parametrize(
     "make, match",
     [
-        (lambda: fd.objectives.MeanFlow(fd.weights.NoWeight()), "`times` must be a law"),
+        (
+            lambda: fd.objectives.MeanFlow(fd.weights.NoWeight()),
+            "`times` must be a distribution",
+        ),
         (
             lambda: fd.objectives.MeanFlow(weight=fd.times.UniformTriangle()),
             "`weight` must be a callable",
         ),
         (
             lambda: fd.objectives.Mixture([fd.FlowMatching], [1.0]),
-            "A mixture is of objectives",
+            "A mixture takes objectives",
         ),
         (
             lambda: fd.objectives.Scheduled(fd.FlowMatching()),

@@ -1,4 +1,4 @@
-"""Objectives: what a flow map is trained on, one file for each family."""
+"""Training objectives for flow maps, one file per family."""
 
 from .._derivative import FiniteDifference as FiniteDifference
 from ._align_your_flow import AlignYourFlowEMD as AlignYourFlowEMD

@@ -18,24 +18,25 @@ from ._two_piece import check_share, eulerian_quotient, lagrangian_quotient
 class AlignYourFlowEMD(AbstractEulerian):
     r"""AYF-EMD: the Eulerian equation with everything but $v_{s,t}$ held fixed.
 
-    $|v - \mathrm{sg}(v - g)|^2$ with $v = v_{s,t}(I_s)$, $b = b_s(I_s)$ and the tangent
-    $g = v - b - r\,(t - s)(\partial_s + b \cdot \nabla) v$.
-    With a finite $\epsilon$ the tangent is a difference quotient instead, over a first
-    piece of the jump of share $\epsilon$ along the teacher.
+    The loss is $|v - \mathrm{sg}(v - g)|^2$ with $v = v_{s,t}(I_s)$, $b = b_s(I_s)$ and
+    the tangent $g = v - b - r\,(t - s)(\partial_s + b \cdot \nabla) v$. With a finite
+    $\epsilon$, the tangent is a difference quotient instead: the first share $\epsilon$
+    of the jump follows the teacher.
 
     **Arguments:**
 
     - `times`: the distribution of times.
-    - `weight`: maps $|g|^2$ to the loss. The paper's is
+    - `weight`: maps $|g|^2$ to the loss. The paper uses
       [`flowdiffrax.weights.NormalisedTangent`][], for data of a known scale.
-    - `tangent_scale`: the $r$, below 1 to favour straight trajectories a little. The
-      paper raises it from 0 to 0.99: [`flowdiffrax.objectives.Scheduled`][] with a linear
-      schedule. What is straight depends on the clock. Only for the limit.
-    - `epsilon`: the share of the first piece, in (0, 1], or `None` for the limit of
-      small ones. At 0.005 and below, float32 rounding shows.
-    - `jvp`: how the derivative of the limit is taken.
+    - `tangent_scale`: the factor $r$. Values below 1 slightly favour straight
+      trajectories. The paper raises it from 0 to 0.99: use
+      [`flowdiffrax.objectives.Scheduled`][] with a linear schedule. Which trajectories
+      are straight depends on how time is parametrised. Used only if `epsilon` is `None`.
+    - `epsilon`: the share of the first piece, in (0, 1], or `None` for the limit
+      $\epsilon \to 0$. At 0.005 and below, float32 rounding errors show.
+    - `jvp`: how the derivative is taken if `epsilon` is `None`.
 
-    The teacher is a velocity `(t, x, args) -> dx/dt`; for autoguidance, an
+    The teacher is a velocity `(t, x, args) -> dx/dt`. For autoguidance, use
     [`flowdiffrax.velocities.AutoguidedVelocity`][].
 
     **Raises:** `ValueError` for an `epsilon` outside (0, 1].
@@ -49,6 +50,7 @@ class AlignYourFlowEMD(AbstractEulerian):
     weight: AbstractWeight = NoWeight()
     tangent_scale: ArrayLike = 0.99
     epsilon: float | None = None
+    # Not a setting: the method trains the leading velocity only.
     stop_gradient: StopGradient = eqx.field(
         static=True, default=StopGradient.DERIVATIVE, init=False
     )
@@ -62,6 +64,7 @@ class AlignYourFlowEMD(AbstractEulerian):
         return teacher_velocity(teacher, s, I_s, args)
 
     def residual(self, flow_map, teacher, path, s, t, args, key) -> State:
+        # Decided when the step is traced, since `None` is part of the structure.
         if self.epsilon is None:
             return super().residual(flow_map, teacher, path, s, t, args, key)
         I_s = path.evaluate(s)
@@ -72,21 +75,21 @@ class AlignYourFlowEMD(AbstractEulerian):
 class AlignYourFlowLMD(AbstractLagrangian):
     r"""AYF-LMD: the Lagrangian equation with everything but $v_{s,t}$ held fixed.
 
-    $|v - \mathrm{sg}(v - g)|^2$ with the tangent
-    $g = \partial_t X_{s,t}(I_s) - b_t(X_{s,t}(I_s))$. With a finite $\epsilon$ the
-    tangent is a difference quotient, over the last piece of the jump of share
-    $\epsilon$, and no derivative is taken.
+    The loss is $|v - \mathrm{sg}(v - g)|^2$ with the tangent
+    $g = \partial_t X_{s,t}(I_s) - b_t(X_{s,t}(I_s))$. With a finite $\epsilon$, the
+    tangent is a difference quotient instead: the last share $\epsilon$ of the jump
+    follows the teacher. No derivative is taken then.
 
     **Arguments:**
 
     - `times`: the distribution of times.
-    - `weight`: maps $|g|^2$ to the loss. The paper's is
+    - `weight`: maps $|g|^2$ to the loss. The paper uses
       [`flowdiffrax.weights.NormalisedTangent`][], for data of a known scale.
-    - `epsilon`: the share of the last piece, in (0, 1], or `None` for the limit of
-      small ones. At 0.005 and below, float32 rounding shows.
-    - `jvp`: how the derivative of the limit is taken.
+    - `epsilon`: the share of the last piece, in (0, 1], or `None` for the limit
+      $\epsilon \to 0$. At 0.005 and below, float32 rounding errors show.
+    - `jvp`: how the derivative is taken if `epsilon` is `None`.
 
-    The teacher is a velocity `(t, x, args) -> dx/dt`; for autoguidance, an
+    The teacher is a velocity `(t, x, args) -> dx/dt`. For autoguidance, use
     [`flowdiffrax.velocities.AutoguidedVelocity`][].
 
     **Raises:** `ValueError` for an `epsilon` outside (0, 1].
@@ -119,6 +122,7 @@ class AlignYourFlowLMD(AbstractLagrangian):
         return lagrangian_quotient(flow_map, followed, s, t, I_s, self.epsilon, args)
 
     def diagonal_residual(self, flow_map, teacher, path, t, args, key) -> State:
+        # Where s = t, limit and quotient agree, and neither needs a derivative.
         del key
         followed = self.followed(flow_map, teacher)
         return tangent_residual(flow_map, followed, t, path.evaluate(t), args)

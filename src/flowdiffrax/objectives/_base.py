@@ -17,18 +17,19 @@ from ..weights._base import AbstractWeight
 class StopGradient(enum.Enum):
     r"""What an objective holds fixed when it is differentiated.
 
-    Each holds fixed what the one before does, and more. With everything that depends on
-    the map free, the gradient is that of the loss as written; all the others are
-    *semigradients*, which vanish at the same map but belong to no loss.
+    Each choice holds fixed what the previous one does, and more. If nothing that depends
+    on the map is held fixed, the gradient is that of the loss as written. Otherwise it is
+    a *semigradient*: it vanishes at the same map, but is not the gradient of any loss.
 
     **Attributes:**
 
-    - `NONE`: nothing; gradients flow through the teacher too, where it has any.
+    - `NONE`: nothing. Gradients flow through the teacher too, if its value depends on
+      the map.
     - `TEACHER`: the teacher's value.
-    - `TRANSPORT`: also $\nabla X_{s,t}\,b_s$, the derivative in space, so that no
-      gradient is taken of it. Only Eulerian objectives have one.
-    - `DERIVATIVE`: also every derivative of the map, so that only the leading
-      $v_{s,t}$ is trained, and nothing is differentiated twice.
+    - `TRANSPORT`: also the derivative in space, $\nabla X_{s,t}\,b_s$. Only Eulerian
+      objectives have this term.
+    - `DERIVATIVE`: also every derivative of the map. Only the leading $v_{s,t}$ is
+      trained, and nothing is differentiated twice.
     """
 
     NONE = "none"
@@ -38,16 +39,17 @@ class StopGradient(enum.Enum):
 
 
 def stop_gradient_field(default: StopGradient) -> Any:
-    """A field for it, which takes the name of a choice too, such as `"teacher"`."""
+    """A field for a `StopGradient`, which also accepts a name such as `"teacher"`."""
+    # Static, because it decides in Python which terms are traced.
     return eqx.field(static=True, default=default, converter=StopGradient)
 
 
 class AbstractObjective(eqx.Module):
     """A training objective: the loss of one example, as the papers state it.
 
-    An objective sees one path, one pair of times and no batch. Its choices, where
-    gradients stop, how errors are weighted and which times are drawn, are fields with
-    the paper's values as defaults.
+    An objective receives one path and one pair of times; it knows nothing of the batch.
+    Its fields set where gradients stop, how errors are weighted and which times are
+    drawn, with the paper's values as defaults.
 
     **Attributes:**
 
@@ -57,13 +59,14 @@ class AbstractObjective(eqx.Module):
 
     times: AbstractVar[AbstractTimes]
     weight: AbstractVar[AbstractWeight]
-    # Whether it learns its velocity on the diagonal only.
+    # Whether the velocity is learned on the diagonal only, so that a batch needs rows
+    # there.
     needs_diagonal = False
 
     def __check_init__(self):
         if not isinstance(self.times, AbstractTimes):
             raise TypeError(
-                "`times` must be a law such as `UniformTriangle()`; got "
+                "`times` must be a distribution such as `UniformTriangle()`; got "
                 f"{type(self.times).__name__}."
             )
         if isinstance(self.weight, AbstractTimes) or not callable(self.weight):
@@ -88,14 +91,14 @@ class AbstractObjective(eqx.Module):
 
         **Arguments:**
 
-        - `flow_map`: the map that is trained.
-        - `teacher`: what it learns from; each objective says what it takes, and whether
-          `None` will do.
-        - `path`: where its states come from: `path.evaluate(t)`, and
-          `path.derivative(t)` for objectives that learn from data.
+        - `flow_map`: the map to train.
+        - `teacher`: what the map learns from. Each objective documents what it accepts,
+          and whether `None` is allowed.
+        - `path`: supplies the states as `path.evaluate(t)`. Objectives that learn from
+          data also call `path.derivative(t)`.
         - `s`, `t`: a pair of times.
-        - `args`: the example's condition, passed on to map and teacher.
-        - `key`: for objectives that draw something of their own.
+        - `args`: the example's condition, passed to the map and the teacher.
+        - `key`: a random key, for objectives that draw random numbers.
         """
 
     def on_diagonal(
@@ -108,13 +111,13 @@ class AbstractObjective(eqx.Module):
         *,
         key: Key[Array, ""] | None = None,
     ) -> Scalar:
-        """The loss of one example that its law of times puts on the diagonal.
+        """The loss of one example whose times are on the diagonal, `s == t`.
 
-        For rows that are known to have `s == t`, [`flowdiffrax.objectives.batch_loss`][]
-        calls it in the place of the loss itself. Self-distillation learns its velocity
-        there, and other objectives save themselves a derivative.
+        [`flowdiffrax.objectives.batch_loss`][] calls this instead of `__call__` for the
+        rows that `times` is known to put there. Self-distillation learns its velocity
+        from these rows; other objectives save a derivative.
 
-        Arguments as for the loss.
+        **Arguments:** as for `__call__`.
         """
         return self(flow_map, teacher, path, t, t, args, key=key)
 
@@ -133,9 +136,9 @@ class AbstractResidualObjective(AbstractObjective):
         args: Args,
         key: Key[Array, ""] | None,
     ) -> State:
-        """What should vanish, with gradients where the objective wants them.
+        """The residual to minimise, with its gradients stopped as the method requires.
 
-        Arguments as for the loss.
+        **Arguments:** as for `__call__`.
         """
 
     def diagonal_residual(
@@ -147,7 +150,7 @@ class AbstractResidualObjective(AbstractObjective):
         args: Args,
         key: Key[Array, ""] | None,
     ) -> State:
-        """What should vanish where `s == t`; the residual itself, unless overridden."""
+        """The residual where `s == t`; calls `residual` unless overridden."""
         return self.residual(flow_map, teacher, path, t, t, args, key)
 
     def __call__(

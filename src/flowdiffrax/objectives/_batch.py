@@ -1,4 +1,4 @@
-"""From the loss of one example to that of a batch, and of a batch in several parts."""
+"""The loss of a batch, whole or in several parts, from the losses of its examples."""
 
 import functools
 from collections import Counter
@@ -31,26 +31,25 @@ def batch_loss(
     *,
     key: Key[Array, ""],
 ) -> tuple[Scalar, dict[str, Scalar]]:
-    """The mean loss over a batch of paths, with times drawn by the objective.
+    """The mean loss over a batch of paths, at times drawn by the objective.
 
     **Arguments:**
 
     - `objective`: an objective, or a [`flowdiffrax.objectives.Mixture`][] of several.
-    - `flow_map`, `teacher`: passed on to the objective. For a mixture whose objectives
-      learn from different teachers, a tuple with one for each.
+    - `flow_map`, `teacher`: passed to the objective. If the objectives of a mixture
+      learn from different teachers, pass a tuple with one teacher for each.
     - `paths`: paths with a leading batch axis on every leaf.
     - `args`: conditions with the same leading axis, or `None`.
-    - `key`: for the times, and for objectives that draw.
+    - `key`: for the times, and for objectives that draw random numbers.
 
-    **Returns:** the loss, and the mean loss of each objective by its name. Where an
-    objective has rows on the diagonal besides others, their mean is a term of its own,
-    under the name with `_diagonal`.
+    **Returns:** the loss, and a dictionary with the mean loss of each objective under
+    its name. If an objective has rows both on and off the diagonal, the mean over the
+    diagonal is a separate term, whose name ends in `_diagonal`.
 
-    **Raises:** `ValueError` if the batch is too small for the shares of a mixture, or for
-    a share on the diagonal; for conditions with another number of rows than the paths;
-    for a tuple of teachers that is not one for each objective; and for self-distillation
-    with nothing on the diagonal to learn from. `TypeError` if `flow_map` is not a flow
-    map.
+    **Raises:** `ValueError` if the batch is too small for the shares of a mixture or of
+    the diagonal; if `args` and `paths` have different numbers of rows; if a tuple of
+    teachers does not have one for each objective; or if self-distillation has no rows on
+    the diagonal to learn from. `TypeError` if `flow_map` is not a flow map.
     """
     mixture = as_mixture(objective)
     examples = example_losses(mixture, flow_map, teacher, paths, args, key=key)
@@ -59,12 +58,12 @@ def batch_loss(
 
 
 def as_mixture(objective: AbstractObjective | Mixture) -> Mixture:
-    """The objective itself, or a mixture of it alone."""
+    """Returns a mixture: `objective` if it is one, else a mixture of it alone."""
     return objective if isinstance(objective, Mixture) else Mixture((objective,), (1.0,))
 
 
 class Segment(NamedTuple):
-    """Rows of a batch that follow one another and share one form of the loss."""
+    """Consecutive rows of a batch that share one form of the loss."""
 
     objective: int  # its index in the mixture
     on_diagonal: bool
@@ -72,9 +71,10 @@ class Segment(NamedTuple):
 
 
 def segments_of(mixture: Mixture, batch_size: int) -> list[Segment]:
-    """How a batch is divided: by objective, and there the diagonal first.
+    """Divides a batch by objective, with the rows on the diagonal first in each.
 
-    **Raises:** as [`flowdiffrax.objectives.batch_loss`][] for a batch that is too small.
+    **Raises:** `ValueError` if the batch is too small, or if self-distillation has no
+    rows on the diagonal, as [`flowdiffrax.objectives.batch_loss`][].
     """
     slices = split_by_shares(batch_size, mixture.shares)
     segments = []
@@ -94,7 +94,7 @@ def segments_of(mixture: Mixture, batch_size: int) -> list[Segment]:
 
 
 def objective_sizes(segments: list[Segment]) -> Counter[int]:
-    """How many rows each objective has, by its index in the mixture."""
+    """The number of rows of each objective, by its index in the mixture."""
     sizes: Counter[int] = Counter()
     for segment in segments:
         sizes[segment.objective] += segment.num_rows
@@ -102,7 +102,7 @@ def objective_sizes(segments: list[Segment]) -> Counter[int]:
 
 
 class DrawnTimes(NamedTuple):
-    """The times of each row of a batch, and the row's number."""
+    """The times of each row of a batch, and its row number within its objective."""
 
     s: Float[Array, " batch"]
     t: Float[Array, " batch"]
@@ -121,15 +121,15 @@ def draw_times(mixture: Mixture, batch_size: int, key: Key[Array, ""]) -> DrawnT
 
 
 def _keys(key: Key[Array, ""], index: int) -> Key[Array, " 2"]:
-    """One key for the times of an objective, one for what its rows draw."""
+    """One key for the times of an objective, and one for the draws of its rows."""
     return jr.split(jr.fold_in(key, index))
 
 
 def deal(segments: list[Segment], num_parts: int) -> list[list[Segment]]:
-    """The segments of each part of a batch whose rows are dealt like cards.
+    """The segments of each part of a batch that is split with a stride.
 
-    Row `r` goes to part `r % num_parts`. So all parts have one size, shares hold over the
-    whole batch, and no part takes much more memory than another.
+    Row `r` goes to part `r % num_parts`. All parts then have the same size and use about
+    the same memory, while the shares hold over the whole batch.
     """
     kinds = np.repeat(
         np.arange(len(segments)), [segment.num_rows for segment in segments]
@@ -143,7 +143,7 @@ def deal(segments: list[Segment], num_parts: int) -> list[list[Segment]]:
 
 
 def dealt(drawn: DrawnTimes, part: int, num_parts: int) -> DrawnTimes:
-    """The times of one part of a batch whose rows are dealt like cards."""
+    """The times of one part of a batch that is split as in `deal`."""
     return DrawnTimes(*(leaf[part::num_parts] for leaf in drawn))
 
 
@@ -164,9 +164,9 @@ def example_losses(
     *,
     key: Key[Array, ""],
 ) -> list[ExampleLosses]:
-    """The losses whose mean is [`flowdiffrax.objectives.batch_loss`][], by segment.
+    """The losses that [`flowdiffrax.objectives.batch_loss`][] averages, by segment.
 
-    Arguments and errors as there.
+    **Arguments:** as there. **Raises:** as there.
     """
     batch_size = num_examples(paths, args)
     segments = segments_of(mixture, batch_size)
@@ -175,7 +175,7 @@ def example_losses(
 
 
 def num_examples(paths: diffrax.AbstractPath, args: Args) -> int:
-    """How many rows a batch has."""
+    """The number of rows of a batch."""
     has_rows = lambda leaf: eqx.is_array(leaf) or isinstance(leaf, jax.ShapeDtypeStruct)
     return num_rows(eqx.filter((paths, args), has_rows), "Paths and conditions")
 
@@ -191,10 +191,10 @@ def losses_of(
     *,
     key: Key[Array, ""],
 ) -> list[ExampleLosses]:
-    """The losses of a batch, or of a part of it, whose times are drawn.
+    """The losses of a batch, or of a part of it, at times that are already drawn.
 
-    `segments` and `drawn` are those of the rows that are there, in their order, and `key`
-    is that of the whole batch.
+    `segments` and `drawn` describe the rows that are passed, in their order. `key` is the
+    key of the whole batch.
     """
     if not isinstance(flow_map, AbstractFlowMap):
         raise TypeError(
@@ -205,7 +205,7 @@ def losses_of(
     teachers = teacher if isinstance(teacher, tuple) else (teacher,) * num_objectives
     if len(teachers) != num_objectives:
         raise ValueError(
-            "A tuple of teachers has one for each objective; got "
+            "A tuple of teachers must have one for each objective; got "
             f"{len(teachers)} teachers and {num_objectives} objectives."
         )
     examples, start = [], 0
@@ -242,9 +242,9 @@ def summed(
     part: list[Segment],
     examples: list[ExampleLosses],
 ) -> tuple[Scalar, dict[str, Scalar]]:
-    """What a part of a batch adds to the loss of the whole, and to its terms.
+    """The contribution of a part of a batch to the loss of the whole and to its terms.
 
-    Where the part is the whole, these are the loss and the terms themselves.
+    If the part is the whole batch, these are the loss and the terms themselves.
     """
     counts = {segment[:2]: segment.num_rows for segment in whole}
     sizes = objective_sizes(whole)
@@ -268,9 +268,9 @@ def _term_names(
     classes: list[str] = []
     for index, objective in enumerate(mixture.objectives):
         name = type(objective).__name__
-        # Two objectives of one class stay two terms.
+        # Keep the terms of two objectives of the same class apart.
         classes.append(name if name not in classes else f"{name}_{index}")
-    # An objective with all its rows on the diagonal has just one term.
+    # An objective whose rows are all on the diagonal has one term, without the suffix.
     is_second = lambda index, on_diagonal: on_diagonal and (index, False) in kinds
     return {
         kind: classes[kind[0]] + ("_diagonal" if is_second(*kind) else "")

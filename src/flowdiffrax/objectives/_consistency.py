@@ -20,26 +20,27 @@ from ._teaching import own_map, teacher_velocity
 
 
 class ConsistencyTraining(AbstractResidualObjective):
-    r"""CT: two neighbouring points of one path must have the same end.
+    r"""CT: two neighbouring points of a path must have the same end point.
 
-    $|X_{s,1}(I_s) - \mathrm{sg}(X_{u,1}(I_u))|^2 / (\sigma_s - \sigma_u)$ with $u$ the
-    next time of a grid, $\sigma$ the noise levels, and $I_u$ on the same path. Only jumps
-    to the end are learned. The target at the data end is the data point itself, which
-    anchors it all; finer grids have less bias and more variance.
+    The loss is $|X_{s,1}(I_s) - \mathrm{sg}(X_{u,1}(I_u))|^2 / (\sigma_s - \sigma_u)$,
+    where $u$ is the next time on a grid, $\sigma$ the noise level, and $I_u$ on the same
+    path. Only jumps to the end are learned. At the data end, the target is the data point
+    itself; all other targets depend on this one. Finer grids have less bias and more
+    variance.
 
     **Arguments:**
 
-    - `times`: the distribution of pairs of neighbouring times, $s$ and $u$. To let the
-      grid grow in training, as the papers do, see
+    - `times`: the distribution of pairs of neighbouring times, $s$ and $u$. To refine the
+      grid during training, as the papers do, see
       [`flowdiffrax.times.KarrasNeighbours`][].
     - `weight`: maps the squared error to the loss, given $s$ and $u$. The default is for
       the linear interpolant; for another one, use `InverseNoiseGap(interpolant)`. The
       metric of iCT on images, `WeightChain((PseudoHuber(c), InverseNoiseGap()))`, moves
       the minimiser in few dimensions: see [`flowdiffrax.weights.PseudoHuber`][].
-    - `end`: the time of the end.
+    - `end`: the end time of all jumps.
 
-    The teacher is `None`, for the map as it is, or a flow map that makes the target
-    instead, such as a moving average.
+    The teacher is `None` to take the target from the map itself, or a flow map to take it
+    from, such as a moving average.
 
     ??? cite "Reference"
 
@@ -55,28 +56,29 @@ class ConsistencyTraining(AbstractResidualObjective):
     def residual(self, flow_map, teacher, path, s, t, args, key) -> State:
         del key
         if isinstance(path, StatePath):
-            path.derivative(s)  # has none, and says so
+            # Raises `TypeError`: a single state is not a path of the data.
+            path.derivative(s)
         target = own_map(flow_map, teacher)(t, self.end, path.evaluate(t), args)
         X_s1 = flow_map(s, self.end, path.evaluate(s), args)
         return subtract(X_s1, freeze(target))
 
 
 class ConsistencyDistillation(AbstractResidualObjective):
-    r"""CD: a point and where the teacher takes it must have the same end.
+    r"""CD: a point and the teacher's next point must have the same end point.
 
-    $|X_{s,1}(I_s) - \mathrm{sg}(X_{u,1}(\Phi_{s,u}(I_s)))|^2$ with $\Phi$ one step of a
-    Diffrax solver on the teacher, to the next time $u$ of a grid. The error of that step
-    depends on the clock.
+    The loss is $|X_{s,1}(I_s) - \mathrm{sg}(X_{u,1}(\Phi_{s,u}(I_s)))|^2$, where $\Phi$
+    is one step of a Diffrax solver with the teacher, to the next time $u$ on a grid. The
+    error of this step depends on how time is parametrised.
 
     **Arguments:**
 
     - `times`: the distribution of pairs of neighbouring times, $s$ and $u$.
     - `weight`: maps the squared error to the loss, given $s$ and $u$.
-    - `solver`: the explicit Diffrax solver that makes the step.
-    - `end`: the time of the end.
+    - `solver`: the explicit Diffrax solver that takes the step.
+    - `end`: the end time of all jumps.
 
-    The teacher is a velocity `(t, x, args) -> dx/dt`. The target is the trained map's
-    own.
+    The teacher is a velocity `(t, x, args) -> dx/dt`. The target comes from the trained
+    map itself.
 
     ??? cite "Reference"
 
@@ -94,35 +96,38 @@ class ConsistencyDistillation(AbstractResidualObjective):
         s, t = times_like(I_s, s, t)
         velocity = lambda t, x, args: teacher_velocity(teacher, t, x, args)
         x_u = _solver_step(self.solver, velocity, s, t, I_s, args)
+        # The paper takes the target from a moving average of the map.
         target = flow_map(t, self.end, x_u, args)
         return subtract(flow_map(s, self.end, I_s, args), freeze(target))
 
 
 class ContinuousConsistency(AbstractEulerian):
-    r"""The sCM form: consistency in the limit of a fine grid.
+    r"""sCM: consistency in the limit of a fine grid.
 
-    $|v - \mathrm{sg}(v - g)|^2$ with $v = v_{s,1}(I_s)$ and the tangent
-    $g = v - w - r\,(1 - s)(\partial_s + w \cdot \nabla) v_{s,1}(I_s)$: the Eulerian
-    equation of jumps to the end, with every derivative held fixed. With a teacher $w$
-    is its velocity (sCD), without one the rate of the data (sCT).
+    The loss is $|v - \mathrm{sg}(v - g)|^2$ with $v = v_{s,1}(I_s)$ and the tangent
+    $g = v - w - r\,(1 - s)(\partial_s + w \cdot \nabla) v_{s,1}(I_s)$. This is the
+    Eulerian equation for jumps to the end, with every derivative held fixed. With a
+    teacher (sCD), $w$ is its velocity; without one (sCT), $w$ is the rate of the data.
 
-    The paper writes it for the trigonometric interpolant and a network $F$ with
-    $X = \cos(\tau) x - \sin(\tau) \sigma F$; here it takes any interpolant and any map,
-    and the difference is a factor that depends on time.
+    The paper uses the trigonometric interpolant and a network $F$ with
+    $X = \cos(\tau) x - \sin(\tau) \sigma F$. Here any interpolant and any map will do;
+    the losses differ by a time-dependent factor.
 
     **Arguments:**
 
-    - `times`: the distribution of times, whose ends are all the same; uniform starts by
-      default. The paper's noise levels, which suit images, are
-      `EndAt(LogitNormal(1.0, 1.4, sort=False), 1.0)` for a base with a standard deviation
-      of 1 and data with one of 0.5.
-    - `weight`: maps $|g|^2$ to the loss. The paper's is
-      [`flowdiffrax.weights.NormalisedTangent`][], for data of a known scale, and a
-      [`flowdiffrax.weights.LearnedWeight`][]; see [`flowdiffrax.weights.WeightChain`][].
-    - `tangent_scale`: the $r$. The paper raises it from 0 to 1 over the first steps:
-      [`flowdiffrax.objectives.Scheduled`][] with a linear schedule.
+    - `times`: the distribution of times, all with the same end time. By default the
+      starts are uniform. The paper's noise levels, which suit images, are
+      `EndAt(LogitNormal(1.0, 1.4, sort=False), 1.0)` if the standard deviation is 1 for
+      the base and 0.5 for the data.
+    - `weight`: maps $|g|^2$ to the loss. The paper uses
+      [`flowdiffrax.weights.NormalisedTangent`][], for data of a known scale, with
+      [`flowdiffrax.weights.LearnedWeight`][]: see [`flowdiffrax.weights.WeightChain`][].
+    - `tangent_scale`: the factor $r$. The paper raises it from 0 to 1 over the first
+      steps: use [`flowdiffrax.objectives.Scheduled`][] with a linear schedule.
     - `jvp`: how the derivative is taken, see
       [`flowdiffrax.objectives.FiniteDifference`][].
+
+    The teacher is `None` to learn from data, or a velocity `(t, x, args) -> dx/dt`.
 
     ??? cite "Reference"
 
@@ -132,6 +137,7 @@ class ContinuousConsistency(AbstractEulerian):
     times: AbstractTimes = EndAt(UniformSquare(), 1.0)
     weight: AbstractWeight = NoWeight()
     tangent_scale: ArrayLike = 1.0
+    # Not a setting: the method trains the leading velocity only.
     stop_gradient: StopGradient = eqx.field(
         static=True, default=StopGradient.DERIVATIVE, init=False
     )
@@ -152,6 +158,7 @@ def _solver_step(
     x: State,
     args: Args,
 ) -> State:
+    # A single step needs neither the loop nor the adjoint of `diffeqsolve`.
     term = diffrax.ODETerm(teacher)
     solver_state = solver.init(term, s, u, x, args)
     x_u, *_ = solver.step(term, s, u, x, args, solver_state, made_jump=False)

@@ -34,11 +34,12 @@ def eulerian_error(
     jvp: Derivative,
     tangent_scale: ArrayLike,
 ) -> State:
-    """The Eulerian residual along `w`, with gradients as `stop_gradient` says.
+    """The Eulerian residual along `w`, with gradients stopped as in `stop_gradient`.
 
-    `tangent_scale` multiplies the derivative of the average velocity, and is for
+    `tangent_scale` multiplies the derivative of the average velocity. It applies to
     `StopGradient.DERIVATIVE` only.
     """
+    # In self-distillation `w` is a value of the trained map.
     if stop_gradient is not StopGradient.NONE:
         w = freeze(w)
     if stop_gradient in (StopGradient.NONE, StopGradient.TEACHER):
@@ -46,22 +47,23 @@ def eulerian_error(
         return error
     s, t = times_like(x, s, t)
     if stop_gradient is StopGradient.TRANSPORT:
-        # Not along a zero in space, which would be carried through the network.
+        # In `s` alone: a joint direction would carry a zero tangent through the network.
         _, dX_ds = jvp(lambda s: flow_map(s, t, x, args), (s,), (jnp.ones_like(s),))
+        # Frozen before it is differentiated, so that no second derivative is formed.
         _, transported = jvp(lambda x: freeze(flow_map)(s, t, x, args), (x,), (w,))
         return jtu.tree_map(jnp.add, dX_ds, freeze(transported))
-    # The residual as w + (t - s) Dv - v, of which only the leading v is trained.
+    # The same residual written as w + (t - s) Dv - v. Only the leading v is trained.
     v_st, dv = transport_derivative(flow_map.average_velocity, s, t, x, w, args, jvp=jvp)
     (r,) = times_like(x, tangent_scale)
     return subtract(freeze(add_scaled(w, r * (t - s), dv)), v_st)
 
 
 class AbstractEulerian(AbstractResidualObjective):
-    """An objective that slides the start of a jump along some direction."""
+    """An objective that moves the start of a jump along a direction."""
 
     stop_gradient: AbstractVar[StopGradient]
     jvp: AbstractVar[Derivative]
-    # A field where a method warms it up.
+    # Objectives that warm it up override it with a field.
     tangent_scale = 1.0
 
     @abc.abstractmethod
@@ -74,7 +76,7 @@ class AbstractEulerian(AbstractResidualObjective):
         I_s: State,
         args: Args,
     ) -> State:
-        """The velocity of the start, like `I_s`."""
+        """The velocity of the start, with the structure of `I_s`."""
 
     def residual(self, flow_map, teacher, path, s, t, args, key) -> State:
         del key
@@ -93,6 +95,7 @@ class AbstractEulerian(AbstractResidualObjective):
         )
 
     def diagonal_residual(self, flow_map, teacher, path, t, args, key) -> State:
+        # Where s = t, no derivative is left. The sign differs, which a norm ignores.
         del key
         I_t = path.evaluate(t)
         w = freeze(self.direction(flow_map, teacher, path, t, I_t, args))
@@ -100,17 +103,17 @@ class AbstractEulerian(AbstractResidualObjective):
 
 
 class EulerianMapDistillation(AbstractEulerian):
-    r"""EMD: sliding the start along the teacher must not move the end.
+    r"""EMD: moving the start along the teacher must not move the end.
 
-    $|\partial_s X_{s,t}(I_s) + \nabla X_{s,t}(I_s)\,b_s(I_s)|^2$. It is linear in the map
-    under the square, and zero exactly at the teacher's flow map. As written, the
-    gradient runs through the derivative in space, which is noisy for large networks.
+    The loss is $|\partial_s X_{s,t}(I_s) + \nabla X_{s,t}(I_s)\,b_s(I_s)|^2$. The
+    residual is linear in the map and zero exactly at the teacher's flow map. By default,
+    the gradient flows through the derivative in space, which is noisy for large networks.
 
     **Arguments:**
 
     - `times`: the distribution of times.
     - `weight`: maps the squared error to the loss.
-    - `stop_gradient`: what is held fixed; the teacher only, by default.
+    - `stop_gradient`: what is held fixed, by default the teacher's value only.
     - `jvp`: how the derivative is taken, see
       [`flowdiffrax.objectives.FiniteDifference`][].
 
@@ -134,28 +137,31 @@ class EulerianMapDistillation(AbstractEulerian):
 class StopGradientEulerian(AbstractEulerian):
     r"""EE: the Eulerian equation along the data, with the derivative in space held fixed.
 
-    $|\partial_s X + \mathrm{sg}(\nabla X\,\dot I_s)|^2$ with $X = X_{s,t}(I_s)$. Given
-    $I_s$, the rate $\dot I_s$ is the velocity only on average. Because it enters the
-    gradient linearly, the gradient is that along the velocity itself, on average: the
-    map is learned from data alone. At $s = t$ it is flow matching. The reported loss
-    keeps a variance, and is no measure of the error. Where all states are scaled or moved
-    along with time, by another interpolant or by a mean of the data that is not that of
-    the base, a part of the derivative in space that only describes that is held fixed,
-    and the gradient is another: centre the data, or use `StopGradient.DERIVATIVE`, whose
-    gradient stays the same up to a factor in time.
+    The loss is $|\partial_s X + \mathrm{sg}(\nabla X\,\dot I_s)|^2$ with
+    $X = X_{s,t}(I_s)$. Given $I_s$, the rate $\dot I_s$ equals the velocity only on
+    average. Because the rate enters the gradient linearly, the mean gradient is the one
+    along the velocity itself, so the map is learned from data alone. At $s = t$ the loss
+    is flow matching. The reported loss includes a variance and does not measure the
+    error.
+
+    The gradient depends on the coordinates. If all states are scaled or shifted with
+    time, by another interpolant or because the means of data and base differ, the part of
+    the derivative in space that describes this motion is held fixed too, which changes
+    the gradient. Centre the data, or use `StopGradient.DERIVATIVE`, whose gradient
+    changes only by a time-dependent factor.
 
     **Arguments:**
 
     - `times`: the distribution of times, with a share on the diagonal.
     - `weight`: maps the squared error to the loss.
-    - `stop_gradient`: what is held fixed. With less than the default, the derivative in
-      space, the average no longer helps: see [`flowdiffrax.objectives.NaiveEulerian`][].
+    - `stop_gradient`: what is held fixed, by default the derivative in space. If less is
+      held fixed, the gradient is biased: see [`flowdiffrax.objectives.NaiveEulerian`][].
     - `jvp`: how the derivative is taken, see
       [`flowdiffrax.objectives.FiniteDifference`][].
 
     The teacher is not used.
 
-    **Raises:** `ValueError` for a biased `stop_gradient`.
+    **Raises:** `ValueError` if `stop_gradient` would bias the gradient.
 
     ??? cite "Reference"
 
@@ -182,15 +188,17 @@ class StopGradientEulerian(AbstractEulerian):
 
 
 class NaiveEulerian(AbstractEulerian):
-    r"""The Eulerian equation along the data as it stands. **Biased: not for use.**
+    r"""The Eulerian equation along the data with no gradient stopped. **Biased.**
 
-    $|\partial_s X_{s,t}(I_s) + \nabla X_{s,t}(I_s)\,\dot I_s|^2$ exceeds its mean over
-    $\dot I_s$ by $\mathrm{tr}(\nabla X\,\mathrm{Cov}(\dot I_s | I_s)\,\nabla X^T)$,
-    which rewards maps that contract. Between two standard normals on the line, the best
-    linear $X_{0,1}$ has a slope of 0.389 in the place of 1. It is here to show that.
+    This class only demonstrates the bias; do not train with it. On average over
+    $\dot I_s$, the loss $|\partial_s X_{s,t}(I_s) + \nabla X_{s,t}(I_s)\,\dot I_s|^2$
+    exceeds the one along the velocity by
+    $\mathrm{tr}(\nabla X\,\mathrm{Cov}(\dot I_s | I_s)\,\nabla X^T)$, which favours maps
+    that contract. Between two standard normals in one dimension, the best linear
+    $X_{0,1}$ has a slope of 0.389 instead of 1.
 
-    **Arguments:** as for [`flowdiffrax.objectives.StopGradientEulerian`][], but for
-    `stop_gradient`, which stays `StopGradient.NONE`.
+    **Arguments:** as for [`flowdiffrax.objectives.StopGradientEulerian`][], except
+    `stop_gradient`, which is always `StopGradient.NONE`.
     """
 
     times: AbstractTimes = DiagonalMixture(UniformTriangle(), 0.75)
@@ -206,25 +214,26 @@ class NaiveEulerian(AbstractEulerian):
 
 
 class EulerianSelfDistillation(AbstractEulerian):
-    r"""ESD: flow matching, and the start slides along the map's own velocity.
+    r"""ESD: flow matching, and the start of a jump moves along the map's own velocity.
 
-    Off the diagonal $|\partial_s X + \mathrm{sg}(\nabla X\,v_{s,s}(I_s))|^2$ with
-    $X = X_{s,t}(I_s)$, and on it flow matching, which supplies the velocity from data.
-    For changes of the clock see [`flowdiffrax.objectives.StopGradientEulerian`][].
+    Off the diagonal, the loss is $|\partial_s X + \mathrm{sg}(\nabla X\,v_{s,s}(I_s))|^2$
+    with $X = X_{s,t}(I_s)$. On the diagonal, it is flow matching, which learns the
+    velocity from data. For reparametrisations of time, see
+    [`flowdiffrax.objectives.StopGradientEulerian`][].
 
     **Arguments:**
 
     - `times`: the distribution of times, with a share on the diagonal.
     - `weight`: maps the squared error to the loss.
-    - `stop_gradient`: what is held fixed: by default the velocity and the derivative in
+    - `stop_gradient`: what is held fixed, by default the velocity and the derivative in
       space.
-    - `guidance`: a rule for the velocity that is followed, such as
-      [`flowdiffrax.velocities.ClassifierFreeGuidance`][]; `None` for none.
+    - `guidance`: a rule that guides the velocity to follow, such as
+      [`flowdiffrax.velocities.ClassifierFreeGuidance`][], or `None`.
     - `jvp`: how the derivative is taken, see
       [`flowdiffrax.objectives.FiniteDifference`][].
 
-    The teacher is `None`, for the map as it is, or a flow map whose diagonal is
-    followed instead, such as a moving average.
+    The teacher is `None` to follow the map's own velocity, or a flow map to follow
+    instead, such as a moving average.
 
     ??? cite "Reference"
 

@@ -19,12 +19,13 @@ from ._teaching import data_residual
 class FlowMatching(AbstractResidualObjective):
     r"""Learns the velocity from data: $|v_{t,t}(I_t) - \dot I_t|^2$.
 
-    It trains the diagonal of a map, which then is a teacher. There is no teacher and no
-    stop-gradient. Its least value is the variance of $\dot I_t$ given $I_t$, not zero.
+    It trains the diagonal of a map, whose velocity can then serve as a teacher. It uses
+    no teacher itself and holds nothing fixed. Its minimum is the variance of $\dot I_t$
+    given $I_t$, not zero.
 
     **Arguments:**
 
-    - `times`: the distribution of times, of which the end time is used.
+    - `times`: the distribution of times. Only the end time is used.
     - `weight`: maps the squared error to the loss.
 
     ??? cite "Reference"
@@ -44,22 +45,23 @@ class FlowMatching(AbstractResidualObjective):
 class FlowMapMatching(AbstractObjective):
     r"""FMM: learns the map from data alone, through its own inverse.
 
-    $|\partial_t X_{s,t}(y) - \dot I_t|^2 + \lambda\,|X_{s,t}(y) - I_t|^2$ with
-    $y = X_{t,s}(I_t)$, where $\partial_t$ acts on the outer map only. Pulling $I_t$ back
-    to time $s$ makes $\dot I_t$ a fair sample of the velocity at the end of the jump,
-    which the Lagrangian equation needs. Gradients flow through both maps.
+    The loss is $|\partial_t X_{s,t}(y) - \dot I_t|^2 + \lambda\,|X_{s,t}(y) - I_t|^2$
+    with $y = X_{t,s}(I_t)$, where $\partial_t$ acts on the outer map only. Because $y$ is
+    $I_t$ pulled back to time $s$, the rate $\dot I_t$ is an unbiased sample of the
+    velocity at the end of the jump, which the Lagrangian equation needs. Gradients flow
+    through both maps.
 
-    The first term keeps the variance of $\dot I_t$ given $I_t$, so that the least value
-    is not zero. Long jumps are hard to learn directly: train on $|t - s| \le 1/K$ first
-    (`UniformSquare(max_gap=1 / K)`), and go on with
+    The first term includes the variance of $\dot I_t$ given $I_t$, so the minimum is not
+    zero. Long jumps are hard to learn directly: first train on $|t - s| \le 1/K$
+    (`UniformSquare(max_gap=1 / K)`), then continue with
     [`flowdiffrax.objectives.ProgressiveFlowMapMatching`][].
 
     **Arguments:**
 
-    - `times`: the distribution of times; both directions of time are needed.
+    - `times`: the distribution of times. It must draw both directions of time.
     - `weight`: maps the sum of both squared errors to the loss.
     - `inverse_weight`: the factor $\lambda$ of the round trip, in units of one over time
-      squared: on another clock, the same factor weighs the round trip differently.
+      squared. If time is rescaled, the same factor weights the round trip differently.
     - `jvp`: how the derivative is taken, see
       [`flowdiffrax.objectives.FiniteDifference`][].
 
@@ -88,6 +90,7 @@ class FlowMapMatching(AbstractObjective):
     ) -> Scalar:
         del teacher, key
         I_t, dI_t = path.evaluate(t), path.derivative(t)
+        # Not held fixed: the round trip below trains the inverse as well.
         y = flow_map(t, s, I_t, args)
         X_st, dX_dt = end_derivative(flow_map, s, t, y, args, jvp=self.jvp)
         rate_error = squared_norm(subtract(dX_dt, dI_t))

@@ -37,13 +37,14 @@ def lagrangian_error(
     stop_gradient: StopGradient,
     jvp: Derivative,
 ) -> State:
-    """The Lagrangian residual, with gradients as `stop_gradient` says."""
+    """The Lagrangian residual, with gradients stopped according to `stop_gradient`."""
     if stop_gradient is StopGradient.NONE:
         return lagrangian_residual(flow_map, teacher, s, t, x, args, jvp=jvp)
+    # The state is frozen too, so that the teacher is never differentiated.
     frozen = lambda t, x, args: freeze(teacher(t, freeze(x), args))
     if stop_gradient is StopGradient.TEACHER:
         return lagrangian_residual(flow_map, frozen, s, t, x, args, jvp=jvp)
-    # The residual as v + (t - s) dv/dt - b, of which only the leading v is trained.
+    # The same residual written as v + (t - s) dv/dt - b. Only the leading v is trained.
     s, t = times_like(x, s, t)
     v_st, dv_dt = end_derivative(flow_map.average_velocity, s, t, x, args, jvp=jvp)
     X_st = add_scaled(x, t - s, v_st)
@@ -52,7 +53,7 @@ def lagrangian_error(
 
 
 class AbstractLagrangian(AbstractResidualObjective):
-    """An objective in which the end of a jump follows some velocity."""
+    """An objective in which the end of a jump follows a velocity."""
 
     stop_gradient: AbstractVar[StopGradient]
     jvp: AbstractVar[Derivative]
@@ -60,13 +61,13 @@ class AbstractLagrangian(AbstractResidualObjective):
     def __check_init__(self):
         if self.stop_gradient is StopGradient.TRANSPORT:
             raise ValueError(
-                "A Lagrangian objective has no derivative in space to stop: use "
+                "A Lagrangian objective has no derivative in space to hold fixed: use "
                 "`StopGradient.TEACHER` or `StopGradient.DERIVATIVE`."
             )
 
     @abc.abstractmethod
     def followed(self, flow_map: AbstractFlowMap, teacher: Any) -> VectorField:
-        """The velocity that the end follows."""
+        """The velocity that the end of a jump follows."""
 
     def residual(self, flow_map, teacher, path, s, t, args, key) -> State:
         del key
@@ -78,32 +79,32 @@ class AbstractLagrangian(AbstractResidualObjective):
 
 
 class LagrangianMapDistillation(AbstractLagrangian):
-    r"""LMD: the map's end must move with the teacher, $|\partial_t X - b_t(X)|^2$.
+    r"""LMD: the end of a jump must move with the teacher, $|\partial_t X - b_t(X)|^2$.
 
-    With $X = X_{s,t}(I_s)$. The teacher's value is held fixed, and with it the state it
-    is evaluated at, so that the loss is quadratic in the map and no derivative of the
-    teacher is needed. Zero exactly at the teacher's flow map.
+    Here $X = X_{s,t}(I_s)$. The teacher's value and the state it is evaluated at are held
+    fixed, so the loss is quadratic in the map and needs no derivative of the teacher. It
+    is zero exactly at the teacher's flow map.
 
-    The states $I_s$ only say where the map is to be right; any path will do. On another
-    clock the gradient is the same up to a factor in time. Under an interpolant that
-    scales space too, as the trigonometric one, it is so with `StopGradient.NONE` or
-    `DERIVATIVE` only: the teacher then has a part proportional to the state, which is
-    held fixed.
+    The states $I_s$ only determine where the map is trained, so any path will do.
+    Reparametrising time changes the gradient only by a time-dependent factor. If the
+    interpolant also scales space, as the trigonometric one does, this holds only with
+    `StopGradient.NONE` or `DERIVATIVE`: the teacher then has a part proportional to the
+    state, which `TEACHER` holds fixed.
 
     **Arguments:**
 
     - `times`: the distribution of times.
     - `weight`: maps the squared error to the loss.
-    - `stop_gradient`: what is held fixed: by default the teacher's value; with
-      `StopGradient.NONE` the gradient is that of the loss as written, through the
-      teacher.
+    - `stop_gradient`: what is held fixed, by default the teacher's value. With
+      `StopGradient.NONE` the gradient is that of the loss as written and flows through
+      the teacher.
     - `jvp`: how the derivative is taken, see
       [`flowdiffrax.objectives.FiniteDifference`][].
 
     The teacher is a velocity `(t, x, args) -> dx/dt`.
 
-    **Raises:** `ValueError` for `StopGradient.TRANSPORT`; when it is called, `TypeError`
-    if the teacher is no velocity.
+    **Raises:** `ValueError` for `StopGradient.TRANSPORT`; when called, `TypeError` if the
+    teacher is not a velocity.
 
     ??? cite "Reference"
 
@@ -122,19 +123,21 @@ class LagrangianMapDistillation(AbstractLagrangian):
         return teacher
 
     def diagonal_residual(self, flow_map, teacher, path, t, args, key) -> State:
+        # Where s = t, the end derivative is the map's velocity: no derivative is needed.
         del key
         check_velocity(teacher)
         return tangent_residual(flow_map, teacher, t, path.evaluate(t), args)
 
 
 class VelocityDistillation(AbstractResidualObjective):
-    r"""The diagonal of any distillation, $|v_{t,t}(I_t) - b_t(I_t)|^2$.
+    r"""Distillation on the diagonal, $|v_{t,t}(I_t) - b_t(I_t)|^2$.
 
-    What [`flowdiffrax.LagrangianMapDistillation`][] is at $s = t$, without the
-    derivative. Mix it in where short jumps matter.
+    This is [`flowdiffrax.LagrangianMapDistillation`][] at $s = t$, without the
+    derivative. Add it to a mixture if short jumps matter.
 
-    **Arguments:** as there. The teacher is a velocity `(t, x, args) -> dx/dt`; its value
-    does not depend on the map, and so there is no gradient to stop.
+    **Arguments:** `times` and `weight` as there. The teacher is a velocity
+    `(t, x, args) -> dx/dt`. Its value does not depend on the map, so there is no gradient
+    to stop.
     """
 
     times: AbstractTimes = Diagonal()
@@ -147,26 +150,26 @@ class VelocityDistillation(AbstractResidualObjective):
 
 
 class LagrangianSelfDistillation(AbstractLagrangian):
-    r"""LSD: flow matching, and the map's end moves with the map's own velocity.
+    r"""LSD: flow matching, and the end of a jump moves with the map's own velocity.
 
-    Off the diagonal $|\partial_t X - \mathrm{sg}(v_{t,t}(X))|^2$ with
-    $X = X_{s,t}(I_s)$, and on it flow matching, which supplies the velocity from data.
-    The velocity is held fixed, and so is the state it is evaluated at; gradients flow
-    through $\partial_t X$. For changes of the clock see
+    Off the diagonal, the loss is $|\partial_t X - \mathrm{sg}(v_{t,t}(X))|^2$ with
+    $X = X_{s,t}(I_s)$. On the diagonal, it is flow matching, which learns the velocity
+    from data. The velocity and the state it is evaluated at are held fixed; gradients
+    flow through $\partial_t X$. For reparametrisations of time, see
     [`flowdiffrax.LagrangianMapDistillation`][].
 
     **Arguments:**
 
     - `times`: the distribution of times, with a share on the diagonal.
     - `weight`: maps the squared error to the loss.
-    - `stop_gradient`: what is held fixed; the teacher by default.
-    - `guidance`: a rule for the velocity that is followed, such as
-      [`flowdiffrax.velocities.ClassifierFreeGuidance`][]; `None` for none.
+    - `stop_gradient`: what is held fixed, by default the teacher's value.
+    - `guidance`: a rule that guides the velocity to follow, such as
+      [`flowdiffrax.velocities.ClassifierFreeGuidance`][], or `None`.
     - `jvp`: how the derivative is taken, see
       [`flowdiffrax.objectives.FiniteDifference`][].
 
-    The teacher is `None`, for the map as it is, or a flow map whose diagonal is
-    followed instead, such as a moving average.
+    The teacher is `None` to follow the map's own velocity, or a flow map to follow
+    instead, such as a moving average.
 
     **Raises:** `ValueError` for `StopGradient.TRANSPORT`.
 
@@ -194,22 +197,24 @@ class LagrangianSelfDistillation(AbstractLagrangian):
 class TerminalVelocityMatching(AbstractObjective):
     r"""TVM: both parts of Lagrangian self-distillation on every example.
 
-    $|\partial_t X_{s,t}(I_s) - \mathrm{sg}(v_{t,t}(X))|^2 + |v_{t,t}(I_t) - \dot I_t|^2$,
-    the velocity of the first term by a moving average of the map. For changes of the
-    clock see [`flowdiffrax.LagrangianMapDistillation`][].
+    The loss is
+    $|\partial_t X_{s,t}(I_s) - \mathrm{sg}(v_{t,t}(X))|^2 + |v_{t,t}(I_t) - \dot I_t|^2$.
+    In the paper, the velocity in the first term comes from a moving average of the map.
+    For reparametrisations of time, see [`flowdiffrax.LagrangianMapDistillation`][].
 
     **Arguments:**
 
-    - `times`: the distribution of times: uniform, half of it on the diagonal, where the
-      first term vanishes. The paper's, for latents of ImageNet, is
+    - `times`: the distribution of times. By default uniform, with half of the batch on
+      the diagonal, where the first term vanishes if the map follows its own unguided
+      velocity. For ImageNet latents, the paper uses
       `LogitNormalGap(-0.8, 1.0, end_mean=0.4, end_std=1.0)`.
     - `weight`: maps the sum of both squared errors to the loss.
-    - `guidance`: a rule for the velocity that is followed; `None` for none.
+    - `guidance`: a rule that guides the velocity to follow, or `None`.
     - `jvp`: how the derivative is taken, see
       [`flowdiffrax.objectives.FiniteDifference`][].
 
-    The teacher is a flow map, the moving average with a decay of 0.99 in the paper
-    (`fit(..., teacher_decay=0.99)`), or `None` for the map as it is.
+    The teacher is a flow map, or `None` to follow the map's own velocity. The paper uses
+    a moving average with a decay of 0.99 (`fit(..., teacher_decay=0.99)`).
 
     ??? cite "Reference"
 
@@ -234,6 +239,7 @@ class TerminalVelocityMatching(AbstractObjective):
     ) -> Scalar:
         del key
         followed = own_velocity(flow_map, teacher, self.guidance)
+        # Fixed to the paper's choice: the teacher's value is a regression target.
         terminal = lagrangian_error(
             flow_map,
             followed,
@@ -249,20 +255,21 @@ class TerminalVelocityMatching(AbstractObjective):
 
 
 class FreeFlow(AbstractLagrangian):
-    r"""Distillation without data: jumps from the base only.
+    r"""Distillation without data, from jumps that start at the base.
 
+    The loss is
     $|v_{0,t}(x_0) - \mathrm{sg}(b_t(X_{0,t}(x_0)) - t\,\partial_t v_{0,t}(x_0))|^2$, the
-    Lagrangian equation along the map's own trajectories from draws of the base. A bound
-    on the sampler's error needs the residual there and nowhere else. The map learns
-    $X_{0,t}$ for all $t$: sample it in one jump.
+    Lagrangian equation along the map's own trajectories from draws of the base. The
+    residual along these trajectories is enough to bound the sampler's error. The map
+    learns $X_{0,t}$ for all $t$: sample it in one jump.
 
-    The correction of the paper by an online score model is not part of it.
+    The paper's correction by an online score model is not included.
 
     **Arguments:**
 
-    - `times`: the distribution of times; every jump starts at 0.
+    - `times`: the distribution of times. By default every jump starts at 0.
     - `weight`: maps the squared error to the loss.
-    - `stop_gradient`: what is held fixed; all but the leading $v_{0,t}$ by default.
+    - `stop_gradient`: what is held fixed, by default all but the leading $v_{0,t}$.
     - `jvp`: how the derivative is taken, see
       [`flowdiffrax.objectives.FiniteDifference`][].
 

@@ -22,32 +22,32 @@ from ._two_piece import check_share, eulerian_quotient
 class MeanFlow(AbstractEulerian):
     r"""MeanFlow: $|v_{s,t}(I_s) - \mathrm{sg}(\dot I_s + (t - s)\,D v_{s,t}(I_s))|^2$.
 
-    $D = \partial_s + \dot I_s \cdot \nabla$. The Eulerian equation along the data with
-    every derivative held fixed: the average velocity is regressed on what the equation
-    says it is. One forward-mode pass, and nothing is differentiated twice. The loss
-    keeps a variance and need not fall.
+    Here $D = \partial_s + \dot I_s \cdot \nabla$. This is the Eulerian equation along the
+    data with every derivative held fixed: the equation gives the regression target of the
+    average velocity. It takes one forward-mode pass, and nothing is differentiated twice.
+    The loss includes a variance and need not fall.
 
-    On the papers' clock, with data at time 0, $v_{s,t}$ is $-u(z_{1-s}, 1-t, 1-s)$.
+    In the papers, where data are at time 0, $v_{s,t}$ is $-u(z_{1-s}, 1-t, 1-s)$.
 
     **Arguments:**
 
-    - `times`: the distribution of times: uniform, half of it on the diagonal. The
-      paper's for latents of ImageNet hardly ever draws a long jump: on our clock
-      `DiagonalMixture(LogitNormal(0.4, 1.0), 0.75, Diagonal(LogitNormal(0.4, 1.0),
-      start=True))`.
-    - `weight`: maps the squared error to the loss. The paper's is
+    - `times`: the distribution of times. By default uniform, with half of the batch on
+      the diagonal. The paper's distribution for ImageNet latents rarely draws a long
+      jump. In our convention it is `DiagonalMixture(LogitNormal(0.4, 1.0), 0.75,
+      Diagonal(LogitNormal(0.4, 1.0), start=True))`.
+    - `weight`: maps the squared error to the loss. The paper uses
       `PowerWeight(1.0, 1e-2)`, for data with a spread of about 1. In few dimensions it
       moves the minimiser: see [`flowdiffrax.weights.PowerWeight`][].
-    - `guidance`: a rule for the direction, [`flowdiffrax.velocities.MeanFlowGuidance`][];
-      `None` for none.
-    - `stop_gradient`: what is held fixed, every derivative by default.
+    - `guidance`: a rule that guides the direction,
+      [`flowdiffrax.velocities.MeanFlowGuidance`][], or `None`.
+    - `stop_gradient`: what is held fixed, by default every derivative.
     - `jvp`: how the derivative is taken, see
       [`flowdiffrax.objectives.FiniteDifference`][].
 
-    The teacher is `None`, to learn from data, or a velocity `(t, x, args) -> dx/dt`,
-    which then takes the place of $\dot I_s$.
+    The teacher is `None` to learn from data, or a velocity `(t, x, args) -> dx/dt` to use
+    instead of $\dot I_s$.
 
-    **Raises:** when it is called, `ValueError` for a teacher and `guidance` together.
+    **Raises:** when called, `ValueError` if both a teacher and `guidance` are given.
 
     ??? cite "Reference"
 
@@ -64,8 +64,8 @@ class MeanFlow(AbstractEulerian):
         if teacher is not None:
             if self.guidance is not None:
                 raise ValueError(
-                    "`guidance` is for what learns from data; a teacher came too. Guide "
-                    "the teacher instead: `GuidedVelocity(teacher, rule)`."
+                    "`guidance` applies to learning from data, but a teacher was given. "
+                    "Guide the teacher instead: `GuidedVelocity(teacher, rule)`."
                 )
             return teacher_velocity(teacher, s, I_s, args)
         return data_direction(flow_map, path, s, args, self.guidance)
@@ -74,29 +74,29 @@ class MeanFlow(AbstractEulerian):
 class ImprovedMeanFlow(AbstractResidualObjective):
     r"""iMF: $|v_{s,t}(I_s) - (t - s)\,\mathrm{sg}(D v_{s,t}(I_s)) - \dot I_s|^2$.
 
-    $D = \partial_s + v_{s,s}(I_s) \cdot \nabla$, along the map's own velocity. A
-    regression on $\dot I_s$ of what the map says of the velocity. The noise of
-    $\dot I_s$ no longer runs through the derivative, and the loss falls as the map gets
-    better, down to the variance of flow matching. Under an interpolant that scales space
-    too, both parts of the error get factors of their own in time.
+    Here $D = \partial_s + v_{s,s}(I_s) \cdot \nabla$ is the derivative along the map's
+    own velocity. The map's estimate of the velocity is regressed on $\dot I_s$. The noise
+    of $\dot I_s$ does not pass through the derivative, so the loss falls as the map
+    improves, down to the variance of flow matching. If the interpolant also scales space,
+    the two parts of the error get different time-dependent factors.
 
     **Arguments:**
 
-    - `times`: the distribution of times: uniform, half of it on the diagonal. The
-      paper's, and its weight, are as for [`flowdiffrax.objectives.MeanFlow`][], with a
-      share of 0.5.
+    - `times`: the distribution of times. By default uniform, with half of the batch on
+      the diagonal. The paper's distribution and weight are as for
+      [`flowdiffrax.objectives.MeanFlow`][], with a share of 0.5.
     - `weight`: maps the squared error to the loss.
-    - `guidance`: a rule for the regression target,
-      [`flowdiffrax.velocities.MeanFlowGuidance`][]; `None` for none.
+    - `guidance`: a rule that guides the regression target,
+      [`flowdiffrax.velocities.MeanFlowGuidance`][], or `None`.
     - `stop_gradient`: `StopGradient.DERIVATIVE` holds the derivative fixed, as the paper
-      does to save time; with `StopGradient.TEACHER` only its direction is.
+      does to save time; `StopGradient.TEACHER` holds only its direction fixed.
     - `jvp`: how the derivative is taken, see
       [`flowdiffrax.objectives.FiniteDifference`][].
 
-    The teacher is `None`, for the map's own velocity as the direction, or a flow map
-    whose diagonal is taken instead, such as a moving average.
+    The teacher is `None` to use the map's own velocity as the direction, or a flow map
+    to use instead, such as a moving average.
 
-    **Raises:** `ValueError` for another `stop_gradient`.
+    **Raises:** `ValueError` for any other `stop_gradient`.
 
     ??? cite "Reference"
 
@@ -126,6 +126,7 @@ class ImprovedMeanFlow(AbstractResidualObjective):
         )
         if self.stop_gradient is StopGradient.DERIVATIVE:
             dv = freeze(dv)
+        # The map's estimate of the velocity, by the Eulerian equation.
         v_ss = add_scaled(v_st, s - t, dv)
         return subtract(v_ss, data_direction(flow_map, path, s, args, self.guidance))
 
@@ -136,30 +137,34 @@ class ImprovedMeanFlow(AbstractResidualObjective):
 
 
 class AlphaFlow(AbstractResidualObjective):
-    r"""AlphaFlow: MeanFlow by a difference quotient, from flow matching on.
+    r"""AlphaFlow: MeanFlow as a difference quotient, starting from flow matching.
 
-    $\tfrac1a |v_{s,t}(I_s) - \mathrm{sg}(a\,\dot I_s + (1 - a)\, v_{u,t}(I_s + (u - s)
-    \dot I_s))|^2$ with $u = s + a (t - s)$: a short step along the data, then the map. No
-    derivative of the map is taken. At $a = 1$ every jump learns the velocity; as $a$
-    falls, the loss and its gradient go to those of [`flowdiffrax.objectives.MeanFlow`][]
-    with the same weight. To that end the reported error is the one above over $a$ once
-    more, which the gradient is not. That is what `weight` sees: the paper's adaptive
+    The loss is $\tfrac1a |v_{s,t}(I_s) - \mathrm{sg}(a\,\dot I_s + (1 - a)\,
+    v_{u,t}(I_s + (u - s) \dot I_s))|^2$ with $u = s + a (t - s)$: a short step along the
+    data, then the map. No derivative of the map is taken. At $a = 1$ every jump learns
+    the velocity. As $a$ falls, the loss and its gradient converge to those of
+    [`flowdiffrax.objectives.MeanFlow`][] with the same weight.
+
+    For this limit, the reported error is the expression above divided by $a$ once more;
+    the gradient is not. `weight` receives the reported error, so the paper's adaptive
     weight $a / (e + c)$ would be $1 / (e / a^2 + c)$ here. At small $a$ its floor is
-    lower, and rows off the diagonal weigh more, as those of MeanFlow do. The step is a
-    share of the jump in time: at large $a$, the gradient depends on the clock.
+    lower here, and rows off the diagonal weigh more, as those of MeanFlow do. The step is
+    a share of the jump in time, so at large $a$ the gradient depends on how time is
+    parametrised.
 
     **Arguments:**
 
-    - `times`: the distribution of times: uniform, a quarter of it on the diagonal. The
-      paper's are as for [`flowdiffrax.objectives.MeanFlow`][], with a share of 0.25.
-    - `weight`: maps the squared error to the loss. The paper's is
+    - `times`: the distribution of times. By default uniform, with a quarter of the batch
+      on the diagonal. The paper's distribution is as for
+      [`flowdiffrax.objectives.MeanFlow`][], with a share of 0.25.
+    - `weight`: maps the squared error to the loss. The paper uses
       `PowerWeight(1.0, 1e-3)`, for data with a spread of about 1.
-    - `alpha`: the share $a$ of the step in (0, 1]. The paper lowers it from 1 to 0.005
-      along training: [`flowdiffrax.objectives.Scheduled`][] with
-      [`flowdiffrax.objectives.sigmoid_schedule`][]. Below 0.005, float32 rounding shows;
-      in bfloat16, far above.
-    - `guidance`: a rule for the direction, [`flowdiffrax.velocities.MeanFlowGuidance`][];
-      `None` for none.
+    - `alpha`: the share $a$ of the step, in (0, 1]. The paper lowers it from 1 to 0.005
+      during training: use [`flowdiffrax.objectives.Scheduled`][] with
+      [`flowdiffrax.objectives.sigmoid_schedule`][]. Below 0.005, float32 rounding errors
+      show; in bfloat16 they show at much larger values.
+    - `guidance`: a rule that guides the direction,
+      [`flowdiffrax.velocities.MeanFlowGuidance`][], or `None`.
 
     The teacher is not used.
 
@@ -185,6 +190,7 @@ class AlphaFlow(AbstractResidualObjective):
         return eulerian_quotient(flow_map, s, t, I_s, w, self.alpha, args)
 
     def diagonal_residual(self, flow_map, teacher, path, t, args, key) -> State:
+        # Where s = t, the quotient is this for every `alpha`, with more rounding.
         del teacher, key
         v_tt = flow_map.velocity(t, path.evaluate(t), args)
         return subtract(v_tt, data_direction(flow_map, path, t, args, self.guidance))
@@ -193,15 +199,15 @@ class AlphaFlow(AbstractResidualObjective):
 def sigmoid_schedule(
     num_steps: int, temperature: float = 25.0, low: float = 5e-3
 ) -> Callable[[Int[Array, ""]], Float[Array, ""]]:
-    r"""From 1 down to `low` along a sigmoid: the schedule of AlphaFlow's step.
+    r"""A schedule for `AlphaFlow`'s step that falls from 1 to `low` along a sigmoid.
 
     **Arguments:**
 
-    - `num_steps`: over how many steps; the middle of the fall is at half of them.
-    - `temperature`: the steepness; 25 in the paper.
-    - `low`: the value below which it does not fall.
+    - `num_steps`: the number of steps it covers. The sigmoid is centred at half of them.
+    - `temperature`: the steepness, 25 in the paper.
+    - `low`: the lower bound of the schedule.
 
-    **Returns:** a function of the step's number.
+    **Returns:** a function of the step number.
     """
 
     def schedule(step):

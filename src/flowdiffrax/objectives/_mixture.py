@@ -8,24 +8,25 @@ from ._base import AbstractObjective
 
 
 class Mixture(eqx.Module):
-    """Several objectives, each on its own share of every batch.
+    """Several objectives, each on a fixed share of every batch.
 
-    The shares are counts, fixed when the step is compiled: no example pays for an
-    objective that it does not serve. The loss is the weighted sum of the objectives'
-    mean losses.
+    The shares become numbers of rows when the step is compiled, so each example computes
+    one objective only. The loss is the weighted sum of the objectives' mean losses.
 
     **Arguments:**
 
     - `objectives`: the objectives.
-    - `shares`: their shares of the batch, positive; they are divided by their sum.
-    - `weights`: the factors of their mean losses, which may be arrays; `None` for the
+    - `shares`: their shares of the batch, positive. They are normalised to sum to one.
+    - `weights`: the factors of their mean losses, which may be arrays. `None` uses the
       shares, which makes the loss the mean over the batch.
 
-    **Raises:** `ValueError` for shares that are not positive, or for a number of shares
-    or weights that is not that of the objectives; `TypeError` for what is no objective.
+    **Raises:** `ValueError` if a share is not positive, or if there is not one share and
+    one weight for each objective; `TypeError` if an entry of `objectives` is not an
+    objective.
     """
 
     objectives: tuple[AbstractObjective, ...]
+    # Static, because array shapes depend on them; the weights may be traced.
     shares: tuple[float, ...] = eqx.field(static=True)
     weights: tuple[ArrayLike, ...]
 
@@ -46,7 +47,7 @@ class Mixture(eqx.Module):
         for objective in self.objectives:
             if not isinstance(objective, AbstractObjective):
                 raise TypeError(
-                    "A mixture is of objectives such as `FlowMatching()`; got "
+                    "A mixture takes objectives such as `FlowMatching()`; got "
                     f"{objective!r}. Put schedules around the mixture."
                 )
         if len(self.weights) != len(self.objectives):

@@ -23,25 +23,27 @@ from ._teaching import check_unguided, data_residual, own_map
 class ProgressiveFlowMapMatching(AbstractResidualObjective):
     r"""PFMM: one jump must equal `num_jumps` jumps of a frozen teacher map.
 
-    $|X_{s,t}(I_s) - \bar X_{t_{K-1},t} \circ \dots \circ \bar X_{s,t_1}(I_s)|^2$, the
-    whole composition held fixed. No derivative of any map is taken.
+    The loss is
+    $|X_{s,t}(I_s) - \bar X_{t_{K-1},t} \circ \dots \circ \bar X_{s,t_1}(I_s)|^2$, with
+    the whole composition held fixed. No derivative of any map is taken.
 
-    Train on $|t - s| \le \tau$, `UniformTriangle(max_gap=...)`, where the teacher's jumps
-    of length $\tau / K$ are good; then make the student the teacher, and $\tau$ longer.
+    Train on $|t - s| \le \tau$ (`UniformTriangle(max_gap=...)`), with $\tau$ such that
+    the teacher's jumps of length $\tau / K$ are accurate. Then use the student as the
+    next teacher and increase $\tau$.
 
-    The jumps are of equal length in time: on another clock they are others, and so is the
-    gradient away from the exact map.
+    The jumps have equal lengths in time. They change if time is reparametrised, and so
+    does the gradient away from the exact map.
 
     **Arguments:**
 
-    - `num_jumps`: the number of teacher jumps $K$, at least 2. (The paper counts the
+    - `num_jumps`: the number $K$ of teacher jumps, at least 2. (The paper counts the
       $K + 1$ times instead.)
     - `times`: the distribution of times.
     - `weight`: maps the squared error to the loss. With
       [`flowdiffrax.weights.InverseGap`][] the loss compares velocities.
 
-    The teacher is a map `(s, t, x, args) -> x_t`, for example the student of the stage
-    before or a [`flowdiffrax.ODEFlowMap`][]; with `None`, the trained map itself.
+    The teacher is a map `(s, t, x, args) -> x_t`, for example the student of the previous
+    stage or a [`flowdiffrax.ODEFlowMap`][]. `None` uses the trained map itself.
 
     **Raises:** `ValueError` if `num_jumps` is below 2.
 
@@ -64,24 +66,26 @@ class ProgressiveFlowMapMatching(AbstractResidualObjective):
             check_callable(teacher, "teacher", "teacher(s, t, x, args)")
         frozen = freeze(flow_map if teacher is None else teacher)
         I_s = path.evaluate(s)
+        # The result is frozen too: a teacher that is a closure hides its arrays.
         target = freeze(ComposedFlowMap(frozen, self.num_jumps)(s, t, I_s, args))
         return subtract(flow_map(s, t, I_s, args), target)
 
 
 class AbstractProgressiveSelfDistillation(AbstractResidualObjective):
-    """Off the diagonal a jump in two pieces, and on it flow matching."""
+    """Jumps in two pieces off the diagonal, and flow matching on it."""
 
     needs_diagonal = True
 
     @abc.abstractmethod
     def share(self, key: Key[Array, ""] | None) -> ArrayLike:
-        """The first piece's share of the jump."""
+        """The share of the jump that the first piece covers."""
 
     def limit(self, target: State) -> State:
-        """The target, limited if the method limits it."""
+        """Clips the target, if the method does so."""
         return target
 
     def residual(self, flow_map, teacher, path, s, t, args, key) -> State:
+        # The target is made of jumps, to which no guidance rule applies.
         check_unguided(args)
         I_s = path.evaluate(s)
         frozen = freeze(own_map(flow_map, teacher))
@@ -96,13 +100,14 @@ class AbstractProgressiveSelfDistillation(AbstractResidualObjective):
 
 
 class ProgressiveSelfDistillation(AbstractProgressiveSelfDistillation):
-    r"""PSD: flow matching, and one jump goes where two go.
+    r"""PSD: flow matching, and one jump must equal two jumps.
 
-    Off the diagonal
+    Off the diagonal, the loss is
     $|v_{s,t}(I_s) - \mathrm{sg}(a\,v_{s,u}(I_s) + (1 - a)\,v_{u,t}(X_{s,u}(I_s)))|^2$
-    with $u = s + a (t - s)$, and on it flow matching, which supplies the velocity from
-    data. All of the target is held fixed. No derivative of the map is taken. On another
-    clock the two pieces are others, and so is the gradient away from the exact map.
+    with $u = s + a (t - s)$. On the diagonal, it is flow matching, which learns the
+    velocity from data. The whole target is held fixed. No derivative of the map is taken.
+    The two pieces change if time is reparametrised, and so does the gradient away from
+    the exact map.
 
     **Arguments:**
 
@@ -111,11 +116,11 @@ class ProgressiveSelfDistillation(AbstractProgressiveSelfDistillation):
     - `split`: the first piece's share $a$, in (0, 1), or `None` to draw it uniformly
       for each example (PSD-U). One half is the midpoint (PSD-M).
 
-    The teacher is `None`, for the map as it is, or a flow map that makes the pieces
-    instead, such as a moving average.
+    The teacher is `None` to make the two jumps with the map itself, or a flow map to make
+    them with, such as a moving average.
 
-    **Raises:** `ValueError` for a split outside (0, 1); when it is called, if a split is
-    to be drawn and there is no key.
+    **Raises:** `ValueError` for a split outside (0, 1); when called, if `split` is `None`
+    and no key is given.
 
     ??? cite "Reference"
 
@@ -136,10 +141,10 @@ class ProgressiveSelfDistillation(AbstractProgressiveSelfDistillation):
 class SplitMeanFlow(AbstractProgressiveSelfDistillation):
     r"""SplitMeanFlow: progressive self-distillation at a uniform split.
 
-    [`flowdiffrax.objectives.ProgressiveSelfDistillation`][] with another share on the
-    diagonal.
+    This is [`flowdiffrax.objectives.ProgressiveSelfDistillation`][] with a different
+    share on the diagonal.
 
-    **Arguments:** as there; the default split is drawn.
+    **Arguments:** as there, but by default the split is drawn.
 
     ??? cite "Reference"
 
@@ -160,24 +165,24 @@ class SplitMeanFlow(AbstractProgressiveSelfDistillation):
 class Shortcut(AbstractProgressiveSelfDistillation):
     r"""Shortcut models: progressive self-distillation at midpoints of dyadic jumps.
 
-    The finest pieces are $2^{-7}$ long, and jumps up to 1. Unlike in the paper, the
-    velocity has its own place on the diagonal rather than at the finest step. Pieces
-    depend on the clock, as those of progressive self-distillation do.
+    Jumps are at most 1 long, and the finest pieces $2^{-7}$. Unlike in the paper, the
+    velocity is learned on the diagonal rather than at the finest step. The pieces depend
+    on how time is parametrised, as in progressive self-distillation.
 
     **Arguments:**
 
-    - `times`: the distribution of times: dyadic jumps of at least two finest pieces, and
-      half of the batch on the diagonal. The paper has seven eighths there,
+    - `times`: the distribution of times. By default dyadic jumps of at least two finest
+      pieces, with half of the batch on the diagonal. The paper has seven eighths there,
       `DiagonalMixture(Dyadic(6), 7 / 8)`.
     - `weight`: maps the squared error of average velocities to the loss.
-    - `clip`: the largest entry of the target by magnitude, positive, in units of the
-      data; `None` for no limit. The paper clips at 4.0, for centred data with a spread of
-      about 1. Here the average is clipped, there each of the two velocities.
+    - `clip`: the largest magnitude of an entry of the target, positive, in units of the
+      data, or `None` for no limit. The paper clips at 4.0, for centred data with a spread
+      of about 1. The paper clips each of the two velocities, this class their average.
 
-    The teacher is a flow map, the moving average with a decay of 0.999 in the paper
-    (`fit(..., teacher_decay=0.999)`), or `None` for the map as it is.
+    The teacher is a flow map, or `None` to make the two jumps with the map itself. The
+    paper uses a moving average with a decay of 0.999 (`fit(..., teacher_decay=0.999)`).
 
-    **Raises:** `ValueError` for a `clip` that is not positive.
+    **Raises:** `ValueError` if `clip` is not positive.
 
     ??? cite "Reference"
 
@@ -213,7 +218,7 @@ def _draw_split(split: float | None, key: Key[Array, ""] | None) -> ArrayLike:
         return split
     if key is None:
         raise ValueError(
-            "`split=None` draws the split: pass a `key`, as `batch_loss` does, or give "
-            "a split."
+            "`split=None` draws the split at random: pass a `key`, as `batch_loss` does, "
+            "or set `split`."
         )
     return jr.uniform(key)

@@ -8,11 +8,11 @@ from ._mixture import Mixture
 
 
 class Scheduled(eqx.Module):
-    """An objective whose settings change along training.
+    """An objective whose settings change during training.
 
-    For everything that papers anneal: the longest jump, the tangent warm-up of Align
-    Your Flow, the step of consistency training, the weights of a mixture. Optax's
-    schedules serve inside:
+    Use it for whatever a paper anneals: the longest jump, the tangent warm-up of Align
+    Your Flow, the step of consistency training, the weights of a mixture. It works with
+    Optax's schedules:
 
     ```python
     rise = optax.linear_schedule(0.05, 1.0, 10_000)
@@ -21,9 +21,11 @@ class Scheduled(eqx.Module):
 
     **Arguments:**
 
-    - `objective`: a function of the step's number, a traced integer, that returns an
-      objective or a [`flowdiffrax.objectives.Mixture`][]. Values may depend on the step,
-      structure and static fields may not.
+    - `objective`: a function that takes the step number, a traced integer, and returns
+      an objective or a [`flowdiffrax.objectives.Mixture`][]. Array values may depend on
+      the step; the structure and static fields may not.
+
+    **Raises:** `TypeError` if `objective` is an objective or a mixture itself.
     """
 
     objective: Callable[[Int[Array, ""]], AbstractObjective | Mixture]
@@ -36,5 +38,5 @@ class Scheduled(eqx.Module):
             )
 
     def at(self, step: Int[Array, ""]) -> AbstractObjective | Mixture:
-        """The objective of one step."""
+        """Returns the objective at a step."""
         return self.objective(step)

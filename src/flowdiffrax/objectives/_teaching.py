@@ -1,4 +1,4 @@
-"""What objectives ask of their data, of their teachers, and of the map itself."""
+"""How objectives read velocities from data, from a teacher and from the map itself."""
 
 from collections.abc import Callable
 from typing import Any
@@ -23,7 +23,8 @@ def data_residual(
 ) -> State:
     r"""Flow matching: $v_{t,t}(I_t) - \dot I_t$.
 
-    A map that takes a guidance scale learns the velocity of the data at scale 1.
+    A map that is conditioned on a guidance scale learns the velocity of the data at
+    scale 1.
     """
     if isinstance(args, GuidanceArgs):
         args = at_scale_one(args.condition, args)
@@ -33,7 +34,7 @@ def data_residual(
 
 
 def check_velocity(teacher: object) -> None:
-    """**Raises:** `TypeError` for a teacher that is no velocity."""
+    """**Raises:** `TypeError` if the teacher is not a velocity."""
     if isinstance(teacher, AbstractFlowMap):
         raise TypeError(
             "The teacher of this objective is a velocity `teacher(t, x, args)`; got "
@@ -44,16 +45,16 @@ def check_velocity(teacher: object) -> None:
 
 
 def teacher_velocity(teacher: Any, t: Time, x: State, args: Args) -> State:
-    """The value of a teacher, checked.
+    """Evaluates a teacher and checks its value.
 
-    **Raises:** `TypeError` for a teacher that is no velocity.
+    **Raises:** `TypeError` if the teacher is not a velocity.
     """
     check_velocity(teacher)
     return check_like(teacher(t, x, args), x, "`teacher`")
 
 
 def own_map(flow_map: AbstractFlowMap, teacher: Any) -> AbstractFlowMap:
-    """The map that self-distillation learns from: its own, or a given average of it.
+    """The map that self-distillation learns from: the trained map, or a given average.
 
     **Raises:** `TypeError` if the teacher is neither `None` nor a flow map.
     """
@@ -63,21 +64,24 @@ def own_map(flow_map: AbstractFlowMap, teacher: Any) -> AbstractFlowMap:
             f"flow map such as its moving average; got {type(teacher).__name__}. To "
             "learn from a velocity, use a distillation objective."
         )
+    # The trained map is not frozen here: what is held fixed is the objective's choice.
     return flow_map if teacher is None else freeze(teacher)
 
 
 def own_velocity(
     flow_map: AbstractFlowMap, teacher: Any, guidance: GuidanceRule | None
 ) -> VectorField:
-    """The velocity that self-distillation follows, by a rule of guidance if any.
+    """The velocity that self-distillation follows, guided if there is a rule.
 
-    **Raises:** `TypeError` if the teacher is neither `None` nor a flow map; when called,
-    `ValueError` for a scale of guidance without a rule.
+    **Raises:** `TypeError` if the teacher is neither `None` nor a flow map, or if the
+    rule is for rates of the data. The velocity raises `ValueError` if it is called with
+    a guidance scale but has no rule.
     """
     if isinstance(guidance, MeanFlowGuidance):
         raise TypeError(
             "Self-distillation is guided by a rule for velocities, such as "
-            "`ClassifierFreeGuidance`; `MeanFlowGuidance` is for what learns from data."
+            "`ClassifierFreeGuidance`; got `MeanFlowGuidance`, a rule for the rate of "
+            "the data."
         )
     own = own_map(flow_map, teacher).velocity
     if guidance is not None:
@@ -91,15 +95,15 @@ def own_velocity(
 
 
 def check_unguided(args: Args) -> None:
-    """**Raises:** `ValueError` for a scale of guidance, which would mean nothing.
+    """**Raises:** `ValueError` if `args` has a guidance scale.
 
-    Data teach the diagonal at scale 1; at other scales, jumps need a rule to follow.
+    Data teach the diagonal at scale 1 only. At other scales, jumps need a rule to follow.
     """
     if isinstance(args, GuidanceArgs):
         raise ValueError(
-            "The conditions have a guidance scale (`GuidanceArgs`), and this objective "
+            "The conditions have a guidance scale (`GuidanceArgs`), but this objective "
             "has no rule that gives it a meaning: set `guidance=ClassifierFreeGuidance"
-            "(...)` where the objective has that field, or train without scales."
+            "(...)` if the objective has that field, or train without scales."
         )
 
 
@@ -110,7 +114,7 @@ def data_direction(
     args: Args,
     guidance: Callable | None,
 ) -> State:
-    r"""The rate $\dot I_t$ of the data, guided by the map's own velocity if asked for."""
+    r"""The rate $\dot I_t$ of the data, guided by the map's velocity if asked."""
     I_t = path.evaluate(t)
     dI_t = check_like(path.derivative(t), I_t, "`path.derivative`")
     if guidance is None:
@@ -120,5 +124,6 @@ def data_direction(
             "This objective is guided by a rule for the rate of the data, such as "
             "`MeanFlowGuidance`; got `ClassifierFreeGuidance`, a rule for velocities."
         )
+    # The guided rate depends on the map, but it is a target and is held fixed.
     guided = guidance(flow_map.velocity, dI_t, t, I_t, args)
     return freeze(check_like(guided, I_t, "`guidance`"))

@@ -14,22 +14,25 @@ from ._base import AbstractResidualObjective
 class TrajectoryMatching(AbstractResidualObjective):
     r"""Regression on exact trajectories, $|X_{s,t}(x_s) - x_t|^2 / (t - s)^2$.
 
-    The path is a solution of the ODE itself, $x_s$ and $x_t$ two points of it: no
-    teacher, no derivative, no stop-gradient, a target that never moves. Zero exactly at
-    the flow map. It is the natural first stage wherever trajectories can be had.
+    The path is a solution of the ODE itself, and $x_s$ and $x_t$ are two points on it.
+    There is no teacher, no derivative and no stop-gradient, and the target never moves.
+    The loss is zero exactly at the flow map. If trajectories are available, this is the
+    natural first stage of training.
 
     **Arguments:**
 
-    - `times`: the distribution of times. For trajectories saved on a grid,
+    - `times`: the distribution of times. For trajectories saved on a grid, use
       [`flowdiffrax.times.GridTimes`][], so that nothing is interpolated.
-    - `weight`: maps the squared error of the states to the loss; the default makes it
-      the squared error of average velocities.
+    - `weight`: maps the squared error of the states to the loss. The default turns it
+      into the squared error of average velocities.
     - `positions`: whether `times` draws positions along each trajectory's own saved
-      times, 0 for the first and 1 for the last, to the nearest of them, where
-      trajectories do not share their times. Of pairs saved at their two ends, take
+      times, from 0 for the first to 1 for the last, rounded to the nearest saved time.
+      Use it if trajectories do not share their times. For pairs of end points, use
       `TrajectoryMatching(GridTimes([0.0, 1.0]), positions=True)`.
 
     The teacher is not used. Paths come from [`flowdiffrax.solve_trajectories`][].
+
+    **Raises:** when called, `TypeError` if the path is not a trajectory.
 
     ??? cite "Reference"
 
@@ -44,11 +47,13 @@ class TrajectoryMatching(AbstractResidualObjective):
         if self.positions:
             if not isinstance(path, TrajectoryPath):
                 raise TypeError(_wrong_path(path))
+            # Converted before the weight, which needs the gap in time.
             s, t = path.saved_time(s), path.saved_time(t)
         return super().__call__(flow_map, teacher, path, s, t, args, key=key)
 
     def residual(self, flow_map, teacher, path, s, t, args, key) -> State:
         del teacher, key
+        # These paths give states as well, but they do not solve the ODE.
         if isinstance(path, InterpolantPath | StatePath):
             raise TypeError(_wrong_path(path))
         x_s, x_t = path.evaluate(s), path.evaluate(t)

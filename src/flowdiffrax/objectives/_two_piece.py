@@ -1,8 +1,9 @@
 """Difference quotients of the equations: jumps in two pieces, one of them short.
 
-A regression of $v_{s,t}$ on a target that is off by a small share $a$ of the residual has
-values of the size of $a^2$ and gradients of the size of $a$. The quotients divide by $a$
-what is held fixed, so that values and gradients go to those of the derivative.
+Suppose the short piece is a share $a$ of the jump. Then the target of $v_{s,t}$ is off by
+$a$ times the residual, so a plain regression has values of order $a^2$ and gradients of
+order $a$. The quotients divide the fixed difference by $a$, so that values and gradients
+converge to those of the derivative as $a$ falls.
 """
 
 from jaxtyping import ArrayLike
@@ -25,7 +26,7 @@ def eulerian_quotient(
 ) -> State:
     """The Eulerian residual, up to its sign: a step along `w`, then the map.
 
-    The step is `share` of the jump. Gradients flow through the leading velocity.
+    The step covers `share` of the jump. Gradients flow through the leading velocity.
     """
     frozen = freeze(flow_map)
     target = two_piece_target(
@@ -50,7 +51,7 @@ def lagrangian_quotient(
 ) -> State:
     """The Lagrangian residual: the map, then a step along the teacher.
 
-    The step is `share` of the jump. Gradients flow through the leading velocity.
+    The step covers `share` of the jump. Gradients flow through the leading velocity.
     """
     frozen = freeze(flow_map)
     target = two_piece_target(
@@ -67,10 +68,11 @@ def lagrangian_quotient(
 def _quotient(v_st: State, target: State, share: ArrayLike) -> State:
     (share,) = times_like(v_st, share)
     tangent = scale(1 / share, subtract(v_st, target))
+    # The value is the tangent, the gradient that of v_st.
     return subtract(v_st, freeze(subtract(v_st, tangent)))
 
 
 def check_share(name: str, share: ArrayLike | None) -> None:
-    """**Raises:** `ValueError` for a known share outside (0, 1]."""
+    """**Raises:** `ValueError` if the share is a Python number outside (0, 1]."""
     if isinstance(share, float | int) and not 0 < share <= 1:
         raise ValueError(f"`{name}` must be in (0, 1]; got {share}.")
