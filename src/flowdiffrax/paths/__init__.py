@@ -1,4 +1,4 @@
-"""What an objective evaluates: interpolants, trajectories, couplings of their ends."""
+"""The paths that objectives evaluate: interpolants, couplings and trajectories."""
 
 from ._base import AbstractInterpolant as AbstractInterpolant
 from ._base import InterpolantPath as InterpolantPath

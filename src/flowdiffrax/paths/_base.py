@@ -18,14 +18,14 @@ Coefficient = Callable[[Array], Array]
 class AbstractInterpolant(eqx.Module):
     r"""A stochastic interpolant $I_t = \alpha_t x_0 + \beta_t x_1 + \gamma_t z$.
 
-    Time 0 is the base $x_0$, time 1 the data $x_1$, and $z$ a latent standard normal.
-    Calling it with the end points gives the path between them, a
+    Time 0 is the base $x_0$, time 1 the data $x_1$, and $z$ a standard normal latent.
+    Calling an interpolant with the end points returns the path between them, a
     `diffrax.AbstractPath`: `path.evaluate(t)` is $I_t$ and `path.derivative(t)` is
     $\dot I_t$.
 
     **Attributes:**
 
-    - `has_latent`: whether $\gamma$ is not identically zero, so that `z` is needed.
+    - `has_latent`: whether $\gamma$ is not identically zero. If so, `z` is required.
 
     ??? cite "Reference"
 
@@ -42,23 +42,24 @@ class AbstractInterpolant(eqx.Module):
 
     @abc.abstractmethod
     def gamma(self, t: Array) -> Array:
-        r"""The weight $\gamma_t$ of the latent; zero if there is none."""
+        r"""The weight $\gamma_t$ of the latent, zero without a latent."""
 
     @property
     @abc.abstractmethod
     def has_latent(self) -> bool:
-        r"""Whether there is a latent."""
+        r"""Whether the interpolant has a latent."""
 
     def __call__(self, x0: State, x1: State, z: State | None = None) -> "InterpolantPath":
         """The path from `x0` to `x1`.
 
         **Arguments:**
 
-        - `x0`, `x1`: a base point and a data point, alike in structure and shapes.
-        - `z`: the latent draw, like `x0`; needed if, and only if, there is a latent.
+        - `x0`, `x1`: a base point and a data point, with the same structure and shapes.
+        - `z`: a draw of the latent, like `x0`. Required if the interpolant has a latent,
+          and not allowed otherwise.
 
         **Raises:** `ValueError` if structures or shapes differ, or if `z` is missing or
-        superfluous.
+        not allowed.
         """
         return InterpolantPath(self, x0, x1, z)
 
@@ -87,13 +88,13 @@ class InterpolantPath(diffrax.AbstractPath):
     def __check_init__(self):
         if self.interpolant.has_latent and self.z is None:
             raise ValueError(
-                f"{type(self.interpolant).__name__} has a latent, gamma is not zero: "
-                "call it as `interpolant(x0, x1, z)` with `z` a standard normal draw "
-                "like `x0`."
+                f"{type(self.interpolant).__name__} has a latent (gamma is not zero): "
+                "call it as `interpolant(x0, x1, z)`, where `z` is a standard normal "
+                "draw like `x0`."
             )
         if not self.interpolant.has_latent and self.z is not None:
             raise ValueError(
-                f"{type(self.interpolant).__name__} has no latent, gamma is zero: call "
+                f"{type(self.interpolant).__name__} has no latent (gamma is zero): call "
                 "it as `interpolant(x0, x1)`."
             )
         points = {"x1": self.x1} | ({} if self.z is None else {"z": self.z})
@@ -101,8 +102,8 @@ class InterpolantPath(diffrax.AbstractPath):
             if _shapes(point) != _shapes(self.x0):
                 raise ValueError(
                     f"`{name}` must be like `x0` in structure and shapes, "
-                    f"{_shapes(self.x0)}; got {_shapes(point)}. A path joins one "
-                    "example to one example: use `jax.vmap` for a batch."
+                    f"{_shapes(self.x0)}; got {_shapes(point)}. A path joins one base "
+                    "point to one data point: use `jax.vmap` for a batch."
                 )
 
     def evaluate(self, t0: Time, t1: Time | None = None, left: bool = True) -> State:

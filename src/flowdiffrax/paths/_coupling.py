@@ -7,9 +7,9 @@ from .._types import Args, State
 
 
 class AbstractCoupling(eqx.Module):
-    """How base draws are paired with data points: re-orders a batch of base draws.
+    """Pairs base draws with data points by re-ordering a batch of base draws.
 
-    The data stay where they are, so that their conditions stay with them.
+    The data keep their order, so they stay aligned with their conditions.
     """
 
     @abc.abstractmethod
@@ -20,15 +20,16 @@ class AbstractCoupling(eqx.Module):
 
         **Arguments:**
 
-        - `key`: for couplings that draw.
-        - `x0`, `x1`: a batch of base draws and one of data points, every leaf with the
-          same leading axis.
-        - `args`: the conditions of the data points, with that axis too, or `None`.
+        - `key`: a random key, for couplings that draw random numbers.
+        - `x0`, `x1`: a batch of base draws and a batch of data points, every leaf with
+          the same leading axis.
+        - `args`: the conditions of the data points, with the same leading axis, or
+          `None`.
         """
 
 
 class IndependentCoupling(AbstractCoupling):
-    """Base and data drawn independently: the batch as it comes."""
+    """Independent base and data: returns the base draws in their order."""
 
     def __call__(
         self, key: Key[Array, ""], x0: State, x1: State, args: Args = None

@@ -12,13 +12,14 @@ class LinearInterpolant(AbstractInterpolant):
 
     **Arguments:**
 
-    - `sigma_min`: how much of the base is left at the data end, in [0, 1). Zero is the
-      exact interpolant; a small positive value blurs the data by that much and keeps
+    - `sigma_min`: the share of the base that remains at the data end, in [0, 1). Zero is
+      the exact interpolant. A small positive value blurs the data by that much and keeps
       velocities bounded at $t = 1$.
-    - `latent`: a function $\gamma$ with $\gamma_0 = \gamma_1 = 0$, or `None` for none.
+    - `latent`: a function $\gamma$ with $\gamma_0 = \gamma_1 = 0$, or `None` for no
+      latent.
 
-    **Raises:** `ValueError` for a `sigma_min` outside [0, 1), or a latent that does not
-    vanish at both ends.
+    **Raises:** `ValueError` for a `sigma_min` outside [0, 1), or for a latent that does
+    not vanish at both ends.
 
     ??? cite "Reference"
 
@@ -54,9 +55,9 @@ class TrigonometricInterpolant(AbstractInterpolant):
 
     **Arguments:**
 
-    - `latent`: a function $\gamma$ with $\gamma_0 = \gamma_1 = 0$, or `None` for none.
-      With it, both weights carry a factor $\sqrt{1 - \gamma_t^2}$, so that variance
-      stays preserved.
+    - `latent`: a function $\gamma$ with $\gamma_0 = \gamma_1 = 0$, or `None` for no
+      latent. With a latent, the other two weights get a factor $\sqrt{1 - \gamma_t^2}$,
+      which preserves the variance.
 
     **Raises:** `ValueError` for a latent that does not vanish at both ends, or that
     reaches 1 between them.
@@ -73,11 +74,11 @@ class TrigonometricInterpolant(AbstractInterpolant):
             _check_boundary("latent", self.latent, 0.0, 0.0)
             with jax.ensure_compile_time_eval():
                 gamma = np.asarray(jax.vmap(self.latent)(jnp.linspace(0, 1, 65)))
-            # Where it is 1, the square root has no derivative.
+            # The square root in `_rest` has no derivative where gamma is 1.
             if np.max(np.abs(gamma)) >= 1:
                 raise ValueError(
-                    "`latent` must stay below 1, so that the rest of the variance is "
-                    f"left for base and data; got {np.max(np.abs(gamma)):g}."
+                    "`latent` must stay below 1, so that base and data keep some of the "
+                    f"variance; got {np.max(np.abs(gamma)):g}."
                 )
 
     def alpha(self, t):
@@ -98,18 +99,18 @@ class TrigonometricInterpolant(AbstractInterpolant):
 
 
 class VariancePreservingInterpolant(AbstractInterpolant):
-    r"""The VP diffusion's schedule on our clock, from noise at 0 to data at 1.
+    r"""The schedule of VP diffusion, with noise at time 0 and data at time 1.
 
     With $\tau = 1 - t$,
     $\beta_t = \exp(-\tfrac14 \tau^2 (b_{\max} - b_{\min}) - \tfrac12 \tau b_{\min})$ and
     $\alpha_t = \sqrt{1 - \beta_t^2}$.
 
-    It reaches its base only nearly: $\beta_0$ is 0.0066 with the usual constants, so
-    that $I_0$ is the base plus a trace of data, as it is in every VP diffusion.
+    It does not quite reach the base: with the default constants $\beta_0$ is 0.0066, so
+    $I_0$ is the base plus a small share of the data, as in every VP diffusion.
 
     **Arguments:**
 
-    - `b_min`, `b_max`: the noise rate at the data end and at the base end, positive.
+    - `b_min`, `b_max`: the noise rates at the data end and at the base end, positive.
 
     **Raises:** `ValueError` unless $0 < b_{\min} < b_{\max}$.
 
@@ -128,8 +129,8 @@ class VariancePreservingInterpolant(AbstractInterpolant):
             )
 
     def alpha(self, t):
-        # expm1 keeps the digits near the data end, where 1 - beta^2 cancels. The guard
-        # keeps the derivative of the square root finite at t = 1 exactly.
+        # Near the data end 1 - beta^2 cancels, so use expm1. The floor keeps the
+        # derivative of the square root finite at t = 1 exactly.
         variance = -jnp.expm1(2 * self._log_beta(t))
         floor = jnp.finfo(t.dtype).tiny
         return jnp.sqrt(jnp.maximum(variance, floor))
@@ -150,17 +151,17 @@ class VariancePreservingInterpolant(AbstractInterpolant):
 
 
 class VarianceExplodingInterpolant(AbstractInterpolant):
-    r"""The VE diffusion's schedule on our clock: $I_t = \sigma_t x_0 + x_1$.
+    r"""The schedule of VE diffusion, with data at time 1: $I_t = \sigma_t x_0 + x_1$.
 
-    Noise of standard deviation
-    $\sigma_t = \sigma_{\max} (\sigma_{\min}/\sigma_{\max})^t$, in units of the base's, is
-    added to the data. So $I_0$ is data plus much noise rather than the base, and $I_1$
-    data plus a trace of noise: sample the flow from
+    It adds noise of standard deviation
+    $\sigma_t = \sigma_{\max} (\sigma_{\min}/\sigma_{\max})^t$ to the data, in units of
+    the base's standard deviation. $I_0$ is therefore data with much noise rather than the
+    base, and $I_1$ is data with little noise. Start samples from
     $\mathcal N(0, \sigma_{\max}^2)$ at $t = 0$.
 
     **Arguments:**
 
-    - `sigma_min`, `sigma_max`: least and most noise, positive.
+    - `sigma_min`, `sigma_max`: the lowest and the highest noise level, positive.
 
     **Raises:** `ValueError` unless $0 < \sigma_{\min} < \sigma_{\max}$.
 
@@ -194,15 +195,16 @@ class VarianceExplodingInterpolant(AbstractInterpolant):
 
 
 class Interpolant(AbstractInterpolant):
-    r"""The general interpolant, from three functions of time.
+    r"""A general interpolant, given by three functions of time.
 
     **Arguments:**
 
-    - `alpha`, `beta`: weights of base and data, differentiable functions of a scalar
+    - `alpha`, `beta`: the weights of base and data, differentiable functions of a scalar
       time with $\alpha_0 = \beta_1 = 1$ and $\alpha_1 = \beta_0 = 0$.
-    - `gamma`: weight of the latent, with $\gamma_0 = \gamma_1 = 0$; `None` for none.
+    - `gamma`: the weight of the latent, with $\gamma_0 = \gamma_1 = 0$, or `None` for no
+      latent.
 
-    **Raises:** `ValueError` for wrong boundary values.
+    **Raises:** `ValueError` if a function has other boundary values.
     """
 
     _alpha: Coefficient
@@ -236,15 +238,15 @@ class Interpolant(AbstractInterpolant):
 
 
 def _check_boundary(name: str, fn: Coefficient, at_zero: float, at_one: float) -> None:
-    # Boundary values are facts about the method, so they are checked even inside
-    # `jit`, where the constants of the caller's trace would otherwise become tracers.
+    # Boundary values do not depend on traced data, so check them inside `jit` too, where
+    # the constants below would otherwise become tracers.
     with jax.ensure_compile_time_eval():
         values = np.asarray([fn(jnp.asarray(0.0)), fn(jnp.asarray(1.0))], float)
     expected = np.asarray([at_zero, at_one])
-    # Loose enough for cos(pi/2) in float32.
+    # The tolerance allows for the rounding of cos(pi/2) in float32.
     if not np.allclose(values, expected, rtol=0, atol=1e-5):
         raise ValueError(
             f"`{name}` must be {at_zero:g} at t = 0 and {at_one:g} at t = 1; got "
             f"{values[0]:g} and {values[1]:g}. Time 0 is the base and time 1 the data: "
-            "a schedule written for the opposite clock needs t replaced by 1 - t."
+            "a schedule with the opposite convention needs t replaced by 1 - t."
         )

@@ -8,13 +8,13 @@ from jaxtyping import Array, Float
 class BrownianLatent(eqx.Module):
     r"""The latent weight of a Brownian bridge, $\gamma_t = \sqrt{a\,t(1-t)}$.
 
-    Its rate is infinite at both ends: draw times inside (0, 1).
+    Its rate is infinite at both ends: draw times in the open interval (0, 1).
 
     **Arguments:**
 
     - `a`: the squared scale, positive.
 
-    **Raises:** `ValueError` if it is known and not positive.
+    **Raises:** `ValueError` if `a` is a Python number that is not positive.
     """
 
     a: float = 1.0
@@ -32,7 +32,7 @@ class SineSquaredLatent(eqx.Module):
 
     **Arguments:**
 
-    - `a`: the weight at mid-time.
+    - `a`: the weight at time 1/2.
     """
 
     a: float = 1.0

@@ -13,39 +13,39 @@ from ._coupling import AbstractCoupling
 
 
 class OptimalTransportCoupling(AbstractCoupling):
-    r"""Mini-batch optimal transport: base draws go to data points nearby.
+    r"""Mini-batch optimal transport: pairs base draws with nearby data points.
 
-    Of all orders $\sigma$ of the batch it takes the one with the least
-    $\sum_i |x_0^{\sigma(i)} - x_1^i|^2$. The paths of a batch then hardly cross, and the
-    velocity learned from them is straighter. Every base draw is used once, so base and
-    data keep their laws. It is not the optimal transport between these laws, which it
-    approaches as the batch grows.
+    It takes the permutation $\sigma$ of the batch that minimises
+    $\sum_i |x_0^{\sigma(i)} - x_1^i|^2$. The paths of a batch then rarely cross, and the
+    trajectories of the learned velocity are straighter. Every base draw is used once, so
+    the distributions of base and data do not change. The coupling is not the optimal
+    transport between them, but approaches it as the batch grows.
 
-    Needs ott-jax: `pip install "flowdiffrax[ot]"`.
+    It requires ott-jax: `pip install "flowdiffrax[ot]"`.
 
     !!! info "Numerics"
 
-        Exact to rounding, in float32 or better. On two CPU cores a batch of 256 points
-        takes 0.01 s and one of 1024 takes 0.2 s, in 2 dimensions as in 64; each doubling
-        takes four to six times as long. A batch with an entry that is not finite comes
-        in some order, its labels kept.
+        Exact up to rounding, in float32 or better. On two CPU cores, a batch of 256
+        points takes 0.01 s and one of 1024 takes 0.2 s, in 2 dimensions as in 64. Twice
+        the batch takes four to six times as long. If a batch has an entry that is not
+        finite, the order is arbitrary, but draws stay within their labels.
 
     !!! warning
 
         The base is no longer independent of the data, so the conversions between
-        velocity, score, noise and denoiser do not hold for what is learned.
+        velocity, score, noise and denoiser do not hold for the learned velocity.
 
     **Arguments:**
 
-    - `within_labels`: whether base draws move only among data points of one label, those
-      whose conditions are equal: integers, or vectors such as `jax.nn.one_hot` makes.
-      Otherwise the base given the label is skewed: labels take the base draws on their
-      own side, while sampling gives all labels the same base. A batch without
-      conditions has one label. With few points a label in each batch, there is little
-      to re-order, and with conditions that are all different, nothing.
+    - `within_labels`: whether base draws are re-ordered only among data points with the
+      same label, that is with equal conditions: integers, or vectors such as those of
+      `jax.nn.one_hot`. If false, the base given the label is skewed: each label takes the
+      base draws closest to it, while sampling uses the same base for all labels. A batch
+      without conditions has one label. If each label has few points in a batch, there is
+      little to re-order; if all conditions differ, there is nothing.
 
-    **Raises:** `ImportError` without ott-jax; `ValueError`, when called, for conditions
-    without the batch axis, unless `within_labels` is off.
+    **Raises:** `ImportError` without ott-jax; when called, `ValueError` for conditions
+    without the batch axis, unless `within_labels` is false.
 
     ??? cite "Reference"
 
@@ -57,7 +57,7 @@ class OptimalTransportCoupling(AbstractCoupling):
     within_labels: bool = eqx.field(static=True, default=True)
 
     def __check_init__(self):
-        # Early, so that the first import is not in the middle of tracing a batch.
+        # Import early, rather than first while a batch is traced.
         _import_ott()
 
     def __call__(
@@ -99,14 +99,14 @@ def _same_label(args: Args, size: int) -> Bool[Array, "batch batch"]:
 
 
 def _cost(x0: State, x1: State) -> Float[Array, "batch batch"]:
-    # The squared distance, less the terms of one point alone, which no order changes.
-    # So centring changes no order either, but saves digits.
+    # The squared distance without the terms that depend on one point only, which do not
+    # affect the order. For the same reason the rows may be centred, which saves digits.
     dtype = time_dtype((x0, x1))
     rows = [_centred_rows(jax.lax.stop_gradient(x), dtype) for x in (x0, x1)]
     cost = -jnp.matmul(rows[0], rows[1].T, precision="highest")
     rms = jnp.sqrt(jnp.mean(cost**2))
     cost = cost / jnp.where(rms > 0, rms, 1)
-    # NaNs could carry points across labels. The loss will report what is not finite.
+    # NaNs could move points across labels. The loss reports values that are not finite.
     return jnp.where(jnp.isfinite(cost), cost, 0)
 
 
@@ -123,13 +123,13 @@ def _centred_rows(x: State, dtype: jnp.dtype) -> Float[Array, "batch entries"]:
 
 @jax.jit
 def _assign(cost: Float[Array, "batch batch"]) -> Int[Array, " batch"]:
-    """For each column, the row that the assignment of least cost gives it."""
+    """For each column, its row in the assignment of least cost."""
     geometry, sinkhorn, hungarian = _import_ott()
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        # What is taken from a whole row or column of the costs changes no optimum, and
-        # Sinkhorn's potentials shorten the search: tenfold for 1024 points in the plane.
-        # For costs with an rms of 1 an epsilon of 0.1 was the fastest, or close to it,
-        # of 0.02 to 0.2, for points in the plane and for images.
+        # Subtracting a constant from a row or column does not change the optimum.
+        # Subtracting Sinkhorn's potentials makes the search ten times faster for 1024
+        # points in the plane. For costs with an rms of 1, an epsilon of 0.1 was fastest
+        # or close to it among 0.02 to 0.2, for points in the plane and for images.
         smooth = sinkhorn(geometry(cost_matrix=cost, epsilon=0.1), max_iterations=100)
         reduced = cost - smooth.f[:, None] - smooth.g[None, :]
         _, assignment = hungarian(geometry(cost_matrix=reduced))

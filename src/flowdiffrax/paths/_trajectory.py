@@ -15,10 +15,10 @@ from .._types import Args, State, Time, VectorField
 
 
 class StatePath(diffrax.AbstractPath):
-    """A single state at all times, for objectives that only ask where to be right.
+    """A path that is one state at all times, for objectives that need states only.
 
-    Distillation needs no data, only states that matter: the initial states of a physical
-    ODE, or draws of the base.
+    Distillation needs no data, only the states where the map should be accurate: the
+    initial states of a physical ODE, or draws of the base.
 
     **Arguments:**
 
@@ -30,26 +30,26 @@ class StatePath(diffrax.AbstractPath):
     t1 = jnp.inf
 
     def evaluate(self, t0: Time, t1: Time | None = None, left: bool = True) -> State:
-        """The state, or the increment to `t1`, zero, if that is given."""
+        """The state, or the increment to `t1`, which is zero, if `t1` is given."""
         del t0, left
         return self.x if t1 is None else subtract(self.x, self.x)
 
     def derivative(self, t: Time, left: bool = True) -> State:
-        """There is none: **raises** `TypeError`."""
+        """A single state has no derivative: **raises** `TypeError`."""
         raise TypeError(
-            "A `StatePath` is one state, and no data: this objective learns from data. "
-            "Use `data.InterpolantBatches`, or an objective that learns from a teacher."
+            "This objective learns from data, but a `StatePath` is a single state. Use "
+            "`data.InterpolantBatches`, or an objective that learns from a teacher."
         )
 
 
 class TrajectoryPath(diffrax.AbstractPath):
-    """A solution of an ODE, known at certain times: exact there, linear between.
+    """A solution of an ODE saved at certain times, linearly interpolated between them.
 
-    Outside its times it is NaN.
+    It is NaN before the first and after the last time.
 
     **Arguments:**
 
-    - `ts`: rising times, of shape `(times,)`, at least two.
+    - `ts`: increasing times, of shape `(times,)`, at least two.
     - `ys`: the states at those times, every leaf with leading axis `times`.
     """
 
@@ -65,13 +65,13 @@ class TrajectoryPath(diffrax.AbstractPath):
         return self.ts[-1]
 
     def saved_time(self, position: Time) -> Float[Array, ""]:
-        """The saved time nearest to a position, 0 for the first and 1 for the last."""
+        """The saved time nearest to a position, where 0 is the first and 1 the last."""
         (position,) = times_like(self.ys, position)
         index = jnp.round(position * (self.ts.size - 1)).astype(jnp.int32)
         return self.ts[jnp.clip(index, 0, self.ts.size - 1)].astype(position.dtype)
 
     def evaluate(self, t0: Time, t1: Time | None = None, left: bool = True) -> State:
-        """The state at `t0`, or the increment to `t1` if that is given."""
+        """The state at `t0`, or the increment to `t1` if `t1` is given."""
         del left
         if t1 is not None:
             return subtract(self.evaluate(t1), self.evaluate(t0))
@@ -79,7 +79,7 @@ class TrajectoryPath(diffrax.AbstractPath):
         ts = self.ts.astype(t.dtype)
         index = jnp.clip(jnp.searchsorted(ts, t, side="right") - 1, 0, ts.size - 2)
         fraction = (t - ts[index]) / (ts[index + 1] - ts[index])
-        # Extrapolation would train a map on states that no trajectory has.
+        # Extrapolation would train a map on states that are on no trajectory.
         fraction = jnp.where((t < ts[0]) | (t > ts[-1]), jnp.nan, fraction)
 
         def between(ys):
@@ -92,7 +92,7 @@ class TrajectoryPath(diffrax.AbstractPath):
 def check_one_length(rows: Any) -> None:
     """**Raises:** `ValueError` for rows of different lengths.
 
-    NumPy would call them inhomogeneous.
+    This replaces NumPy's error about an inhomogeneous shape.
     """
     is_object = isinstance(rows, np.ndarray) and rows.dtype.kind == "O"
     if not (is_object or isinstance(rows, list | tuple)):
@@ -101,8 +101,8 @@ def check_one_length(rows: Any) -> None:
     if len(lengths) > 1:
         raise ValueError(
             "All trajectories must be saved at the same number of times; got leading "
-            f"axes {lengths}. Their times may differ, as `ts` of shape (pool, times): "
-            "cut long ones into several, or save each at as many times of its own."
+            f"axes {lengths}. Cut long trajectories into several, or save each at the "
+            "same number of times; with `ts` of shape (pool, times), these may differ."
         )
 
 
@@ -122,34 +122,36 @@ def solve_trajectories(
 ) -> State:
     """Integrates a batch of initial states with Diffrax and saves them at given times.
 
-    Each example has its own adaptive steps, and if need be its own times and parameters.
-    Gradients are not kept.
+    Each example takes its own adaptive steps, and can have its own times and parameters.
+    Gradients are stopped.
 
     **Arguments:**
 
     - `vector_field`: a callable `(t, x, args) -> dx/dt` for one example.
     - `x0`: a batch of states at the first time, every leaf with the same leading axis.
-    - `ts`: the times to save at, strictly rising or strictly falling, at least two: of
-      shape `(times,)` for all examples, or `(batch, times)`, one row for each, which
-      starts at its own first time.
-    - `args`: passed on to the vector field.
-    - `args_per_example`: whether `args` has one row for each example, arrays with the
-      leading axis of `x0`. If not, all examples share it.
-    - `solver`: the Diffrax solver; `None` for `diffrax.Tsit5()`. For stiff problems, an
-      implicit one, such as `diffrax.Kvaerno5()`.
-    - `rtol`, `atol`: tolerances; `None` for 1e-8 in float64 and 1e-5 in float32, where
-      an implicit solver gets 1e-3: with less, rounding may let none of its steps pass.
-    - `max_steps`: the most steps a solve may take before it has failed.
-    - `chunk_size`: how many examples are integrated at a time, which bounds the memory.
-    - `throw`: whether it is an error if a solve fails. If not, all its states are NaN;
-      [`flowdiffrax.data.finite_rows`][] drops such rows, and counts them.
+    - `ts`: the times to save at, at least two, strictly increasing or strictly
+      decreasing. Shape `(times,)` for all examples, or `(batch, times)` with one row for
+      each example. Each solve starts at its first time.
+    - `args`: passed to the vector field.
+    - `args_per_example`: whether `args` has one row for each example: arrays with the
+      leading axis of `x0`. If not, all examples share `args`.
+    - `solver`: the Diffrax solver, or `None` for `diffrax.Tsit5()`. For stiff problems,
+      use an implicit solver such as `diffrax.Kvaerno5()`.
+    - `rtol`, `atol`: the tolerances. `None` uses 1e-8 in float64 and 1e-5 in float32. For
+      an implicit solver in float32 it uses 1e-3, because at tighter tolerances rounding
+      errors can make it reject every step.
+    - `max_steps`: the largest number of steps in a solve; a solve that needs more fails.
+    - `chunk_size`: the number of examples to integrate at a time, which bounds the
+      memory.
+    - `throw`: whether to raise an error if a solve fails. If not, all states of that
+      solve are NaN; [`flowdiffrax.data.finite_rows`][] drops and counts such rows.
 
     **Returns:** the states, every leaf of shape `(batch, times, ...)`.
 
-    **Raises:** `ValueError` for times that are too few or, if known, not monotone, for
-    a `chunk_size` below 1, for an `x0` that is no batch, and for rows of `ts` or `args`
-    that are not one for each of its examples, or if known, not finite; `TypeError` for a
-    `vector_field` of other arguments.
+    **Raises:** `ValueError` if there are fewer than two times or they are known and not
+    monotone; if `chunk_size` is below 1; if `x0` is not a batch; if `ts` or `args` do not
+    have one row for each example; or if rows are known and not finite. `TypeError` if
+    `vector_field` does not take the arguments `(t, x, args)`.
     """
     check_callable(vector_field, "vector_field", "vector_field(t, x, args)")
     batch_size = num_rows(x0, "`x0` is a batch of states: its leaves")
@@ -159,7 +161,7 @@ def solve_trajectories(
     if jnp.ndim(ts) not in (1, 2) or jnp.shape(ts)[-1] < 2:
         raise ValueError(
             "`ts` must have at least two times, in shape (times,), or (batch, times) "
-            f"with a row for each example; got {jnp.shape(ts)}."
+            f"with one row for each example; got shape {jnp.shape(ts)}."
         )
     if is_concrete(ts):
         steps = np.diff(np.asarray(ts))
@@ -191,7 +193,7 @@ def _check_rows(name: str, tree: PyTree, batch_size: int) -> None:
         )
 
 
-# The checks stay outside `jit`, in which no time is known.
+# The checks stay outside `jit`, where the times would be traced.
 @eqx.filter_jit
 def _solve_trajectories(
     vector_field, rows, shared, solver, rtol, atol, max_steps, chunk_size, throw
@@ -201,8 +203,8 @@ def _solve_trajectories(
     if jnp.finfo(real_dtype(rows[0])).bits > 32:
         default_tol = 1e-8
     else:
-        # An implicit step's equation is solved to a hundredth of the tolerance, which
-        # rounding must leave room for, or every step is refused.
+        # An implicit step solves its equation to a hundredth of the tolerance. If this is
+        # below the rounding error, every step is rejected.
         default_tol = 1e-3 if is_implicit else 1e-5
     controller = diffrax.PIDController(
         rtol=default_tol if rtol is None else rtol,

@@ -9,21 +9,21 @@ Times = Float[Array, " batch"]
 
 
 class AbstractTimes(eqx.Module):
-    """A law of pairs of times, one pair for each example of a batch.
+    """A distribution of pairs of times, one pair for each example of a batch.
 
-    A law is a function of two uniform numbers a pair, which
-    [`flowdiffrax.times.Stratified`][] may choose more evenly than chance.
+    Each pair is a function of two uniform numbers, so that
+    [`flowdiffrax.times.Stratified`][] can spread these more evenly than random draws.
     """
 
     def __call__(
         self, key: Key[Array, ""], batch_size: int, dtype=None
     ) -> tuple[Times, Times]:
-        """Draws the pairs.
+        """Draws a batch of pairs.
 
         **Arguments:**
 
         - `key`: a random key.
-        - `batch_size`: how many pairs, at least 1.
+        - `batch_size`: the number of pairs, at least 1.
         - `dtype`: the dtype of the times; `None` for JAX's default.
 
         **Returns:** the start times `s` and the end times `t`, each of shape
@@ -38,12 +38,12 @@ class AbstractTimes(eqx.Module):
 
     @abc.abstractmethod
     def from_uniform(self, first: Times, second: Times) -> tuple[Times, Times]:
-        """The pairs that two batches of uniform numbers in [0, 1) stand for."""
+        """Maps two batches of uniform numbers in [0, 1) to pairs of times."""
 
     def num_diagonal(self, batch_size: int) -> int:
-        """How many of the first pairs of a batch are sure to have `s == t`.
+        """The number of leading pairs of a batch that are sure to have `s == t`.
 
-        Losses take a cheaper form there, and compute nothing else for these rows.
+        For these rows, objectives compute a cheaper form of the loss.
         """
         del batch_size
         return 0

@@ -6,12 +6,12 @@ from ._base import AbstractTimes, Times, check_batch_size
 
 
 class OnInterval(AbstractTimes):
-    r"""Another law, moved from [0, 1] to an interval of a physical ODE.
+    r"""A distribution mapped from [0, 1] to the time interval of a physical ODE.
 
     **Arguments:**
 
-    - `times`: a law on [0, 1].
-    - `t0`, `t1`: where 0 and 1 are moved to.
+    - `times`: a distribution on [0, 1].
+    - `t0`, `t1`: the times that 0 and 1 are mapped to.
     """
 
     times: AbstractTimes
@@ -28,20 +28,20 @@ class OnInterval(AbstractTimes):
 
 
 class EitherDirection(AbstractTimes):
-    """Another law in both directions of time: each pair is swapped with chance one half.
+    """Swaps each pair of a distribution with probability one half.
 
-    For maps that are to go back as well as forth. In [`flowdiffrax.times.Stratified`][]
-    one half of the pairs is swapped, to within one.
+    Use it for maps that go both forward and backward in time. Inside
+    [`flowdiffrax.times.Stratified`][], half of the pairs are swapped, to within one.
 
     **Arguments:**
 
-    - `times`: the law to draw from. Its pairs on the diagonal stay there.
+    - `times`: the distribution to draw from. Pairs on the diagonal stay there.
     """
 
     times: AbstractTimes
 
     def from_uniform(self, first: Times, second: Times) -> tuple[Times, Times]:
-        # As in `UniformSquare`: each half of the unit interval draws the whole law.
+        # As in `UniformSquare`: each half of the unit interval draws from `times`.
         forward = first < 0.5
         first = jnp.where(forward, 2 * first, 2 * first - 1)
         s, t = self.times.from_uniform(first, second)
@@ -52,13 +52,13 @@ class EitherDirection(AbstractTimes):
 
 
 class StartAt(AbstractTimes):
-    r"""Another law with its start times replaced by one: jumps from a single time.
+    r"""Replaces every start time of a distribution by one time.
 
-    Bounds on a sampler's error need the Lagrangian residual at $s = 0$ only.
+    Bounds on a sampler's error only need the Lagrangian residual at $s = 0$.
 
     **Arguments:**
 
-    - `times`: the law of the end times.
+    - `times`: the distribution of the end times.
     - `s`: the start of every jump.
     """
 
@@ -71,13 +71,13 @@ class StartAt(AbstractTimes):
 
 
 class EndAt(AbstractTimes):
-    r"""Another law with its end times replaced by one: jumps to a single time.
+    r"""Replaces every end time of a distribution by one time.
 
-    With $t = 1$, the pairs of a consistency model.
+    With $t = 1$, these are the pairs of a consistency model.
 
     **Arguments:**
 
-    - `times`: the law of the start times.
+    - `times`: the distribution of the start times.
     - `t`: the end of every jump.
     """
 
@@ -90,14 +90,14 @@ class EndAt(AbstractTimes):
 
 
 class Stratified(AbstractTimes):
-    """Another law, drawn with less variance: a Latin hypercube over the batch.
+    """Draws from a distribution with less variance, by a Latin hypercube over the batch.
 
-    Each of the two uniform numbers falls exactly once in each of `batch_size` equal
-    cells, in independent random orders. The law of each single pair stays the same.
+    Each of the two uniform numbers falls exactly once into each of `batch_size` equal
+    cells, in independent random orders. The distribution of a single pair is unchanged.
 
     **Arguments:**
 
-    - `times`: the law to draw from.
+    - `times`: the distribution to draw from.
     """
 
     times: AbstractTimes
@@ -122,6 +122,6 @@ def _latin(key: Key[Array, ""], batch_size: int, dtype) -> Times:
     order_key, offset_key = jr.split(key)
     cell = jr.permutation(order_key, batch_size).astype(dtype)
     offset = jr.uniform(offset_key, (batch_size,), dtype)
-    # Rounding may lift the last cell's draw to 1.
+    # Rounding may raise a draw in the last cell to 1.
     below_one = 1 - jnp.finfo(dtype).epsneg
     return jnp.minimum((cell + offset) / batch_size, below_one)

@@ -8,7 +8,7 @@ from ._base import AbstractTimes, Times
 
 
 class Dyadic(AbstractTimes):
-    r"""Dyadic jumps: length $2^{-j}$ from a multiple of it, $j$ uniform in $0 .. J$.
+    r"""Jumps of length $2^{-j}$ from a multiple of it, with $j$ uniform in $0 .. J$.
 
     **Arguments:**
 
@@ -29,7 +29,7 @@ class Dyadic(AbstractTimes):
 
     def from_uniform(self, first: Times, second: Times) -> tuple[Times, Times]:
         level = jnp.floor(first * (self.max_level + 1))
-        # A power by `exp2` is rounded, and its multiples would miss one another and 1.
+        # `exp2` rounds: multiples of its results would not meet each other, nor 1.
         num_jumps = jnp.ldexp(jnp.ones_like(level), level.astype(int))
         index = jnp.floor(second * num_jumps)
         return index / num_jumps, (index + 1) / num_jumps
@@ -38,15 +38,15 @@ class Dyadic(AbstractTimes):
 class GridTimes(AbstractTimes):
     r"""Pairs from a given grid, $s = t_i$ and $t = t_j$ with $i < j$, all equally likely.
 
-    For data that are known at certain times only, such as saved trajectories.
+    Use it for data that are known at certain times only, such as saved trajectories.
 
     **Arguments:**
 
-    - `ts`: the grid, at least two rising times.
+    - `ts`: the grid, at least two increasing times.
     - `both_directions`: whether to draw $i > j$ as well.
 
-    **Raises:** `ValueError` for fewer than two times, or if known, for times that do not
-    rise.
+    **Raises:** `ValueError` if there are fewer than two times, or if the times are known
+    and do not increase.
     """
 
     ts: Float[Array, " grid"] = eqx.field(converter=jnp.asarray)
@@ -57,7 +57,7 @@ class GridTimes(AbstractTimes):
 
     def from_uniform(self, first: Times, second: Times) -> tuple[Times, Times]:
         size = self.ts.shape[0]
-        # Two different indices: the second skips over the first.
+        # The second index skips the first, so that they differ.
         i = jnp.minimum((first * size).astype(int), size - 1)
         j = jnp.minimum((second * (size - 1)).astype(int), size - 2)
         j = jnp.where(j >= i, j + 1, j)
@@ -70,11 +70,11 @@ class GridTimes(AbstractTimes):
 class Neighbours(AbstractTimes):
     r"""Neighbouring times of a grid, $s = t_i$ and $t = t_{i+1}$, all equally likely.
 
-    The pairs that discrete consistency models are trained on.
+    Discrete consistency models are trained on these pairs.
 
     **Arguments:**
 
-    - `ts`: the grid, at least two rising times.
+    - `ts`: the grid, at least two increasing times.
 
     **Raises:** as [`flowdiffrax.times.GridTimes`][].
     """

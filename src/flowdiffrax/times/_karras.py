@@ -16,23 +16,23 @@ def karras_times(
     base_std: float = 1.0,
     power: float = 7.0,
 ) -> Float[Array, " num_times"]:
-    r"""The grid of noise levels of consistency models, on the linear interpolant's clock.
+    r"""The noise levels of consistency models, as times of the linear interpolant.
 
-    A noise level $\sigma$ there is time $t = \sigma_0 / (\sigma_0 + \sigma)$ here, with
-    $\sigma_0$ the base's standard deviation. Levels are even in $\sigma^{1/7}$; the last
-    time is set to 1.
+    A noise level $\sigma$ becomes the time $t = \sigma_0 / (\sigma_0 + \sigma)$, where
+    $\sigma_0$ is the standard deviation of the base. The levels are evenly spaced in
+    $\sigma^{1/7}$. The last time is set to 1.
 
     **Arguments:**
 
-    - `num_times`: how many times, at least 2.
-    - `sigma_min`, `sigma_max`: least and most noise, positive, in units of the data. The
-      defaults are for data with a standard deviation of about 0.5.
-    - `base_std`: standard deviation of the base, in the same units.
+    - `num_times`: the number of times, at least 2.
+    - `sigma_min`, `sigma_max`: the lowest and the highest noise level, positive, in units
+      of the data. The defaults are for data with a standard deviation of about 0.5.
+    - `base_std`: the standard deviation of the base, in the same units.
     - `power`: the 7 above.
 
-    **Returns:** rising times of shape `(num_times,)`.
+    **Returns:** increasing times of shape `(num_times,)`.
 
-    **Raises:** `ValueError` for fewer than two times, a traced number of them, or unless
+    **Raises:** `ValueError` if `num_times` is below 2 or traced, or unless
     $0 < \sigma_{\min} < \sigma_{\max}$.
 
     ??? cite "Reference"
@@ -41,8 +41,8 @@ def karras_times(
     """
     if not is_concrete(num_times):
         raise ValueError(
-            "`num_times` is the length of an array, and cannot be traced. For a grid "
-            "that grows in training, use `KarrasNeighbours(num_times)`."
+            "`num_times` is the length of an array and cannot be traced. For a grid "
+            "that grows during training, use `KarrasNeighbours(num_times)`."
         )
     _check_karras(num_times, sigma_min, sigma_max)
     share = np.linspace(0, 1, num_times)
@@ -54,9 +54,9 @@ def karras_times(
 class KarrasNeighbours(AbstractTimes):
     r"""Neighbouring times of the grid of consistency models, all pairs equally likely.
 
-    The pairs of [`flowdiffrax.times.karras_times`][], but that the first time is 0
-    instead of that of `sigma_max`: there sampling starts, from the base without any data.
-    The number of times may be traced, so that the grid may grow in training:
+    The grid is [`flowdiffrax.times.karras_times`][], except that the first time is 0
+    instead of the time of `sigma_max`: sampling starts there, from the base alone. The
+    number of times may be traced, so the grid can grow during training:
 
     ```python
     grid = doubling_schedule(num_steps)
@@ -65,12 +65,12 @@ class KarrasNeighbours(AbstractTimes):
 
     **Arguments:**
 
-    - `num_times`: how many times, at least 2.
+    - `num_times`: the number of times, at least 2. It may be traced.
     - `sigma_min`, `sigma_max`, `base_std`, `power`: see
       [`flowdiffrax.times.karras_times`][].
 
-    **Raises:** `ValueError` as [`flowdiffrax.times.karras_times`][] does, for values that
-    are known.
+    **Raises:** `ValueError` if `num_times` is known and below 2, or unless
+    $0 < \sigma_{\min} < \sigma_{\max}$.
 
     ??? cite "Reference"
 
@@ -101,20 +101,21 @@ class KarrasNeighbours(AbstractTimes):
 def doubling_schedule(
     num_steps: int, first: int = 10, last: int = 1280
 ) -> Callable[[Int[Array, ""]], Int[Array, ""]]:
-    r"""The number of times of a grid that doubles its intervals along training.
+    r"""A schedule for a grid whose number of intervals doubles during training.
 
+    The number of times at step $k$ of $K$ is
     $N(k) = \min(s_0 2^{\lfloor k / K' \rfloor}, s_1) + 1$, with
-    $K' = \lfloor K / (\log_2 \lfloor s_1 / s_0 \rfloor + 1) \rfloor$, of $K$ steps.
+    $K' = \lfloor K / (\log_2 \lfloor s_1 / s_0 \rfloor + 1) \rfloor$.
 
     **Arguments:**
 
-    - `num_steps`: the number of steps $K$ of the training.
-    - `first`, `last`: the numbers of intervals $s_0$ and $s_1$ in the beginning and in
-      the end, with $1 \le s_0 \le s_1$.
+    - `num_steps`: the number $K$ of training steps.
+    - `first`, `last`: the first and the last number of intervals, $s_0$ and $s_1$, with
+      $1 \le s_0 \le s_1$.
 
-    **Returns:** a function of the step's number.
+    **Returns:** a function of the step number.
 
-    **Raises:** `ValueError` for other numbers.
+    **Raises:** `ValueError` unless $K \ge 1$ and $1 \le s_0 \le s_1$.
 
     ??? cite "Reference"
 
@@ -129,7 +130,7 @@ def doubling_schedule(
     steps_a_stage = max(math.floor(num_steps / num_stages), 1)
 
     def schedule(step):
-        # Beyond the last stage, a power could overflow.
+        # Beyond the last stage, the power could overflow.
         stage = jnp.minimum(step // steps_a_stage, math.ceil(num_stages))
         return jnp.minimum(first * 2**stage, last) + 1
 
@@ -137,7 +138,7 @@ def doubling_schedule(
 
 
 def _karras_time(share, sigma_min, sigma_max, base_std, power):
-    """The time of a noise level, from its share of the way from most to least noise."""
+    """The time of a noise level; `share` is 0 for the most noise and 1 for the least."""
     most, least = sigma_max ** (1 / power), sigma_min ** (1 / power)
     return base_std / (base_std + (most + share * (least - most)) ** power)
 

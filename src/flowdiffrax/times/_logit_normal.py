@@ -12,11 +12,11 @@ class LogitNormal(AbstractTimes):
 
     **Arguments:**
 
-    - `mean`, `std`: of the logit on our clock. Papers that have the data at time 0
-      quote the mean with the opposite sign.
-    - `sort`: whether to sort; if not, the two times are independent.
+    - `mean`, `std`: the mean and standard deviation of the logit. Papers with the data at
+      time 0 give the mean with the opposite sign.
+    - `sort`: whether to sort each pair. If not, the two times are independent.
 
-    **Raises:** `ValueError` for a `std` that is not positive.
+    **Raises:** `ValueError` if `std` is not positive.
 
     ??? cite "Reference"
 
@@ -40,24 +40,24 @@ class LogitNormal(AbstractTimes):
 
 
 class LogitNormalGap(AbstractTimes):
-    r"""Pairs with a logit-normal gap $t - s$, placed where there is room for it.
+    r"""Pairs with a logit-normal gap $t - s$, placed at random in [0, 1].
 
-    Given the gap, the end time is uniform on what is left, $[t - s, 1]$, or logit-normal
-    and cut off there.
+    Given the gap, the end time is uniform on the remaining interval $[t - s, 1]$, or
+    logit-normal and truncated to it.
 
     **Arguments:**
 
-    - `mean`, `std`: of the gap's logit.
-    - `end_mean`, `end_std`: of the end time's logit on our clock; `None` for uniform.
+    - `mean`, `std`: the mean and standard deviation of the gap's logit.
+    - `end_mean`, `end_std`: those of the end time's logit; `None` for a uniform end time.
 
-    **Raises:** `ValueError` for standard deviations that are not positive, or for one of
-    `end_mean` and `end_std` alone.
+    **Raises:** `ValueError` if a standard deviation is not positive, or if only one of
+    `end_mean` and `end_std` is given.
 
     ??? cite "Reference"
 
         Align Your Flow, [arXiv:2506.14603](https://arxiv.org/abs/2506.14603), uniform;
         Terminal Velocity Matching, [arXiv:2511.19797](https://arxiv.org/abs/2511.19797),
-        cut off.
+        truncated.
     """
 
     mean: float = -0.6
@@ -70,8 +70,9 @@ class LogitNormalGap(AbstractTimes):
         is_bad = is_concrete(stds) and not all(std > 0 for std in stds)
         if is_bad or (self.end_mean is None) != (self.end_std is None):
             raise ValueError(
-                "`std` and `end_std` must be positive, and `end_mean` and `end_std` "
-                f"given together; got {self.std}, {self.end_mean}, {self.end_std}."
+                "`std` and `end_std` must be positive, and `end_mean` and `end_std` must "
+                "be given together; got "
+                f"{self.std}, {self.end_mean} and {self.end_std}."
             )
 
     def from_uniform(self, first: Times, second: Times) -> tuple[Times, Times]:
@@ -79,14 +80,15 @@ class LogitNormalGap(AbstractTimes):
         if self.end_mean is None or self.end_std is None:
             t = gap + second * (1 - gap)
         else:
-            # The quantile of a normal number above the gap's logit, from its upper tail.
+            # The quantile of a normal variable above the gap's logit. Computed from the
+            # upper tail, which keeps its digits if the gap is long.
             lowest = (jax.scipy.special.logit(gap) - self.end_mean) / self.end_std
             upper = (1 - second) * ndtr(-lowest)
             t = jax.nn.sigmoid(self.end_mean - self.end_std * _quantile(upper))
-        # Rounding may put the start a trifle below 0.
+        # Rounding may put the start slightly below 0.
         return jnp.maximum(t - gap, 0), t
 
 
 def _quantile(u: Times) -> Times:
-    """The normal quantile; finite, though uniform draws include 0."""
+    """The normal quantile, kept finite at 0, which uniform draws include."""
     return ndtri(jnp.maximum(u, jnp.finfo(u.dtype).tiny))

@@ -7,21 +7,22 @@ from ._uniform import Diagonal
 
 
 class DiagonalMixture(AbstractTimes):
-    r"""A fixed share of each batch on the diagonal $s = t$, the rest by another law.
+    r"""A fixed share of each batch on the diagonal $s = t$, the rest off it.
 
-    The share is a count, not a chance: the first `round(fraction * batch_size)` pairs,
-    but neither none nor all of them, lie on the diagonal, so that a loss may treat the
-    two parts differently without computing both for every example.
+    The share is a number of rows, not a probability: the first
+    `round(fraction * batch_size)` pairs lie on the diagonal. Unless the fraction is 0 or
+    1, at least one pair lies on the diagonal and at least one off it. A loss can
+    therefore treat the two parts differently without computing both for every example.
 
     **Arguments:**
 
-    - `times`: the law off the diagonal, on [0, 1]. For another interval, put the mixture
-      into [`flowdiffrax.times.OnInterval`][], not the other way round.
+    - `times`: the distribution off the diagonal, on [0, 1]. For another interval, put the
+      mixture into [`flowdiffrax.times.OnInterval`][], not the other way round.
     - `fraction`: the share on the diagonal, in [0, 1].
-    - `diagonal`: the law on the diagonal, uniform by default whatever the law off it.
+    - `diagonal`: the distribution on the diagonal, uniform by default for any `times`.
 
-    **Raises:** `ValueError` for a fraction outside [0, 1], and in use for a batch of one
-    pair, which has no room for both parts.
+    **Raises:** `ValueError` for a fraction outside [0, 1]; when used, for a batch of one
+    pair, which cannot hold both parts.
     """
 
     times: AbstractTimes
@@ -45,26 +46,26 @@ class DiagonalMixture(AbstractTimes):
             raise ValueError(
                 f"A batch of 1 has no room for a share of {self.fraction} on the "
                 "diagonal and the rest off it: use a batch of at least 2, or accumulate "
-                "several."
+                "gradients over several."
             )
-        # Neither part may vanish in a small batch, if it is asked for.
+        # In a small batch, rounding must not drop a part that was asked for.
         least, most = int(self.fraction > 0), batch_size - int(self.fraction < 1)
         return min(max(round(self.fraction * batch_size), least), most)
 
 
 class MixedTimes(AbstractTimes):
-    r"""Several laws, each for its own share of the batch.
+    r"""Several distributions, each on a fixed share of the batch.
 
-    The shares are counts, as in [`flowdiffrax.times.DiagonalMixture`][], and their rows
-    come one after another.
+    The shares are numbers of rows, as in [`flowdiffrax.times.DiagonalMixture`][]. The
+    rows of each distribution are consecutive.
 
     **Arguments:**
 
-    - `laws`: the laws.
-    - `shares`: their shares of the batch, positive; they are divided by their sum.
+    - `laws`: the distributions.
+    - `shares`: their shares of the batch, positive. They are normalised to sum to one.
 
-    **Raises:** `ValueError` for shares that are not positive or not one a law, and in use
-    for a batch that is too small for them.
+    **Raises:** `ValueError` if a share is not positive, or if there is not one share for
+    each distribution; when used, for a batch that is too small for the shares.
     """
 
     laws: tuple[AbstractTimes, ...]

@@ -1,5 +1,5 @@
 def split_by_shares(size: int, shares: tuple[float, ...]) -> list[slice]:
-    """Cuts `size` rows into consecutive slices in the proportion of the shares.
+    """Splits `size` rows into consecutive slices in proportion to the shares.
 
     **Raises:** `ValueError` if a share gets no row.
     """

@@ -6,12 +6,14 @@ from ._base import AbstractTimes, Times
 
 
 class UniformTriangle(AbstractTimes):
-    r"""Uniform on $\{0 \le s \le t \le 1\}$, or on the band of it with $t - s \le \tau$.
+    r"""Uniform on $\{0 \le s \le t \le 1\}$, or on its band with $t - s \le \tau$.
 
     **Arguments:**
 
-    - `max_gap`: the longest jump $\tau$ in (0, 1]. It may be an array, so that a
-      schedule may anneal it without a new compilation.
+    - `max_gap`: the longest jump $\tau$, in (0, 1]. It may be an array, so that a
+      schedule can change it without recompilation.
+
+    **Raises:** `ValueError` if `max_gap` is a Python number outside (0, 1].
     """
 
     max_gap: ArrayLike = 1.0
@@ -26,7 +28,9 @@ class UniformTriangle(AbstractTimes):
 
 
 class UniformSquare(AbstractTimes):
-    r"""Uniform on $[0, 1]^2$, both directions of time, or on $|t - s| \le \tau$.
+    r"""Uniform on $[0, 1]^2$, or on its band with $|t - s| \le \tau$.
+
+    The pairs go in both directions of time.
 
     **Arguments:**
 
@@ -39,8 +43,8 @@ class UniformSquare(AbstractTimes):
         _check_max_gap(self.max_gap)
 
     def from_uniform(self, first: Times, second: Times) -> tuple[Times, Times]:
-        # The first half of the unit interval draws the triangle below, the second half
-        # the one above.
+        # The first half of the unit interval draws forward jumps, the second half
+        # backward jumps.
         forward = first < 0.5
         gap = _uniform_gap(jnp.where(forward, 2 * first, 2 * first - 1), self.max_gap)
         low = second * (1 - gap)
@@ -49,12 +53,13 @@ class UniformSquare(AbstractTimes):
 
 
 class Diagonal(AbstractTimes):
-    r"""Equal times $s = t$, uniform in [0, 1] or as another law has its end times.
+    r"""Equal times $s = t$, uniform in [0, 1] or drawn from another distribution.
 
     **Arguments:**
 
-    - `times`: the law one of whose times is used; `None` for uniform.
-    - `start`: whether to use its start time rather than its end time.
+    - `times`: a distribution of pairs whose end times are used, or `None` for uniform
+      times.
+    - `start`: whether to use the start times of `times` instead.
     """
 
     times: AbstractTimes | None = None
@@ -71,20 +76,20 @@ class Diagonal(AbstractTimes):
 
 
 class LogUniformGap(AbstractTimes):
-    r"""Pairs with a log-uniform gap $t - s$, placed where there is room for it.
+    r"""Pairs with a log-uniform gap $t - s$, placed at random in [0, 1].
 
-    All orders of magnitude of the step are equally likely, from the short steps of an
+    All orders of magnitude of the gap are equally likely, from the short steps of an
     adaptive solver to one jump across the whole interval. Given the gap, $s$ is uniform
-    on what is left, $[0, 1 - (t - s)]$. For both directions of time, put it into
+    on the remaining interval $[0, 1 - (t - s)]$. For both directions of time, put it into
     [`flowdiffrax.times.EitherDirection`][].
 
     **Arguments:**
 
-    - `min_gap`, `max_gap`: the shortest and the longest gap,
+    - `min_gap`, `max_gap`: the shortest and the longest gap, with
       $0 < \text{min} \le \text{max} \le 1$. They may be arrays, as in
       [`flowdiffrax.times.UniformTriangle`][].
 
-    **Raises:** `ValueError` for other gaps, if known.
+    **Raises:** `ValueError` if the gaps are Python numbers that violate this.
     """
 
     min_gap: ArrayLike
@@ -95,8 +100,8 @@ class LogUniformGap(AbstractTimes):
         known = all(isinstance(gap, float | int) for gap in gaps)
         if known and not 0 < self.min_gap <= self.max_gap <= 1:  # pyright: ignore
             raise ValueError(
-                "The gaps must have 0 < min_gap <= max_gap <= 1; got "
-                f"{self.min_gap} and {self.max_gap}. For another interval than [0, 1], "
+                "Expected 0 < min_gap <= max_gap <= 1; got "
+                f"{self.min_gap} and {self.max_gap}. For an interval other than [0, 1], "
                 "use `OnInterval`."
             )
 
@@ -104,7 +109,7 @@ class LogUniformGap(AbstractTimes):
         low, high = (
             jnp.asarray(gap, first.dtype) for gap in (self.min_gap, self.max_gap)
         )
-        # Rounding may put the longest gap a trifle above `max_gap`.
+        # Rounding may put the longest gap slightly above `max_gap`.
         gap = jnp.minimum(low * jnp.exp(first * jnp.log(high / low)), high)
         s = second * (1 - gap)
         return s, s + gap

@@ -1,4 +1,4 @@
-"""Weights of an objective's squared error."""
+"""Weights for the squared error of an objective."""
 
 from ._base import AbstractWeight as AbstractWeight
 from ._base import NoWeight as NoWeight

@@ -7,10 +7,10 @@ from .._types import Scalar, Time
 
 
 class AbstractWeight(eqx.Module):
-    """What an objective makes of the squared norm of its residual.
+    """Maps the squared norm of an objective's residual to the loss.
 
-    Weights receive the squared error and return the loss, so that they may depend on the
-    error itself.
+    A weight receives the squared error and returns the loss, rather than a factor, so
+    that it can depend on the error itself.
     """
 
     @abc.abstractmethod
@@ -19,7 +19,7 @@ class AbstractWeight(eqx.Module):
 
 
 class NoWeight(AbstractWeight):
-    """The squared error as it is."""
+    """Returns the squared error unchanged."""
 
     def __call__(self, s: Time, t: Time, squared_error: Scalar) -> Scalar:
         del s, t
@@ -27,7 +27,7 @@ class NoWeight(AbstractWeight):
 
 
 class WeightChain(AbstractWeight):
-    """Several weights, each applied to what the one before it returns.
+    """Several weights, each applied to the result of the previous one.
 
     **Arguments:**
 

@@ -12,18 +12,18 @@ from ._base import AbstractWeight, check_positive
 
 
 class InverseGap(AbstractWeight):
-    r"""The squared error over $|t - s|^p$.
+    r"""The squared error divided by $|t - s|^p$.
 
-    With $p = 2$ a regression of $X_{s,t}(x)$ is one of the average velocity
-    $v_{s,t}(x)$, whose size, and so the learning rate that suits it, does not shrink
-    with the jump. A smaller $p$ gives long jumps more weight.
+    With $p = 2$, a regression of $X_{s,t}(x)$ becomes one of the average velocity
+    $v_{s,t}(x)$. Its size, and therefore the suitable learning rate, does not shrink with
+    the jump. A smaller $p$ gives long jumps more weight.
 
     **Arguments:**
 
     - `power`: the power $p$.
     - `min_gap`: the gap below which the weight stops growing, positive, in units of
-      time. `None` for $100\,\epsilon \max(|s|, |t|)$ with $\epsilon$ the relative
-      rounding error: shorter gaps are known to less than two digits.
+      time. `None` uses $100\,\epsilon \max(|s|, |t|)$ with the relative rounding error
+      $\epsilon$, because shorter gaps have less than two correct digits.
 
     **Raises:** `ValueError` if `min_gap` is not positive.
     """
@@ -49,12 +49,12 @@ class InverseGap(AbstractWeight):
 
 
 class InverseNoiseGap(AbstractWeight):
-    r"""The squared error over the difference of noise levels, $\sigma_s - \sigma_t$.
+    r"""The squared error divided by the gap in noise levels, $\sigma_s - \sigma_t$.
 
-    The weight of consistency training between neighbouring noise levels. The level of a
-    time is $\sigma_t = \alpha_t / \beta_t$, in units of the base's standard deviation:
-    $(1 - t)/t$ for the linear interpolant. It is infinite at time 0, where sampling
-    starts, and counts as `max_noise` there.
+    This is the weight of consistency training between neighbouring noise levels. The
+    noise level at time $t$ is $\sigma_t = \alpha_t / \beta_t$, in units of the base's
+    standard deviation; for the linear interpolant it is $(1 - t)/t$. At time 0, where
+    sampling starts, it is infinite, and `max_noise` is used instead.
 
     **Arguments:**
 
@@ -80,19 +80,19 @@ class InverseNoiseGap(AbstractWeight):
 
     def _noise(self, t: Time) -> Scalar:
         alpha, beta, _ = self.interpolant.coefficients(t)
-        # Where beta is smaller than this, the level is beyond the largest.
+        # Caps the level at `max_noise`, without a division by zero where beta is 0.
         return alpha / jnp.maximum(beta, alpha / self.max_noise)
 
 
 class BandWeight(AbstractWeight):
-    r"""The squared error where $|t - s| \le \tau$, and zero beyond.
+    r"""The squared error if $|t - s| \le \tau$, and zero for longer jumps.
 
-    It wastes the examples beyond: `UniformSquare(max_gap)` draws none of them.
+    Examples with longer jumps are wasted; `UniformSquare(max_gap)` does not draw any.
 
     **Arguments:**
 
     - `max_gap`: the longest jump $\tau$, for example $1/K$. It may be an array, so that a
-      schedule may change it.
+      schedule can change it.
 
     ??? cite "Reference"
 
@@ -110,12 +110,13 @@ class DataEndWeight(AbstractWeight):
     r"""The squared error times $\min(1, ((1 - t)/\delta)^2)$.
 
     Off the support of the data, an exact velocity grows like $1/(1 - t)$. Without this
-    weight those few states near $t = 1$ dominate a distillation loss. It is for paths
-    that end in the data at time 1.
+    weight, the few such states near $t = 1$ dominate a distillation loss. It is for paths
+    that end at the data at time 1.
 
     **Arguments:**
 
-    - `width`: how far before the data end the weight starts to fall, $\delta$ in (0, 1].
+    - `width`: the distance $\delta$ from the data end at which the weight starts to fall,
+      in (0, 1].
 
     **Raises:** `ValueError` for a width outside (0, 1].
     """

@@ -8,27 +8,29 @@ from ._base import AbstractWeight, check_positive
 
 
 class AbstractLearnedWeight(AbstractWeight):
-    """A weight with weights of its own, which training moves with those of the map.
+    """A weight with parameters that are trained together with those of the map.
 
-    [`flowdiffrax.train.TrainState`][] carries them.
+    [`flowdiffrax.train.TrainState`][] holds these parameters.
     """
 
 
 class LearnedWeight(AbstractLearnedWeight):
-    r"""The learned log-variance, $e^{-w_{s,t}} e + w_{s,t}$ with $w$ a small network.
+    r"""A learned log-variance: the loss is $e^{-w_{s,t}} e + w_{s,t}$ with a learned $w$.
 
-    For each pair of times the best $w_{s,t}$ is the logarithm of the mean error there,
-    so that all pairs come to weigh the same. The loss may be negative. $w$ is linear in
-    cosines and sines of both times, and starts at the same value for all pairs.
+    For each pair of times, the best $w_{s,t}$ is the logarithm of the mean squared error
+    $e$ there. At this value all pairs have the same weight. The loss may be negative. The
+    function $w$ is linear in cosines and sines of both times, and starts at the same
+    value for all pairs.
 
     **Arguments:**
 
-    - `num_frequencies`: cosines and sines of each time, of 0, 1/2, 1 ... periods in
-      [0, 1].
-    - `scale`: the typical size of an error, in units of the data, at which $w$ starts:
-      $w = 2 \log(\mathrm{scale})$. Far from it, training first has to find the size.
+    - `num_frequencies`: the number of cosines and of sines of each time. They have 0,
+      1/2, 1, ... periods in [0, 1].
+    - `scale`: the typical size of an error, in units of the data. It sets the initial
+      $w = 2 \log(\mathrm{scale})$. If it is far off, training first has to find the size.
 
-    **Raises:** `ValueError` for a number below 1, or a scale that is not positive.
+    **Raises:** `ValueError` if `num_frequencies` is below 1, or if `scale` is not
+    positive.
 
     ??? cite "Reference"
 
@@ -46,7 +48,7 @@ class LearnedWeight(AbstractLearnedWeight):
             )
         dtype = jnp.result_type(float) if dtype is None else dtype
         zeros = jnp.zeros((2, 2, num_frequencies), dtype)
-        # The cosine of zero periods is constant.
+        # The cosine with zero periods is the constant function.
         self.coefficients = zeros.at[0, 0, 0].set(2 * math.log(scale))
 
     def __call__(self, s: Time, t: Time, squared_error: Scalar) -> Scalar:
@@ -54,7 +56,7 @@ class LearnedWeight(AbstractLearnedWeight):
         return jnp.exp(-log_variance) * squared_error + log_variance
 
     def log_variance(self, s: Time, t: Time) -> Scalar:
-        """The $w$ of a pair of times."""
+        """The value of $w$ at a pair of times."""
         dtype = self.coefficients.dtype
         times = jnp.stack([jnp.asarray(s, dtype), jnp.asarray(t, dtype)])
         frequencies = jnp.arange(self.coefficients.shape[-1], dtype=dtype)

@@ -7,23 +7,25 @@ from ._base import AbstractWeight, check_positive
 
 
 class PowerWeight(AbstractWeight):
-    r"""The squared error $e$ over $\mathrm{sg}(e + c)^p$, the adaptive weight.
+    r"""The adaptive weight: the squared error $e$ divided by $\mathrm{sg}(e + c)^p$.
 
-    It takes weight from examples with large errors; $p = 1/2$ resembles a Huber loss, and
-    with $p = 1$ every example has a gradient of about the same size. Along data, whose
-    rate is scattered around its mean, that moves the minimiser towards the most frequent
-    rates: little in high dimensions, where all errors are of one size, and much in few.
-    The divisor is held fixed. The loss is close to 1 for every error much above $c$:
-    watch the samples, not the loss.
+    It reduces the weight of examples with large errors. With $p = 1/2$ it resembles a
+    Huber loss; with $p = 1$ the gradients of all examples have about the same size.
+
+    When learning from data, whose rates scatter around their mean, this moves the
+    minimiser towards the most frequent rates. The effect is small in high dimensions,
+    where all errors have about the same size, and large in low dimensions. The divisor is
+    held fixed. With $p = 1$ the loss is close to 1 for every error much above $c$:
+    monitor the samples, not the loss.
 
     **Arguments:**
 
     - `power`: the power $p$, at least 0.
-    - `floor`: the $c$, positive, for the squared error summed over all entries.
-    - `scale`: for data in other units, how many times as large they are as those that
-      `floor` is for: the floor becomes `floor * scale**2`.
+    - `floor`: the constant $c$, positive, for the squared error summed over all entries.
+    - `scale`: the size of the data relative to the data that `floor` is meant for. The
+      floor becomes `floor * scale**2`.
 
-    **Raises:** `ValueError` for a negative power, or a floor or scale that is not
+    **Raises:** `ValueError` if `power` is negative, or if `floor` or `scale` is not
     positive.
 
     ??? cite "Reference"
@@ -48,19 +50,19 @@ class PowerWeight(AbstractWeight):
 
 
 class NormalisedTangent(AbstractWeight):
-    r"""The squared error $|g|^2$ over $\mathrm{sg}(|g| + c)$.
+    r"""The squared error $|g|^2$ divided by $\mathrm{sg}(|g| + c)$.
 
-    For an objective $|v - \mathrm{sg}(v - g)|^2$ its gradient is the one with the tangent
-    $g$ replaced by $g / (|g| + c)$.
+    For an objective $|v - \mathrm{sg}(v - g)|^2$, this has the same gradient as replacing
+    the tangent $g$ by $g / (|g| + c)$.
 
     **Arguments:**
 
-    - `floor`: the $c$, positive; 0.1 in the paper, for data with a standard deviation of
-      0.5.
-    - `scale`: for data in other units, how many times as large they are as those that
-      `floor` is for: the floor becomes `floor * scale`.
+    - `floor`: the constant $c$, positive. The paper uses 0.1, for data with a standard
+      deviation of 0.5.
+    - `scale`: the size of the data relative to the data that `floor` is meant for. The
+      floor becomes `floor * scale`.
 
-    **Raises:** `ValueError` if one of them is not positive.
+    **Raises:** `ValueError` if `floor` or `scale` is not positive.
 
     ??? cite "Reference"
 
@@ -83,15 +85,16 @@ class NormalisedTangent(AbstractWeight):
 class PseudoHuber(AbstractWeight):
     r"""The metric $\sqrt{|e|^2 + c^2} - c$: quadratic for small errors, linear for large.
 
-    Along scattered data it moves the minimiser from the mean towards the median.
+    If the targets scatter, it moves the minimiser from the mean towards the median.
 
     **Arguments:**
 
-    - `c`: where quadratic turns into linear, at least 0, in units of the data. With 0 it
-      is the distance $|e|$, which suits data in any units. For a state of $d$ entries,
-      the paper has $0.00054 \sqrt d$, for data with a standard deviation of 0.5.
+    - `c`: the error at which the metric turns from quadratic to linear, at least 0, in
+      units of the data. At 0 the metric is the distance $|e|$, which suits data in any
+      units. For a state of $d$ entries, the paper uses $0.00054 \sqrt d$, for data with a
+      standard deviation of 0.5.
 
-    **Raises:** `ValueError` if it is negative.
+    **Raises:** `ValueError` if `c` is negative.
 
     ??? cite "Reference"
 
@@ -106,8 +109,8 @@ class PseudoHuber(AbstractWeight):
 
     def __call__(self, s: Time, t: Time, squared_error: Scalar) -> Scalar:
         del s, t
-        # The derivative of the root is finite at an error of zero, too.
+        # Keeps the derivative of the root finite at an error of zero.
         tiny = jnp.finfo(squared_error.dtype).tiny
         root = jnp.sqrt(jnp.maximum(squared_error + self.c**2, tiny))
-        # sqrt(e + c^2) - c without its cancellation.
+        # Equals sqrt(e + c^2) - c, without cancellation.
         return squared_error / (root + self.c)
