@@ -219,6 +219,7 @@ def losses_of(
         axes = eqx.if_array(0)
         s, t, row = _rows(drawn, rows)
         _, draw_key = _keys(key, index)
+        # By row number, so that a row draws the same in any part as in the whole batch.
         keys = jax.vmap(jr.fold_in, (None, 0))(draw_key, row)
         losses = eqx.filter_vmap(one, in_axes=(axes, 0, 0, axes, 0))(
             _rows(paths, rows), s, t, _rows(args, rows), keys

@@ -205,6 +205,7 @@ class Shortcut(AbstractProgressiveSelfDistillation):
         clip = self.clip
         if clip is None:
             return target
+        # Clips the average of the two velocities; the paper clips each of them.
         return jtu.tree_map(lambda v: jnp.clip(v, -clip, clip), target)
 
 
