@@ -49,7 +49,7 @@ class AbstractObjective(eqx.Module):
 
     An objective receives one path and one pair of times; it knows nothing of the batch.
     Its fields set where gradients stop, how errors are weighted and which times are
-    drawn, with the paper's values as defaults.
+    drawn. The defaults are the paper's unless the docstring says otherwise.
 
     **Attributes:**
 
