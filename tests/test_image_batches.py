@@ -335,7 +335,9 @@ def test_tuple_of_another_length():
     step = fd.train.make_step(fd.FlowMatching(), optax.adam(1e-3), accumulate=3)
     state = fd.train.TrainState.create(image_map(), optax.adam(1e-3), key=jr.key(1))
     batches = (batches_of(fd.images.DeviceImages(labelled()), 4),) * 2
-    with pytest.raises(ValueError, match="`accumulate` is 3, and a tuple of 2 came"):
+    with pytest.raises(
+        ValueError, match="`accumulate` is 3, but `batches` is a tuple of 2"
+    ):
         step(state, batches)
 
 

@@ -244,7 +244,7 @@ def test_full_disk(tmp_path, unbroken):
     ) as caught:
         with largest_file(6000):
             train(make(tmp_path))
-    assert "The checkpoints of steps [3] are whole" in str(caught.value)
+    assert "The checkpoints of steps [3] are complete" in str(caught.value)
     run = make(tmp_path)
     assert run.newest_step == 3
     assert (digest(train(run)), numbers(run)) == unbroken
@@ -417,7 +417,7 @@ def test_garbled_report(tmp_path, unbroken):
     run = make(tmp_path)
     assert [line["step"] for line in run.metrics()] == [*range(1, 7)]
     path.write_text("\n".join([lines[0], "garbage", *lines[1:]]))
-    with pytest.raises(ValueError, match=r"Line 2 of .*metrics.jsonl is no report"):
+    with pytest.raises(ValueError, match=r"Line 2 of .*metrics.jsonl is not a report"):
         train(run)
 
 
@@ -466,7 +466,7 @@ def test_lines_of_a_report(tmp_path):
     path.write_text(whole.replace("\n", "\n\n") + '{"step": 3, "lo')
     assert run.metrics() == lines
     path.write_text("garbage\n" + whole)
-    with pytest.raises(ValueError, match=r"Line 1 of .*metrics.jsonl is no report"):
+    with pytest.raises(ValueError, match=r"Line 1 of .*metrics.jsonl is not a report"):
         run.metrics()
 
 

@@ -649,7 +649,7 @@ def test_learned_weights_are_trained_and_saved(tmp_path):
 def test_learned_weights_need_their_state():
     state = fd.train.TrainState.create(small_map(), OPTIM, key=jr.key(1))
     step = fd.train.make_step(learned_objective(), OPTIM)
-    with pytest.raises(ValueError, match="2 learned weights and the state 0"):
+    with pytest.raises(ValueError, match="2 learned weights and the state has 0"):
         step(state, batches())
 
 

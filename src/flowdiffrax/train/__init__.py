@@ -1,4 +1,4 @@
-"""One exported training step, a loop around it, and the folder of a run."""
+"""The training step, the training loop, and the folder of a run."""
 
 from ._checkpoint import load as load
 from ._checkpoint import save as save

@@ -27,24 +27,27 @@ _SAFETENSORS = ".safetensors"
 def save(path: str | os.PathLike, config: Any, tree: PyTree) -> None:
     """Writes a checkpoint: one line of JSON, then the arrays.
 
-    The file appears whole or not at all: it is written beside its place and moved there,
-    so that a run killed while saving keeps its last checkpoint. Nothing is pickled.
+    The write is atomic: the file is written under a temporary name and then moved into
+    place, so a run that is killed while saving keeps its last checkpoint. Nothing is
+    pickled.
 
     **Arguments:**
 
-    - `path`: where to write; missing folders are made. A name that ends in
-      `.safetensors` makes a file of that format, which other libraries read too: arrays
-      are named by their place in the tree, such as `net.first.weight`, and the JSON is
-      metadata. It needs safetensors: `pip install "flowdiffrax[safetensors]"`.
-    - `config`: what is needed to rebuild the tree without its arrays; anything that
-      JSON can hold, and as JSON holds it: tuples come back as lists, and keys as strings.
-    - `tree`: a map, a [`flowdiffrax.train.TrainState`][], or any PyTree. Its arrays,
+    - `path`: the file to write. Missing folders are created. If the name ends in
+      `.safetensors`, the file has that format, which other libraries can read: each
+      array is named by its path in the tree, such as `net.first.weight`, and the JSON is
+      stored as metadata. This needs safetensors:
+      `pip install "flowdiffrax[safetensors]"`.
+    - `config`: the settings needed to rebuild the tree without its arrays. It must be
+      serialisable as JSON, and is returned as JSON stores it: tuples become lists, and
+      dictionary keys become strings.
+    - `tree`: a map, a [`flowdiffrax.train.TrainState`][], or any PyTree. Its JAX and
       NumPy arrays, random keys and Python numbers are saved.
 
-    **Raises:** `TypeError` for a configuration that JSON cannot hold, or arrays that
-    safetensors cannot, such as of complex128; `ValueError` for keys of a configuration
-    that are the same as strings, or places in a tree that have the same name in
-    safetensors; `ImportError` without that package.
+    **Raises:** `TypeError` if `config` cannot be stored as JSON, or an array cannot be
+    stored as safetensors (complex128, for example); `ValueError` if two keys of `config`
+    become the same string, or two arrays get the same name in safetensors; `ImportError`
+    if safetensors is needed but not installed.
     """
     path = pathlib.Path(path)
     header = {"format": _FORMAT, "config": config, "leaves": _describe(tree)}
@@ -52,11 +55,12 @@ def save(path: str | os.PathLike, config: Any, tree: PyTree) -> None:
         text = json.dumps(config)
     except TypeError as error:
         raise TypeError(
-            f"`config` must be what JSON can hold, and comes before the tree: {error}."
+            f"`config` must be serialisable as JSON, and comes before the tree: {error}."
         ) from error
     if json.dumps(json.loads(text)) != text:
         raise ValueError(
-            f"`config` has keys that are the same in JSON, where all are strings: {text}."
+            "`config` has keys that are the same in JSON, which turns all keys into "
+            f"strings: {text}."
         )
     to_bytes = _to_safetensors if path.suffix == _SAFETENSORS else _to_lines
     write_whole(path, to_bytes(header, jtu.tree_map(_key_numbers, tree)))
@@ -68,16 +72,19 @@ def load(path: str | os.PathLike, make: Callable[[Any], PyTree]) -> tuple[Any, P
     **Arguments:**
 
     - `path`: a file written by [`flowdiffrax.train.save`][].
-    - `make`: called with the configuration, returns a tree of the same structure, whose
-      arrays are then replaced. `equinox.filter_eval_shape` makes one without memory.
+    - `make`: a function that takes the configuration and returns a tree of the same
+      structure. The arrays of this tree are replaced by the saved ones. Use
+      `equinox.filter_eval_shape` to build it without allocating memory.
 
     **Returns:** the configuration and the tree.
 
-    **Raises:** `FileNotFoundError` if there is no such file, and `ValueError` if it is
-    no checkpoint, is damaged, is of a newer version, or holds arrays of other shapes or
-    dtypes than `make` returns. What is no array, such as a network's scale, is for
-    `make` to rebuild: keep it in the configuration. `ImportError` for a file of
-    safetensors without that package.
+    Everything that is not saved, such as the `scale` of a network, is rebuilt by `make`,
+    so keep it in the configuration.
+
+    **Raises:** `FileNotFoundError` if the file does not exist; `ValueError` if it is not
+    a checkpoint, is damaged, was written by a newer version, or holds arrays of other
+    shapes or dtypes than `make` returns; `ImportError` for a `.safetensors` file if
+    safetensors is not installed.
     """
     check_callable(make, "make", "make(config)", may_be_class=True)
     path = pathlib.Path(path)
@@ -95,7 +102,7 @@ def load(path: str | os.PathLike, make: Callable[[Any], PyTree]) -> tuple[Any, P
         ]
         raise ValueError(
             f"{path} holds {len(header['leaves'])} leaves and `make` returned "
-            f"{len(leaves)}; first differences: {differing[:3] or 'in their number'}. "
+            f"{len(leaves)}; first differences: {differing[:3] or 'only the number'}. "
             "Build the tree with the configuration that it was saved with."
         )
     filled = fill(jtu.tree_map(_key_numbers, like))
@@ -118,7 +125,7 @@ def _is_key(leaf: Any) -> bool:
 
 
 def _key_numbers(leaf: Any) -> Any:
-    """The numbers of a random key, which files can hold; anything else as it is."""
+    """Replaces a random key by its numbers, and returns other leaves unchanged."""
     if not _is_key(leaf):
         return leaf
     is_shape = isinstance(leaf, jax.ShapeDtypeStruct)
@@ -130,7 +137,7 @@ def _as_key(leaf: Any, like: Any) -> Any:
 
 
 def _read_header(path: pathlib.Path, text: str | bytes) -> dict[str, Any]:
-    """**Raises:** `ValueError` for what is none, or is of a newer version."""
+    """**Raises:** `ValueError` for an invalid header or an unsupported version."""
     try:
         header = json.loads(text)
         file_format = int(header["format"])
@@ -159,7 +166,7 @@ def _check_digest(path: pathlib.Path, header: dict[str, Any], body: bytes) -> No
         raise ValueError(f"{path} is damaged: expected {expected}; found {found}.")
 
 
-# Our own format: Equinox's, after a line of JSON.
+# The default format: a line of JSON, followed by Equinox's serialisation.
 
 
 def _to_lines(header: dict[str, Any], tree: PyTree) -> bytes:
@@ -176,7 +183,7 @@ def _from_lines(path: pathlib.Path, content: bytes) -> tuple[dict[str, Any], Cal
     return header, lambda like: eqx.tree_deserialise_leaves(io.BytesIO(body), like)
 
 
-# Safetensors. Its own reader for NumPy does not know bfloat16, its bytes are all we need.
+# Safetensors. We read raw bytes, since its NumPy reader does not support bfloat16.
 
 
 def _name(path: jtu.KeyPath) -> str:
@@ -193,8 +200,8 @@ def _to_safetensors(header: dict[str, Any], tree: PyTree) -> bytes:
             name = _name(path)
             if name in (*arrays, "__metadata__"):
                 raise ValueError(
-                    f"Two arrays would be named {name!r}, or safetensors keeps that name "
-                    f"to itself. Save under a name that does not end in `{_SAFETENSORS}`."
+                    f"Two arrays would be named {name!r}, or safetensors reserves that "
+                    f"name. Save under a name that does not end in `{_SAFETENSORS}`."
                 )
             arrays[name] = np.ascontiguousarray(leaf).reshape(np.shape(leaf))
     as_bytes = {name: array.tobytes() for name, array in arrays.items()}
@@ -203,8 +210,8 @@ def _to_safetensors(header: dict[str, Any], tree: PyTree) -> bytes:
         return for_numpy.save(arrays, {"flowdiffrax": json.dumps(header)})
     except (KeyError, safetensors.SafetensorError) as error:
         raise TypeError(
-            f"Safetensors does not have all dtypes: {error}. Cast, or save under a name "
-            f"that does not end in `{_SAFETENSORS}`."
+            f"Safetensors does not support every dtype: {error}. Cast, or save under a "
+            f"name that does not end in `{_SAFETENSORS}`."
         ) from error
 
 
@@ -238,9 +245,9 @@ def _from_safetensors(
         dtype = np.dtype(leaf.dtype) if has_dtype else np.asarray(leaf).dtype
         if len(arrays[name]) != dtype.itemsize * math.prod(jnp.shape(leaf)):
             raise ValueError(
-                f"{path} holds {len(arrays[name])} bytes for {name}, which is of {dtype} "
-                f"and shape {jnp.shape(leaf)} in what `make` returned. Where a number or "
-                "a NumPy array was saved, it must return one of its dtype."
+                f"{path} holds {len(arrays[name])} bytes for {name}, but `make` returned "
+                f"{dtype} of shape {jnp.shape(leaf)}. For a saved number or NumPy array, "
+                "it must return one of the same dtype."
             )
         array = np.frombuffer(arrays[name], dtype).reshape(jnp.shape(leaf))
         if not has_dtype:
@@ -253,5 +260,5 @@ def _from_safetensors(
 
 
 def _in_order(arrays: dict[str, bytes]) -> bytes:
-    """All names and arrays, in an order that does not depend on the file's."""
+    """All names and arrays, in an order independent of the order in the file."""
     return b"".join(name.encode() + arrays[name] for name in sorted(arrays))

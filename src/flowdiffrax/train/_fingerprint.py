@@ -8,22 +8,22 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import PyTree
 
-# Entries at a time: a set of images may be mapped from a file larger than the memory.
+# Hash this many entries at a time: a memory map may be larger than the memory.
 _AT_ONCE = 1 << 22
 
 
 def fingerprint(tree: PyTree) -> str:
-    """The first 16 hex digits of a sha256 of all arrays of a PyTree.
+    """Returns the first 16 hex digits of a SHA-256 hash of all arrays in a PyTree.
 
-    It covers their places in the tree, shapes, dtypes and values, so it is the same in
-    every process and on every device. In the configuration of a
-    [`flowdiffrax.train.Run`][], it keeps a run from going on with other data or another
+    The hash covers the arrays' paths in the tree, shapes, dtypes and values, so it is
+    the same in every process and on every device. Put it in the configuration of a
+    [`flowdiffrax.train.Run`][] to prevent a run from resuming with other data or another
     teacher.
 
     **Arguments:**
 
-    - `tree`: any PyTree, such as a map or `(images.images, images.labels)`. Leaves other
-      than arrays of JAX and NumPy do not count.
+    - `tree`: any PyTree, such as a map or `(images.images, images.labels)`. Leaves that
+      are not JAX or NumPy arrays are ignored.
     """
     found = hashlib.sha256()
     for path, leaf in jtu.tree_leaves_with_path(tree):

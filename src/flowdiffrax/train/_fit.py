@@ -26,11 +26,11 @@ from ._step import StepInfo, TrainState, at_step, make_step
 
 
 class TrainingDiverged(RuntimeError):
-    """Loss or gradient stopped being finite.
+    """Raised when too many training steps are not finite.
 
     **Attributes:**
 
-    - `state`: the state with the last good weights.
+    - `state`: the training state, with the weights of the last finite step.
     """
 
     def __init__(self, message: str, state: TrainState):
@@ -38,7 +38,7 @@ class TrainingDiverged(RuntimeError):
         self.state = state
 
 
-# Called at a report, it may return more numbers, which join the report.
+# Called at each report. It may return more numbers, which are added to the report.
 _OnReport = Callable[[TrainState, dict[str, Any]], Any]
 
 
@@ -65,50 +65,53 @@ def fit(
 
     **Arguments:**
 
-    - `flow_map`: the map to train, or the state of an earlier run of the same objective
-      and optimiser, to continue exactly where it stopped.
-    - `objective`: what to minimise, a [`flowdiffrax.objectives.Mixture`][], or an
-      objective that is [`flowdiffrax.objectives.Scheduled`][].
+    - `flow_map`: the map to train; or the state of an earlier run with the same objective
+      and optimiser, which then continues exactly where it stopped.
+    - `objective`: the objective to minimise, a [`flowdiffrax.objectives.Mixture`][], or
+      a [`flowdiffrax.objectives.Scheduled`][] objective.
     - `batches`: a function of a key that returns paths and conditions, for example
       [`flowdiffrax.data.InterpolantBatches`][]; or
-      [`flowdiffrax.data.StreamBatches`][], which has one for each step.
+      [`flowdiffrax.data.StreamBatches`][], which has one such function for each step.
     - `optim`: an Optax optimiser.
-    - `num_steps`: the number of steps the run has when it ends, at least 1. A state
-      that has made some of them makes only the rest, and one that has made more is
-      returned as it is.
+    - `num_steps`: the total number of steps, at least 1. If `flow_map` is a state, its
+      earlier steps count: only the rest are made. If there are none left, the state is
+      returned unchanged.
     - `teacher`: what the objective learns from, if anything; a tuple for a mixture whose
       objectives learn from different teachers.
-    - `key`: the root key; needed unless a state is continued, which has its own.
-    - `ema_decay`: decay of the moving average a step, or several decays.
+    - `key`: the root key. It is needed unless `flow_map` is a state, which has its own.
+    - `ema_decay`: the decay per step of the moving average, or several decays.
     - `teacher_decay`: if given, the decay of a second average, which is the teacher.
-    - `accumulate`: batches a step, whose gradients are averaged.
-    - `parallel`: the devices to train on, [`flowdiffrax.train.DataParallel`][].
-    - `run`: the folder of the run, [`flowdiffrax.train.Run`][]. The same call goes on
-      from its newest checkpoint, be it begun with a map or with a state. SIGTERM and
-      Ctrl-C wait for the step and report that are being made, save, and end the program,
-      if `fit` runs in the main thread. Handlers of your own do not see them. An error,
-      in `on_report` or `batches` for example, saves the state of the last step first,
-      if there is one process. Without a run, that state is the exception's `.state`.
-    - `report_every`: how many steps lie between reports.
-    - `on_report`: called with the state and a dictionary of numbers: `step`, `loss`,
-      one entry for each objective, `grad_norm`, `skipped` (how many steps so far were
-      not finite), `examples_per_second` since the last report, and `seconds` since this
-      call began. Or several such functions. A dictionary that one returns joins the
-      report that the next ones and `run` see. The state is a copy, to keep or to save.
-    - `max_skipped`: how many steps of the run may be skipped, because something was not
-      finite, before it counts as diverged. It does too when none was good since the
-      report before, if that is several steps ago, or ever.
-    - `progress`: whether to show a bar. It needs tqdm, from the `train` extra, and is
-      left out without it.
+    - `accumulate`: the number of batches per step. Their gradients are averaged.
+    - `parallel`: the devices to train on, a [`flowdiffrax.train.DataParallel`][].
+    - `run`: the folder of the run, a [`flowdiffrax.train.Run`][]. Calling `fit` again
+      with the same arguments resumes from its newest checkpoint, whether `flow_map` is a
+      map or a state. If `fit` runs in the main thread, SIGTERM and Ctrl-C finish the
+      current step and report, save a checkpoint, and end the program; your own signal
+      handlers do not see them. If an error is raised, for example in `on_report` or
+      `batches`, the state of the last step is saved first, provided there is only one
+      process. Without a run, that state is the exception's `.state`.
+    - `report_every`: the number of steps between reports.
+    - `on_report`: a function, or several, called with the state and a dictionary of
+      numbers: `step`, `loss`, one entry for each objective, `grad_norm`, `skipped` (how
+      many steps so far were not finite), `examples_per_second` since the last report,
+      and `seconds` since this call began. If a function returns a dictionary, its entries
+      are added to the report that the next functions and `run` see. The state is a copy,
+      so it can be kept or saved.
+    - `max_skipped`: how many steps of the run may be skipped because something was not
+      finite. Beyond that, the run counts as diverged. It also counts as diverged if no
+      step so far was finite, or if no step since the previous report was finite and
+      there were several.
+    - `progress`: whether to show a progress bar. It needs tqdm, from the `train` extra;
+      without tqdm, no bar is shown.
 
     **Returns:** the final state; `state.ema_map` is the map to use. If some steps were
-    skipped, a `RuntimeWarning` says how many.
+    skipped, a `RuntimeWarning` reports how many.
 
-    **Raises:** `ValueError` for a number of steps below 1, a missing key or several,
-    checkpoints of another run, names in the report that it has already, or trajectories
-    that end before the times that [`flowdiffrax.TrajectoryMatching`][] draws; `TypeError`
-    for what is no flow map, objective, optimiser, key, whole number of steps, or batches;
-    `OSError` if a checkpoint cannot be written; and
+    **Raises:** `ValueError` if `num_steps` is below 1, there is no key or several, the
+    checkpoints belong to another run, a function of `on_report` returns a name that the
+    report already has, or the trajectories end before the times that
+    [`flowdiffrax.TrajectoryMatching`][] draws; `TypeError` if an argument is not of the
+    type described above; `OSError` if a checkpoint cannot be written; and
     [`flowdiffrax.train.TrainingDiverged`][], with the last good state, if too many steps
     were skipped.
     """
@@ -173,11 +176,11 @@ def fit(
                 drawn = next(source)
                 before = info and info.loss
                 state, info = step(state, drawn, teacher)
-                # The host stays one step ahead of the device, and no more: a signal would
-                # wait for all of them, and their batches would pile up.
+                # Keep the host only one step ahead of the device. Otherwise a signal
+                # would wait for all queued steps, and their batches would pile up.
                 jax.block_until_ready(before)
                 done, report = index + 1, {}
-                # Reading a number waits for the device, so only reports do.
+                # Reading a number waits for the device, so do it only in reports.
                 if done % report_every == 0 or done == num_steps:
                     report = reports.make(state, info, drawn)
                     if hasattr(bar, "set_postfix"):
@@ -199,7 +202,7 @@ def fit(
         except TrainingDiverged:
             raise
         except (Exception, KeyboardInterrupt) as error:
-            # A second Ctrl-C asks not to wait.
+            # A second Ctrl-C means: stop at once, without saving.
             if not (isinstance(error, KeyboardInterrupt) and requests.received):
                 _keep(state, begun, report, run, error)
             raise
@@ -214,12 +217,12 @@ def _keep(
     run: Run | None,
     error: BaseException,
 ) -> None:
-    """Saves the state that an error would lose, or hands it on with the error."""
-    # Of several processes the others may go on, and a checkpoint waits for all.
+    """Saves the state that an error would lose, or attaches it to the error."""
+    # With several processes, the others may carry on, and a checkpoint waits for all.
     if jax.process_count() > 1:
         return
     try:
-        # An error within the step has taken the state's memory along.
+        # If the error came from within the step, the state's memory is gone.
         step = int(jax.block_until_ready(state.step))
         jax.block_until_ready(eqx.filter(state, eqx.is_array))
         if step == begun:
@@ -229,15 +232,15 @@ def _keep(
                 error.state = state  # pyright: ignore
                 error.add_note(f"The state of step {step} is this exception's `.state`.")
             return
-        # An entry that a function returned may be the error itself.
+        # An entry returned by a function may itself have caused the error.
         own = report if report.get("step") == step else {}
         run.save(state, {name: own[name] for name in own if _is_plain(own[name])})
         run.wait()
         error.add_note(
-            f"The state of step {step} is saved in {run.folder}: the same call goes on "
+            f"The state of step {step} is saved in {run.folder}: the same call resumes "
             "from there."
         )
-    # Whatever it is, the error that came first says more.
+    # The first error is more informative than any failure to save.
     except Exception as another:
         error.add_note(f"The last state could not be saved: {another}")
 
@@ -250,19 +253,19 @@ def _warn_of_skipped(state: TrainState, begun: int, skipped_before: int) -> None
     skipped = int(state.skipped) - skipped_before
     if skipped > 0:
         warnings.warn(
-            f"{skipped} of {int(state.step) - begun} steps were skipped, since loss, "
-            "gradient or new weights were not finite: the map has learned nothing from "
-            "them. Look for rows of data that are not finite, or times at which the "
-            "loss is not; see `TrainingDiverged` and `max_skipped`.",
+            f"{skipped} of {int(state.step) - begun} steps were skipped, because the "
+            "loss, gradient or new weights were not finite. The map has learned nothing "
+            "from them. Look for rows of data that are not finite, or times at which the "
+            "loss is not finite; see `TrainingDiverged` and `max_skipped`.",
             RuntimeWarning,
             stacklevel=3,
         )
 
 
 def _check_times(objective: Any, batches: Any, state: TrainState) -> None:
-    """**Raises:** `ValueError` for trajectories that end before the times drawn do.
+    """**Raises:** `ValueError` if trajectories do not cover the times that are drawn.
 
-    Beyond its own times a trajectory is NaN, and so would the loss be.
+    A trajectory is NaN outside its own times, which would make the loss NaN.
     """
     batches = batches.batches if isinstance(batches, ConditionDropout) else batches
     if not isinstance(batches, TrajectoryBatches):
@@ -277,22 +280,22 @@ def _check_times(objective: Any, batches: Any, state: TrainState) -> None:
         first, last = float(drawn.min()), float(drawn.max())
         if first < low - slack or last > high + slack:
             raise ValueError(
-                f"`TrajectoryMatching` draws times from {first:.3g} to {last:.3g}, and "
-                f"what all trajectories have in common is [{low:.3g}, {high:.3g}]: "
-                "beyond its own times a trajectory is NaN. Where each has times of its "
-                "own, use `TrajectoryMatching(positions=True)`; where they share them, "
+                f"`TrajectoryMatching` draws times from {first:.3g} to {last:.3g}, but "
+                f"all trajectories cover only [{low:.3g}, {high:.3g}]: a trajectory is "
+                "NaN outside its own times. If each trajectory has its own times, use "
+                "`TrajectoryMatching(positions=True)`; if they share them, use "
                 "`GridTimes(ts)` or `OnInterval(times, low, high)`."
             )
 
 
 def _join(report: dict[str, Any], more: Any) -> None:
-    """Adds what a function returned to the report, if it is a dictionary."""
+    """Adds the return value of a function to the report, if it is a dictionary."""
     if isinstance(more, Mapping):
         taken = sorted(report.keys() & more.keys())
         if taken:
             raise ValueError(
-                f"A function of `on_report` returned {taken}, which the report has "
-                "already. Use other names."
+                f"A function of `on_report` returned {taken}, which the report "
+                "has already. Use other names."
             )
         report |= more
 
@@ -303,7 +306,7 @@ def _source(
     accumulate: int,
     parallel: DataParallel | None,
 ) -> Iterator[Any]:
-    """What each step draws from."""
+    """The function, or tuple of functions, that each step draws batches from."""
     if isinstance(batches, StreamBatches):
         place = jax.device_put if parallel is None else parallel.gather_rows
         return batches.each_step(step, accumulate, place)
@@ -325,7 +328,7 @@ class _Reports:
         self.start_clock()
 
     def start_clock(self) -> None:
-        """What passes between here and a report is the time of steps."""
+        """Starts to time the steps of the next report."""
         self._clock = time.perf_counter()
 
     def make(self, state: TrainState, info: StepInfo, drawn: Any) -> dict[str, Any]:
@@ -349,24 +352,25 @@ class _Reports:
         counts = report["step"], report["skipped"]
         steps, skipped = (a - b for a, b in zip(counts, self._last, strict=True))
         self._last = counts
-        # Nothing here depends on where a run was stopped and resumed.
+        # The outcome must not depend on where a run was stopped and resumed.
         no_good_step = counts[0] == counts[1]
         no_good_report = skipped == steps == self._report_every > 1
         if no_good_step or no_good_report or counts[1] > self._max_skipped:
             raise TrainingDiverged(
-                f"Loss, gradient or new weights were not finite in {skipped} of the last "
-                f"{steps} steps, which were skipped; at step {report['step']} the loss "
-                f"is {report['loss']}, the gradient's norm {report['grad_norm']}. The "
-                "weights of the last good step are in `.state`. Lower the learning rate, "
-                "clip gradients with `optax.clip_by_global_norm`, weigh down times at "
-                "which the teacher is singular, or draw no times beyond those of the "
+                "The loss, gradient or new weights were not finite in "
+                f"{skipped} of the last {steps} steps, which were skipped; at step "
+                f"{report['step']} the loss is {report['loss']} and the gradient norm "
+                f"is {report['grad_norm']}. The weights of the last good step are in "
+                "`.state`. Lower the learning rate, clip gradients with "
+                "`optax.clip_by_global_norm`, give a small weight to times at which the "
+                "teacher is singular, or draw no times outside those of the "
                 "trajectories.",
                 state,
             )
 
 
 def _short(report: dict[str, Any], info: StepInfo) -> dict[str, str]:
-    """What a bar has room for; a single term is the loss again."""
+    """The numbers for the progress bar. A single term equals the loss: omit it."""
     terms = info.terms if len(info.terms) > 1 else ()
     names = ["loss", *terms, "grad_norm", "examples_per_second"]
     names += ["skipped"] if report["skipped"] > 0 else []

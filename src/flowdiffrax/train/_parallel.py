@@ -11,7 +11,7 @@ from jaxtyping import PyTree
 
 from .._tree import is_concrete
 
-# Below this many entries, a weight costs more to gather than to keep.
+# A weight with fewer entries costs more to gather than to keep on every device.
 _MIN_SHARDED = 4096
 
 
@@ -19,19 +19,20 @@ _MIN_SHARDED = 4096
 class DataParallel:
     """Trains on several devices at once, each with its share of every batch.
 
-    Give it to [`flowdiffrax.train.fit`][] or [`flowdiffrax.train.make_step`][]. A run on
-    several devices is the run on one, up to round-off: batches are drawn from the same
-    keys. With `jax.distributed.initialize()` called first in every process, the devices
-    are those of all processes, and each process makes the same calls.
+    Pass it to [`flowdiffrax.train.fit`][] or [`flowdiffrax.train.make_step`][]. A run on
+    several devices gives the same result as a run on one, up to round-off, because
+    batches are drawn from the same keys. To use several processes, first call
+    `jax.distributed.initialize()` in each. The devices are then those of all processes,
+    and every process makes the same calls.
 
     **Arguments:**
 
     - `devices`: the devices; `None` for all.
     - `shard_weights`: whether each device keeps only its part of the large weights,
-      averages and optimiser states, and gathers weights when it needs them: less
-      memory for more traffic. Otherwise each has a copy.
+      averages and optimiser states, and gathers weights when it needs them. This saves
+      memory at the cost of more communication. Otherwise each device has a full copy.
 
-    **Raises:** `ValueError` for no devices.
+    **Raises:** `ValueError` if `devices` is empty.
     """
 
     devices: Sequence[Any] | None = None
@@ -45,29 +46,29 @@ class DataParallel:
         object.__setattr__(self, "devices", tuple(devices))
 
     def place(self, state: PyTree) -> PyTree:
-        """The state with its arrays on the devices, whole or in parts."""
+        """Places the arrays of a state on the devices, replicated or sharded."""
         return jtu.tree_map(self._put_weights, state)
 
     def replicate(self, tree: PyTree) -> PyTree:
-        """Any PyTree with a copy of its arrays on each device.
+        """Places a copy of all arrays of a PyTree on each device.
 
-        What a step closes over or takes besides the state needs it: the data that
-        batches are drawn from, a teacher. Parts are gathered: what is to be saved of a
-        state with sharded weights needs it too.
+        Use it for everything that a step takes or closes over besides the state: the
+        data that batches are drawn from, or a teacher. It gathers sharded arrays, so use
+        it also before saving part of a state with sharded weights.
         """
         return jtu.tree_map(lambda leaf: self._put(leaf, PartitionSpec()), tree)
 
     def split(self, batch: PyTree) -> PyTree:
-        """A batch with its leading axis spread over the devices.
+        """Splits the leading axis of a batch over the devices.
 
-        **Raises:** `ValueError` if they do not divide it.
+        **Raises:** `ValueError` if the number of devices does not divide its length.
         """
         return jtu.tree_map(self._put_rows, batch)
 
     def gather_rows(self, batch: PyTree) -> PyTree:
-        """A batch on the devices, of the rows that each process brings from its host.
+        """Assembles a batch on the devices from the rows that each process holds.
 
-        **Raises:** `ValueError` if the devices do not divide the rows.
+        **Raises:** `ValueError` if the number of devices does not divide the rows.
         """
         sharding = NamedSharding(self._mesh, PartitionSpec("data"))
         put = jax.make_array_from_process_local_data

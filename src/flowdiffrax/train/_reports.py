@@ -23,30 +23,32 @@ from ._step import TrainState, at_step, draw, filled, learned_of, with_learned
 
 
 class LossByTimes:
-    """The loss during a run, by the start and the end of the jumps.
+    """Reports the loss during a run, by the start and end times of the jumps.
 
-    As `on_report` of [`flowdiffrax.train.fit`][], it adds `loss_by_times` to the report:
-    what [`flowdiffrax.metrics.loss_by_times`][] finds for `state.ema_map`, on the same
-    draws each time. Rows are start times, columns end times; `None` stands where no
-    times were drawn, or the loss is not finite.
+    Used as `on_report` of [`flowdiffrax.train.fit`][], it adds `loss_by_times` to the
+    report: the result of [`flowdiffrax.metrics.loss_by_times`][] for `state.ema_map`, on
+    the same draws each time. Rows are start times and columns end times. An entry is
+    `None` if no times were drawn there, or if the loss is not finite.
 
     **Arguments:**
 
-    - `objective`: that of the run or another one; a schedule is taken at the step of
-      the report, and learned weights are those of the run.
-    - `batches`: as for [`flowdiffrax.train.make_step`][], of the same data or of data
-      held out.
-    - `teacher`: what the objective learns from; where it is missing, the average that is
-      the run's teacher, if there is one.
+    - `objective`: the objective of the run, or another one. A
+      [`flowdiffrax.objectives.Scheduled`][] one is evaluated at the step of the report.
+      Learned weights are those of the run.
+    - `batches`: as for [`flowdiffrax.train.make_step`][], from the training data or from
+      held-out data.
+    - `teacher`: what the objective learns from. If it is missing and the run has an
+      average of the map as its teacher, that average is used.
     - `key`: a random key for the batches and their times.
     - `num_batches`: how many batches to average over, at least 1.
-    - `num_bins`: bins a side, at least 1.
+    - `num_bins`: the number of bins per axis, at least 1.
     - `time_range`: as for [`flowdiffrax.metrics.loss_by_times`][].
-    - `every`: only at reports of a step that it divides; 1 for all.
+    - `every`: measure only if it divides the step of the report; 1 for every report.
 
-    **Raises:** `ValueError` for numbers that are too small or an empty interval,
-    `TypeError` for what is no objective or no batches; in use, `ValueError` for times
-    outside the interval, or an objective with other learned weights than the run's.
+    **Raises:** `ValueError` for numbers that are too small or an empty interval;
+    `TypeError` if `objective` is not an objective or `batches` is not callable. When
+    called, `ValueError` for times outside the interval, or if the objective and the run
+    have different numbers of learned weights.
     """
 
     def __init__(
@@ -80,14 +82,14 @@ class LossByTimes:
     def __call__(
         self, state: TrainState, report: Mapping[str, Any]
     ) -> dict[str, Any] | None:
-        """Measures.
+        """Measures the loss at a report.
 
         **Arguments:**
 
-        - `state`: the state, whose `ema_map` is looked at.
-        - `report`: the numbers so far, among them `step`.
+        - `state`: the training state. Its `ema_map` is evaluated.
+        - `report`: the numbers so far, including `step`.
 
-        **Returns:** the bins; `None` for a report that is left out.
+        **Returns:** the bins, or `None` if `every` skips this report.
         """
         if report["step"] % self._every != 0:
             return None
@@ -104,22 +106,22 @@ class LossByTimes:
 class TensorBoard:
     """Writes the numbers of a report for TensorBoard, as `on_report` of `fit`.
 
-    What is no single number is left out. Of several processes the first one writes,
-    within a few seconds. Needs tensorboardX: `pip install "flowdiffrax[tensorboard]"`. A
-    run that goes on in the same folder goes on with its curves; steps that it makes again
-    are there twice.
+    Only single numbers are written, within a few seconds. With several processes, only
+    the first one writes. Needs tensorboardX: `pip install "flowdiffrax[tensorboard]"`. A
+    run that resumes in the same folder continues its curves; steps that it repeats
+    appear twice.
 
     **Arguments:**
 
-    - `folder`: where to write, made if missing.
+    - `folder`: the folder to write to, created if missing.
 
     **Attributes:**
 
-    - `writer`: the `tensorboardX.SummaryWriter`, for whatever else you would log;
-      `None` in other processes than the first.
+    - `writer`: the `tensorboardX.SummaryWriter`, for anything else you want to log;
+      `None` in every process but the first.
 
-    **Raises:** `ImportError` without tensorboardX; `ValueError` for a folder that is a
-    file.
+    **Raises:** `ImportError` if tensorboardX is not installed; `ValueError` if `folder`
+    is a file.
     """
 
     def __init__(self, folder: StrPath):
@@ -127,17 +129,17 @@ class TensorBoard:
         check_folder(pathlib.Path(folder))
         self.writer = None
         if jax.process_index() == 0:
-            # Its thread writes every two minutes by default, and a killed run loses them;
-            # its `flush` does not wait for the thread.
+            # By default its thread writes every two minutes, which a killed run would
+            # lose. Its `flush` does not wait for the thread.
             self.writer = tensorboard.SummaryWriter(os.fspath(folder), flush_secs=5)
 
     def __call__(self, state: TrainState, report: Mapping[str, Any]) -> None:
-        """Writes.
+        """Writes the numbers of a report.
 
         **Arguments:**
 
-        - `state`: the state, which it does not need.
-        - `report`: the numbers, among them `step`.
+        - `state`: the training state. It is not used.
+        - `report`: the numbers, including `step`.
         """
         del state
         if self.writer is not None:
@@ -148,21 +150,22 @@ class TensorBoard:
 class WeightsAndBiases:
     """Logs the numbers of a report to Weights & Biases, as `on_report` of `fit`.
 
-    What is no single number is left out. Of several processes the first one logs. Needs
+    Only single numbers are logged. With several processes, only the first one logs. Needs
     wandb: `pip install "flowdiffrax[wandb]"`. `mode="offline"` needs no account and no
     network.
 
     **Arguments:**
 
-    - `init_kwargs`: passed on to `wandb.init`: `project`, `name`, `config`, `mode`; and
-      for a run that is continued, its `id` and `resume="allow"`.
+    - `init_kwargs`: keyword arguments for `wandb.init`, such as `project`, `name`,
+      `config` and `mode`. To continue a run, pass its `id` and `resume="allow"`.
 
     **Attributes:**
 
-    - `run`: what `wandb.init` returned, for whatever else you would log; `None` in other
-      processes than the first. Its `finish` is called when Python ends, if not before.
+    - `run`: the run returned by `wandb.init`, for anything else you want to log; `None`
+      in every process but the first. Its `finish` is called when Python exits, unless
+      you call it earlier.
 
-    **Raises:** `ImportError` without wandb.
+    **Raises:** `ImportError` if wandb is not installed.
     """
 
     def __init__(self, **init_kwargs: Any):
@@ -170,12 +173,12 @@ class WeightsAndBiases:
         self.run = wandb.init(**init_kwargs) if jax.process_index() == 0 else None
 
     def __call__(self, state: TrainState, report: Mapping[str, Any]) -> None:
-        """Logs.
+        """Logs the numbers of a report.
 
         **Arguments:**
 
-        - `state`: the state, which it does not need.
-        - `report`: the numbers, among them `step`.
+        - `state`: the training state. It is not used.
+        - `report`: the numbers, including `step`.
         """
         del state
         if self.run is not None:
@@ -197,7 +200,8 @@ def _losses(inputs: Any, state: TrainState, key: Key[Array, ""]) -> ExampleLosse
     if own > 0:
         if own != of_run:
             raise ValueError(
-                f"The objective has {own} learned weights and that of the run {of_run}."
+                f"The objective has {own} learned weights, but the objective of the run "
+                f"has {of_run}."
             )
         objective = with_learned(objective, state.learned)
     batch_key, loss_key = jr.split(key)
@@ -207,20 +211,20 @@ def _losses(inputs: Any, state: TrainState, key: Key[Array, ""]) -> ExampleLosse
 
 
 def beside(state: TrainState, tree: PyTree) -> PyTree:
-    """Puts a copy of all arrays on each device of the state."""
+    """Places a copy of all arrays on each device of the state."""
     sharding = state.step.sharding
 
     def put(leaf):
         if sharding.is_fully_addressable:
             return jax.device_put(leaf, sharding)
-        # `device_put` reaches no devices of other processes, a program does.
+        # `device_put` cannot reach the devices of other processes. A program can.
         return jax.jit(lambda x: x, out_shardings=sharding)(leaf)
 
     return jtu.tree_map(lambda leaf: put(leaf) if eqx.is_array(leaf) else leaf, tree)
 
 
 def gathered(state: TrainState, tree: PyTree) -> PyTree[np.ndarray]:
-    """The arrays as a whole, though the state may lie in parts on many devices."""
+    """Gathers all arrays whole, even if the state is sharded over many devices."""
     return jtu.tree_map(np.asarray, beside(state, tree))
 
 
@@ -244,4 +248,4 @@ def is_number(value: Any) -> bool:
 
 def check_folder(folder: pathlib.Path) -> None:
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"`folder` must be a folder; {folder} is a file.")
+        raise ValueError(f"`folder` must be a folder; got {folder}, which is a file.")

@@ -27,37 +27,41 @@ _ABOUT = "about.json"
 
 
 class Run:
-    """The folder of a run: its checkpoints, and its numbers.
+    """The folder of a run, with its checkpoints and metrics.
 
-    Give it to [`flowdiffrax.train.fit`][]. Whatever ends the run, the same call goes on
-    from the newest checkpoint, and on the same device to the same weights, bit for bit.
+    Pass it to [`flowdiffrax.train.fit`][]. However the run ends, the same call resumes
+    from the newest checkpoint. On the same device, it reaches the same weights, bit for
+    bit. The folder contains:
 
     - `config.json`: the configuration, and the version of this library.
-    - `metrics.jsonl`: one line of JSON a report. Lines of steps that a resumed run makes
-      again are cut first, so that each step is there once.
-    - `checkpoints/<step>`: whole, or absent. Orbax writes them in the background, of any
-      number of devices and processes, which must share the folder.
-    - `profile`: what `jax.profiler` saw.
+    - `metrics.jsonl`: one line of JSON for each report. When a run resumes, the lines of
+      steps that it will repeat are removed first, so each step appears once.
+    - `checkpoints/<step>`: a checkpoint, either complete or absent. Orbax writes it in
+      the background, from any number of devices and processes, which must share the
+      folder.
+    - `profile`: the trace of `jax.profiler`.
 
     Needs orbax: `pip install "flowdiffrax[train]"`.
 
     **Arguments:**
 
-    - `folder`: where; made if missing.
-    - `config`: what the run is, in anything that JSON can hold. A folder with another
+    - `folder`: the folder of the run, created if missing.
+    - `config`: a description of the run that can be stored as JSON. A folder with another
       configuration is refused.
-    - `save_every`: how many steps lie between checkpoints, at least; they are written at
+    - `save_every`: the minimum number of steps between checkpoints. They are written at
       reports, when a run ends, and when it is stopped or an error ends it.
-    - `newest`: how many of the newest to keep, at least 1.
-    - `best`: how many of the best to keep besides.
-    - `best_by`: the number in the report that tells the best; the smallest is. The loss
-      is that of one batch: a distance of samples tells more.
-    - `profile`: two numbers: after how many of the steps made here `jax.profiler` begins
-      to trace, and after how many it ends.
+    - `newest`: how many of the newest checkpoints to keep, at least 1.
+    - `best`: how many of the best checkpoints to keep in addition.
+    - `best_by`: the number in the report that ranks checkpoints; the smallest is the
+      best. The loss is the loss of one batch only, so a distance between samples is a
+      better choice.
+    - `profile`: a pair `(start, stop)`. `jax.profiler` starts tracing after `start` of
+      the steps made in this call, and stops after `stop` of them.
 
-    **Raises:** `ImportError` without orbax; `ValueError` for numbers that are too small,
-    NaN in the configuration, or a folder that belongs to another one; `TypeError` for a
-    configuration that JSON cannot hold; `OSError` where there can be no folder.
+    **Raises:** `ImportError` if orbax is not installed; `ValueError` for numbers that are
+    too small, NaN in the configuration, or a folder with another configuration;
+    `TypeError` if the configuration cannot be stored as JSON; `OSError` if the folder
+    cannot be created.
     """
 
     def __init__(
@@ -99,9 +103,9 @@ class Run:
 
     @property
     def steps(self) -> tuple[int, ...]:
-        """The steps of the checkpoints that are there."""
+        """The steps that have a checkpoint, in order."""
         names = [path.name for path in self._checkpoints.glob("*") if path.is_dir()]
-        # Those that are being written or deleted have other names.
+        # Checkpoints that are being written or deleted have other names.
         return tuple(sorted(int(name) for name in names if name.isdigit()))
 
     @property
@@ -111,9 +115,9 @@ class Run:
 
     @property
     def best_step(self) -> int | None:
-        """The step of the best checkpoint; `None` if there is none at all.
+        """The step of the best checkpoint; `None` if there are no checkpoints.
 
-        **Raises:** `ValueError` if none has the number that `best_by` names.
+        **Raises:** `ValueError` if no checkpoint has the number that `best_by` names.
         """
         best = self._from_the_best()
         if self.steps and not best:
@@ -126,8 +130,8 @@ class Run:
     def metrics(self) -> list[dict[str, Any]]:
         """All reports so far, in order.
 
-        **Raises:** `ValueError` for a line that is none, other than the last, which
-        may be torn by what ended the run.
+        **Raises:** `ValueError` if a line is not a report. The last line is exempt, since
+        it may be incomplete if the run was interrupted.
         """
         if not self._metrics.is_file():
             return []
@@ -138,30 +142,33 @@ class Run:
             except ValueError as error:
                 if number < len(lines):
                     raise ValueError(
-                        f"Line {number} of {self._metrics} is no report: {error}. Remove "
-                        "it to go on."
+                        f"Line {number} of {self._metrics} is not a report: {error}. "
+                        "Remove it to continue."
                     ) from error
         return reports
 
     def resume(self, state: TrainState) -> TrainState:
-        """The state of the newest checkpoint, or the one given if there is none.
+        """Returns the state of the newest checkpoint, or `state` if there is none.
 
-        Cuts the reports that come after it, and keeps others out until `close`.
+        It removes the reports after that checkpoint, and locks the folder against other
+        processes until `close`.
 
         **Arguments:**
 
-        - `state`: the state with which the run began; it says where arrays belong.
+        - `state`: the state that the run began with. It determines the devices on which
+          arrays are placed.
 
-        **Raises:** as `restore`, and `ValueError` for another root key, checkpoints that
-        end before the state, or a folder in which another process is training.
+        **Raises:** as `restore`; and `ValueError` if the root key differs, the
+        checkpoints end before the step of `state`, or another process is training in the
+        folder.
         """
         self._keep_others_out()
         step = self.newest_step
         if step is not None and step < int(state.step):
             raise ValueError(
                 f"The checkpoints in {self.folder} end at step {step}, before step "
-                f"{int(state.step)} of the state that was given: they are of another "
-                "run. Use another folder."
+                f"{int(state.step)} of the state that was given, so they belong to "
+                "another run. Use another folder."
             )
         resumed = state if step is None else self.restore(state, step)
         impl = str(state.key_impl)
@@ -171,7 +178,7 @@ class Run:
                 f"The run in {self.folder} began with another root key: "
                 f"{np.asarray(resumed.key_data)}, not {np.asarray(state.key_data)} of "
                 f"{impl}. "
-                "Resume it with its own, or begin another in another folder."
+                "Resume it with the same key, or start a new run in another folder."
             )
         self._looked = int(resumed.step)
         if jax.process_index() == 0:
@@ -179,17 +186,18 @@ class Run:
         return resumed
 
     def restore(self, like: PyTree, step: int | None = None) -> PyTree:
-        """A checkpoint.
+        """Returns the state of a checkpoint.
 
         **Arguments:**
 
-        - `like`: a state of the same structure, whose arrays are replaced. They say on
-          which devices, if they are there; `equinox.filter_eval_shape` makes a state
-          without memory.
-        - `step`: which; `None` for the newest.
+        - `like`: a state of the same structure. Its arrays are replaced by the saved
+          ones, on the same devices. Use `equinox.filter_eval_shape` to build it without
+          allocating memory.
+        - `step`: the step of the checkpoint; `None` for the newest.
 
-        **Raises:** `FileNotFoundError` if there is none; `ValueError` if it is damaged,
-        of a newer version of this library, or of another model or optimiser.
+        **Raises:** `FileNotFoundError` if there is no such checkpoint; `ValueError` if it
+        is damaged, was written by a newer version of this library, or belongs to another
+        model or optimiser.
         """
         step = self.newest_step if step is None else step
         if step not in self.steps:
@@ -200,7 +208,7 @@ class Run:
         about = self._about(step)
         arrays, numbers = _by_name(like)
         self._check_leaves(step, about["leaves"], _describe(arrays, numbers))
-        # Not where they were: that machine may have had other devices.
+        # Do not use the saved devices: this machine may have others.
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         place = lambda leaf: getattr(leaf, "sharding", None) or here
         wanted = {
@@ -213,7 +221,7 @@ class Run:
                 self._checkpoints / str(step),
                 args=args.Composite(state=args.StandardRestore(wanted)),
             ).state
-        # Orbax and TensorStore raise whatever they stumble over.
+        # Orbax and TensorStore raise errors of many types.
         except Exception as error:
             raise self._damaged(step, error) from error
         sums = _read_sums(found)
@@ -226,19 +234,19 @@ class Run:
         return jtu.tree_map_with_path(put, like)
 
     def save(self, state: TrainState, report: Mapping[str, Any]) -> None:
-        """Writes a checkpoint in the background; of a step that has one, does nothing.
+        """Writes a checkpoint in the background, unless the step already has one.
 
         **Arguments:**
 
-        - `state`: what to save.
-        - `report`: numbers that belong to it, among them what `best_by` names, or not.
+        - `state`: the state to save.
+        - `report`: the numbers of its report. It need not have the entry `best_by`.
 
-        **Raises:** `OSError` if this checkpoint or the one before could not be written,
-        `ValueError` if `best_by` names what is no number, `TypeError` for a report that
-        JSON cannot hold.
+        **Raises:** `OSError` if this checkpoint or the previous one could not be written;
+        `ValueError` if the entry `best_by` is not a number; `TypeError` if the report
+        cannot be stored as JSON.
         """
         step = int(state.step)
-        # Also waits for the one before.
+        # The previous checkpoint must be complete first.
         self.wait()
         if step in self.steps:
             return
@@ -270,26 +278,26 @@ class Run:
             raise self._not_written(step, error) from error
 
     def is_due(self, step: int) -> bool:
-        """Whether `save_every` steps have gone by, in this call or since the last."""
+        """Whether a multiple of `save_every` was passed since the last time asked."""
         before, self._looked = self._looked, step
         return step // self.save_every > before // self.save_every
 
     def log(self, report: Mapping[str, Any]) -> None:
-        """Adds a line to `metrics.jsonl`; numbers that are not finite become `null`.
+        """Adds a line to `metrics.jsonl`. Numbers that are not finite become `null`.
 
-        **Raises:** `TypeError` for what JSON cannot hold.
+        **Raises:** `TypeError` if the report cannot be stored as JSON.
         """
         if jax.process_index() == 0:
             with open(self._metrics, "a") as file:
                 file.write(json.dumps(_plain(report, "report")) + "\n")
 
     def profile_at(self, made: int, state: PyTree) -> None:
-        """Begins or ends the profile, if it is time.
+        """Starts or stops the profiler, if this is the step to do so.
 
         **Arguments:**
 
-        - `made`: how many steps have been made here.
-        - `state`: the state, for which the end waits.
+        - `made`: how many steps have been made in this call.
+        - `state`: the training state. Stopping waits until it is computed.
         """
         first, last = self.profile or (None, None)
         if made == first:
@@ -300,7 +308,7 @@ class Run:
             self._end_profile()
 
     def wait(self) -> None:
-        """Waits until the last checkpoint is whole, and deletes what is not to be kept.
+        """Waits until the last checkpoint is complete, and deletes old checkpoints.
 
         **Raises:** `OSError` if it could not be written.
         """
@@ -314,7 +322,7 @@ class Run:
         self._delete_old()
 
     def close(self) -> None:
-        """Waits, ends the threads that write, and lets others in."""
+        """Waits for the last checkpoint, ends the threads, and unlocks the folder."""
         try:
             self._end_profile()
             self.wait()
@@ -358,7 +366,7 @@ class Run:
     def _from_the_best(self) -> list[int]:
         values = {}
         for step in self.steps:
-            # One that cannot be read is nobody's best, and must not stop a run.
+            # An unreadable checkpoint cannot be the best, and must not stop a run.
             with contextlib.suppress(ValueError):
                 values[step] = self._about(step)["report"].get(self.best_by)
         scored = [step for step in values if isinstance(values[step], float | int)]
@@ -369,13 +377,13 @@ class Run:
             return
         kept = {*self.steps[-self.newest :], *self._from_the_best()[: self.best]}
         for step in sorted({*self.steps} - kept):
-            # By another name first: a checkpoint is whole as long as it has a number.
+            # Rename it first: a folder named by a number must be a complete checkpoint.
             doomed = self._checkpoints / f"{step}.deleted"
             os.replace(self._checkpoints / str(step), doomed)
             shutil.rmtree(doomed)
 
     def _clean(self, step: int) -> None:
-        """Removes what a run that was killed left behind."""
+        """Removes the leftovers of a run that was killed."""
         for path in self._checkpoints.glob("*"):
             if re.fullmatch(r"\d+\.(deleted|orbax-checkpoint-tmp.*)", path.name):
                 shutil.rmtree(path)
@@ -389,11 +397,11 @@ class Run:
             return
         try:
             import fcntl
-        except ImportError:  # Windows has none
+        except ImportError:  # not available on Windows
             return
         lock = open(self.folder / ".lock", "w")
         try:
-            # The system releases it when the process ends, however it does.
+            # The system releases the lock when the process ends, even if it is killed.
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             lock.close()
@@ -401,7 +409,7 @@ class Run:
                 f"Another process is training in {self.folder}. Wait for it to end, or "
                 "use another folder."
             ) from error
-        except OSError:  # some network drives have none
+        except OSError:  # some network drives do not support locks
             lock.close()
             return
         self._lock = lock
@@ -413,12 +421,12 @@ class Run:
                 found = json.loads(path.read_text())["config"]
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(
-                    f"{path} cannot be read: {error!r}. Put back what it was, or use "
-                    "another folder."
+                    f"{path} cannot be read: {error!r}. Restore the file, or use another "
+                    "folder."
                 ) from error
             if found != self.config:
                 raise ValueError(
-                    f"{self.folder} has a run of another configuration: "
+                    f"{self.folder} has a run with another configuration: "
                     f"{_differences(found, self.config)}. Use another folder."
                 )
         elif jax.process_index() == 0:
@@ -435,9 +443,9 @@ class Run:
             raise self._damaged(step, error) from error
         if newer:
             raise ValueError(
-                f"The checkpoint of step {step} in {self.folder} is of flowdiffrax "
-                f"{about['version']}, in a newer format than this version reads. Update "
-                "flowdiffrax."
+                f"The checkpoint of step {step} in {self.folder} was written by "
+                f"flowdiffrax {about['version']}, in a newer format than this version "
+                "reads. Update flowdiffrax."
             )
         return about
 
@@ -445,7 +453,7 @@ class Run:
         if found == own:
             return
         raise ValueError(
-            f"The checkpoint of step {step} in {self.folder} is of another model, "
+            f"The checkpoint of step {step} in {self.folder} belongs to another model, "
             f"optimiser or number of averages: {_differences(found, own)}."
         )
 
@@ -453,15 +461,15 @@ class Run:
         others = [other for other in self.steps if other != step]
         return ValueError(
             f"The checkpoint of step {step} in {self.folder} is damaged: {what}. Remove "
-            f"its folder to go on from another; there are {others}."
+            f"its folder to continue from another; there are {others}."
         )
 
     def _not_written(self, step: int | None, error: Exception) -> OSError:
         which = "A checkpoint" if step is None else f"The checkpoint of step {step}"
         return OSError(
             f"{which} could not be written to {self.folder}: {error}. If the disk is "
-            f"full, make room. The checkpoints of steps {list(self.steps)} are whole: "
-            "the same call goes on from the newest."
+            f"full, free some space. The checkpoints of steps {list(self.steps)} are "
+            "complete: the same call resumes from the newest."
         )
 
 
@@ -470,7 +478,7 @@ def _is_array(leaf: Any) -> bool:
 
 
 def _by_name(tree: PyTree) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The arrays and the Python numbers of a tree, by their path."""
+    """The arrays and the Python numbers of a tree, each by its path."""
     leaves = {jtu.keystr(path): leaf for path, leaf in jtu.tree_leaves_with_path(tree)}
     arrays = {name: leaf for name, leaf in leaves.items() if _is_array(leaf)}
     number = (bool, int, float, complex)
@@ -485,12 +493,12 @@ def _keys(arrays: Mapping[str, Any]) -> list[str]:
 
 
 def _impl(key: Any) -> Any:
-    # Of an array, or of a shape alone.
+    # Works for an array and for a `jax.ShapeDtypeStruct`.
     return key.dtype._impl.name
 
 
 def _without_keys(arrays: Mapping[str, Any]) -> dict[str, Any]:
-    """The arrays that are written: keys as numbers, and none that are empty."""
+    """The arrays to write: random keys become numbers, and empty arrays are omitted."""
     keys = _keys(arrays)
     numbers = lambda leaf: (
         jr.key_data(leaf)
@@ -519,14 +527,14 @@ def _sums(arrays: dict[str, Array]) -> dict[str, UInt32[Array, ""]]:
 
 
 def _sum(leaf: Array) -> UInt32[Array, ""]:
-    """A checksum of the bits: the same on any device, and of any sharding."""
+    """A checksum of the bits that does not depend on device or sharding."""
     if jnp.iscomplexobj(leaf):
         leaf = jnp.stack([leaf.real, leaf.imag])
     if leaf.dtype == bool:
         leaf = leaf.astype(jnp.uint8)
     unsigned = {1: jnp.uint8, 2: jnp.uint16}.get(leaf.dtype.itemsize, jnp.uint32)
     words = jax.lax.bitcast_convert_type(leaf, unsigned).astype(jnp.uint32)
-    # Odd factors, so that no flipped bit is lost, and other ones elsewhere.
+    # The factors are odd, so that no flipped bit is lost, and vary with the position.
     factors = jnp.ones((), jnp.uint32)
     for axis in range(words.ndim):
         places = jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
@@ -535,12 +543,12 @@ def _sum(leaf: Array) -> UInt32[Array, ""]:
 
 
 def _plain(value: Any, name: str) -> Any:
-    """What JSON can hold, in every reader of it."""
+    """Converts a value to strict JSON, which every reader accepts."""
     if isinstance(value, Mapping):
         return {str(key): _plain(entry, str(key)) for key, entry in value.items()}
     if isinstance(value, np.ndarray | np.generic | jax.Array):
         is_float = jnp.issubdtype(value.dtype, jnp.floating)
-        # bfloat16 is none of NumPy's own.
+        # NumPy does not have bfloat16.
         value = np.asarray(value, np.float64 if is_float else None).tolist()
     if isinstance(value, list | tuple):
         return [_plain(entry, name) for entry in value]
@@ -549,7 +557,7 @@ def _plain(value: Any, name: str) -> Any:
     if isinstance(value, str | bool | int | None):
         return value
     raise TypeError(
-        f"`{name}` must be a number, a text, or a list or dictionary of these; got "
+        f"`{name}` must be a number, a string, or a list or dictionary of these; got "
         f"{type(value).__name__}."
     )
 

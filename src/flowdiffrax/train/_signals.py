@@ -9,10 +9,10 @@ from jax.experimental import multihost_utils
 
 
 class StopRequests:
-    """Notes SIGTERM and Ctrl-C, so that a run stops between two steps.
+    """Records SIGTERM and Ctrl-C, so that a run stops between two steps.
 
-    Of several processes, none may stop at a step at which another does not: JAX's own
-    service passes a SIGTERM round, and Ctrl-C ends the process at once.
+    With several processes, all must stop at the same step: JAX's own service passes on a
+    SIGTERM to all of them, and Ctrl-C ends the process at once.
     """
 
     def __init__(self, active: bool = True):
@@ -22,7 +22,7 @@ class StopRequests:
         self._alone = jax.process_count() == 1
 
     def __enter__(self) -> "StopRequests":
-        # Python lets no other thread handle signals.
+        # In Python, only the main thread can handle signals.
         main = threading.current_thread() is threading.main_thread()
         if self._active and self._alone and main:
             for number in (signal.SIGTERM, signal.SIGINT):
@@ -32,7 +32,7 @@ class StopRequests:
     def __exit__(self, kind: type | None, *exception) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        # One that came while the last checkpoint was being written.
+        # The signal may have come while the last checkpoint was being written.
         if kind is None and self._received is not None:
             self.stop()
 
@@ -51,7 +51,7 @@ class StopRequests:
         return self._received is not None
 
     def stops(self, step: int) -> bool:
-        """Whether the run is to stop after this step."""
+        """Whether the run must stop after this step."""
         if not self._active:
             return False
         if self._alone:
@@ -59,7 +59,7 @@ class StopRequests:
         return multihost_utils.reached_preemption_sync_point(step)
 
     def stop(self) -> None:
-        """Ends the program as the signal asked for."""
+        """Ends the program as the signal requests."""
         if self._received == signal.SIGINT:
             raise KeyboardInterrupt
         raise SystemExit(128 + signal.SIGTERM)

@@ -39,24 +39,26 @@ from ._parallel import DataParallel
 
 
 class TrainState(eqx.Module):
-    """All that a training run carries from step to step.
+    """Everything that a training run carries from step to step.
 
-    A run that is continued from its state is the same run: the randomness of a step is
-    a function of the root key and of the step's number.
+    A run that continues from a saved state gives the same result as one that was never
+    interrupted, because the randomness of a step depends only on the root key and the
+    number of the step.
 
     **Attributes:**
 
     - `flow_map`: the map that is trained.
-    - `averages`: the same map with exponential moving averages of the weights, one for
-      each decay, in float32 at least: with fewer digits, an average would not move.
-    - `teacher_average`: a second average that serves as the teacher, or `None`.
+    - `averages`: copies of the map with exponential moving averages of the weights, one
+      for each decay. They have at least float32 precision, because in a lower precision
+      an average would not move.
+    - `teacher_average`: a further average that serves as the teacher, or `None`.
     - `ema_maps`, `teacher_map`: the averages in the precision of the map itself.
     - `ema_map`: the first of the averages, the one to evaluate and to sample from.
-    - `learned`: the learned weights of the objective, in their order; often none.
+    - `learned`: the learned weights of the objective, in order; often empty.
     - `opt_state`: the optimiser's state.
     - `step`: how many steps have been made.
-    - `skipped`: how many of them were skipped, because something was not finite.
-    - `key_data`, `key_impl`: the root key's numbers, and what kind of key they are of.
+    - `skipped`: how many of them were skipped because something was not finite.
+    - `key_data`, `key_impl`: the data of the root key, and its PRNG implementation.
     """
 
     flow_map: AbstractFlowMap
@@ -80,20 +82,20 @@ class TrainState(eqx.Module):
         ema_decay: float | Sequence[float] = 0.999,
         teacher_decay: float | None = None,
     ) -> "TrainState":
-        """The state before the first step.
+        """Creates the state before the first step.
 
         **Arguments:**
 
-        - `flow_map`: the map to train. It is copied, so that the caller's stays intact
-          when steps reuse the memory of the state.
+        - `flow_map`: the map to train. It is copied, since steps reuse the memory of the
+          state.
         - `optim`: an Optax optimiser. If the objective has learned weights, it sees a
-          pair: the map, and the tuple of them.
+          pair: the map, and the tuple of learned weights.
         - `key`: the root key of the run.
         - `objective`: the objective of the run; needed if it has learned weights.
         - `ema_decay`, `teacher_decay`: as for [`flowdiffrax.train.make_step`][].
 
-        **Raises:** `TypeError` for what is no optimiser or no key, `ValueError` for
-        several keys.
+        **Raises:** `TypeError` if `optim` is not an optimiser or `key` is not a key;
+        `ValueError` for an array of several keys.
         """
         check_optimiser(optim)
         check_key(key)
@@ -107,14 +109,14 @@ class TrainState(eqx.Module):
             opt_state = optim.init(eqx.filter(trained, eqx.is_inexact_array))
         return cls(
             flow_map=copy(flow_map),
-            # A true copy of the weights, not zeros, so that there is nothing to debias.
+            # Start from the weights, not from zeros, so that no debiasing is needed.
             averages=tuple(_precise(flow_map) for _ in _decays(ema_decay)),
             teacher_average=None if teacher_decay is None else _precise(flow_map),
             learned=copy(learned),
             opt_state=copy(opt_state),
             step=start,
             skipped=jnp.zeros((), int),
-            # A copy too, or the first step would take the caller's key with it.
+            # Copy the key too, or the first step would donate the caller's.
             key_data=copy(jr.key_data(key)),
             key_impl=jr.key_impl(key),
         )
@@ -154,15 +156,15 @@ class TrainState(eqx.Module):
 
 
 class StepInfo(eqx.Module):
-    """What a step reports.
+    """Information about one training step.
 
     **Attributes:**
 
     - `loss`: the loss before the step.
     - `terms`: the mean loss of each objective, by name.
-    - `grad_norm`: the norm of the whole gradient before the optimiser saw it.
-    - `is_finite`: whether loss, gradient and new weights were finite. If not, the step
-      was skipped: weights, average and optimiser are those of the step before.
+    - `grad_norm`: the norm of the whole gradient, before the optimiser transforms it.
+    - `is_finite`: whether the loss, gradient and new weights were finite. If not, the
+      step was skipped: weights, averages and optimiser state are unchanged.
     """
 
     loss: Scalar
@@ -180,33 +182,35 @@ def make_step(
     accumulate: int = 1,
     parallel: DataParallel | None = None,
 ) -> Callable[..., tuple[TrainState, StepInfo]]:
-    """One jitted training step: draw, loss, gradient, optimiser, moving average.
+    """Makes a jitted training step: draw, loss, gradient, optimiser, moving average.
 
     **Arguments:**
 
-    - `objective`: an objective, a [`flowdiffrax.objectives.Mixture`][] of several, or one
-      that is [`flowdiffrax.objectives.Scheduled`][].
+    - `objective`: an objective, a [`flowdiffrax.objectives.Mixture`][] of several, or a
+      [`flowdiffrax.objectives.Scheduled`][] one.
     - `optim`: an Optax optimiser.
-    - `ema_decay`: decay of the moving average a step, in [0, 1). Step $n$ uses at most
-      $(1 + n)/(10 + n)$, so that a young average does not hang on to the initial weights.
-      Several decays keep several averages; a state must be created with as many.
-    - `teacher_decay`: if given, the decay of a second average of the map, which is the
-      teacher: for self-distillation from an average.
-    - `accumulate`: batches a step, at least 1. Their gradients are averaged: a large
-      batch in the memory of a small one.
+    - `ema_decay`: the decay per step of the moving average, in [0, 1). Step $n$ uses at
+      most $(1 + n)/(10 + n)$, so that a new average soon forgets the initial weights.
+      Several decays keep several averages; the state must be created with the same
+      number.
+    - `teacher_decay`: if given, the decay of a further average of the map, which is the
+      teacher. Use it for self-distillation from an average.
+    - `accumulate`: the number of batches per step, at least 1. Their gradients are
+      averaged, which gives a large batch with the memory of a small one.
     - `parallel`: the devices to train on; `None` for JAX's default device.
 
     **Returns:** a function `step(state, batches, teacher=None) -> (state, info)`.
-    `batches` is called with a key, inside the compiled step, and returns paths and
-    conditions with a leading batch axis: [`flowdiffrax.data.InterpolantBatches`][],
-    [`flowdiffrax.data.TrajectoryBatches`][], or your own; or a tuple of `accumulate`
-    such functions, of one structure. The memory of `state` is reused: go on with the one
-    returned.
+    `batches` is a function of a key that is called inside the compiled step. It returns
+    paths and conditions with a leading batch axis. Use
+    [`flowdiffrax.data.InterpolantBatches`][], [`flowdiffrax.data.TrajectoryBatches`][],
+    your own function, or a tuple of `accumulate` such functions with the same PyTree
+    structure. The memory of `state` is donated, so use only the returned state.
 
-    **Raises:** `ValueError` for a decay outside [0, 1) or `accumulate` below 1,
-    `TypeError` for what is no objective or optimiser; in use, `ValueError` for a state
-    that was created without what the objective needs, or a batch that does not divide
-    among the devices, `TypeError` for batches that are none.
+    **Raises:** `ValueError` for a decay outside [0, 1) or `accumulate` below 1;
+    `TypeError` if `objective` is not an objective or `optim` is not an optimiser. When
+    called, `ValueError` if the state was created without what the objective needs, or if
+    a batch does not divide among the devices; `TypeError` if `batches` is not callable or
+    does not return a pair of paths and conditions.
     """
     if not isinstance(objective, AbstractObjective | Mixture | Scheduled):
         raise TypeError(
@@ -273,16 +277,16 @@ def update(
     ema_decay: float | Sequence[float],
     teacher_decay: float | None = None,
 ) -> tuple[TrainState, StepInfo]:
-    """The mathematics of one step on a given batch, for loops of your own.
+    """Makes one training step on a given batch, for use in a custom training loop.
 
-    Not jitted. Arguments as for [`flowdiffrax.train.make_step`][].
+    It is not jitted. Arguments are as for [`flowdiffrax.train.make_step`][].
     """
     mixture, teacher = _prepare(state, objective, teacher, teacher_decay)
     means = _gradients(state, mixture, teacher, paths, args, key)
     return _apply(state, optim, means, ema_decay, teacher_decay)
 
 
-# Loss, its terms, and the gradient of the loss.
+# The loss, its terms, and its gradient.
 _Means = tuple[Scalar, dict[str, Scalar], PyTree]
 
 
@@ -292,7 +296,7 @@ def _prepare(
     teacher: Any,
     teacher_decay: float | None,
 ) -> tuple[Mixture, Any]:
-    """What this step minimises, and what it learns from."""
+    """The objective and the teacher of this step."""
     objective = at_step(objective, state.step)
     _check_state(state, objective, teacher, teacher_decay)
     return as_mixture(objective), filled(teacher, state.teacher_map)
@@ -309,7 +313,7 @@ def _part_gradients(
     part: list[Segment],
     key: Key[Array, ""],
 ) -> _Means:
-    """What a part of the batch adds to the means over the whole of it."""
+    """The contribution of one part of the batch to the means over the whole batch."""
 
     def loss_fn(trained):
         flow_map, learned = trained if state.learned else (trained, ())
@@ -330,7 +334,7 @@ def _gradients(
     args: Args,
     key: Key[Array, ""],
 ) -> _Means:
-    """The means over a batch in one piece."""
+    """The means over a batch that is evaluated all at once."""
     batch_size = num_examples(paths, args)
     whole = segments_of(mixture, batch_size)
     drawn = draw_times(mixture, batch_size, key)
@@ -346,22 +350,22 @@ def _accumulated_gradients(
     key: Key[Array, ""],
     num_parts: int,
 ) -> _Means:
-    """The means over a batch in several pieces, one after the other."""
+    """The means over a batch that is evaluated in several parts, one after another."""
     batch_key, loss_key = jr.split(key)
     arrays: Sequence[Any] = [None] * num_parts
     source = lambda _: batches
     if isinstance(batches, tuple):
         if len(batches) != num_parts:
             raise ValueError(
-                f"`accumulate` is {num_parts}, and a tuple of {len(batches)} came for "
-                "`batches`; give one, or as many."
+                f"`accumulate` is {num_parts}, but `batches` is a tuple of "
+                f"{len(batches)}. Give a single function, or a tuple of {num_parts}."
             )
         halves = [eqx.partition(one, eqx.is_array) for one in batches]
         arrays, rests = zip(*halves, strict=True)
         source = lambda arrays: eqx.combine(arrays, rests[0])
     shapes = eqx.filter_eval_shape(draw_part, source(arrays[0]), batch_key)
     batch_size = num_parts * num_examples(*shapes)
-    # Shares are those of the whole batch: rounded in each part, they would be others.
+    # Split the whole batch by shares: rounding in each part would change the shares.
     whole = segments_of(mixture, batch_size)
     drawn = draw_times(mixture, batch_size, loss_key)
 
@@ -401,17 +405,17 @@ def _apply(
     ema_decay: float | Sequence[float],
     teacher_decay: float | None,
 ) -> tuple[TrainState, StepInfo]:
-    """Optimiser and averages, unless something is not finite."""
+    """Updates weights and averages, unless something is not finite."""
     loss, terms, grads = means
     decays = _decays(ema_decay)
     if len(decays) != len(state.averages):
         raise ValueError(
             f"The state has {len(state.averages)} averages, and `ema_decay` has "
-            f"{len(decays)} decays: create it with `TrainState.create(..., "
+            f"{len(decays)} decays. Create the state with `TrainState.create(..., "
             "ema_decay=ema_decay)`."
         )
     weights, rest = eqx.partition(_trained(state), eqx.is_inexact_array)
-    # Optax relies on promotion between Python numbers' and weights' dtypes.
+    # Optax relies on promotion between the dtypes of Python numbers and weights.
     with jax.numpy_dtype_promotion("standard"):
         grad_norm = jnp.sqrt(squared_norm(grads))
         updates, opt_state = optim.update(grads, state.opt_state, weights)
@@ -439,7 +443,7 @@ def _apply(
 
 
 def _trained(state: TrainState) -> Any:
-    """What the optimiser sees: the map, and the learned weights if there are any."""
+    """The tree to optimise: the map, and the learned weights if there are any."""
     return (state.flow_map, state.learned) if state.learned else state.flow_map
 
 
@@ -460,8 +464,8 @@ def draw(batches: Any, key: Key[Array, ""]) -> tuple[diffrax.AbstractPath, Args]
         if isinstance(drawn[0], diffrax.AbstractPath):
             return drawn
     raise TypeError(
-        "`batches(key)` must return a pair: paths, a `diffrax.AbstractPath` such as "
-        "`LinearInterpolant()(x0, x1)` makes, and conditions or `None`. Got "
+        "`batches(key)` must return a pair: paths (a `diffrax.AbstractPath`, for example "
+        "the result of `LinearInterpolant()(x0, x1)`), and conditions or `None`. Got "
         f"{type(drawn).__name__}."
     )
 
@@ -469,8 +473,8 @@ def draw(batches: Any, key: Key[Array, ""]) -> tuple[diffrax.AbstractPath, Args]
 def _average(old: Any, flow_map: AbstractFlowMap, decay: float | None, step: Array):
     if decay is None:
         return old
-    # A young average forgets faster: a fixed decay would keep a share of the initial
-    # weights that a run of a few thousand steps never loses.
+    # Use a smaller decay early on: with a fixed decay, a run of a few thousand steps
+    # would never forget the initial weights.
     rate = 1 - jnp.minimum(decay, (1 + step.astype(float)) / (10 + step.astype(float)))
 
     def move(old, new):
@@ -482,7 +486,7 @@ def _average(old: Any, flow_map: AbstractFlowMap, decay: float | None, step: Arr
 
 
 def _precise(flow_map: AbstractFlowMap) -> AbstractFlowMap:
-    """A copy with weights in float32 at least."""
+    """A copy whose weights have at least float32 precision."""
 
     def copy(leaf):
         if not eqx.is_array(leaf):
@@ -501,7 +505,7 @@ def _in_precision_of(flow_map: AbstractFlowMap, average: Any) -> AbstractFlowMap
 
 
 def filled(teacher: Any, average: Any) -> Any:
-    """The average in the place of a missing teacher, or of those missing in a tuple."""
+    """Replaces a missing teacher, or those missing in a tuple, by the average."""
     if isinstance(teacher, tuple) and None in teacher:
         return tuple(average if one is None else one for one in teacher)
     return average if teacher is None else teacher
@@ -531,8 +535,8 @@ def _check_state(state: TrainState, objective, teacher, teacher_decay) -> None:
     number = len(learned_of(objective))
     if number != len(state.learned):
         raise ValueError(
-            f"The objective has {number} learned weights and the state "
-            f"{len(state.learned)}: create it with `TrainState.create(..., "
+            f"The objective has {number} learned weights and the state has "
+            f"{len(state.learned)}. Create the state with `TrainState.create(..., "
             "objective=objective)`."
         )
     if (teacher_decay is None) != (state.teacher_map is None):
@@ -543,6 +547,6 @@ def _check_state(state: TrainState, objective, teacher, teacher_decay) -> None:
     if state.teacher_map is not None and filled(teacher, state) is teacher:
         raise ValueError(
             "`teacher_decay` makes an average of the map the teacher; another teacher "
-            f"was given too, {type(teacher).__name__}. In a tuple of teachers, leave "
-            "`None` where the average is to stand."
+            f"was given too, {type(teacher).__name__}. In a tuple of teachers, use "
+            "`None` for the average."
         )
