@@ -646,7 +646,9 @@ def test_dropout_with_a_batch_for_null():
 
 
 def test_scales_of_another_shape():
-    with pytest.raises(ValueError, match=r"one scale an example, \(6,\); got shape \(\)"):
+    with pytest.raises(
+        ValueError, match=r"one scale per example, \(6,\); got shape \(\)"
+    ):
         dropout(scale=lambda key, batch_size: jnp.asarray(2.0))(jr.key(0))
 
 

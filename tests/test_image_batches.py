@@ -453,7 +453,7 @@ def test_stream_of_mapped_images(tmp_path):
     [
         ({"batch_size": 0}, "`batch_size` must be at least 1"),
         ({"process_index": 0, "process_count": 3}, "does not divide among 3"),
-        ({"process_index": 2, "process_count": 2}, "2 is none of them"),
+        ({"process_index": 2, "process_count": 2}, "2 is not the index of a process"),
         ({"start": -1}, "must not be negative"),
         ({"seed": -1}, "must not be negative"),
         ({"prefetch": 0}, "at least 1"),

@@ -373,7 +373,7 @@ def test_kernel_distance_is_unbiased():
 @pytest.mark.parametrize(
     "sizes, settings, match",
     [
-        (((4, 2), (4, 3)), {}, "of one length"),
+        (((4, 2), (4, 3)), {}, "of the same length"),
         (((4, 2), (1, 2)), {}, "smaller set"),
         (((4, 2), (6, 2)), {"subset_size": 5}, "smaller set"),
         (((4, 2), (6, 2)), {"num_subsets": 0}, "smaller set"),
@@ -419,8 +419,8 @@ def test_sliced_wasserstein_distance_of_a_shift():
 @pytest.mark.parametrize(
     "x, y, settings, match",
     [
-        (np.zeros((3, 2)), np.zeros((3, 1)), {}, "of one shape"),
-        (np.zeros((0, 2)), np.zeros((3, 2)), {}, "of one shape"),
+        (np.zeros((3, 2)), np.zeros((3, 1)), {}, "of the same shape"),
+        (np.zeros((0, 2)), np.zeros((3, 2)), {}, "of the same shape"),
         (np.full((3, 2), np.nan), np.zeros((3, 2)), {}, "finite"),
         (np.zeros((3, 2)), np.zeros((3, 2)), {"num_projections": 0}, "one projection"),
     ],

@@ -1,4 +1,4 @@
-"""Batches of paths, and small data sets."""
+"""Batches of paths, and toy data sets."""
 
 from ._batches import ConditionedPoints as ConditionedPoints
 from ._batches import GaussianBase as GaussianBase

@@ -21,16 +21,16 @@ Batch = tuple[diffrax.AbstractPath, Args]
 
 
 def _as_jax(tree: Any) -> Any:
-    # Equinox takes NumPy arrays for constants, which `jit` would compile in.
+    # Equinox treats NumPy arrays as constants, which `jit` would compile in.
     return tree if callable(tree) else jtu.tree_map(_to_device, tree)
 
 
 def _to_device(leaf: Any) -> Array:
     if isinstance(leaf, np.memmap):
         raise TypeError(
-            f"A memory map of shape {leaf.shape} would be copied to the device whole. "
-            "Stream it from the disk with `data.StreamBatches`; or if there is room for "
-            "it, pass `np.array(memory_map)`."
+            f"A memory map of shape {leaf.shape} would be copied whole to the device. "
+            "Stream it from the disk with `data.StreamBatches`; or, if it fits in "
+            "memory, pass `np.array(memory_map)`."
         )
     return jnp.asarray(leaf)
 
@@ -41,10 +41,10 @@ def _as_saved_times(ts: Any) -> Array:
 
 
 def finite_rows(tree: PyTree) -> tuple[PyTree, int]:
-    """Drops the rows of a pool in which some entry is not finite.
+    """Drops the rows of a pool that have an entry that is not finite.
 
-    Solves that failed, for example, which [`flowdiffrax.solve_trajectories`][] returns as
-    NaN if they are not to be errors:
+    For example, [`flowdiffrax.solve_trajectories`][] returns failed solves as NaN if
+    `throw=False`:
 
     ```python
     ys = fd.solve_trajectories(vector_field, x0, ts, throw=False)
@@ -61,22 +61,23 @@ def finite_rows(tree: PyTree) -> tuple[PyTree, int]:
     """
     num_rows(tree, "A pool")
     bad = rows_not_finite(tree)
-    # What has no bad rows is not copied.
+    # Avoid a copy if there are no bad rows.
     kept = jtu.tree_map(lambda leaf: leaf[~bad], tree) if bad.any() else tree
     return kept, int(bad.sum())
 
 
 def _as_number_or_jax(value: ArrayLike) -> ArrayLike:
-    # A number stays one: an array would start JAX where the library is imported.
+    # Keep a number as it is: an array would initialise JAX when the library is imported.
     return value if isinstance(value, float | int) else jnp.asarray(value)
 
 
 class GaussianBase(eqx.Module):
-    """The base of most flows: independent normals.
+    """The base distribution of most flows: independent normal variables.
 
-    Give it the standard deviation and, if data are off centre, the mean of the data: a
-    flow that has to carry every point along by a mean of many standard deviations is hard
-    to learn, above all along the data (`MeanFlow`, the consistency objectives).
+    Set `std` to the standard deviation of the data, and `mean` to their mean if they are
+    not centred. A flow that has to move every point by many standard deviations is hard
+    to learn, especially by objectives that work along the data (`MeanFlow`, the
+    consistency objectives).
 
     **Arguments:**
 
@@ -94,7 +95,7 @@ class GaussianBase(eqx.Module):
             raise ValueError(f"`std` must be positive; got {self.std}.")
 
     def __call__(self, key: Key[Array, ""], x1: State) -> State:
-        """A draw like the batch `x1`."""
+        """Draws base points with the structure and shape of the batch `x1`."""
 
         def move(leaf):
             return leaf + jnp.broadcast_to(jnp.asarray(self.mean, leaf.dtype), leaf.shape)
@@ -103,12 +104,12 @@ class GaussianBase(eqx.Module):
 
 
 class ConditionedPoints(NamedTuple):
-    """A batch of data points with their conditions, as a function may draw them.
+    """A batch of data points with their conditions, as returned by a `data` function.
 
     **Attributes:**
 
     - `x1`: the points, every leaf with the batch axis.
-    - `args`: the conditions, likewise, or `None`.
+    - `args`: the conditions, every leaf with the batch axis, or `None`.
     """
 
     x1: State
@@ -116,26 +117,29 @@ class ConditionedPoints(NamedTuple):
 
 
 class InterpolantBatches(eqx.Module):
-    """Batches of interpolant paths, a function of a key alone.
+    """Batches of interpolant paths, as a function of a key.
 
     **Arguments:**
 
-    - `interpolant`: how base and data are joined; its latent, if any, is drawn here.
-    - `data`: the data points, arrays with a leading axis from which rows are drawn with
-      replacement, or a function `(key, batch_size) -> points`. A function may return
-      [`flowdiffrax.data.ConditionedPoints`][] too, points with conditions of their own.
-    - `batch_size`: paths a batch, at least 1.
-    - `base`: a function `(key, x1) -> x0` that draws base points like a batch of data.
-    - `coupling`: how the two are paired.
-    - `args`: conditions, one row for each data point, or `None`. Only with array data.
-    - `draw`: whether to draw. Without it, a batch is all rows as they come, those of one
-      batch of [`flowdiffrax.data.stream`][], and their values are not checked.
+    - `interpolant`: the interpolant between base and data points. If it has a latent,
+      the latent is drawn here.
+    - `data`: the data points: arrays with a leading axis, from which rows are drawn with
+      replacement, or a function `(key, batch_size) -> points`. The function may also
+      return [`flowdiffrax.data.ConditionedPoints`][], which are points with conditions.
+    - `batch_size`: the number of paths per batch, at least 1.
+    - `base`: a function `(key, x1) -> x0` that draws base points of the same shape as a
+      batch of data.
+    - `coupling`: how base and data points are paired.
+    - `args`: conditions, one row for each data point, or `None`. Only for array data.
+    - `draw`: whether to draw rows at random. If `False`, a batch consists of all rows in
+      order, as when they are one batch of [`flowdiffrax.data.stream`][], and their values
+      are not checked.
 
     **Raises:** `ValueError` for a batch size below 1, data without points, rows that are
-    not finite (see [`flowdiffrax.data.finite_rows`][]), or conditions that do not go with
-    the data; `TypeError` for data of integers, for a memory map, for what is no
-    interpolant, and for functions of other arguments. When called without `draw`,
-    `ValueError` for another number of rows than `batch_size`.
+    not finite (see [`flowdiffrax.data.finite_rows`][]), or conditions that do not match
+    the data; `TypeError` for integer data, a memory map, an `interpolant` that is not an
+    interpolant, or functions that do not take the arguments above. When called with
+    `draw=False`, `ValueError` if the number of rows is not `batch_size`.
     """
 
     interpolant: AbstractInterpolant
@@ -178,8 +182,8 @@ class InterpolantBatches(eqx.Module):
     def __call__(self, key: Key[Array, ""]) -> Batch:
         """Draws a batch: its paths and conditions, every array with the batch axis.
 
-        Map over it with `equinox.filter_vmap`, since the interpolant's own Python numbers
-        stay what they are.
+        Map over the paths with `equinox.filter_vmap`, since Python numbers in the
+        interpolant do not get the batch axis.
         """
         data_key, base_key, pair_key, latent_key = jr.split(key, 4)
         if callable(self.data):
@@ -194,7 +198,7 @@ class InterpolantBatches(eqx.Module):
         z = _normal_like(latent_key, x1, 1.0) if has_latent else None
         # Filtered, since an interpolant may hold plain functions.
         paths = eqx.filter_vmap(lambda *points: self.interpolant(*points))(x0, x1, z)
-        # The interpolant's own numbers are shared by all paths of the batch.
+        # All paths of the batch share the arrays of the interpolant.
         broadcast = lambda leaf: (
             jnp.broadcast_to(leaf, (self.batch_size, *jnp.shape(leaf)))
             if eqx.is_array(leaf)
@@ -209,19 +213,20 @@ class TrajectoryBatches(eqx.Module):
 
     **Arguments:**
 
-    - `ts`: the times at which the pool was saved, rising, of shape `(times,)`, or
-      `(pool, times)` if each trajectory has its own.
-    - `ys`: the pool, every leaf of shape `(pool, times, ...)`, as
-      [`flowdiffrax.solve_trajectories`][] returns it.
-    - `batch_size`: trajectories a batch, at least 1.
+    - `ts`: the times at which the pool was saved, increasing, of shape `(times,)`, or
+      `(pool, times)` if each trajectory has its own times.
+    - `ys`: the pool, every leaf of shape `(pool, times, ...)`, as returned by
+      [`flowdiffrax.solve_trajectories`][].
+    - `batch_size`: the number of trajectories per batch, at least 1.
     - `args`: conditions, one row for each trajectory, or `None`.
-    - `draw`: whether to draw. Without it, a batch is all rows as they come, those of one
-      batch of [`flowdiffrax.data.stream`][], and their values are not checked.
+    - `draw`: whether to draw rows at random. If `False`, a batch consists of all rows in
+      order, as when they are one batch of [`flowdiffrax.data.stream`][], and their values
+      are not checked.
 
     **Raises:** `ValueError` for a batch size below 1, shapes that do not match,
-    trajectories of different lengths, times that are known and do not rise, or rows that
+    trajectories of different lengths, concrete times that do not increase, or rows that
     are not finite (see [`flowdiffrax.data.finite_rows`][]); `TypeError` for a memory map.
-    When called without `draw`, `ValueError` for another number of rows than `batch_size`.
+    When called with `draw=False`, `ValueError` if the number of rows is not `batch_size`.
     """
 
     ts: Array = eqx.field(converter=_as_saved_times)
@@ -238,7 +243,7 @@ class TrajectoryBatches(eqx.Module):
         for leaf in jtu.tree_leaves(self.ys):
             if jnp.shape(self.ts) not in (leaf.shape[1:2], leaf.shape[:2]):
                 raise ValueError(
-                    "`ys` must have shape (pool, times, ...) with the times of `ts`, of "
+                    "`ys` must have shape (pool, times, ...), and `ts` the matching "
                     f"shape (times,) or (pool, times); got {leaf.shape} and "
                     f"{jnp.shape(self.ts)}."
                 )
@@ -247,7 +252,7 @@ class TrajectoryBatches(eqx.Module):
         if is_concrete(self.ts) and not np.all(np.diff(np.asarray(self.ts)) > 0):
             raise ValueError(
                 f"`ts` must rise; got {self.ts}. For trajectories solved backwards in "
-                "time, flip the last axis of `ts`, and the second of `ys`."
+                "time, flip the last axis of `ts` and the second axis of `ys`."
             )
         _check_finite((self.ys, self.args), "Trajectories and conditions")
 
@@ -268,14 +273,15 @@ class StateBatches(eqx.Module):
 
     - `draw`: a function `(key, batch_size) -> states`, every leaf with the batch axis;
       or arrays with a leading axis, from which rows are drawn with replacement.
-    - `batch_size`: states a batch, at least 1.
+    - `batch_size`: the number of states per batch, at least 1.
     - `args`: conditions, such as the parameters of a physical system: a function
-      `(key, batch_size) -> args`, which draws them independently of the states; or
-      arrays, one row for each row of states, if those are arrays; or `None`.
+      `(key, batch_size) -> args`, which draws them independently of the states; or, if
+      the states are arrays, arrays with one row for each row of states; or `None`.
 
     **Raises:** `ValueError` for a batch size below 1, arrays without rows, rows that are
-    not finite (see [`flowdiffrax.data.finite_rows`][]), or conditions that do not go with
-    the states; `TypeError` for functions of other arguments, or a memory map.
+    not finite (see [`flowdiffrax.data.finite_rows`][]), or conditions that do not match
+    the states; `TypeError` for functions that do not take the arguments above, or a
+    memory map.
     """
 
     draw: State | Callable[[Key[Array, ""], int], State] = eqx.field(converter=_as_jax)
@@ -295,8 +301,8 @@ class StateBatches(eqx.Module):
             _check_finite((self.draw, rows), "States and conditions")
         elif rows is not None:
             raise ValueError(
-                "`args` as arrays needs states given as arrays, row for row. Beside a "
-                "function that draws states, give one that draws `args`."
+                "`args` as arrays needs states given as arrays, row for row. With a "
+                "function that draws states, give a function that draws `args`."
             )
 
     def __call__(self, key: Key[Array, ""]) -> Batch:
@@ -324,7 +330,7 @@ def _num_rows(tree) -> int:
 
 
 def _check_finite(tree: PyTree, name: str) -> None:
-    """**Raises:** `ValueError` for rows that are known, and not finite."""
+    """**Raises:** `ValueError` for concrete rows that are not finite."""
     bad = rows_not_finite(tree)
     if bad.any():
         raise ValueError(
@@ -338,7 +344,7 @@ def _draw_rows(key, tree, batch_size, draw=True):
     if not draw:
         if _num_rows(tree) != batch_size:
             raise ValueError(
-                f"Without `draw`, the batch is all {_num_rows(tree)} rows; got "
+                f"With `draw=False`, the batch is all {_num_rows(tree)} rows; got "
                 f"`batch_size` {batch_size}."
             )
         return tree

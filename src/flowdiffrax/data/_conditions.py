@@ -16,27 +16,27 @@ from ._batches import Batch, _as_jax
 
 
 class ConditionDropout(eqx.Module):
-    """Batches in which some conditions are replaced by the one that stands for none.
+    """Batches in which some conditions are replaced by the null condition.
 
-    A network trained on them knows the velocity with the condition and without, as
-    guidance needs.
+    A network that is trained on them learns both the conditional and the unconditional
+    velocity, as guidance requires.
 
     **Arguments:**
 
     - `batches`: a callable `key -> (paths, conditions)`, such as
       [`flowdiffrax.data.InterpolantBatches`][] with `args`.
-    - `null`: the condition that stands for none, like that of one example. Of labels,
-      mostly the number of classes.
-    - `rate`: the probability with which an example loses its condition, in [0, 1],
-      independent of all others.
+    - `null`: the null condition, with the structure and shape of the condition of one
+      example. For labels, this is usually the number of classes.
+    - `rate`: the probability that an example loses its condition, in [0, 1],
+      independently of the others.
     - `scale`: a callable `(key, batch_size) -> scales` of shape `(batch_size,)`, such as
       [`flowdiffrax.data.PowerLawScale`][], for a network that takes the guidance scale as
-      an input. The conditions then come as [`flowdiffrax.velocities.GuidanceArgs`][],
-      with scale 1 where there is nothing to guide, for want of a condition.
+      an input. The conditions are then [`flowdiffrax.velocities.GuidanceArgs`][], whose
+      scale is 1 for examples without a condition.
 
-    **Raises:** `ValueError` for a rate outside [0, 1], `TypeError` if `batches` or
-    `scale` cannot be called. When it is called, `ValueError` or `TypeError` for a `null`
-    unlike the conditions, and `ValueError` for scales of another shape.
+    **Raises:** `ValueError` for a rate outside [0, 1]; `TypeError` if `batches` or
+    `scale` is not callable. When called, `ValueError` or `TypeError` if `null` does not
+    match the conditions, and `ValueError` for scales of another shape.
 
     ??? cite "Reference"
 
@@ -73,7 +73,7 @@ class ConditionDropout(eqx.Module):
         scales = self.scale(scale_key, batch_size)
         if jnp.shape(scales) != (batch_size,):
             raise ValueError(
-                f"`scale` must return one scale an example, {(batch_size,)}; got shape "
+                f"`scale` must return one scale per example, {(batch_size,)}; got shape "
                 f"{jnp.shape(scales)}."
             )
         return paths, GuidanceArgs(conditions, jnp.where(dropped, 1, scales))
@@ -85,10 +85,11 @@ class PowerLawScale(eqx.Module):
     **Arguments:**
 
     - `low`, `high`: the interval, $0 < \text{low} \le \text{high}$.
-    - `power`: the exponent: 1 is uniform in the logarithm, 0 uniform.
+    - `power`: the exponent. With 1, the logarithm of the scale is uniform; with 0, the
+      scale itself is uniform.
     - `dtype`: the dtype of the scales; `None` for JAX's default.
 
-    **Raises:** `ValueError` for another interval.
+    **Raises:** `ValueError` for any other interval.
 
     ??? cite "Reference"
 
@@ -114,8 +115,8 @@ class PowerLawScale(eqx.Module):
         check_batch_size(batch_size)
         dtype = jnp.result_type(float) if self.dtype is None else self.dtype
         u = jr.uniform(key, (batch_size,), dtype)
-        # The logarithm y of a / low has density exp(q y) on [0, length], and this is the
-        # inverse of its distribution function, without cancellation for a small q.
+        # y = log(a / low) has a density proportional to exp(q y) on [0, length]. Invert
+        # its distribution function, without cancellation for small q.
         length = jnp.log(jnp.asarray(self.high / self.low, dtype))
         q = 1 - self.power
         y = u * length if q == 0 else jnp.log1p(u * jnp.expm1(q * length)) / q

@@ -14,7 +14,7 @@ from .._io import import_extra
 from .._tree import num_rows, rows_not_finite
 from ..times._base import check_batch_size
 
-# Batches on their way to the device besides those of the step.
+# The number of batches in transfer to the device, in addition to those of the step.
 _AHEAD = 2
 
 
@@ -37,41 +37,43 @@ def stream(
     num_threads: int = 4,
     prefetch: int = 8,
 ) -> Iterator[PyTree[np.ndarray]]:
-    """Batches from the host without end, for sets that the device has no room for.
+    """Streams batches from the host without end, for data that do not fit on the device.
 
-    Each epoch is a new order of all rows, and a batch may span two. Batch `k` is a
-    function of `seed` and `k` alone: a run that is resumed at its step sees the same
-    batches, on any number of processes.
+    Each epoch visits all rows in a new random order, and a batch may span two epochs.
+    Batch `k` depends only on `seed` and `k`, so a run that resumes at its step sees the
+    same batches, on any number of processes.
 
-    Needs grain: `pip install "flowdiffrax[train]"`. The iterator is one of grain's, whose
-    threads read ahead; its `get_state` and `set_state` count from `start`.
+    Needs grain: `pip install "flowdiffrax[train]"`. The returned iterator belongs to
+    grain, whose threads read ahead. Its `get_state` and `set_state` count from `start`.
 
     **Arguments:**
 
-    - `source`: the set, one of these:
+    - `source`: the data set, one of these:
 
         - an array or a PyTree of arrays with a common leading axis, such as the states
           and parameters of trajectories. They may be memory maps (`numpy.memmap`), of
           which only the rows of a batch are read;
-        - an object with such a PyTree as its `arrays`, for example
+        - an object with such a PyTree as its attribute `arrays`, for example
           [`flowdiffrax.images.Images`][]: images, and labels or `None`;
-        - for any other file, a function of an array of row numbers that returns these
-          rows, an array or a PyTree of arrays. It is called in several threads.
-    - `batch_size`: rows a batch, over all processes.
-    - `size`: the number of rows; for a function, which does not tell.
-    - `seed`: of the orders, not negative.
-    - `start`: the number of the first batch: the step at which a run is resumed.
-    - `process_index`, `process_count`: which process this is, of how many; `None` for
-      JAX's. Each gets consecutive rows of the batch, which it must divide.
+        - for any other file, a function that takes an array of row numbers and returns
+          these rows, as an array or a PyTree of arrays. It is called from several
+          threads.
+    - `batch_size`: the number of rows per batch, over all processes.
+    - `size`: the number of rows, needed only if `source` is a function.
+    - `seed`: the seed of the row orders, not negative.
+    - `start`: the number of the first batch: the step at which a run resumes.
+    - `process_index`, `process_count`: the index of this process, and the number of
+      processes; `None` for JAX's. Each process gets consecutive rows of the batch. The
+      number of processes must divide the batch size.
     - `num_threads`, `prefetch`: how many threads read, and how many batches ahead.
 
-    **Returns:** an iterator over batches of the same structure as the arrays. To train on
-    a batch of images and labels, make it [`flowdiffrax.images.DeviceImages`][].
+    **Returns:** an iterator over batches with the structure of the arrays. To train on
+    a batch of images and labels, convert it to [`flowdiffrax.images.DeviceImages`][].
 
-    **Raises:** `ImportError` without grain; `ValueError` for a batch size that the
-    processes do not divide, settings that are too small, arrays without a common leading
-    axis, or a function without `size`; `TypeError` for other sets; and when a batch is
-    drawn, `ValueError` for rows that are not finite.
+    **Raises:** `ImportError` if grain is not installed; `ValueError` for a batch size
+    that the number of processes does not divide, settings that are too small, arrays
+    without a common leading axis, or a function without `size`; `TypeError` for any other
+    source. When a batch is drawn, `ValueError` for rows that are not finite.
     """
     read, size = _reader(source, size)
     check_batch_size(batch_size)
@@ -80,7 +82,7 @@ def stream(
     if batch_size % count != 0 or not 0 <= index < count:
         raise ValueError(
             f"A batch of {batch_size} does not divide among {count} processes, or "
-            f"{index} is none of them."
+            f"{index} is not the index of a process."
         )
     if min(seed, start) < 0 or min(num_threads, prefetch) < 1:
         raise ValueError(
@@ -96,7 +98,7 @@ def stream(
 
 
 def _reader(source: Any, size: int | None) -> tuple[_Read, int]:
-    """A function of row numbers, and how many rows there are."""
+    """Returns a function of row numbers, and the number of rows."""
     source = getattr(source, "arrays", source)
     if callable(source):
         check_callable(source, "source", "source(rows)")
@@ -110,11 +112,11 @@ def _reader(source: Any, size: int | None) -> tuple[_Read, int]:
     if not leaves or not all(isinstance(leaf, Array | np.ndarray) for leaf in leaves):
         kinds = sorted({type(leaf).__name__ for leaf in leaves})
         raise TypeError(
-            f"A stream is of arrays or memory maps; got {kinds}. "
+            f"`source` must consist of arrays or memory maps; got {kinds}. "
             "For other files, give a function of row numbers that reads them, and `size`."
         )
     size = num_rows(source, "What is streamed")
-    # Of a device array, the rows would come from the device one by one.
+    # Copy a device array: otherwise its rows would be fetched from the device in turn.
     as_numpy = lambda leaf: leaf if isinstance(leaf, np.ndarray) else np.asarray(leaf)
     arrays = jtu.tree_map(as_numpy, source)
     take = lambda rows: jtu.tree_map(lambda leaf: np.asarray(leaf[rows]), arrays)
@@ -131,16 +133,17 @@ def _checked(batch: PyTree, rows: np.ndarray) -> PyTree[np.ndarray]:
     bad = rows_not_finite(batch)
     if bad.any():
         raise ValueError(
-            f"What is streamed must be finite; {bad.sum()} of a batch of {rows.size} "
-            f"rows are not, the first of them row {rows[bad.argmax()]}. Leave them out."
+            f"Streamed rows must be finite; {bad.sum()} of a batch of {rows.size} "
+            f"rows are not, starting with row {rows[bad.argmax()]}. Remove them from the "
+            "data."
         )
     return batch
 
 
 class _Batches:
-    """All batches as a sequence that grain reads from, in any order and many threads.
+    """The sequence of all batches, which grain reads in any order, from many threads.
 
-    Grain could shuffle and collect single rows itself, at ten times the cost.
+    Grain could shuffle and collate single rows itself, but at ten times the cost.
     """
 
     def __init__(
@@ -157,7 +160,7 @@ class _Batches:
         self._batch_size = batch_size
         self._start = start
         self._rows = rows
-        # A batch may span two epochs, and the threads several more of a small set.
+        # A batch may span two epochs. If the set is small, the threads span several more.
         order = functools.partial(_order, seed, size)
         self._order = functools.lru_cache(maxsize=4)(order)
 
@@ -176,8 +179,8 @@ class _Batches:
 
 
 def _order(seed: int, num_rows: int, epoch: int) -> np.ndarray:
-    # NumPy keeps the bits of its generators from version to version, but not what
-    # `permutation` makes of them.
+    # NumPy guarantees the raw bits of its generators across versions, but not the result
+    # of `permutation`.
     bits = np.random.PCG64([seed, epoch]).random_raw(num_rows)
     return np.argsort(bits, kind="stable")
 
@@ -185,8 +188,8 @@ def _order(seed: int, num_rows: int, epoch: int) -> np.ndarray:
 class StreamBatches:
     """Batches of a stream, one for each step of [`flowdiffrax.train.fit`][].
 
-    While a step runs, grain's threads read the next batches, and the next two are on
-    their way to the device.
+    While a step runs, grain's threads read the next batches, and the next two are being
+    transferred to the device.
 
     ```python
     def make(batch):
@@ -208,17 +211,18 @@ class StreamBatches:
 
     **Arguments:**
 
-    - `source`: the set, as for [`flowdiffrax.data.stream`][].
-    - `batch_size`: rows a batch, over all processes.
-    - `make`: called with a batch of the stream, on the device. Returns the function of
-      a key that draws paths and conditions. It must build the same functions each time:
-      a lambda made inside would be compiled anew for each step.
+    - `source`: the data set, as for [`flowdiffrax.data.stream`][].
+    - `batch_size`: the number of rows per batch, over all processes.
+    - `make`: a function that takes a batch of the stream, on the device, and returns the
+      function of a key that draws paths and conditions. Functions inside its result must
+      be the same objects each time: a lambda created inside `make` would be recompiled
+      at each step.
     - `size`: as for [`flowdiffrax.data.stream`][].
-    - `seed`: of the orders, not negative.
+    - `seed`: the seed of the row orders, not negative.
     - `num_threads`, `prefetch`: as for [`flowdiffrax.data.stream`][].
 
-    **Raises:** `TypeError` if `make` cannot be called; and as
-    [`flowdiffrax.data.stream`][], some of it when training begins.
+    **Raises:** `TypeError` if `make` is not callable; otherwise as
+    [`flowdiffrax.data.stream`][], partly when training begins.
     """
 
     def __init__(
@@ -249,13 +253,14 @@ class StreamBatches:
     def each_step(
         self, step: int, accumulate: int = 1, place: Callable[[Any], Any] = jax.device_put
     ) -> Iterator[Callable | tuple[Callable, ...]]:
-        """What each step draws from, without end.
+        """Yields the function that each step draws from, without end.
 
         **Arguments:**
 
         - `step`: the first step.
-        - `accumulate`: batches a step; above 1, a tuple of as many.
-        - `place`: puts the arrays of a batch on the devices.
+        - `accumulate`: the number of batches per step. If it is above 1, each step gets
+          a tuple of this many functions.
+        - `place`: a function that moves the arrays of a batch to the devices.
         """
 
         batches = self._stream(start=step * accumulate)

@@ -7,11 +7,14 @@ from jaxtyping import Array, Float, Key
 def checkerboard_boxes(
     squares: int = 4,
 ) -> tuple[Float[np.ndarray, "boxes 2"], Float[np.ndarray, "boxes 2"]]:
-    """The lower and upper corners of the filled squares of a board on [-1, 1]^2.
+    """Returns the lower and upper corners of the filled squares of a checkerboard.
+
+    The board covers [-1, 1]^2.
 
     **Arguments:**
 
-    - `squares`: squares a side. Square `(i, j)` is filled if `i + j` is even.
+    - `squares`: the number of squares per side. Square `(i, j)` is filled if `i + j` is
+      even.
     """
     side = 2 / squares
     filled = [(i, j) for i in range(squares) for j in range(squares) if (i + j) % 2 == 0]
@@ -22,12 +25,12 @@ def checkerboard_boxes(
 def checkerboard(
     key: Key[Array, ""], num_points: int, squares: int = 4
 ) -> Float[Array, "num_points 2"]:
-    """Points uniform on the filled squares of the board.
+    """Draws points uniformly from the filled squares of the checkerboard.
 
     **Arguments:**
 
     - `key`: a random key.
-    - `num_points`: how many.
+    - `num_points`: the number of points.
     - `squares`: as for [`flowdiffrax.data.checkerboard_boxes`][].
     """
     box_key, point_key = jr.split(key)
@@ -39,7 +42,7 @@ def checkerboard(
 
 
 def checkerboard_density(x: Float[np.ndarray, "*batch 2"], squares: int = 4):
-    """The density of the board at points `x`: 1/2 on filled squares, 0 elsewhere.
+    """The density of the checkerboard at points `x`: 1/2 on filled squares, 0 elsewhere.
 
     **Arguments:**
 

@@ -1,4 +1,4 @@
-"""Distances between samples and what they should be."""
+"""Measures of the quality of samples and flow maps."""
 
 from ._defect import Defects as Defects
 from ._defect import defects as defects

@@ -22,10 +22,12 @@ class Defects(NamedTuple):
 
     **Attributes:**
 
-    - `lagrangian`, `eulerian`: against the teacher, in units of a velocity.
-    - `semigroup`: of two jumps against one, through the middle, in units of a state.
-    - `tangent`: of the diagonal against the teacher, at the end times.
-    - `inverse`: of a round trip. Large for maps trained in one direction of time.
+    - `lagrangian`, `eulerian`: the residuals against the teacher, in units of velocity.
+    - `semigroup`: the difference between two jumps through the midpoint and one jump, in
+      units of the state.
+    - `tangent`: the difference between the diagonal and the teacher, at the end times.
+    - `inverse`: the error of a round trip. It is large for maps that were trained in one
+      direction of time only.
     """
 
     lagrangian: float
@@ -44,20 +46,21 @@ def defects(
     x_t: State,
     args: Args = None,
 ) -> Defects:
-    r"""How far a map is from satisfying each identity, on a batch of jumps.
+    r"""Measures how far a map is from satisfying each identity, on a batch of jumps.
 
     **Arguments:**
 
     - `flow_map`: the map.
     - `teacher`: the velocity that it should follow, `(t, x, args) -> dx/dt`.
     - `s`, `t`: start and end times.
-    - `x_s`, `x_t`: states of the flow at these times, every leaf with the batch axis;
-      the second ones are for the tangent condition.
+    - `x_s`, `x_t`: states of the flow at these times, every leaf with the batch axis.
+      `x_t` is used for the tangent condition.
     - `args`: conditions with the batch axis, or `None`.
 
-    **Returns:** the rms of each residual, summed over a state's entries.
+    **Returns:** the root mean square of each residual over the batch. Squares are summed
+    over the entries of a state.
 
-    **Raises:** `ValueError` for a batch that is empty, or of unequal leading axes.
+    **Raises:** `ValueError` if the batch is empty or its leading axes differ.
     """
 
     num_rows((s, t, x_s, x_t, args), "Times, states and conditions")

@@ -7,13 +7,13 @@ from jaxtyping import ArrayLike
 
 
 class HistogramKL(NamedTuple):
-    r"""What [`flowdiffrax.metrics.histogram_kl`][] measures.
+    r"""The result of [`flowdiffrax.metrics.histogram_kl`][].
 
     **Attributes:**
 
     - `kl`: the divergence $\mathrm{KL}(\rho \| \hat\rho)$ in nats.
-    - `empty_bins`: bins where the density is positive and no sample fell.
-    - `outside`: the share of samples outside the box.
+    - `empty_bins`: the number of bins without samples in which the density is positive.
+    - `outside`: the fraction of samples outside the box.
     """
 
     kl: float
@@ -29,25 +29,26 @@ def histogram_kl(
     low: float = -1.0,
     high: float = 1.0,
 ) -> HistogramKL:
-    r"""The divergence of a histogram of two-dimensional samples from a known density.
+    r"""The KL divergence of a histogram of 2D samples from a known density.
 
-    $\sum_{ij} \rho(x_{ij}) \log(\rho(x_{ij}) / \hat\rho_{ij})\,dx\,dy$ over the bins of a
-    square, with $x_{ij}$ the bins' centres and $\hat\rho$ the histogram of the samples
-    inside. It is finite: an empty bin counts as half a sample, and is reported.
+    It is $\sum_{ij} \rho(x_{ij}) \log(\rho(x_{ij}) / \hat\rho_{ij})\,dx\,dy$ over the
+    bins of a square, where $x_{ij}$ are the centres of the bins and $\hat\rho$ is the
+    histogram of the samples inside the square. To keep the sum finite, an empty bin
+    counts as half a sample. Empty bins are reported.
 
-    The estimate is not zero for perfect samples. On the 4x4 checkerboard with 64,000
-    samples they score 0.066 with 50 bins, which do not align with the squares, and 0.009
-    with 48, which do.
+    The estimate is not zero for perfect samples. On the 4x4 checkerboard, 64,000 perfect
+    samples score 0.066 with 50 bins, which do not align with the squares, and 0.009 with
+    48, which do.
 
     **Arguments:**
 
-    - `samples`: of shape `(samples, 2)`.
-    - `density`: the density at points of shape `(..., 2)`.
-    - `bins`: bins a side, at least 1.
+    - `samples`: the samples, of shape `(samples, 2)`.
+    - `density`: a function that returns the density at points of shape `(..., 2)`.
+    - `bins`: the number of bins per side, at least 1.
     - `low`, `high`: the box is `[low, high]` in both coordinates.
 
-    **Raises:** `ValueError` for samples of another shape or that are not finite, for no
-    bins or an empty box, or if no sample falls inside it.
+    **Raises:** `ValueError` if samples have another shape or are not finite, there are no
+    bins, the box is empty, or no sample lies inside it.
 
     ??? cite "Reference"
 
@@ -82,7 +83,7 @@ def histogram_kl(
 
 
 def rms_distance(x: ArrayLike, y: ArrayLike) -> float:
-    """The root of the mean squared Euclidean distance between paired points.
+    """The root mean square Euclidean distance between paired points.
 
     **Arguments:**
 

@@ -1,22 +1,22 @@
-"""Distances between sets of points that need no Gaussian."""
+"""Distances between sets of points that do not assume Gaussians."""
 
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float
 
-# Rows at once in products of matrices.
+# The number of rows per block in matrix products.
 _ROWS = 2048
 
 
 class KernelDistance(NamedTuple):
-    """What [`flowdiffrax.metrics.kernel_distance`][] measures.
+    """The result of [`flowdiffrax.metrics.kernel_distance`][].
 
     **Attributes:**
 
     - `mean`: the mean over the subsets, an unbiased estimate.
-    - `std`: the deviation between the subsets, for the size that they have: not the
-      error of the mean, which is smaller.
+    - `std`: the standard deviation over subsets of the given size. The standard error of
+      the mean is smaller.
     """
 
     mean: float
@@ -33,19 +33,19 @@ def kernel_distance(
 ) -> KernelDistance:
     r"""The kernel distance (KID) of two sets of feature vectors.
 
-    The squared maximum mean discrepancy by the kernel $(x \cdot y / d + 1)^3$, without
-    the diagonals and so without bias: for two sets of one distribution it is zero in the
-    mean, and often negative.
+    This is the squared maximum mean discrepancy with the kernel $(x \cdot y / d + 1)^3$.
+    The estimate omits the diagonals, so it is unbiased: for two sets from the same
+    distribution its expectation is zero, and it is often negative.
 
     **Arguments:**
 
-    - `x`, `y`: the vectors.
-    - `num_subsets`: pairs of random subsets, at least 1.
-    - `subset_size`: vectors each, at least 2; `None` for 1000, or half of the smaller
-      set, if that is less.
-    - `seed`: for the subsets.
+    - `x`, `y`: the two sets of vectors.
+    - `num_subsets`: the number of pairs of random subsets, at least 1.
+    - `subset_size`: the number of vectors in each subset, at least 2; `None` for 1000, or
+      half of the smaller set if that is less.
+    - `seed`: the seed for drawing subsets.
 
-    **Raises:** `ValueError` for sets of other shapes, too small ones, or vectors that
+    **Raises:** `ValueError` if the shapes do not match, a set is too small, or vectors
     are not finite.
 
     ??? cite "Reference"
@@ -55,7 +55,7 @@ def kernel_distance(
     x, y = np.asarray(x), np.asarray(y)
     if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1]:
         raise ValueError(
-            f"Expected two sets of vectors of one length; got {x.shape}, {y.shape}."
+            f"Expected two sets of vectors of the same length; got {x.shape}, {y.shape}."
         )
     if not (np.isfinite(x).all() and np.isfinite(y).all()):
         raise ValueError("Vectors of features must be finite.")
@@ -63,8 +63,8 @@ def kernel_distance(
     size = min(1000, max(2, smaller // 2)) if subset_size is None else subset_size
     if not 2 <= size <= smaller or num_subsets < 1:
         raise ValueError(
-            "There must be at least one subset, of 2 vectors or more, and no more than "
-            f"the {smaller} of the smaller set; got {num_subsets} subsets of {size}."
+            "There must be at least one subset, and its size must be from 2 to the "
+            f"{smaller} of the smaller set; got {num_subsets} subsets of {size}."
         )
     rng = np.random.default_rng(seed)
     values = []
@@ -92,37 +92,38 @@ def sliced_wasserstein(
     num_projections: int = 256,
     seed: int = 0,
 ) -> float:
-    r"""The sliced 2-Wasserstein distance of two sets of points.
+    r"""The sliced 2-Wasserstein distance between two sets of points.
 
-    $(\mathbb{E}_\theta W_2^2(\theta \cdot x, \theta \cdot y))^{1/2}$ over directions
-    $\theta$ of length 1, in which $W_2$ is known in closed form: the root mean square
-    difference of the two quantile functions. A shift by $c$ in $d$ dimensions gives about
-    $|c| / \sqrt{d}$.
+    It is $(\mathbb{E}_\theta W_2^2(\theta \cdot x, \theta \cdot y))^{1/2}$ over
+    directions $\theta$ of length 1. Along one direction $W_2$ has a closed form: the root
+    mean square difference of the two quantile functions. A shift by $c$ in $d$ dimensions
+    gives about $|c| / \sqrt{d}$.
 
-    For states of few dimensions. In pixels of images it sees colours and coarse shapes,
-    and little else.
+    Use it for states of few dimensions. For the pixels of images, it detects colours and
+    coarse shapes, but little else.
 
     **Arguments:**
 
     - `x`, `y`: the points, of shapes `(n, ...)` and `(m, ...)`.
-    - `num_projections`: directions, at least 1.
-    - `seed`: for the directions.
+    - `num_projections`: the number of directions, at least 1.
+    - `seed`: the seed for drawing directions.
 
-    **Raises:** `ValueError` for points of different shapes, that are not finite, or none.
+    **Raises:** `ValueError` if the shapes of the points differ, a set is empty, or points
+    are not finite.
     """
     x, y = (np.asarray(points) for points in (x, y))
     if x.ndim < 1 or x.shape[1:] != y.shape[1:] or x.size == 0 or y.size == 0:
         raise ValueError(
-            f"Expected two sets of points of one shape; got {x.shape}, {y.shape}."
+            f"Expected two sets of points of the same shape; got {x.shape}, {y.shape}."
         )
     if num_projections < 1:
-        raise ValueError(f"There must be one projection at least; got {num_projections}.")
+        raise ValueError(f"There must be at least one projection; got {num_projections}.")
     x, y = (points.reshape(len(points), -1) for points in (x, y))
     rng = np.random.default_rng(seed)
     directions = rng.standard_normal((x.shape[1], num_projections))
     directions /= np.linalg.norm(directions, axis=0)
     first, second = (_sorted_along(points, directions) for points in (x, y))
-    # Both quantile functions are steps. Between two of n + m places they are constant.
+    # Both quantile functions are step functions, with at most n + m steps in all.
     n, m = len(first), len(second)
     ends = np.union1d(np.arange(1, n + 1) * m, np.arange(1, m + 1) * n)
     widths = np.diff(ends, prepend=0)

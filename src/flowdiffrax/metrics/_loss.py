@@ -20,14 +20,14 @@ from ..objectives._mixture import Mixture
 
 
 class BinnedLoss(NamedTuple):
-    """What [`flowdiffrax.metrics.loss_by_times`][] measures.
+    """The result of [`flowdiffrax.metrics.loss_by_times`][].
 
     **Attributes:**
 
-    - `means`: the mean loss of each bin, NaN where it is empty. The first axis is the
+    - `means`: the mean loss of each bin, NaN for an empty bin. The first axis is the
       start time `s`, the second the end time `t`.
-    - `counts`: how many examples fell into each bin.
-    - `edges`: the ends of the bins, the same for both times.
+    - `counts`: the number of examples in each bin.
+    - `edges`: the edges of the bins, the same for both times.
     """
 
     means: Float[np.ndarray, "bins bins"]
@@ -46,25 +46,25 @@ def loss_by_times(
     num_bins: int = 8,
     time_range: tuple[float, float] | None = None,
 ) -> BinnedLoss:
-    """Which jumps an objective finds hard: its mean loss by start and end time.
+    """The mean loss of an objective by start and end time.
 
-    The times are those that [`flowdiffrax.objectives.batch_loss`][] draws with the same
-    key, and its loss is the mean of the bins, weighted by their counts. Of a mixture,
-    every example has the weight in it that its objective has in the mixture's loss; to
-    see one objective alone, pass that one.
+    It shows which jumps are hard to learn. The times are those that
+    [`flowdiffrax.objectives.batch_loss`][] draws with the same key, and its loss is the
+    mean of the bins, weighted by their counts. For a mixture, each example is weighted as
+    in the mixture's loss. To measure a single objective of it, pass that one alone.
 
     **Arguments:**
 
     - `objective`, `flow_map`, `teacher`, `paths`, `args`, `key`: as for
       [`flowdiffrax.objectives.batch_loss`][].
-    - `num_bins`: bins a side, at least 1.
-    - `time_range`: the interval that is divided, for both times; `None` for the map's
-      `time_range`, which is [0, 1] if it declares none.
+    - `num_bins`: the number of bins per axis, at least 1.
+    - `time_range`: the interval to divide into bins, for both times; `None` for the map's
+      `time_range`, or [0, 1] if it has none.
 
-    **Returns:** means, counts and edges of the bins.
+    **Returns:** the means, counts and edges of the bins.
 
-    **Raises:** `ValueError` for no bins, an empty interval, or times outside it; and what
-    [`flowdiffrax.objectives.batch_loss`][] raises.
+    **Raises:** `ValueError` if there are no bins, the interval is empty, or times lie
+    outside it; otherwise as [`flowdiffrax.objectives.batch_loss`][].
     """
     check_bins(num_bins, time_range)
     losses = _losses(objective, flow_map, teacher, paths, args, key)
@@ -87,7 +87,7 @@ def weighted_losses(
     args: Args,
     key: Key[Array, ""],
 ) -> ExampleLosses:
-    """The losses of all examples, whose mean is that of `batch_loss`."""
+    """The losses of all examples, weighted so that their mean is `batch_loss`."""
     mixture = as_mixture(objective)
     examples = example_losses(mixture, flow_map, teacher, paths, args, key=key)
     batch_size = sum(len(rows.loss) for rows in examples)
@@ -110,16 +110,16 @@ def bin_losses(
     num_bins: int,
     time_range: tuple[float, float] | None,
 ) -> BinnedLoss:
-    """The losses by their times; arguments and errors as for `loss_by_times`."""
+    """Bins losses by their times. Arguments and errors are as for `loss_by_times`."""
     low, high = time_range or flow_map.time_range or (0.0, 1.0)
     s, t, loss = (np.asarray(leaf, float) for leaf in losses)
     first, last = min(s.min(), t.min()), max(s.max(), t.max())
-    # Float32 rounds the ends of an interval too, but not by this much.
+    # Allow for the rounding of the interval's ends in float32.
     slack = 1e-6 * max(high - low, abs(low), abs(high))
     if first < low - slack or last > high + slack:
         raise ValueError(
             f"The objective drew times from {first:.4g} to {last:.4g}, outside of "
-            f"[{low}, {high}]. Give the interval as `time_range=(low, high)`."
+            f"[{low}, {high}]. Pass the interval as `time_range=(low, high)`."
         )
     s, t = np.clip(s, low, high), np.clip(t, low, high)
     edges = np.linspace(low, high, num_bins + 1)

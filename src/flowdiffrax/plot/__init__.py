@@ -1,6 +1,7 @@
-"""Pictures of densities, trajectories, and work against precision.
+"""Plots of densities, trajectories, and work-precision curves.
 
-Matplotlib comes with the `plot` extra; the functions draw into axes of the caller's.
+Matplotlib is installed with the `plot` extra. The functions draw into axes that are
+passed to them.
 """
 
 from ._panels import density as density

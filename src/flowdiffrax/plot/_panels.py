@@ -1,4 +1,4 @@
-"""Panels of figures. Each function draws into the axes that it is given."""
+"""Panels of figures. Each function draws into the axes that are passed to it."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,19 +16,19 @@ def density(
     bins: int = 100,
     peak: float | None = None,
 ):
-    """A two-dimensional histogram of samples, bright where they are dense.
+    """Draws a two-dimensional histogram of samples. Dense regions are bright.
 
     **Arguments:**
 
     - `axes`: Matplotlib axes.
-    - `samples`: of shape `(samples, 2)`.
+    - `samples`: the samples, of shape `(samples, 2)`.
     - `low`, `high`: the box drawn is `[low, high]` in both coordinates.
-    - `bins`: bins a side.
-    - `peak`: the density that has the brightest colour; `None` for that of the fullest
-      bin. Panels that are to be compared need the same `peak`.
+    - `bins`: the number of bins per side.
+    - `peak`: the density with the brightest colour; `None` for the density of the fullest
+      bin. Use the same `peak` in panels that you want to compare.
     """
     samples = np.asarray(samples)
-    # Every sample counts, those outside of the box too.
+    # Normalise by all samples, including those outside the box.
     share = bins**2 / (len(samples) * (high - low) ** 2)
     axes.hist2d(
         samples[:, 0],
@@ -44,13 +44,13 @@ def density(
 
 
 def trajectories(axes: Any, paths: ArrayLike, **style: Any):
-    """Two-dimensional trajectories as lines, from a dot at the start.
+    """Draws two-dimensional trajectories as lines, with a dot at each start.
 
     **Arguments:**
 
     - `axes`: Matplotlib axes.
-    - `paths`: of shape `(paths, times, 2)`.
-    - `style`: passed on to the lines.
+    - `paths`: the trajectories, of shape `(paths, times, 2)`.
+    - `style`: keyword arguments for the lines.
     """
     paths = np.asarray(paths)
     axes.plot(paths[..., 0].T, paths[..., 1].T, **style)
@@ -66,14 +66,14 @@ def work_precision(
     ylabel: str,
     floor: float | None = None,
 ):
-    """Error against work, both logarithmic, one line a method.
+    """Plots error against work on logarithmic axes, with one line per method.
 
     **Arguments:**
 
     - `axes`: Matplotlib axes.
-    - `curves`: for each method its points `(work, error)`.
-    - `xlabel`, `ylabel`: what work and error are.
-    - `floor`: the error of a perfect method, drawn as a dashed line, if there is one.
+    - `curves`: for each method, its points `(work, error)`.
+    - `xlabel`, `ylabel`: the axis labels of work and error.
+    - `floor`: the error of a perfect method, drawn as a dashed line; `None` for no line.
     """
     for name, points in curves.items():
         work, error = zip(*sorted(points), strict=True)
@@ -81,7 +81,7 @@ def work_precision(
     if floor is not None:
         axes.axhline(floor, color="0.6", linestyle="--", label="perfect sampler")
     axes.set(xscale="log", yscale="log", xlabel=xlabel, ylabel=ylabel)
-    # Where work spans a decade or two, the numbers between its powers would overlap.
+    # If work spans only a decade or two, the minor tick labels would overlap.
     axes.tick_params(axis="x", which="minor", labelbottom=False)
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
