@@ -1,4 +1,4 @@
-"""What an image network is conditioned on: two times, a class, a guidance scale."""
+"""The conditioning of image networks: two times, a class label and a guidance scale."""
 
 import math
 from typing import Any
@@ -16,14 +16,17 @@ from ._magnitude import ForcedLinear, ForcedWeight
 
 
 class Condition(eqx.Module):
-    """One vector for both times and `args`: a sum, in the precision of the times.
+    """Embeds both times and `args` in one vector, in the precision of the times.
+
+    The vector is the sum of the embeddings of the inputs.
 
     **Arguments:**
 
-    - `size`, `num_features`, `two_times`, `max_frequency`: of the embedding of times.
+    - `size`, `num_features`, `two_times`, `max_frequency`: the settings of the time
+      embedding.
     - `num_classes`: the number of classes; 0 for none.
-    - `guidance`: whether a guidance scale is an input.
-    - `preserving`: whether all preserve magnitudes.
+    - `guidance`: whether the guidance scale is an input.
+    - `preserving`: whether all layers preserve magnitudes.
     """
 
     times: TwoTimeEmbedding | MagnitudePreservingEmbedding
@@ -69,9 +72,8 @@ class Condition(eqx.Module):
         if isinstance(args, GuidanceArgs):
             if self.guidance is None:
                 raise TypeError(
-                    "This network was made without a guidance scale as an input, and got "
-                    "`GuidanceArgs`. Make it with `guidance=True`, or pass the condition "
-                    "alone."
+                    "This network does not take a guidance scale; got `GuidanceArgs`. "
+                    "Make it with `guidance=True`, or pass the condition alone."
                 )
             args, scale = args
         label = self._label(args)
@@ -83,7 +85,7 @@ class Condition(eqx.Module):
             parts.append(_row(self.classes.astype(dtype), label))
         if self.guidance is not None:
             scale = _scalar(1.0 if scale is None else scale, dtype)
-            # Scales span decades, and may be zero.
+            # Scales span several orders of magnitude, and may be zero.
             features = waves(jnp.log1p(scale), self.times.num_features)
             parts.append(self.guidance(features))
         total = sum(parts[1:], parts[0])
@@ -96,8 +98,8 @@ class Condition(eqx.Module):
             return jnp.asarray(self.num_classes)
         if self.num_classes == 0:
             raise ValueError(
-                "This network was made without classes, and got `args`. Make it with "
-                f"`num_classes`, or pass `None`; got {_kind(args)}."
+                "This network was made without classes, so `args` must be `None`; got "
+                f"{_kind(args)}. Make it with `num_classes`, or pass `None`."
             )
         is_label = eqx.is_array_like(args) and jnp.issubdtype(
             jnp.result_type(args), jnp.integer
@@ -106,7 +108,7 @@ class Condition(eqx.Module):
             raise TypeError(
                 f"`args` must be a label, an integer from 0 to {self.num_classes} (which "
                 f"stands for no class), or `None`; got {_kind(args)}. Convert labels "
-                "with `.astype(int)`. Of a dictionary, pick the label: "
+                "with `.astype(int)`. From a dictionary, pick the label: "
                 "`FlowMap(lambda s, t, x, args: net(s, t, x, args['label']))`."
             )
         if jnp.shape(args) != ():
@@ -125,8 +127,8 @@ class Condition(eqx.Module):
 def _row(
     table: Float[Array, "classes size"], label: Integer[Array, ""]
 ) -> Float[Array, " size"]:
-    # A traced label beyond the table must not pass for the class next to it. Training
-    # then reports a loss that is not finite.
+    # A traced label outside the table must not be clipped to the nearest class. With NaN,
+    # training reports a loss that is not finite.
     label = jnp.where(label < 0, table.shape[0], label)
     return table.at[label].get(mode="fill", fill_value=jnp.nan)
 

@@ -8,7 +8,7 @@ import wadler_lindig as wl
 
 
 def describe(module: eqx.Module, settings: str) -> wl.AbstractDoc:
-    """One line in the place of all layers, for the `__pdoc__` of a network."""
+    """One line instead of all layers, for the `__pdoc__` of a network."""
     sizes = [math.prod(leaf.shape) for leaf in jtu.tree_leaves(module) if _is_real(leaf)]
     settings = f"{settings}; " if settings else ""
     text = f"{type(module).__name__}({settings}{sum(sizes):,} parameters)"

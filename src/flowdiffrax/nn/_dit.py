@@ -17,32 +17,35 @@ from ._layers import Linear, attend, modulate, standardise, unit_rms
 class DiT(AbstractImageNetwork):
     """A transformer on patches of an image, `net(s, t, x, args)`.
 
-    Square patches become tokens, with sines and cosines of their places added. Times and
-    class give every block factors and shifts of its normalised tokens, and gates of what
-    it adds. Queries and keys have root mean square 1, times a learned factor for each
-    channel: without that, attention can have any slope in time.
+    Each square patch becomes a token, to which sines and cosines of its position are
+    added. From the times and the class, each block computes scales and shifts for its
+    normalised tokens, and gates for its residual branches. Queries and keys are
+    normalised to root mean square 1, and then multiplied by a learned factor for each
+    channel. Without this normalisation, attention could have arbitrarily large time
+    derivatives.
 
-    Gates and the last layer start at zero, so that every block starts as the identity,
+    The gates and the last layer start at zero, so every block starts as the identity,
     and so does a [`flowdiffrax.FlowMap`][] of the network.
 
     !!! info "Numerics"
 
-        Precision is that of [`flowdiffrax.nn.UNet`][], and there is no dropout here
-        either. Blocks are one compiled block in a loop: their weights have an axis for
-        the depth in front.
+        Precision and the absence of dropout are as for [`flowdiffrax.nn.UNet`][]. All
+        blocks run as a single compiled block in a loop, so their weights have a leading
+        axis for the depth.
 
     **Arguments:**
 
-    - `shape`: of one image, (height, width, channels).
-    - `patch`: side of a patch, in pixels.
-    - `width`, `depth`: entries of a token, a multiple of 4; and number of blocks.
-    - `num_heads`: of attention; `None` for one each 64 entries.
-    - `ratio`: width of a block's hidden layer, over `width`.
+    - `shape`: the shape of one image, (height, width, channels).
+    - `patch`: the side length of a patch, in pixels.
+    - `width`: the number of entries of a token, a multiple of 4.
+    - `depth`: the number of blocks.
+    - `num_heads`: the number of attention heads; `None` for one head per 64 entries.
+    - `ratio`: the width of a block's hidden layer, divided by `width`.
     - `num_classes`, `guidance`, `scale`, `max_frequency`, `two_times`, `dtype`, `remat`,
       `key`: as for [`flowdiffrax.nn.UNet`][].
 
-    **Raises:** `ValueError` for settings that do not go together; when called,
-    `ValueError` or `TypeError` for a state or `args` of another kind.
+    **Raises:** `ValueError` for settings that are invalid or do not fit together. When
+    called, `ValueError` or `TypeError` for a state or `args` of the wrong shape or type.
 
     ??? cite "Reference"
 
@@ -131,7 +134,7 @@ class DiT(AbstractImageNetwork):
 
 
 class _Block(eqx.Module):
-    """Attention, then a hidden layer for each token; both gated."""
+    """Attention, followed by a hidden layer for each token. Both are gated."""
 
     modulation: Linear
     qkv: Linear
@@ -175,16 +178,16 @@ class _Block(eqx.Module):
 
 
 def _modulated(tokens, factor, shift):
-    """Each token to mean 0 and variance 1, then the factor and the shift."""
+    """Normalises each token to mean 0 and variance 1, then scales and shifts it."""
     return modulate(standardise(tokens, -1, 1e-6), 1 + factor, shift)
 
 
 def _places(
     height: int, width: int, tokens: Float[Array, "tokens size"]
 ) -> Float[Array, "tokens size"]:
-    """Sines and cosines of row and column, a quarter of the entries each."""
+    """Sines and cosines of the row and the column, each in a quarter of the entries."""
     number = tokens.shape[-1] // 4
-    # Frequencies of the paper on attention, as DiT takes them.
+    # The frequencies of "Attention is all you need", as in DiT.
     falling = jnp.arange(number, dtype=tokens.dtype) / number
     wave = lambda length: jnp.outer(jnp.arange(length, dtype=tokens.dtype), 1e4**-falling)
     both = lambda angles: jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], -1)

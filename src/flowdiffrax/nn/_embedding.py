@@ -19,27 +19,28 @@ _Tree = TypeVar("_Tree", bound=PyTree)
 
 
 class TwoTimeEmbedding(eqx.Module):
-    r"""A vector for two times, smooth in both.
+    r"""A vector embedding of two times that is smooth in both.
 
-    $W_2\,\sigma(W_0\,\phi(s) + W_1\,\phi(t - s) + c_0) + c_1$ with $\sigma$ SiLU and the
-    features $\phi(\tau)_k = \sqrt2\,(\cos \omega_k \tau, \sin \omega_k \tau)$.
+    It is $W_2\,\sigma(W_0\,\phi(s) + W_1\,\phi(t - s) + c_0) + c_1$, where $\sigma$ is
+    SiLU and $\phi(\tau)_k = \sqrt2\,(\cos \omega_k \tau, \sin \omega_k \tau)$ are the
+    features.
 
     !!! info "Numerics"
 
-        Each frequency multiplies time derivatives, which are part of many objectives:
-        $|\phi'|^2 = 2 \sum_k \omega_k^2$. The frequencies fall from `max_frequency`, one
-        radian a unit of time, to 1/10,000 of it. (Diffusion models usually multiply
-        times by 1000 first.) All is computed in the precision of the times, and in
-        float32 at least.
+        Many objectives contain time derivatives, and each frequency multiplies them:
+        $|\phi'|^2 = 2 \sum_k \omega_k^2$. The frequencies decrease from `max_frequency`,
+        by default one radian per unit of time, to 1/10,000 of it. (Diffusion models
+        usually multiply times by 1000 first.) The embedding is computed in the precision
+        of the times, and at least in float32.
 
     **Arguments:**
 
-    - `size`: length of the vector.
-    - `num_features`: length of $\phi$, even; `None` for `size`.
-    - `max_frequency`: the largest $\omega_k$. For times in [0, 5], say, 1/5.
-    - `two_times`: `False` for the start time alone, as in a network that is to be a
-      velocity. [`flowdiffrax.nn.two_times`][] adds the other one.
-    - `key`: for the initial weights.
+    - `size`: the length of the vector.
+    - `num_features`: the length of $\phi$, an even number; `None` for `size`.
+    - `max_frequency`: the largest $\omega_k$. For times in [0, 5], use 1/5, for example.
+    - `two_times`: `False` to embed the start time only, for a network that represents a
+      velocity. [`flowdiffrax.nn.two_times`][] adds the end time later.
+    - `key`: a random key for the initial weights.
 
     **Raises:** `ValueError` for a size below 1, an odd number of features, or a frequency
     that is not positive.
@@ -79,22 +80,23 @@ class TwoTimeEmbedding(eqx.Module):
     def with_two_times(self, key: Key[Array, ""]) -> "TwoTimeEmbedding":
         """See [`flowdiffrax.nn.two_times`][]."""
         del key
-        # Zeros learn at once here, and leave a map that ignores the end time until then.
+        # With zero weights, the map ignores the end time until training begins. Their
+        # gradient is not zero, so they learn from the first step.
         gap = Linear(*self.start.weight.shape, bias=False, key=None)
         gap = _like(gap, self.start)
         return eqx.tree_at(lambda e: e.gap, self, gap, is_leaf=lambda leaf: leaf is None)
 
 
 class MagnitudePreservingEmbedding(eqx.Module):
-    r"""A vector for two times, with entries of mean square 1 from the start.
+    r"""A vector embedding of two times whose entries start with mean square 1.
 
-    $(W_0\,\phi(s) + g\,W_1\,\phi(t - s)) / \sqrt{1 + g^2}$, where the rows of both
-    matrices have norm 1, $g$ is a learned number that starts at 1, and $\phi$ are the
-    features of [`flowdiffrax.nn.TwoTimeEmbedding`][], as are all arguments.
+    It is $(W_0\,\phi(s) + g\,W_1\,\phi(t - s)) / \sqrt{1 + g^2}$, where the rows of both
+    matrices have norm 1 and $g$ is a learned number that starts at 1. The features $\phi$
+    and all arguments are as for [`flowdiffrax.nn.TwoTimeEmbedding`][].
 
     ??? cite "Reference"
 
-        [arXiv:2505.18825](https://arxiv.org/abs/2505.18825), where $g$ is 1; the layers
+        [arXiv:2505.18825](https://arxiv.org/abs/2505.18825), where $g$ is 1. The layers
         are those of EDM2, [arXiv:2312.02696](https://arxiv.org/abs/2312.02696).
     """
 
@@ -133,7 +135,7 @@ class MagnitudePreservingEmbedding(eqx.Module):
     def with_two_times(self, key: Key[Array, ""]) -> "MagnitudePreservingEmbedding":
         """See [`flowdiffrax.nn.two_times`][]."""
         size = self.start.weight.value.shape[-1]
-        # These weights cannot be zero, so it is the gain that is.
+        # These weights are normalised and cannot be zero, so set the gain to zero.
         new = ForcedLinear(self.num_features, size, key=key), jnp.zeros(())
         new = _like(new, self.start)
         is_none = lambda leaf: leaf is None
@@ -141,20 +143,21 @@ class MagnitudePreservingEmbedding(eqx.Module):
 
 
 def two_times(tree: _Tree, *, key: Key[Array, ""]) -> _Tree:
-    r"""Makes a network of two times from one that was trained as a velocity.
+    r"""Converts a network that was trained as a velocity into a network of two times.
 
-    Every embedding of one time gets a part for $t - s$ that counts for nothing yet. So
-    the new network is the old one, bit for bit, on the diagonal and off it:
-    $v_{s,t} = b_s$, and [`flowdiffrax.FlowMap`][] of it makes Euler steps. From there
-    on, the new part learns like any other.
+    Every embedding of one time gets an additional part for $t - s$, which initially
+    contributes nothing. So the new network returns the same values as the old one, bit
+    for bit, on the diagonal and off it: $v_{s,t} = b_s$, and a
+    [`flowdiffrax.FlowMap`][] of it makes Euler steps. The new part can then be trained
+    like any other.
 
     **Arguments:**
 
     - `tree`: a network made with `two_times=False`, a map of it, or any PyTree with
       embeddings of one time.
-    - `key`: for weights that cannot be zero, and so start with a gain of zero.
+    - `key`: a random key for weights that cannot be zero. Their gain is zero instead.
 
-    **Raises:** `ValueError` where there is no embedding of one time.
+    **Raises:** `ValueError` if `tree` has no embedding of one time.
     """
     kinds = (TwoTimeEmbedding, MagnitudePreservingEmbedding)
     is_single = lambda node: isinstance(node, kinds) and node.gap is None
@@ -162,9 +165,9 @@ def two_times(tree: _Tree, *, key: Key[Array, ""]) -> _Tree:
     places = [index for index, node in enumerate(nodes) if is_single(node)]
     if len(places) == 0:
         raise ValueError(
-            "There is no embedding of one time to add the other to. Make the velocity's "
-            "network with `two_times=False`; one of two times serves as it is, trained "
-            "at `s == t`."
+            "There is no embedding of one time to extend. Make the network of the "
+            "velocity with `two_times=False`. A network of two times that was trained at "
+            "`s == t` needs no conversion."
         )
     for place in places:
         nodes[place] = nodes[place].with_two_times(jr.fold_in(key, place))
@@ -174,15 +177,15 @@ def two_times(tree: _Tree, *, key: Key[Array, ""]) -> _Tree:
 def waves(
     value: Float[Array, ""], number: int, max_frequency: float = 1.0
 ) -> Float[Array, " number"]:
-    """Cosines and sines of low frequencies, of mean square 1."""
+    """Cosines and sines of low frequencies, with mean square 1."""
     falling = jnp.arange(number // 2, dtype=value.dtype) / (number // 2)
-    # From the paper on attention: the longest period is 10,000 times the shortest.
+    # As in "Attention is all you need", the longest period is 10,000 times the shortest.
     angles = value * (max_frequency * 10_000**-falling)
     return math.sqrt(2) * jnp.concatenate([jnp.cos(angles), jnp.sin(angles)])
 
 
 def _like(new: _Tree, old: PyTree) -> _Tree:
-    """With weights of the dtype of the old ones."""
+    """Casts new weights to the dtype of the old ones."""
     dtype = jtu.tree_leaves(old)[0].dtype
     return jtu.tree_map(lambda leaf: leaf.astype(dtype), new)
 
@@ -196,8 +199,8 @@ def _check_features(size: int, number: int | None, max_frequency: float) -> int:
     number = size if number is None else number
     if size < 1 or number < 2 or number % 2 != 0:
         raise ValueError(
-            "`size` must be at least 1, and `num_features` (by default `size`) even: "
-            f"cosines and sines; got {size} and {number}."
+            "`size` must be at least 1, and `num_features` (by default `size`) even, "
+            f"because it counts cosines and sines; got {size} and {number}."
         )
     if max_frequency <= 0:
         raise ValueError(f"`max_frequency` must be positive; got {max_frequency}.")

@@ -1,4 +1,4 @@
-"""What image networks have in common: shapes, precision, levels of a U-Net."""
+"""Code shared by the image networks: shapes, precision, and the levels of a U-Net."""
 
 import abc
 from collections.abc import Callable, Sequence
@@ -19,18 +19,18 @@ Shape = tuple[int, int, int]
 
 
 class Level(NamedTuple):
-    """One block of a U-Net: its widths, and what it does beside its convolutions."""
+    """One block of a U-Net: its widths, and what it does besides convolutions."""
 
     inputs: int
     outputs: int
     resample: Callable[[Array], Array] | None = None
     attention: bool = False
-    # Channels that come from the other side of the U, part of `inputs`.
+    # How many of the `inputs` channels come from the skip connection.
     skip: int = 0
 
 
 class AbstractImageNetwork(eqx.Module):
-    """What is the same around every image network: checks, precision, and scales."""
+    """The base class of image networks, with their checks, precision and scaling."""
 
     is_network: ClassVar[bool] = True
 
@@ -42,7 +42,7 @@ class AbstractImageNetwork(eqx.Module):
 
     def __init__(self, shape: Sequence[int], scale: float, dtype: Any, remat: bool):
         self.shape = check_shape(shape)
-        # A number of NumPy or JAX, such as `data.std()`, could not be static.
+        # A NumPy or JAX number, such as `data.std()`, cannot be a static field.
         self.scale = float(scale)
         self.dtype = check_dtype(dtype)
         self.remat = remat
@@ -69,7 +69,7 @@ class AbstractImageNetwork(eqx.Module):
     def normalised(
         self, x: Float[Array, "height width channels"], vector: Float[Array, " size"]
     ) -> Float[Array, "height width channels"]:
-        """The network between states of unit scale, given the vector of its condition."""
+        """Applies the network to a state of unit scale, given the condition vector."""
 
 
 def levels(
@@ -79,9 +79,9 @@ def levels(
     num_blocks: int,
     attention: Sequence[int],
 ) -> tuple[list[Level], list[Level]]:
-    """The blocks down, after a first convolution, and the blocks up again.
+    """Returns the blocks on the way down, after a first convolution, and on the way up.
 
-    There are two at the bottom, of which the first has attention.
+    The blocks up begin with two at the lowest resolution, the first with attention.
     """
     numbers = (channels, num_blocks, *multipliers)
     if len(multipliers) == 0 or min(numbers) < 1:
@@ -101,8 +101,8 @@ def levels(
     heights = [height // 2**level for level in range(len(multipliers))]
     if not set(attention) <= set(heights):
         raise ValueError(
-            f"`attention` lists image heights at which to attend, of {heights}; got "
-            f"{tuple(attention)}."
+            "`attention` must list image heights at which to attend, out of "
+            f"{heights}; got {tuple(attention)}."
         )
     widths = [channels * multiplier for multiplier in multipliers]
     down, skips, now = [], [widths[0]], widths[0]
@@ -126,21 +126,21 @@ def levels(
 
 
 def num_heads_for(channels: int, num_heads: int | None) -> int:
-    """The given number, or a head for each 64 channels.
+    """Returns the given number of heads, or by default one head per 64 channels.
 
-    **Raises:** `ValueError` if it does not divide them.
+    **Raises:** `ValueError` if it does not divide the number of channels.
     """
     number = max(1, channels // 64) if num_heads is None else num_heads
     if number < 1 or channels % number != 0:
         raise ValueError(
-            f"{channels} channels cannot be divided among {number} heads of attention. "
+            f"{channels} channels cannot be divided among {number} heads. "
             "Give a `num_heads` that divides them."
         )
     return number
 
 
 def check_shape(shape: Sequence[int]) -> Shape:
-    """**Raises:** `ValueError` unless it is one of an image, the channels last."""
+    """**Raises:** `ValueError` unless it is the shape of an image, channels last."""
     if np.shape(shape) != (3,) or min(shape) < 1:
         raise ValueError(
             f"`shape` must be that of one image, (height, width, channels); got {shape}."
@@ -150,7 +150,7 @@ def check_shape(shape: Sequence[int]) -> Shape:
 
 
 def check_dtype(dtype: Any) -> jnp.dtype | None:
-    """**Raises:** `TypeError` for a dtype that is not of floating point."""
+    """**Raises:** `TypeError` for a dtype that is not floating-point."""
     if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(f"`dtype` must be a floating-point dtype; got {dtype}.")
     return None if dtype is None else jnp.dtype(dtype)
@@ -165,11 +165,11 @@ def check_image(x: Array, shape: Shape) -> None:
         )
     if not jnp.issubdtype(jnp.result_type(x), jnp.floating):
         raise TypeError(
-            f"This network takes images of floating point; got {jnp.result_type(x)}. For "
+            f"This network takes floating-point images; got {jnp.result_type(x)}. For "
             "8-bit values, see `images.from_uint8`."
         )
 
 
 def run(block: Callable, remat: bool, *args: Any) -> Any:
-    """Calls a block; with `remat`, a reverse pass computes it again."""
+    """Calls a block. With `remat`, the reverse pass recomputes it."""
     return (eqx.filter_checkpoint(block) if remat else block)(*args)

@@ -1,7 +1,7 @@
-"""Layers of image networks: channels last, one example, any floating dtype.
+"""Layers of image networks: channels last, one example, any floating-point dtype.
 
-Matrix products and convolutions round their operands to a dtype they are given, and give
-the dtype that came. So what lies between them, and all tangents there, can keep float32.
+Matrix products and convolutions round their operands to a given dtype, and return the
+dtype of their input. So all values between them, and their tangents, can stay in float32.
 """
 
 import math
@@ -15,9 +15,9 @@ from jaxtyping import Array, Float, Key
 
 
 class Linear(eqx.Module):
-    """An affine map of the last axis, so a convolution by one pixel too.
+    """An affine map of the last axis, which is also a one-pixel convolution.
 
-    Without a key, it starts at zero; so does `Conv`.
+    Without a key, it starts at zero, as does `Conv`.
     """
 
     weight: Float[Array, "inputs outputs"]
@@ -39,7 +39,7 @@ class Linear(eqx.Module):
 
 
 class Conv(eqx.Module):
-    """A convolution by three pixels, with zeros around the image."""
+    """A 3x3 convolution with zero padding."""
 
     weight: Float[Array, "3 3 inputs outputs"]
     bias: Float[Array, " outputs"]
@@ -56,7 +56,10 @@ class Conv(eqx.Module):
 
 
 class GroupNorm(eqx.Module):
-    """Groups of channels to mean 0 and variance 1, then a factor and a shift for each."""
+    """Normalises groups of channels to mean 0 and variance 1.
+
+    Each channel is then multiplied by a factor, and a shift is added.
+    """
 
     factor: Float[Array, " channels"]
     shift: Float[Array, " channels"]
@@ -65,14 +68,14 @@ class GroupNorm(eqx.Module):
     def __init__(self, channels: int):
         self.factor = jnp.ones(channels)
         self.shift = jnp.zeros(channels)
-        # 32 groups, or fewer so that each has four channels at least.
+        # 32 groups, or fewer so that each has at least four channels.
         most = max(1, min(32, channels // 4))
         self.num_groups = max(n for n in range(1, most + 1) if channels % n == 0)
 
     def __call__(
         self, x: Float[Array, "height width channels"]
     ) -> Float[Array, "height width channels"]:
-        # Over the image first: it is slow to split channels in the layout of an image.
+        # Average over the image first: splitting the channels of an image is slow.
         def mean(x):
             means = einops.reduce(x, "h w c -> 1 1 c", "mean")
             groups = einops.reduce(means, "h w (g c) -> h w g", "mean", g=self.num_groups)
@@ -86,7 +89,7 @@ class GroupNorm(eqx.Module):
 def _random_weight(key: Key[Array, ""] | None, shape: tuple[int, ...]) -> Array:
     if key is None:
         return jnp.zeros(shape)
-    # Keeps the variance of independent inputs.
+    # This scale preserves the variance of independent inputs.
     return jr.normal(key, shape) / math.sqrt(math.prod(shape[:-1]))
 
 
@@ -95,7 +98,7 @@ def product(
     weight: Float[Array, "inputs outputs"],
     dtype: jnp.dtype | None = None,
 ) -> Float[Array, "*shape outputs"]:
-    """`x @ weight`, computed in a dtype, by default that of `x`."""
+    """`x @ weight`, computed in the given dtype, by default the dtype of `x`."""
     dtype = x.dtype if dtype is None else dtype
     return jnp.tensordot(x.astype(dtype), weight.astype(dtype), 1).astype(x.dtype)
 
@@ -105,7 +108,7 @@ def convolve(
     weight: Float[Array, "3 3 inputs outputs"],
     dtype: jnp.dtype | None = None,
 ) -> Float[Array, "height width outputs"]:
-    """Computed in a dtype. Under `jax.vmap` this is one convolution of the batch."""
+    """A convolution in the given dtype. Under `jax.vmap`, it is one call per batch."""
     dtype = x.dtype if dtype is None else dtype
     y = jax.lax.conv_general_dilated(
         x[None].astype(dtype),
@@ -120,7 +123,7 @@ def convolve(
 def standardise(
     x: Float[Array, "*shape"], axes: int | tuple[int, ...], epsilon: float
 ) -> Float[Array, "*shape"]:
-    """Mean 0 and variance 1 over some axes."""
+    """Normalises to mean 0 and variance 1 over the given axes."""
     x = x - jnp.mean(x, axes, keepdims=True)
     return x * jax.lax.rsqrt(jnp.mean(x * x, axes, keepdims=True) + epsilon)
 
@@ -128,7 +131,7 @@ def standardise(
 def unit_rms(
     x: Float[Array, "*shape"], axes: int | tuple[int, ...], epsilon: float = 1e-8
 ) -> Float[Array, "*shape"]:
-    """Root mean square 1 over some axes."""
+    """Normalises to root mean square 1 over the given axes."""
     return x * jax.lax.rsqrt(jnp.mean(x * x, axes, keepdims=True) + epsilon)
 
 
@@ -148,22 +151,22 @@ def attend(
     v: Float[Array, "heads tokens channels"],
     dtype: jnp.dtype | None = None,
 ) -> Float[Array, "heads tokens channels"]:
-    """Attention, written out: kernels that fuse it have no forward mode."""
+    """Attention without a fused kernel, since those do not support forward mode."""
     low = lambda value: value.astype(value.dtype if dtype is None else dtype)
     q = q / math.sqrt(q.shape[-1])
     logits = jnp.einsum("nqc,nkc->nqk", low(q), low(k), preferred_element_type=q.dtype)
-    # Whatever is taken off the logits divides out, so it needs no derivative.
+    # The maximum cancels in the ratio, so its derivative is not needed.
     weights = jnp.exp(logits - jax.lax.stop_gradient(jnp.max(logits, -1, keepdims=True)))
-    # Divided after the product, of which there is less than of weights.
+    # Divide after the product, which has fewer entries than the weights.
     y = jnp.einsum("nqk,nkc->nqc", low(weights), low(v)).astype(v.dtype)
     return y / jnp.sum(weights, -1, keepdims=True)
 
 
 def halve(x: Float[Array, "height width channels"]) -> Float[Array, "h w channels"]:
-    """Means of squares of four pixels."""
+    """Averages each 2x2 square of pixels."""
     return einops.reduce(x, "(h a) (w b) c -> h w c", "mean", a=2, b=2)
 
 
 def double(x: Float[Array, "height width channels"]) -> Float[Array, "h w channels"]:
-    """Each pixel four times."""
+    """Repeats each pixel in a 2x2 square."""
     return einops.repeat(x, "h w c -> (h a) (w b) c", a=2, b=2)

@@ -1,7 +1,8 @@
-"""Layers that keep the magnitude of what passes through them.
+"""Layers that preserve the magnitude of activations.
 
-Where inputs have independent entries of mean square 1, so have outputs. Weights count by
-their direction alone: each output's have norm 1, whatever an optimiser has made of them.
+If the inputs have independent entries of mean square 1, so do the outputs. Only the
+direction of the weights matters: the weights of each output are normalised to norm 1
+when they are used.
 
 ??? cite "Reference"
 
@@ -24,9 +25,9 @@ _Tree = TypeVar("_Tree", bound=PyTree)
 
 
 class ForcedWeight(eqx.Module):
-    """A weight of which only the directions count, one for each index of the last axis.
+    """A weight of which only the direction matters, for each index of the last axis.
 
-    Called, it gives them with root mean square 1, as computed in its own dtype.
+    Calling it returns the weight, normalised to root mean square 1 in its own dtype.
     """
 
     value: Float[Array, "*inputs outputs"]
@@ -39,7 +40,7 @@ class ForcedWeight(eqx.Module):
 
 
 class ForcedLinear(eqx.Module):
-    """A linear map of the last axis, without bias."""
+    """A magnitude-preserving linear map of the last axis, without bias."""
 
     weight: ForcedWeight
 
@@ -53,7 +54,7 @@ class ForcedLinear(eqx.Module):
 
 
 class ForcedConv(eqx.Module):
-    """A convolution by three pixels, without bias."""
+    """A magnitude-preserving 3x3 convolution, without bias."""
 
     weight: ForcedWeight
 
@@ -67,21 +68,23 @@ class ForcedConv(eqx.Module):
 
 
 def normalise_weights(tree: _Tree) -> _Tree:
-    """Puts the weights of magnitude-preserving layers back to their magnitude.
+    """Normalises the weights of magnitude-preserving layers.
 
-    Such layers use the directions of their weights only, so this changes no output. It
-    changes training: gradients are orthogonal to the weights, which therefore grow with
-    every step, and a longer weight turns more slowly. Called after each step, it keeps
-    the learning rate the one that was asked for.
+    These layers use only the direction of their weights, so this does not change any
+    output. It does affect training: gradients are orthogonal to the weights, so the
+    weights grow with every step, and the direction of a longer weight changes more
+    slowly. Call this function after each step to keep the effective learning rate
+    constant.
 
-    All other leaves stay as they are, gains among them.
+    All other leaves, including gains, are unchanged.
 
     **Arguments:**
 
-    - `tree`: a network, a map, a training state, or their weights alone as an optimiser
-      sees them: any PyTree.
+    - `tree`: any PyTree, such as a network, a map, a training state, or only the weights
+      that an optimiser sees.
 
-    **Returns:** the same PyTree, the weights of each output having root mean square 1.
+    **Returns:** the same PyTree, in which the weights of each output have root mean
+    square 1.
 
     ??? cite "Reference"
 
@@ -103,14 +106,14 @@ def _directions(weight: Float[Array, "*inputs outputs"]):
 
 
 def silu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    # The root mean square of SiLU of a normal variable, 0.596.
+    # 0.596 is the root mean square of SiLU of a standard normal variable.
     return jax.nn.silu(x) / 0.596
 
 
 def balanced(
     x: Float[Array, "*shape"], y: Float[Array, "*shape"], share: float
 ) -> Float[Array, "*shape"]:
-    """The sum of two, of which the second has this share, over its magnitude."""
+    """A weighted sum that preserves magnitude; `share` is the weight of `y`."""
     norm = math.hypot(1 - share, share)
     return x * ((1 - share) / norm) + y * (share / norm)
 
@@ -118,12 +121,12 @@ def balanced(
 def joined(
     x: Float[Array, "*shape xs"], y: Float[Array, "*shape ys"]
 ) -> Float[Array, "*shape both"]:
-    """Both, one after the other along the last axis, with equal influence."""
+    """Concatenates along the last axis, and rescales so that both contribute equally."""
     nx, ny = x.shape[-1], y.shape[-1]
     factor = lambda n: math.sqrt((nx + ny) / (2 * n))
     return jnp.concatenate([x * factor(nx), y * factor(ny)], -1)
 
 
 def gained(x: Float[Array, "*shape"], gain: Float[Array, ""]) -> Float[Array, "*shape"]:
-    """A learned factor, in the precision of `x`."""
+    """Multiplies by a learned gain, in the precision of `x`."""
     return x * gain.astype(x.dtype)

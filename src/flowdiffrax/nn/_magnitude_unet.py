@@ -15,31 +15,33 @@ from ._magnitude import ForcedConv, ForcedLinear, balanced, gained, joined, silu
 
 
 class MagnitudePreservingUNet(AbstractImageNetwork):
-    r"""A U-Net that keeps the magnitude of its activations, `net(s, t, x, args)`.
+    r"""A U-Net that preserves the magnitude of its activations, `net(s, t, x, args)`.
 
-    Configuration G of EDM2. Weights count by their directions; sums, joins and
-    activations keep the mean square; pixels are normalised on the way down; attention is
-    of cosines. Nothing else normalises, so nothing has statistics over an image. Instead
-    of biases, the input has a channel of ones.
+    This is configuration G of EDM2. Only the directions of weights matter. Sums,
+    concatenations and activation functions preserve the mean square. Pixels are
+    normalised on the way down, and attention uses cosines. There is no other
+    normalisation, so nothing depends on statistics over an image. Instead of biases, the
+    input has a channel of ones.
 
-    A learned gain of the output starts at zero, so that a [`flowdiffrax.FlowMap`][] of it
-    starts as the identity. So do the gains by which times and class act on blocks.
+    A learned gain of the output starts at zero, so a [`flowdiffrax.FlowMap`][] of the
+    network starts as the identity. The gains by which the times and the class act on
+    blocks also start at zero.
 
-    To train it as in the paper, let [`flowdiffrax.nn.normalise_weights`][] follow each
+    To train it as in the paper, call [`flowdiffrax.nn.normalise_weights`][] after each
     step of the optimiser.
 
     !!! info "Numerics"
 
-        Precision is that of [`flowdiffrax.nn.UNet`][], and there is no dropout here
-        either. Activations are not clipped, as they have to be for float16.
+        Precision and the absence of dropout are as for [`flowdiffrax.nn.UNet`][].
+        Activations are not clipped, which float16 would require.
 
     **Arguments:**
 
     - `shape`, `channels`, `multipliers`, `num_blocks`, `attention`, `num_heads`,
       `num_classes`, `guidance`, `max_frequency`, `two_times`, `dtype`, `remat`, `key`: as
       for [`flowdiffrax.nn.UNet`][].
-    - `scale`: standard deviation of the state's entries, 1/2 for images in [-1, 1].
-      Inputs are divided by it, and outputs multiplied.
+    - `scale`: the standard deviation of the state's entries, 1/2 for images in [-1, 1].
+      Inputs are divided by it, and outputs are multiplied by it.
 
     **Raises:** as [`flowdiffrax.nn.UNet`][].
 
@@ -114,7 +116,7 @@ class MagnitudePreservingUNet(AbstractImageNetwork):
 
 
 class _Block(eqx.Module):
-    """A residual block, and attention after it."""
+    """A residual block, optionally followed by attention."""
 
     first: ForcedConv
     modulation: ForcedLinear
@@ -137,7 +139,7 @@ class _Block(eqx.Module):
     ):
         inputs, outputs = level.inputs, level.outputs
         first_key, modulation_key, last_key, across_key, attention_key = jr.split(key, 5)
-        # On the way down, the change of width comes first, on the way up it comes last.
+        # The width changes at the start of a block on the way down, else at its end.
         self.first = ForcedConv(outputs if is_down else inputs, outputs, key=first_key)
         self.modulation = ForcedLinear(size, outputs, key=modulation_key)
         self.modulation_gain = jnp.zeros(())
@@ -161,7 +163,7 @@ class _Block(eqx.Module):
         h = self.last(silu(modulate(h, factor)), dtype)
         if not self.is_down:
             x = self._widen(x, dtype)
-        # The shares of the residual branches, here and below, are the paper's.
+        # The shares of the residual branches, here and below, are those of the paper.
         x = balanced(x, h, 0.3)
         return x if self.attention is None else self.attention(x, dtype)
 
@@ -170,7 +172,7 @@ class _Block(eqx.Module):
 
 
 class _Attention(eqx.Module):
-    """Each pixel attends to all, by the cosine of the angle between keys and queries."""
+    """Attention between all pixels, by the cosine between queries and keys."""
 
     first: ForcedLinear
     last: ForcedLinear

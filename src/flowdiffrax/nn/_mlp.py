@@ -17,31 +17,33 @@ from ._describe import describe
 class MLP(eqx.Module):
     r"""A fully connected network of two times and a state, `net(s, t, x, args)`.
 
-    Inputs are the state over its scale, sines and cosines of it, and cosines of both
-    times, all of low frequency: derivatives in time are part of many objectives, and
-    each frequency multiplies them. Hidden layers after the first are residual. `args`,
-    if any, is a vector that is appended to the inputs, or a number. For parameters in a
-    dictionary, or any other structure, wrap it in [`flowdiffrax.nn.Ravelled`][].
+    The inputs are the state divided by its scale, sines and cosines of it, both times,
+    and cosines of them. All frequencies are low, because many objectives contain time
+    derivatives, which each frequency multiplies. Hidden layers after the first are
+    residual. `args`, if any, is a vector or a number that is appended to the inputs. For
+    parameters in a dictionary, or in any other structure, wrap the network in
+    [`flowdiffrax.nn.Ravelled`][].
+
+    The last layer starts at zero, so a [`flowdiffrax.FlowMap`][] of the network starts as
+    the identity.
 
     **Arguments:**
 
-    - `size`: length of the state vector.
-    - `width`, `depth`: width of the hidden layers, and their number, at least 1.
-    - `scale`: typical size of the state's entries; outputs are multiplied by it.
-    - `frequencies`: frequencies $k$ of $\sin(\pi k x)$ and $\cos(\pi k x)$ of each entry
-      $x$, in units of `scale`.
-    - `time_frequencies`: frequencies $k$ of $\cos(\pi k s)$ and $\cos(\pi k t)$.
-    - `args_size`: length of the vector `args`, 1 for a number; 0 for no condition:
-      `args` are then ignored, as they may be for the vector field alone.
-    - `activation`: a smooth function. With ReLU, objectives that differentiate the
-      network in time lose half their gradient.
-    - `key`: for the initial weights.
+    - `size`: the length of the state vector.
+    - `width`, `depth`: the width and the number of hidden layers, each at least 1.
+    - `scale`: the typical size of the state's entries. Inputs are divided by it, and
+      outputs are multiplied by it.
+    - `frequencies`: the frequencies $k$ of $\sin(\pi k x)$ and $\cos(\pi k x)$ of each
+      entry $x$, in units of `scale`.
+    - `time_frequencies`: the frequencies $k$ of $\cos(\pi k s)$ and $\cos(\pi k t)$.
+    - `args_size`: the length of the vector `args`, or 1 for a number. With 0, there is no
+      condition, and `args` is ignored: it may be meant for the vector field alone.
+    - `activation`: a smooth activation function. With ReLU, objectives that differentiate
+      the network in time lose half their gradient.
+    - `key`: a random key for the initial weights.
 
-    The last layer starts at zero, so that a [`flowdiffrax.FlowMap`][] of it starts as the
-    identity.
-
-    **Raises:** `ValueError` for a size, width or depth below 1; when called, for a state
-    or a condition of another shape.
+    **Raises:** `ValueError` for a size, width or depth below 1. When called, `ValueError`
+    for a state or a condition of another shape.
     """
 
     is_network: ClassVar[bool] = True
@@ -87,7 +89,7 @@ class MLP(eqx.Module):
         self.last = jax.tree_util.tree_map(jnp.zeros_like, last)
         self.size = size
         self.args_size = args_size
-        # A number of NumPy or JAX, such as `data.std()`, could not be static.
+        # A NumPy or JAX number, such as `data.std()`, cannot be a static field.
         self.scale = float(scale)
         self.frequencies = tuple(frequencies)
         self.time_frequencies = tuple(time_frequencies)
@@ -114,7 +116,7 @@ class MLP(eqx.Module):
         return describe(self, settings)
 
     def _features(self, s, t, x, args):
-        # Times, and waves of them, keep float32 whatever the precision of the state.
+        # Compute with times in at least float32, whatever the precision of the state.
         times = jnp.stack(times_like(x, s, t))
         x = x / self.scale
         features = [x, times.astype(x.dtype)]
@@ -127,13 +129,13 @@ class MLP(eqx.Module):
             try:
                 vector = jnp.atleast_1d(jnp.asarray(args, x.dtype))
                 found = vector.shape
-            except (TypeError, ValueError):  # a dictionary, or rows of many lengths
+            except (TypeError, ValueError):  # a dictionary, or rows of different lengths
                 vector, found = x, type(args).__name__
             if found != (self.args_size,):
                 raise ValueError(
                     f"This network takes `args` of shape ({self.args_size},); got "
                     f"{found}. For a dictionary, or arrays of other shapes, wrap it: "
-                    "`nn.Ravelled(net)`, with an `args_size` of all numbers in them."
+                    "`nn.Ravelled(net)`, with an `args_size` that counts all entries."
                 )
             features.append(vector)
         return jnp.concatenate(features)

@@ -9,20 +9,21 @@ from .._types import Args, State, Time
 
 
 class Ravelled(eqx.Module):
-    """A network on vectors that serves a state of any structure.
+    """Wraps a network on vectors, so that it takes a state of any PyTree structure.
 
-    All entries of the state become one vector, in the order of `jax.tree_util`, and the
-    network's vector becomes a state again. So do `args`, if there are any: numbers,
-    arrays, a dictionary of parameters; the network sees them in the precision of the
-    state.
+    All entries of the state are flattened into one vector, in the order of
+    `jax.tree_util`, and the network's output is unflattened into a state. `args`, if
+    given, is flattened in the same way, and cast to the precision of the state. It may
+    consist of numbers, arrays, or a dictionary of parameters.
 
     **Arguments:**
 
     - `net`: a callable `net(s, t, vector, args_vector) -> vector`, such as
-      [`flowdiffrax.nn.MLP`][]. Without `args` it gets `None`.
+      [`flowdiffrax.nn.MLP`][]. If `args` is `None`, `args_vector` is `None`.
 
-    **Raises:** `TypeError` if it cannot be called; when called, `TypeError` for complex
-    entries, and `ValueError` or `TypeError` for an output unlike the vector.
+    **Raises:** `TypeError` if `net` is not callable. When called, `TypeError` for complex
+    entries, and `ValueError` or `TypeError` if the output of `net` does not match its
+    input vector.
     """
 
     is_network: ClassVar[bool] = True

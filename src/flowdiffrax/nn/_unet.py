@@ -15,50 +15,53 @@ from ._layers import Conv, GroupNorm, Linear, attend, modulate
 
 
 class UNet(AbstractImageNetwork):
-    """A convolutional network for images, `net(s, t, x, args)`, of ADM's kind.
+    """A convolutional U-Net for images, `net(s, t, x, args)`, similar to ADM.
 
-    Residual blocks at several resolutions, each half of the one before, down and up
-    again, with connections across. Times and class give each block factors and shifts of
-    its normalised channels.
+    It has residual blocks at several resolutions, each half of the one before, on the way
+    down and on the way up, with skip connections. From the times and the class, each
+    block computes scales and shifts for its normalised channels.
 
-    The last convolution starts at zero, so that a [`flowdiffrax.FlowMap`][] of it starts
-    as the identity; as in the paper, so does the last one of every block.
+    The last convolution starts at zero, so a [`flowdiffrax.FlowMap`][] of the network
+    starts as the identity. As in the paper, the last convolution of every block starts at
+    zero too.
 
     !!! info "Numerics"
 
-        There is no dropout: objectives evaluate a network more than once and compare, so
-        it has to be one function of its inputs.
+        There is no dropout. Objectives evaluate a network several times and compare the
+        results, so it must be a deterministic function of its inputs.
 
         With `dtype`, convolutions and matrix products of activations round their operands
-        to it. All between them keeps the precision of the state, and float32 at least:
-        times, embeddings, sums, statistics of normalisation, attention weights, and the
-        tangents of all these. So does the last convolution. Weights keep their own, and
-        are cast where they are used.
+        to it. Everything else keeps the precision of the state, and at least float32:
+        times, embeddings, sums, statistics of normalisation, attention weights, the last
+        convolution, and the tangents of all these. Weights keep their own dtype, and are
+        cast when they are used.
 
     **Arguments:**
 
-    - `shape`: of one image, (height, width, channels).
-    - `channels`: channels of the first resolution, times its multiplier.
-    - `multipliers`: of the channels, one for each resolution.
-    - `num_blocks`: residual blocks at each resolution on the way down; one more on the
-      way up.
-    - `attention`: the image heights at which the blocks attend. One block at the bottom
-      attends in any case.
-    - `num_heads`: of attention; `None` for one each 64 channels.
-    - `num_classes`: for labels 0 to `num_classes - 1` as `args`. `None` and
-      `num_classes` stand for no class. A traced label beyond gives NaN.
+    - `shape`: the shape of one image, (height, width, channels).
+    - `channels`: the base number of channels, which `multipliers` multiply.
+    - `multipliers`: the multipliers of `channels`, one for each resolution.
+    - `num_blocks`: the number of residual blocks at each resolution on the way down.
+      There is one more on the way up.
+    - `attention`: the image heights at which the blocks have attention. One block at the
+      lowest resolution always has it.
+    - `num_heads`: the number of attention heads; `None` for one head per 64 channels.
+    - `num_classes`: the number of classes. `args` is a label from 0 to `num_classes - 1`;
+      `None` and `num_classes` stand for no class. A traced label out of range gives NaN.
     - `guidance`: whether `args` may be [`flowdiffrax.velocities.GuidanceArgs`][], a label
-      and a guidance scale. Without them the scale is 1.
-    - `scale`: typical size of the state's entries; outputs are multiplied by it.
-    - `max_frequency`: of the embedding, see [`flowdiffrax.nn.TwoTimeEmbedding`][].
-    - `two_times`: `False` for a velocity, that ignores the end time; see
+      and a guidance scale. For other `args`, the scale is 1.
+    - `scale`: the typical size of the state's entries. Inputs are divided by it, and
+      outputs are multiplied by it.
+    - `max_frequency`: as for [`flowdiffrax.nn.TwoTimeEmbedding`][].
+    - `two_times`: `False` for a velocity, which ignores the end time; see
       [`flowdiffrax.nn.two_times`][].
-    - `dtype`: the dtype of products, such as `jnp.bfloat16`; `None` for the state's.
-    - `remat`: whether the reverse pass computes each block again, to save memory.
-    - `key`: for the initial weights.
+    - `dtype`: the dtype of convolutions and matrix products, such as `jnp.bfloat16`;
+      `None` for the dtype of the state.
+    - `remat`: whether the reverse pass recomputes each block, to save memory.
+    - `key`: a random key for the initial weights.
 
-    **Raises:** `ValueError` for settings that do not go together; when called,
-    `ValueError` or `TypeError` for a state or `args` of another kind.
+    **Raises:** `ValueError` for settings that are invalid or do not fit together. When
+    called, `ValueError` or `TypeError` for a state or `args` of the wrong shape or type.
 
     ??? cite "Reference"
 
@@ -128,7 +131,7 @@ class UNet(AbstractImageNetwork):
 
 
 class _Block(eqx.Module):
-    """A residual block, and attention after it."""
+    """A residual block, optionally followed by attention."""
 
     first_norm: GroupNorm
     first: Conv
@@ -170,7 +173,7 @@ class _Block(eqx.Module):
 
 
 class _Attention(eqx.Module):
-    """Each pixel attends to all."""
+    """Attention between all pixels."""
 
     norm: GroupNorm
     first: Linear
