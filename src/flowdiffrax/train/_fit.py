@@ -110,8 +110,9 @@ def fit(
     **Raises:** `ValueError` if `num_steps` is below 1, there is no key or several, the
     checkpoints belong to another run, a function of `on_report` returns a name that the
     report already has, or the trajectories end before the times that
-    [`flowdiffrax.TrajectoryMatching`][] draws; `TypeError` if an argument is not of the
-    type described above; `OSError` if a checkpoint cannot be written; and
+    [`flowdiffrax.TrajectoryMatching`][] draws; `TypeError` if `flow_map`, `objective`,
+    `batches`, `optim`, `key`, `parallel`, `run` or a number of steps has the wrong type;
+    `OSError` if a checkpoint cannot be written; and
     [`flowdiffrax.train.TrainingDiverged`][], with the last good state, if too many steps
     were skipped.
     """
