@@ -111,7 +111,7 @@ def test_images_stay_small_on_the_device():
         (np.zeros((2, 3, 32, 32), np.uint8), None, ValueError, "its channels last"),
         (np.zeros((2, 3, 3, 1), np.uint8), np.zeros(2), TypeError, "must be integers"),
         (np.zeros((2, 3, 3, 1), np.uint8), np.zeros(3, int), ValueError, "one label"),
-        (labelled(), np.zeros(7, int), ValueError, "labels of their own"),
+        (labelled(), np.zeros(7, int), ValueError, "do not pass `labels`"),
     ],
 )
 def test_what_is_no_image(images, labels, error, match):

@@ -129,7 +129,7 @@ def test_data_without_labels():
     recipe = fd.images.recipe("imagenet32-class-lmd")
     images = fd.images.Images(toy_data(recipe).images)
     with pytest.raises(
-        ValueError, match="'imagenet32-class-lmd' has classes, and images"
+        ValueError, match="'imagenet32-class-lmd' needs labels, but images"
     ):
         recipe.batches(images)
     with (

@@ -1,4 +1,4 @@
-"""A wing for images: sets, batches on the device, scores, and recipes of papers."""
+"""Image data sets, on-device batches, image scores, and recipes of papers."""
 
 from ._device import DeviceImages as DeviceImages
 from ._device import from_uint8 as from_uint8

@@ -12,25 +12,25 @@ from .sets._images import Images, check_images, check_labels
 
 
 class DeviceImages(eqx.Module):
-    """Images on the device as 8-bit values, made into batches of points there.
+    """8-bit images on the device, from which batches of points are drawn there.
 
-    As `data` of [`flowdiffrax.data.InterpolantBatches`][], it draws rows with
-    replacement, flips some, and scales them to [-1, 1] in float32: a function of the
-    key, and so of the run's seed and the step. The labels are the conditions. A copy in
-    floats would take four times the memory.
+    As `data` of [`flowdiffrax.data.InterpolantBatches`][], it draws images with
+    replacement, mirrors some of them, and scales them to [-1, 1] in float32. A batch
+    depends on the key only, and so on the run's seed and the step. The labels become the
+    conditions. Storing the images as floats would take four times the memory.
 
     **Arguments:**
 
-    - `images`: the images, with labels or without; or an array of them, as a stream
-      gives it.
-    - `labels`: the labels of an array.
-    - `flip`: whether to mirror each image left to right with probability 1/2. Not for
-      digits and letters.
-    - `draw`: whether to draw. Without it, a batch is all the images as they come, those
-      of one batch of [`flowdiffrax.data.stream`][].
+    - `images`: an `Images`, with or without labels; or an array of images, as a stream
+      yields it.
+    - `labels`: the labels, if `images` is an array.
+    - `flip`: whether to mirror each image left to right with probability 1/2. Not
+      suitable for digits and letters.
+    - `draw`: whether to draw images at random. If `False`, a batch is all the images in
+      order, for example one batch of [`flowdiffrax.data.stream`][].
 
-    **Raises:** as [`flowdiffrax.images.Images`][]; `ValueError`, when called without
-    `draw`, for another batch size.
+    **Raises:** as [`flowdiffrax.images.Images`][]; `ValueError`, when called with
+    `draw=False`, if the batch size is not the number of images.
     """
 
     images: UInt8[Array, "n height width channels"]
@@ -48,7 +48,7 @@ class DeviceImages(eqx.Module):
     ):
         if isinstance(images, Images):
             if labels is not None:
-                raise ValueError("`Images` have labels of their own; `labels` came too.")
+                raise ValueError("`Images` include labels; do not pass `labels` as well.")
             images, labels = images.images, images.labels
         self.images = jnp.asarray(images)
         self.labels = None if labels is None else jnp.asarray(labels)
@@ -61,7 +61,7 @@ class DeviceImages(eqx.Module):
             check_labels(self.labels, len(self.images))
 
     def __call__(self, key: Key[Array, ""], batch_size: int) -> ConditionedPoints:
-        """A batch of points, of shape `(batch_size, height, width, channels)`."""
+        """Returns a batch of points, `(batch_size, height, width, channels)`."""
         rows_key, flip_key = jr.split(key)
         num_images = self.images.shape[0]
         images, labels = self.images, self.labels
@@ -70,7 +70,7 @@ class DeviceImages(eqx.Module):
             images, labels = jtu.tree_map(lambda leaf: leaf[rows], (images, labels))
         elif batch_size != num_images:
             raise ValueError(
-                f"Without `draw`, the batch is all {num_images} images; got "
+                f"With `draw=False`, a batch is all {num_images} images; got "
                 f"`batch_size` {batch_size}."
             )
         if self.flip:
@@ -87,13 +87,13 @@ def _mirror(
 def from_uint8(
     images: UInt8[Array | np.ndarray, "*shape"],
 ) -> Float32[Array, "*shape"]:
-    """Scales 8-bit values to [-1, 1]: 0 to -1, and 255 to 1.
+    """Scales 8-bit values to [-1, 1]: 0 becomes -1, and 255 becomes 1.
 
     **Arguments:**
 
-    - `images`: of any shape.
+    - `images`: an array of any shape.
 
-    **Raises:** `TypeError` for another dtype, which may have been scaled already.
+    **Raises:** `TypeError` for any other dtype, since its values may already be scaled.
     """
     if images.dtype != np.uint8:
         raise TypeError(f"`from_uint8` scales uint8; got {images.dtype}.")
@@ -103,31 +103,31 @@ def from_uint8(
 def to_uint8(
     x: Float[Array | np.ndarray, "*shape"],
 ) -> UInt8[Array, "*shape"]:
-    """Samples as 8-bit values: the inverse of [`flowdiffrax.images.from_uint8`][].
+    """Converts samples to 8-bit values.
 
-    Rounds to the nearest value, in float32 at least, and clips to [-1, 1]. A sampler
-    that fails does not draw black images, so what is not finite is refused.
-    `flowdiffrax.images.to_uint8` is this function.
+    The inverse of [`flowdiffrax.images.from_uint8`][]. It clips to [-1, 1] and rounds to
+    the nearest value, in at least float32. Values that are not finite raise an error
+    rather than become black pixels, since they show that a sampler failed.
 
     **Arguments:**
 
-    - `x`: of any shape; images have their last three axes.
+    - `x`: an array of any shape. The last three axes are those of one image.
 
-    **Raises:** `TypeError` for what is not of floating point, and `ValueError` for values
-    that are not finite; under `jax.jit`, an error at run time.
+    **Raises:** `TypeError` if the dtype is not floating-point; `ValueError` if a value is
+    not finite, which under `jax.jit` is an error at run time.
     """
     dtype = jnp.result_type(x)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(
-            f"`to_uint8` takes floats in [-1, 1]; got {dtype}. Images of 8 bits need no "
+            f"`to_uint8` takes floats in [-1, 1]; got {dtype}. 8-bit images need no "
             "rounding."
         )
     x = jnp.asarray(x)
-    # Bfloat16 has 8 bits for [-1, 1]: in it, the sum below would round once more.
+    # With the 8 bits of bfloat16, the sum below would round a second time.
     x = x.astype(at_least_float32(x.dtype))
     finite = jnp.isfinite(x)
     whole = finite.all(axis=(-3, -2, -1)) if x.ndim >= 3 else finite
-    advice = "A score without them would flatter the sampler: find out why."
+    advice = "Find out why: a score without them would flatter the sampler."
     if is_concrete(whole):
         if not whole.all():
             what = "images hold values that" if x.ndim >= 3 else "values"

@@ -8,7 +8,7 @@ from jaxtyping import ArrayLike, UInt8
 
 from ._device import to_uint8
 
-# Pixels between images, and around them.
+# Pixels between and around images.
 _GAP = 2
 
 
@@ -19,27 +19,27 @@ def image_grid(
     row_labels: Sequence[str] | None = None,
     num_columns: int | None = None,
 ):
-    """Images in rows and columns, grey or in colour.
+    """Draws images in rows and columns, in grey or colour.
 
     **Arguments:**
 
     - `axes`: Matplotlib axes.
-    - `images`: of shape `(rows, columns, height, width, channels)`, or without the axis
-      of rows, with one channel or three. Values are 8-bit, or numbers in [-1, 1]: those
-      beyond are clipped, and what is no number is black.
-    - `row_labels`: one text a row, written to the left of it.
-    - `num_columns`: how many images make a row, where `images` has no axis of rows;
-      `None` for a square. The last row may be shorter.
+    - `images`: an array of shape `(rows, columns, height, width, channels)`, or without
+      the axis of rows, with one or three channels. Values are 8-bit, or numbers in
+      [-1, 1]; numbers outside are clipped, and NaN is drawn black.
+    - `row_labels`: one text per row, written to its left.
+    - `num_columns`: the number of images in a row, if `images` has no axis of rows;
+      `None` for a square grid. The last row may be shorter.
 
-    **Raises:** `ValueError` for arrays of another shape, no images, or another number
-    of labels than rows; `TypeError` for integers of more than 8 bits.
+    **Raises:** `ValueError` if `images` is empty or has another shape, or if the numbers
+    of labels and rows differ; `TypeError` for integers of more than 8 bits.
     """
     tiles = tile_images(images, num_columns)
     num_rows, _, height = tiles.shape[:3]
     labels = [""] * num_rows if row_labels is None else list(row_labels)
     if len(labels) != num_rows:
         raise ValueError(
-            f"There must be one label a row; got {len(labels)} labels and {num_rows} "
+            f"There must be one label per row; got {len(labels)} labels and {num_rows} "
             "rows."
         )
     axes.imshow(join_tiles(tiles), interpolation="nearest")
@@ -51,13 +51,13 @@ def image_grid(
 
 
 def tile_images(images: ArrayLike, num_columns: int | None = None):
-    """The images as 8-bit colours, with an axis of rows and one of columns."""
+    """Returns the images as 8-bit RGB, with an axis of rows and one of columns."""
     x = np.asarray(images)
     if x.ndim not in (4, 5) or x.shape[-1] not in (1, 3) or x.size == 0:
         raise ValueError(
             "`images` must have shape (images, height, width, channels) or (rows, "
             "columns, height, width, channels), with 1 or 3 channels, and not be empty; "
-            f"got {x.shape}. Grey images without the last axis: `images[..., None]`."
+            f"got {x.shape}. For grey images without channels, use `images[..., None]`."
         )
     if x.dtype != np.uint8:
         if not jnp.issubdtype(x.dtype, jnp.floating):
@@ -74,13 +74,13 @@ def tile_images(images: ArrayLike, num_columns: int | None = None):
         x = rearrange(np.concatenate([x, missing]), "(r c) h w k -> r c h w k", c=columns)
     elif num_columns is not None:
         raise ValueError(
-            f"`num_columns` is for images without an axis of rows; got shape {x.shape}."
+            f"`num_columns` needs images without an axis of rows; got shape {x.shape}."
         )
     return np.broadcast_to(x, (*x.shape[:-1], 3))
 
 
 def join_tiles(tiles: UInt8[np.ndarray, "rows columns height width 3"]) -> np.ndarray:
-    """One picture of them all, on white."""
+    """Returns one picture of all images, on a white background."""
     gap = ((0, 0), (0, 0), (_GAP, 0), (_GAP, 0), (0, 0))
     tiles = np.pad(tiles, gap, constant_values=255)
     picture = rearrange(tiles, "r c h w k -> (r h) (c w) k")

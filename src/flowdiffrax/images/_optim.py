@@ -8,17 +8,17 @@ from ..nn._magnitude import normalise_weights
 def decayed_radam(
     learning_rate: float, *, constant_steps: int = 35_000, max_norm: float = 1.0
 ) -> optax.GradientTransformation:
-    r"""RAdam as magnitude-preserving networks are trained with.
+    r"""RAdam with the settings used to train magnitude-preserving networks.
 
-    The rate is constant at first, and falls as $\sqrt{k_0 / k}$ from step $k_0$ on.
-    Gradients are clipped, and [`flowdiffrax.nn.normalise_weights`][] follows each step.
-    That does nothing to other networks.
+    The learning rate is constant up to step $k_0$, and then falls as $\sqrt{k_0 / k}$.
+    Gradients are clipped, and [`flowdiffrax.nn.normalise_weights`][] is applied after
+    each step. It does nothing to other networks.
 
     **Arguments:**
 
-    - `learning_rate`: the rate at the start.
-    - `constant_steps`: the $k_0$, positive.
-    - `max_norm`: to which the norm of the whole gradient is clipped.
+    - `learning_rate`: the initial learning rate.
+    - `constant_steps`: $k_0$, positive.
+    - `max_norm`: the largest norm of the whole gradient, to which it is clipped.
 
     **Raises:** `ValueError` if `constant_steps` is not positive.
 

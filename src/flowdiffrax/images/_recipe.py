@@ -1,4 +1,4 @@
-"""What fixes a run of a paper."""
+"""The `Recipe` class: the settings of a paper's training run."""
 
 import dataclasses
 import enum
@@ -26,31 +26,35 @@ from .sets._images import Images
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class Recipe:
-    """Everything that fixes a training run, as a paper has it or as near as we know.
+    """All the settings of a training run, as in a paper or as close to it as we know.
 
-    [`flowdiffrax.images.recipe`][] returns one by name. `print(recipe)` shows all of it;
-    `dataclasses.replace` makes another one.
+    [`flowdiffrax.images.recipe`][] returns a recipe by name. `print(recipe)` shows all
+    settings, and `dataclasses.replace` changes them.
 
     **Attributes:**
 
-    - `name`: by which it is found.
-    - `source`: the paper, and where in it.
-    - `data`: the loader in `flowdiffrax.data`.
-    - `num_classes`: of class-conditional recipes; `None` for the others.
+    - `name`: the name of the recipe.
+    - `source`: the paper, and the place in it.
+    - `data`: the name of the function that makes the data, in `flowdiffrax.images` or
+      `flowdiffrax.data`.
+    - `num_classes`: the number of classes; `None` if the recipe is not class-conditional.
     - `flip`: whether images are mirrored at random.
     - `label_dropout`: the rate at which labels are dropped, for guidance.
-    - `interpolant`, `base_std`: of the paths.
-    - `architecture`: makes the network, given a key; see `network`.
-    - `precision`: the paper's. Here it is float32, and `network` takes a `dtype`.
-    - `objective`: what is minimised.
-    - `teacher`: the recipe that trains the teacher, or `None`.
-    - `starts_from_teacher`: whether the network starts as the teacher's, with
+    - `interpolant`, `base_std`: the interpolant of the paths, and the standard deviation
+      of their base.
+    - `architecture`: a function that makes the network from a key; see `network`.
+    - `precision`: the precision in the paper. Here the default is float32, and `network`
+      takes a `dtype`.
+    - `objective`: the objective to minimise.
+    - `teacher`: the name of the recipe that trains the teacher, or `None`.
+    - `starts_from_teacher`: whether the network is initialised from the teacher, with
       [`flowdiffrax.nn.two_times`][].
-    - `optimiser`: makes the optimiser; see `optim`.
-    - `batch_size`, `num_steps`, `ema_decay`: as for [`flowdiffrax.train.fit`][].
-    - `metric`, `figures`: the paper's results, by the number of jumps. Empty where we
-      know of none.
-    - `notes`: what differs from the paper, and what it does not state.
+    - `optimiser`: a function that makes the optimiser; see `optim`.
+    - `batch_size`: the number of paths in a batch.
+    - `num_steps`, `ema_decay`: as for [`flowdiffrax.train.fit`][].
+    - `metric`, `figures`: the paper's metric, and its results by number of jumps.
+      `figures` is empty if we know of none.
+    - `notes`: what differs from the paper, and what the paper does not state.
     """
 
     name: str
@@ -75,18 +79,18 @@ class Recipe:
     notes: tuple[str, ...] = ()
 
     def network(self, *, key: Key[Array, ""], **settings: Any) -> Any:
-        """The network, untrained.
+        """Returns the untrained network.
 
         **Arguments:**
 
         - `key`: for the initial weights.
-        - `settings`: what is to differ: `dtype=jax.numpy.bfloat16`, `remat=True`, or
-          `shape` and `channels` for a small one.
+        - `settings`: the settings to override, such as `dtype=jax.numpy.bfloat16`,
+          `remat=True`, or `shape` and `channels` for a small network.
         """
         return self.architecture(key=key, **settings)
 
     def optim(self) -> optax.GradientTransformation:
-        """The optimiser."""
+        """Returns the optimiser."""
         return self.optimiser()
 
     def batches(
@@ -94,28 +98,29 @@ class Recipe:
         data: Images | Callable[[Key[Array, ""], int], State | ConditionedPoints],
         batch_size: int | None = None,
     ) -> InterpolantBatches | ConditionDropout:
-        """Batches of paths to the data, with labels if the recipe has classes.
+        """Returns batches of paths to the data, with labels if the recipe has classes.
 
         **Arguments:**
 
-        - `data`: images as a loader returns them; or a function
-          `(key, batch_size) -> points`, taken as it is.
-        - `batch_size`: `None` for the recipe's.
+        - `data`: images, as returned by a loader; or a function
+          `(key, batch_size) -> points`, which is used unchanged.
+        - `batch_size`: `None` for the recipe's batch size.
 
-        **Raises:** `ValueError` for images without the labels that the recipe needs, or
-        with more classes than it has; `TypeError` for data that are neither.
+        **Raises:** `ValueError` if the recipe needs labels and the images have none, or
+        if the images have more classes than the recipe; `TypeError` if `data` is neither
+        images nor a function.
         """
         if isinstance(data, Images):
             if self.num_classes is not None and data.labels is None:
                 raise ValueError(
-                    f"The recipe {self.name!r} has classes, and {data.name} no labels."
+                    f"The recipe {self.name!r} needs labels, but {data.name} has none."
                 )
             found = data.num_classes or 0
             if self.num_classes is not None and found > self.num_classes:
                 raise ValueError(
-                    f"The recipe {self.name!r} is for {self.num_classes} classes, and "
-                    f"{data.name} has {found}: labels would be taken for the one that "
-                    "stands for none. Use `dataclasses.replace(recipe, "
+                    f"The recipe {self.name!r} is for {self.num_classes} classes, but "
+                    f"{data.name} has {found}: label {self.num_classes} would be read as "
+                    "a dropped label. Use `dataclasses.replace(recipe, "
                     f"num_classes={found})`."
                 )
             labels = None if self.num_classes is None else data.labels
@@ -148,7 +153,7 @@ class Recipe:
 
 
 def _described(value: Any, room: int) -> str:
-    """A value with all its settings, those at their defaults too."""
+    """Describes a value with all its settings, including the default ones."""
     if isinstance(value, str):
         return textwrap.fill(value, room)
     if isinstance(value, enum.Enum):
@@ -173,7 +178,7 @@ def _described(value: Any, room: int) -> str:
 
 
 def _called(fn: Callable, settings: Mapping[str, Any], room: int) -> str:
-    """On one line if there is room, and otherwise on a line for each setting."""
+    """Formats a call, on one line if it fits and on one line per setting if not."""
     parts = []
     for name, value in settings.items():
         parts.append(f"{name}={_described(value, room - len(name) - 6)}")

@@ -29,36 +29,37 @@ from ._grid import image_grid, join_tiles, tile_images
 
 
 class SampleGrids:
-    """Pictures of samples during a run, and how good they are in few jumps and in many.
+    """Draws samples during a run, and measures how good they are by number of jumps.
 
     As `on_report` of [`flowdiffrax.train.fit`][], it samples `state.ema_map` from the
     same starting points each time, and writes `samples-<step>.png` with one row of
-    images for each number of jumps. A file appears whole or not at all. Of several
-    processes all sample and the first one writes.
+    images for each number of jumps. A file appears whole or not at all. With several
+    processes, all of them sample and the first one writes.
 
     **Arguments:**
 
-    - `folder`: where to write, made if missing; `None` for no pictures.
+    - `folder`: the folder to write to, created if missing; `None` for no pictures.
     - `x0`: starting points with a leading batch axis.
     - `args`: conditions with the same leading axis, or `None`.
-    - `num_jumps`: the numbers of jumps. Each is compiled once.
-    - `time_range`: where the jumps start and end, in either order; `None` for the map's
-      `time_range`, which is [0, 1] if it declares none.
-    - `distance`: a function of a batch of samples, as NumPy arrays, that returns a
-      number, for example their distance from data. Its values join the report as
-      `distance_1`, `distance_2` and so on, by the number of jumps.
-    - `to_images`: what makes images of samples, as for
-      [`flowdiffrax.images.image_grid`][]: a decoder of latents, for example. `None` for
-      samples that are images.
-    - `num_columns`: how many of the samples are drawn.
-    - `batch_size`: how many are sampled at a time; `None` for all.
-    - `every`: only at reports of a step that it divides; 1 for all.
+    - `num_jumps`: the numbers of jumps. Sampling is compiled once for each.
+    - `time_range`: where the jumps start and end, in either order. `None` for the map's
+      `time_range`, or for [0, 1] if it declares none.
+    - `distance`: a function that maps a batch of samples, as NumPy arrays, to a number,
+      for example their distance from data. Its values are added to the report as
+      `distance_1`, `distance_2` and so on, by number of jumps.
+    - `to_images`: a function that converts samples to images for
+      [`flowdiffrax.images.image_grid`][], for example a decoder of latents. `None` if the
+      samples are images.
+    - `num_columns`: the number of samples to draw.
+    - `batch_size`: the number of samples to compute at a time; `None` for all.
+    - `every`: act only on reports whose step it divides; 1 for all reports.
 
-    **Raises:** `ValueError` for starting points without a common batch axis or that are
-    no images, a number of jumps below 1 or given twice, a folder that is a file, a batch
-    size that does not divide the starting points, and other numbers that are too small;
-    `ImportError` for pictures without Matplotlib, from the `plot` extra. In use,
-    `ValueError` for a distance that is no number, or `to_images` that makes no images.
+    **Raises:** `ValueError` if the starting points have no common batch axis or are not
+    images, if a number of jumps is below 1 or given twice, if `folder` is a file, if
+    `batch_size` does not divide the number of starting points, or if another number is
+    too small; `ImportError` if pictures are wanted but Matplotlib, from the `plot` extra,
+    is missing. When called, `ValueError` if `distance` does not return a number or
+    `to_images` does not return images.
     """
 
     def __init__(
@@ -76,7 +77,7 @@ class SampleGrids:
         every: int = 1,
     ):
         x0 = jtu.tree_map(jnp.asarray, x0)
-        # Only JAX's arrays have their rows mapped; numbers are for all of them.
+        # Only JAX arrays are mapped over rows; all rows share a plain number.
         convert = lambda leaf: jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf
         args = jtu.tree_map(convert, args)
         only_arrays = eqx.filter((x0, args), eqx.is_array)
@@ -85,7 +86,7 @@ class SampleGrids:
         self._num_jumps = tuple(num_jumps)
         if min(self._num_jumps, default=0) < 1 or len({*num_jumps}) < len(num_jumps):
             raise ValueError(
-                "`num_jumps` must be different numbers of jumps, each at least 1; got "
+                "`num_jumps` must hold different numbers of jumps, each at least 1; got "
                 f"{num_jumps}."
             )
         if num_columns < 1:
@@ -97,7 +98,9 @@ class SampleGrids:
                 f"{batch_size}."
             )
         if time_range is not None and time_range[0] == time_range[1]:
-            raise ValueError(f"`time_range` must have two times; got {time_range}.")
+            raise ValueError(
+                f"`time_range` must be two different times; got {time_range}."
+            )
         if distance is not None:
             check_callable(distance, "distance", "distance(samples)")
         self._folder = None if folder is None else pathlib.Path(folder)
@@ -116,18 +119,18 @@ class SampleGrids:
     def __call__(
         self, state: TrainState, report: Mapping[str, Any]
     ) -> dict[str, float] | None:
-        """Samples, draws and measures.
+        """Samples the map, draws the samples and measures them.
 
         **Arguments:**
 
-        - `state`: the state, whose `ema_map` is sampled.
-        - `report`: the numbers so far, among them `step`.
+        - `state`: the training state, whose `ema_map` is sampled.
+        - `report`: the numbers so far, including `step`.
 
-        **Returns:** the distances; `None` for a report that is left out.
+        **Returns:** the distances, or `None` if this report is skipped.
         """
         if report["step"] % self._every != 0:
             return None
-        # On a single device these stay where they are after the first time.
+        # On a single device, this moves nothing after the first call.
         self._inputs = beside(state, self._inputs)
         samples = {number: self._samples(state, number) for number in self._num_jumps}
         if self._folder is not None:
@@ -149,7 +152,7 @@ class SampleGrids:
 
     def _draw(self, samples: Mapping[int, PyTree[np.ndarray]], step: int) -> None:
         columns = min(self._num_columns, self._size)
-        # Of several processes all decode, in case that takes them all.
+        # All processes decode, in case decoding needs all of them.
         rows = [
             np.asarray(self._to_images(rows_of(batch, 0, columns)))
             for batch in samples.values()
@@ -191,19 +194,19 @@ def _check_images(x0: State) -> None:
     shapes = [leaf.shape for leaf in jtu.tree_leaves(x0)]
     if len(shapes) != 1 or len(shapes[0]) != 4 or shapes[0][-1] not in (1, 3):
         raise ValueError(
-            "Pictures need images: `x0` of shape (images, height, width, channels), with "
-            f"1 or 3 channels; got {shapes}. For other states give `to_images`, or "
-            "`folder=None` for distances alone."
+            "Pictures need images: `x0` must have shape (images, height, width, "
+            f"channels), with 1 or 3 channels; got {shapes}. For other states, pass "
+            "`to_images`, or `folder=None` to compute distances only."
         )
 
 
 def _picture(rows: Sequence[np.ndarray], labels: Sequence[str]) -> bytes:
-    """A PNG, with a whole number of its pixels for each of an image's."""
-    # Not of `pyplot`, which keeps figures and may open windows.
+    """Returns a PNG that magnifies each image by a whole number."""
+    # Avoid `pyplot`, which keeps figures and may open windows.
     figures = import_extra("matplotlib.figure", "plot", "SampleGrids")
     images = tile_images(np.stack(rows))
     height, width = join_tiles(images).shape[:2]
-    # So many that labels have room beside their rows, and letters nine pixels each.
+    # Rows of about 64 pixels leave room for their labels, with nine pixels a letter.
     zoom = max(1, round(64 / images.shape[2]))
     margin, dpi = 12 + 9 * max(map(len, labels)), 100
     size = (margin + zoom * width) / dpi, zoom * height / dpi

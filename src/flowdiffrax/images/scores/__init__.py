@@ -1,0 +1,1 @@
+"""Scores of image samples, and the networks whose features they use."""
