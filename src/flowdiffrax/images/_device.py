@@ -111,7 +111,7 @@ def to_uint8(
 
     **Arguments:**
 
-    - `x`: an array of any shape. The last three axes are those of one image.
+    - `x`: an array of any shape. Images occupy the last three axes.
 
     **Raises:** `TypeError` if the dtype is not floating-point; `ValueError` if a value is
     not finite, which under `jax.jit` is an error at run time.

@@ -1,4 +1,4 @@
-"""The recipes of papers, by name."""
+"""The recipes of published training runs, by name."""
 
 import difflib
 import functools
@@ -33,25 +33,25 @@ from ._recipe import Recipe
 
 
 def recipe(name: str) -> Recipe:
-    """A recipe by its name, such as `"cifar10-lsd"`.
+    """Returns a recipe by its name, such as `"cifar10-lsd"`.
 
     **Arguments:**
 
     - `name`: one of [`flowdiffrax.images.recipes`][].
 
-    **Raises:** `ValueError` for another name.
+    **Raises:** `ValueError` if there is no recipe of this name.
     """
     if name not in _RECIPES:
         near = difflib.get_close_matches(name, _RECIPES, 1, 0)
         raise ValueError(
-            f"There is no recipe {name!r}; did you mean {near[0]!r}? There are "
+            f"There is no recipe {name!r}; did you mean {near[0]!r}? The recipes are "
             f"{', '.join(_RECIPES)}."
         )
     return _RECIPES[name](name=name)
 
 
 def recipes() -> tuple[str, ...]:
-    """The names of all recipes."""
+    """Returns the names of all recipes."""
     return tuple(_RECIPES)
 
 
@@ -62,7 +62,7 @@ def _warm_adam(
 
 
 class _TangentWarmUp(eqx.Module):
-    """An objective whose tangent's scale is the step over `num_steps`, up to `high`."""
+    """An objective whose tangent's scale is `step / num_steps`, up to `high`."""
 
     objective: AlignYourFlowEMD | ContinuousConsistency
     high: float
@@ -75,36 +75,36 @@ class _TangentWarmUp(eqx.Module):
         )
 
 
-# --- what several recipes have in common ----------------------------------------------
+# --- settings and notes shared by several recipes -------------------------------------
 
 _SELF_DISTILLATION = "arXiv:2505.18825 v2"
 
 
 _NOT_STATED = (
-    "The network, the optimiser, the length of training and the learned weight are ours, "
-    "those of arXiv:2505.18825: the paper's are not known to us."
+    "We chose the network, optimiser, training length and learned weight of "
+    "arXiv:2505.18825, since we do not know the paper's."
 )
 
 
 _NO_DROPOUT = (
-    "No dropout. The paper has 0.13, on the diagonal only: objectives compare several "
-    "evaluations of one function."
+    "There is no dropout, since objectives compare several evaluations of one function. "
+    "The paper has dropout of 0.13, on the diagonal only."
 )
 
 
 _LEARNED_WEIGHT = (
-    "The learned weight is linear in eight cosines and sines of each time; in the paper, "
-    "in embeddings of 128."
+    "The learned weight is linear in eight cosines and sines of each time; the paper's "
+    "is linear in embeddings of size 128."
 )
 
 
-_FLIPPED = "Whether the paper mirrors images is not known to us; here they are."
+_FLIPPED = "Images are mirrored at random; we do not know whether the paper does so."
 
 
-_NO_FIGURE = "We know of no figure of the paper on these data that we could check."
+_NO_FIGURE = "We know of no result of the paper on these data that we could check."
 
 
-_FROM_TEACHER = "That the network starts as the teacher is ours."
+_FROM_TEACHER = "Initialising the network from the teacher is our choice."
 
 
 def _preserving_unet(**settings: Any) -> Callable[..., Any]:
@@ -121,7 +121,7 @@ def _preserving_unet(**settings: Any) -> Callable[..., Any]:
 
 
 def _images(name: str, **settings: Any) -> Recipe:
-    """The run of arXiv:2505.18825 on CIFAR-10, with what is to differ."""
+    """The run of arXiv:2505.18825 on CIFAR-10, with `settings` replaced."""
     shared: dict[str, Any] = {
         "data": "cifar10",
         "flip": True,
@@ -145,12 +145,12 @@ def _classes(data: str, num_classes: int | None) -> dict[str, Any]:
 def _teacher(name: str, data: str = "cifar10", num_classes: int | None = None) -> Recipe:
     return _images(
         name,
-        source="arXiv:2210.02747, as the teacher in arXiv:2406.07507",
+        source="arXiv:2210.02747, as used for the teacher in arXiv:2406.07507",
         **_classes(data, num_classes),
         architecture=_preserving_unet(two_times=False, num_classes=num_classes or 0),
         objective=FlowMatching(weight=LearnedWeight()),
         notes=(
-            "A velocity, the teacher of the distillations of this data set.",
+            "This velocity is the teacher for distillation on this data set.",
             _NOT_STATED,
             _FLIPPED,
             *_without_figure(data, num_classes),
@@ -179,11 +179,12 @@ def _lmd(name: str, data: str = "cifar10", num_classes: int | None = None) -> Re
 def _without_figure(data: str, num_classes: int | None) -> tuple[str, ...]:
     if data == "cifar10":
         return (_NO_FIGURE,)
-    same = "Batch and length are those of CIFAR-10: ours too."
+    same = "We chose the batch size and training length of the CIFAR-10 recipes."
     if num_classes is None:
         return same, _NO_FIGURE
     classes = (
-        "The classes are ours, with one label in ten dropped; the teacher is not guided."
+        "Training with classes is our choice. One label in ten is dropped, and the "
+        "teacher is not guided."
     )
     return same, classes, _NO_FIGURE
 
@@ -202,7 +203,7 @@ def _self_distillation(
             _NO_DROPOUT,
             _LEARNED_WEIGHT,
             _FLIPPED,
-            "The figures are each of the best checkpoint for its number of jumps.",
+            "Each figure is that of the best checkpoint for its number of jumps.",
         ),
     )
 
@@ -212,8 +213,8 @@ def _lsd(name: str) -> Recipe:
         name,
         LagrangianSelfDistillation(weight=LearnedWeight()),
         {1: 8.10, 2: 4.37, 4: 3.34, 8: 3.33, 16: 3.57},
-        "Three quarters of a batch are on the diagonal, as in table 2. A run in the "
-        "authors' notebook is named for nine tenths.",
+        "Three quarters of each batch are on the diagonal, as in table 2. A run in the "
+        "authors' notebook has nine tenths in its name.",
     )
 
 
@@ -223,7 +224,7 @@ def _psd(name: str, split: float | None, figures: Mapping[int, float]) -> Recipe
 
 
 def _mean_flow_images(name: str, **settings: Any) -> Recipe:
-    # 48 whole batches of 1024 an epoch of 50,000 images.
+    # An epoch of 50,000 images has 48 whole batches of 1024.
     steps_an_epoch = 48
     return Recipe(
         name=name,
@@ -248,33 +249,34 @@ def _mean_flow_images(name: str, **settings: Any) -> Recipe:
     )
 
 
-# On our clock, and three quarters off the diagonal, as in the authors' code. (On
-# ImageNet it is one quarter.)
+# The times are on our clock. Three quarters are off the diagonal, as in the authors'
+# code. (On ImageNet it is one quarter.)
 _PAIRS = DiagonalMixture(
     LogitNormal(2.0, 2.0), 0.25, Diagonal(LogitNormal(2.0, 2.0), start=True)
 )
 
 
 _UNET = (
-    "The network is ADM's kind of U-Net at the sizes of the authors', which is NCSN++; "
-    "without its dropout of 0.2."
+    "The network is a U-Net as in ADM, with the sizes of the authors' NCSN++ and without "
+    "its dropout of 0.2."
 )
 
 
-_AUGMENTATION = "Images are mirrored only; the authors have the augmentation of EDM."
+_AUGMENTATION = "Images are only mirrored; the authors use the augmentation of EDM."
 
 
 def _mean_flow(name: str) -> Recipe:
     return _mean_flow_images(
         name,
         source="arXiv:2505.13447; settings of the authors' py-meanflow, cifar10_v0",
-        precision="float32, with products of TF32",
+        precision="float32, with products in TF32",
         objective=MeanFlow(times=_PAIRS, weight=PowerWeight(0.75, 1e-3)),
         figures={1: 2.92},
         notes=(
             _UNET,
             _AUGMENTATION,
-            "16,000 epochs of 48 steps; the authors' page rounds them to 800,000 steps.",
+            "There are 16,000 epochs of 48 steps, which the authors' page rounds to "
+            "800,000 steps.",
         ),
     )
 
@@ -285,8 +287,8 @@ def _improved_mean_flow(name: str) -> Recipe:
         source="arXiv:2512.02012",
         objective=ImprovedMeanFlow(times=_PAIRS, weight=PowerWeight(0.75, 1e-3)),
         notes=(
-            "The paper is about ImageNet. All but the objective is that of "
-            "cifar10-meanflow: ours.",
+            "The paper is about ImageNet. We chose the settings of cifar10-meanflow for "
+            "all but the objective.",
             _UNET,
             _AUGMENTATION,
             _NO_FIGURE,
@@ -304,11 +306,12 @@ def _align_your_flow(name: str) -> Recipe:
         teacher="cifar10-teacher",
         starts_from_teacher=True,
         notes=(
-            "The law of times, and the 10,000 steps in which the tangent's scale rises, "
-            "are from re-implementations: not checked against the paper.",
-            "The teacher is not guided by a weaker one, as it is in the paper; no "
+            "The distribution of times, and the 10,000 steps over which the tangent's "
+            "scale rises, are from re-implementations and not checked against the paper.",
+            "Unlike in the paper, the teacher is not guided by a weaker one, and no "
             "adversarial training follows.",
-            "Network, optimiser, batch and length are ours, those of arXiv:2505.18825.",
+            "We chose the network, optimiser, batch size and training length of "
+            "arXiv:2505.18825.",
             _FLIPPED,
             _NO_FIGURE,
         ),
@@ -317,8 +320,8 @@ def _align_your_flow(name: str) -> Recipe:
 
 def _sct(name: str) -> Recipe:
     base_std = 0.5
-    # The noise level is base_std (1 - t) / t on this clock, and its logarithm has mean
-    # -1 and standard deviation 1.4 in the paper.
+    # On this clock, the noise level is base_std (1 - t) / t. In the paper, its logarithm
+    # has mean -1 and standard deviation 1.4.
     times = EndAt(LogitNormal(1.0 + math.log(base_std), 1.4, sort=False), 1.0)
     objective = ContinuousConsistency(times=times, weight=NormalisedTangent())
     return _images(
@@ -328,15 +331,16 @@ def _sct(name: str) -> Recipe:
         objective=Scheduled(_TangentWarmUp(objective, 1.0, 10_000)),
         figures={1: 2.85, 2: 2.06},
         notes=(
-            "The interpolant is linear, at the paper's noise levels; there it is "
-            "trigonometric. The two differ by a factor in time.",
-            "Network, optimiser, batch and length are ours, those of arXiv:2505.18825, "
-            "and so is that training starts at random weights.",
-            "The law of noise levels is from a note on the paper: not checked.",
-            "No learned weight: the paper's is of a loss that normalised tangents bring "
-            "near 1 at all times.",
-            "The second figure is with noise added between two jumps to the data; it is "
-            "no sample of two jumps.",
+            "The interpolant is linear, with the paper's noise levels; the paper's is "
+            "trigonometric. The two differ by a time-dependent factor.",
+            "We chose the network, optimiser, batch size and training length of "
+            "arXiv:2505.18825, and to start from random weights.",
+            "The distribution of noise levels is from a note on the paper and not "
+            "checked.",
+            "There is no learned weight: the paper's applies to a loss that normalised "
+            "tangents bring near 1 at all times.",
+            "The second figure is for two jumps to the data with noise added in between, "
+            "not for two jumps in a row.",
             _FLIPPED,
         ),
     )
@@ -365,19 +369,20 @@ def _checkerboard(name: str) -> Recipe:
         batch_size=100_000,
         num_steps=150_000,
         ema_decay=(0.999, 0.9999),
-        metric="KL divergence, of 64,000 samples in 50x50 bins",
+        metric="KL divergence of 64,000 samples, in 50x50 bins",
         figures={1: 0.086, 2: 0.077, 4: 0.071, 8: 0.070, 16: 0.071},
         notes=(
-            "150,000 steps as in table 2; the authors' configuration has 250,000.",
-            "Points are drawn anew, not from ten million.",
+            "There are 150,000 steps, as in table 2; the authors' configuration has "
+            "250,000.",
+            "Each batch has new points; the authors draw from ten million.",
             "Hidden layers are residual here; the number of parameters is the authors'.",
-            "These bins cut the squares in two: a perfect sampler has 0.066 by our "
-            "measurement.",
+            "These bins do not align with the squares: by our measurement, a perfect "
+            "sampler has 0.066.",
         ),
     )
 
 
-# Made when asked for: a learned weight has arrays.
+# Recipes are made on demand, because a learned weight has arrays.
 _RECIPES: dict[str, Callable[..., Recipe]] = {
     "checkerboard-lsd": _checkerboard,
     "cifar10-align-your-flow": _align_your_flow,
