@@ -514,7 +514,7 @@ def test_classifier_is_a_function_of_its_key():
         (np.zeros(5, int), {}, "one label an image"),
         (np.zeros(12, int), {"num_steps": 0}, "one step"),
         (np.zeros(12, int), {"width": 0}, "`width`"),
-        (np.zeros(12, int), {}, "two classes at least; all 12 labels are 0"),
+        (np.zeros(12, int), {}, "at least two classes; all 12 labels are 0"),
     ],
 )
 def test_classifiers_that_cannot_be_fitted(labels, settings, match):
@@ -829,7 +829,7 @@ def test_torch_files_of_another_kind(tmp_path, torch_names):
     with pytest.raises(ValueError, match="an int where arrays are expected|holds a int"):
         read_weights(path, CURE)
     path.write_bytes(b"GIF89a, say")
-    with pytest.raises(ValueError, match="no zip, pickle or safetensors"):
+    with pytest.raises(ValueError, match="not a zip, pickle or safetensors"):
         read_weights(path, CURE)
 
 

@@ -48,7 +48,7 @@ class DeviceImages(eqx.Module):
     ):
         if isinstance(images, Images):
             if labels is not None:
-                raise ValueError("`Images` include labels; do not pass `labels` as well.")
+                raise ValueError("`Images` carry their labels; do not pass `labels` too.")
             images, labels = images.images, images.labels
         self.images = jnp.asarray(images)
         self.labels = None if labels is None else jnp.asarray(labels)

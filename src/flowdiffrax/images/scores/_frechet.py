@@ -14,7 +14,7 @@ from ..sets._files import damaged
 from ..sets._images import Images
 from ._features import AbstractFeatures, feature_batches
 
-# The names of ours, EDM's, pytorch-fid's, clean-fid's and ADM's; then MeanFlow's.
+# The names in our files and those of EDM, pytorch-fid, clean-fid and ADM; MeanFlow's.
 _KEYS = (("mu", "sigma"), ("ref_mu", "ref_sigma"))
 
 
@@ -23,20 +23,20 @@ _ABOUT = "provenance"
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class FeatureStatistics:
-    """Mean and covariance of the features of a set of images, and what they are of.
+    """The mean and covariance of the features of a set of images, with their provenance.
 
     **Arguments:**
 
-    - `mean`, `covariance`: of the features, the covariance unbiased.
-    - `num_images`: of how many images; `None` if a file did not say.
+    - `mean`, `covariance`: the mean and the unbiased covariance of the features.
+    - `num_images`: the number of images; `None` if a file does not state it.
     - `features`: the name of the network, or `None`.
-    - `fingerprint`: its fingerprint, see [`flowdiffrax.images.AbstractFeatures`][], or
-      `None`.
-    - `settings`: its settings, or `None`.
-    - `source`: which images, such as `"CIFAR-10 train"`.
+    - `fingerprint`: the network's fingerprint, see
+      [`flowdiffrax.images.AbstractFeatures`][], or `None`.
+    - `settings`: the network's settings, or `None`.
+    - `source`: a name for the images, such as `"CIFAR-10 train"`.
 
-    **Raises:** `ValueError` if mean and covariance are not finite, not symmetric, or do
-    not go together.
+    **Raises:** `ValueError` if the mean or the covariance is not finite, if their shapes
+    do not match, or if the covariance is not symmetric.
     """
 
     mean: Float64[np.ndarray, " features"]
@@ -69,16 +69,18 @@ class FeatureStatistics:
         source: str | None = None,
         batch_size: int = 256,
     ) -> "FeatureStatistics":
-        """Of images, a batch at a time.
+        """Computes the statistics of images, a batch at a time.
 
         **Arguments:**
 
         - `features`, `images`, `batch_size`: as for
-          [`flowdiffrax.images.image_features`][]. There must be two images.
-        - `source`: which images. Those of [`flowdiffrax.images.Images`][] have a name.
+          [`flowdiffrax.images.image_features`][]. There must be at least two images.
+        - `source`: a name for the images. `None` for the name of
+          [`flowdiffrax.images.Images`][].
 
-        **Raises:** as [`flowdiffrax.images.image_features`][]; `ValueError` for arrays
-        without a source, for one image, or for features that are not finite.
+        **Raises:** as [`flowdiffrax.images.image_features`][]; `ValueError` if `images`
+        is an array and there is no `source`, if there is only one image, or if a feature
+        is not finite.
         """
         return cls._of_batches(
             feature_batches(features, images, batch_size),
@@ -96,15 +98,15 @@ class FeatureStatistics:
         features: AbstractFeatures | None = None,
         source: str = "unknown",
     ) -> "FeatureStatistics":
-        """Of feature vectors, such as those of a network that is none of ours.
+        """Computes the statistics of feature vectors, such as those of another library.
 
         **Arguments:**
 
-        - `vectors`: one an image, at least two.
-        - `features`: the network they are of, if it is one of ours.
-        - `source`: of which images.
+        - `vectors`: one vector per image, at least two.
+        - `features`: the network that computed them, if it is an `AbstractFeatures`.
+        - `source`: a name for the images.
 
-        **Raises:** `ValueError` for other shapes, or values that are not finite.
+        **Raises:** `ValueError` for other shapes, or if a value is not finite.
         """
         rows = np.asarray(vectors)
         if rows.ndim != 2:
@@ -123,22 +125,23 @@ class FeatureStatistics:
         number, shift, total, squares = 0, None, 0.0, 0.0
         for batch in batches:
             rows = batch.astype(np.float64)
-            # About a point among them, or the squares would cancel.
+            # Centre the vectors on the first batch's mean, or the squares would cancel.
             shift = rows.mean(axis=0) if shift is None else shift
             rows -= shift
             number += len(rows)
             total = total + rows.sum(axis=0)
             squares = squares + rows.T @ rows
         if shift is None or number < 2:
-            raise ValueError(f"A covariance needs two images at least; got {number}.")
+            raise ValueError(f"A covariance needs at least two images; got {number}.")
         offset = total / number
         covariance = (squares - number * np.outer(offset, offset)) / (number - 1)
         return cls(shift + offset, covariance, number, **about)
 
     def save(self, path: StrPath) -> None:
-        """Writes an `.npz` with `mu` and `sigma`, as others read it, and the provenance.
+        """Writes the statistics to an `.npz`.
 
-        The file appears whole or not at all.
+        It holds `mu` and `sigma`, as other code reads them, and the provenance. The file
+        appears whole or not at all.
         """
         about = {
             field.name: getattr(self, field.name)
@@ -155,19 +158,19 @@ class FeatureStatistics:
 
     @classmethod
     def load(cls, path: StrPath) -> "FeatureStatistics":
-        """Reads statistics of ours, or those that other code publishes.
+        """Reads statistics written by `save`, or published with other code.
 
-        These are `.npz` with `mu` and `sigma` (EDM, pytorch-fid, clean-fid, and ADM,
-        whose spatial ones are left out) or `ref_mu` and `ref_sigma` (MeanFlow). They say
-        neither which features they are of nor of how many images: that the network, the
-        resizing and the images are the same ones, you have to know.
+        The latter are `.npz` files with `mu` and `sigma` (EDM, pytorch-fid, clean-fid,
+        and ADM, whose spatial statistics are ignored) or `ref_mu` and `ref_sigma`
+        (MeanFlow). They state neither the features nor the number of images. You have to
+        know that the network, the resizing and the images are the same.
 
         **Arguments:**
 
         - `path`: the file.
 
-        **Raises:** `FileNotFoundError`, or `ValueError` for a damaged file, one without
-        statistics, and pickles.
+        **Raises:** `FileNotFoundError` if there is no file; `ValueError` if it is
+        damaged, is a pickle, or has no statistics.
         """
         path = pathlib.Path(path)
         if not path.is_file():
@@ -176,8 +179,8 @@ class FeatureStatistics:
             is_zip = file.read(2) == b"PK"
         if not is_zip:
             raise ValueError(
-                f"{path} is no .npz, and not read: statistics in pickles, as EDM2 has "
-                "them, may run code. Write `mu` and `sigma` with `numpy.savez`."
+                f"{path} is not an .npz, and was not read: pickled statistics, such as "
+                "EDM2's, may run code. Write `mu` and `sigma` with `numpy.savez`."
             )
         arrays = read_npz(path)
         for mu, sigma in _KEYS:
@@ -185,8 +188,8 @@ class FeatureStatistics:
                 break
         else:
             raise ValueError(
-                f"{path} has no `mu` and `sigma`, but {sorted(arrays)}. Images in it are "
-                "for `FeatureStatistics.of`."
+                f"{path} has no `mu` and `sigma`, but {sorted(arrays)}. If these are "
+                "images, use `FeatureStatistics.of`."
             )
         try:
             about = json.loads(str(arrays[_ABOUT])) if _ABOUT in arrays else {}
@@ -207,22 +210,23 @@ class FeatureStatistics:
 def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
     r"""The squared Fréchet distance of two Gaussians with these means and covariances.
 
-    $\|\mu_a - \mu_b\|^2 + \mathrm{tr}\,(\Sigma_a + \Sigma_b
-    - 2 (\Sigma_a^{1/2} \Sigma_b \Sigma_a^{1/2})^{1/2})$. Of Inception's features it is
-    the FID. It falls with the number of images, towards a limit from above: compare equal
-    numbers only.
+    It is $\|\mu_a - \mu_b\|^2 + \mathrm{tr}\,(\Sigma_a + \Sigma_b
+    - 2 (\Sigma_a^{1/2} \Sigma_b \Sigma_a^{1/2})^{1/2})$. For Inception features, it is
+      the FID. The distance falls towards its limit as the number of images grows, so
+      compare
+    only distances of equal numbers of images.
 
     !!! info "Numerics"
 
-        By eigenvalues of symmetric matrices, in float64. Nothing complex appears, and
-        nothing need be added to a singular covariance.
+        Uses the eigenvalues of symmetric matrices, in float64. No complex numbers appear,
+        and a singular covariance needs no added diagonal.
 
     **Arguments:**
 
-    - `a`, `b`: the statistics. It is symmetric in them.
+    - `a`, `b`: the statistics. The distance is symmetric in them.
 
-    **Raises:** `ValueError` for statistics of different features, as far as these are
-    known, or for a matrix that is no covariance. It warns of fewer images than features.
+    **Raises:** `ValueError` if the statistics are known to be of different features, or
+    if a matrix is not a covariance. Warns if there are fewer images than features.
 
     ??? cite "Reference"
 
@@ -233,7 +237,7 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
         if one.num_images is not None and one.num_images < len(one.mean):
             warnings.warn(
                 f"{one.num_images} images ({one.source}) for {len(one.mean)} features: "
-                "their covariance is singular, and the distance too large. Take more.",
+                "their covariance is singular, and the distance too large. Use more.",
                 stacklevel=2,
             )
     values, vectors = np.linalg.eigh(a.covariance)
@@ -242,15 +246,15 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
     trace = np.trace(a.covariance) + np.trace(b.covariance)
     values = np.linalg.eigvalsh((product + product.T) / 2)
     trace -= 2 * np.sqrt(_non_negative(values)).sum()
-    # Of equal ones, rounding leaves a little on either side of zero.
+    # For equal statistics, rounding leaves a small number of either sign.
     return float(max(0.0, np.sum((a.mean - b.mean) ** 2) + trace))
 
 
 def _non_negative(values: np.ndarray) -> np.ndarray:
     if values[0] < -1e-4 * max(abs(values[-1]), 1e-300):
         raise ValueError(
-            f"A covariance has no negative eigenvalues; got {values[0]:.3g}, beside "
-            f"{values[-1]:.3g}."
+            f"A covariance has no negative eigenvalues; got {values[0]:.3g}, where the "
+            f"largest is {values[-1]:.3g}."
         )
     return np.maximum(values, 0.0)
 
@@ -260,26 +264,27 @@ def _check_same(a: FeatureStatistics, b: FeatureStatistics) -> None:
         one, other = getattr(a, what), getattr(b, what)
         if one is not None and other is not None and one != other:
             raise ValueError(
-                f"The statistics are of different features: {what} {one!r} of {a.source} "
-                f"and {other!r} of {b.source}. Make both with the same network."
+                f"The statistics are of different features: {what} {one!r} for "
+                f"{a.source} and {other!r} for {b.source}. Compute both with the same "
+                "network."
             )
     if a.mean.shape != b.mean.shape:
         raise ValueError(
-            f"The statistics are of different features: {len(a.mean)} of {a.source} and "
-            f"{len(b.mean)} of {b.source}."
+            f"The statistics are of different features: {len(a.mean)} for {a.source} and "
+            f"{len(b.mean)} for {b.source}."
         )
 
 
 def source_of(images: Images | np.ndarray | Array, source: str | None) -> str:
-    """What a report should call the images.
+    """Returns the name of the images for reports.
 
-    **Raises:** `ValueError` if nobody said.
+    **Raises:** `ValueError` if they have none.
     """
     if source is None and isinstance(images, Images):
         return images.name
     if not source:
         raise ValueError(
-            "Say which images these are, such as `source='CIFAR-10 train'`: it is "
-            "written beside every score. `images.Images` have a name."
+            "Say which images these are, for example `source='CIFAR-10 train'`: every "
+            "score reports it. `images.Images` have a name."
         )
     return source

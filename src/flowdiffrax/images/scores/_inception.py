@@ -11,7 +11,7 @@ from ._features import AbstractFeatures, convolve, in_colour, pool_max, resize
 from ._weights import Arrays, check_shapes, read_weights
 
 _CURE = (
-    "Fetch the weights alone: `pt_inception-2015-12-05-6726825d.pth` from the releases "
+    "Fetch a file of weights: `pt_inception-2015-12-05-6726825d.pth` from the releases "
     "of pytorch-fid, `weights-inception-2015-12-05-6726825d.pth` from those of "
     "torch-fidelity, or `inception_v3_weights_fid.pickle` of jax-fid."
 )
@@ -23,7 +23,7 @@ _SIZE = 299
 _EPSILON = 1e-3
 
 
-# Each convolution by its name: channels in, channels out, height and width of the kernel.
+# Convolutions by name: input channels, output channels, height and width of the kernel.
 _Shapes = dict[str, tuple[int, int, int, int]]
 
 
@@ -114,7 +114,7 @@ _BLOCKS = {
 
 
 def layout() -> _Shapes:
-    """All convolutions of the network, by their names in torch's files."""
+    """Returns all convolutions of the network, by their names in torch's files."""
     blocks = {
         f"{block}.{name}": shape
         for block, shapes in _BLOCKS.items()
@@ -126,18 +126,18 @@ def layout() -> _Shapes:
 class InceptionFeatures(AbstractFeatures):
     """The Inception-v3 of the FID: the 2048 means of its last layer, `pool3`.
 
-    Not the Inception-v3 that torchvision trains: this one is of 2015, has 1008 classes,
-    leaves the padding out of its means, and takes the largest value instead of the mean
-    in its last block. `load` reads the weights from a file.
+    This is not torchvision's Inception-v3. It is the network of 2015, with 1008 classes;
+    it excludes padding from its means, and its last block takes the maximum instead of
+    the mean. `load` reads the weights from a file.
 
-    Images are resized as pytorch-fid does. Statistics made with other code, such as
-    clean-fid's bicubic or TensorFlow's own resizing, are of other features: don't mix
+    Images are resized as in pytorch-fid. Statistics made with other code, such as
+    clean-fid's bicubic or TensorFlow's own resizing, are of other features: do not mix
     them.
 
     !!! info "Numerics"
 
-        Batch normalisation by running averages is multiplied into the convolutions
-        before it, in float64.
+        Batch normalisation by running averages is folded into the preceding convolutions,
+        in float64.
 
     ??? cite "Reference"
 
@@ -155,13 +155,12 @@ class InceptionFeatures(AbstractFeatures):
 
         **Arguments:**
 
-        - `path`: a state dictionary of torch, `.pth` of either form; an `.npz` or
-          safetensors with the same names; or jax-fid's pickle. If the name ends in
-          `-6726825d` and the like, that is the start of the file's sha256, and is
-          checked.
+        - `path`: a state dictionary of torch, `.pth` in either form; an `.npz` or
+          safetensors file with the same names; or jax-fid's pickle. A name that ends like
+          `-6726825d` contains the start of the file's sha256, which is checked.
 
-        **Raises:** `FileNotFoundError`, or `ValueError` for a file that is damaged or of
-        another network, for TorchScript, and for pickled modules.
+        **Raises:** `FileNotFoundError` if there is no file; `ValueError` if it is
+        damaged, of another network, TorchScript, or a pickled module.
         """
         arrays = _torch_names(read_weights(path, _CURE).arrays)
         _check(path, arrays)
@@ -198,7 +197,7 @@ class InceptionFeatures(AbstractFeatures):
         }
 
     def _conv(self, name: str, x: Array, stride: int = 1, padding: str = "") -> Array:
-        # Those that halve the image leave its border out; nearly all others keep it.
+        # Convolutions that halve the image are not padded; nearly all others are.
         padding = padding or ("SAME" if stride == 1 else "VALID")
         kernel, bias = self.kernels[name], self.biases[name]
         return jax.nn.relu(convolve(x, kernel, bias, stride, padding))
@@ -210,7 +209,7 @@ class InceptionFeatures(AbstractFeatures):
         return self._conv(last, x, last_stride)
 
     def _block(self, block: str, x: Array) -> Array:
-        # Branches in the order in which their channels are joined.
+        # Branches are in the order in which their channels are concatenated.
         if block.startswith("Mixed_5"):
             long = "branch3x3dbl_1 branch3x3dbl_2 branch3x3dbl_3"
             branches = [
@@ -245,8 +244,8 @@ class InceptionFeatures(AbstractFeatures):
         else:
             short = self._chain(block, "branch3x3_1", x)
             long = self._chain(block, "branch3x3dbl_1 branch3x3dbl_2", x)
-            # The largest value, in the last block alone: the published network has a
-            # mean there too, but these weights have always been used like this.
+            # Only the last block takes the maximum. The published network has a mean
+            # there too, but these weights have always been used with the maximum.
             last = block == "Mixed_7c"
             pooled = pool_max(x, 1, "SAME") if last else _pool_mean(x)
             branches = [
@@ -263,7 +262,7 @@ class InceptionFeatures(AbstractFeatures):
 def _pool_mean(
     x: Float[Array, "height width channels"],
 ) -> Float[Array, "height width channels"]:
-    """Means of three by three pixels, of those alone that lie in the image."""
+    """Means over three by three pixels, counting only those inside the image."""
     window = (3, 3, 1), (1, 1, 1), "SAME"
     sums = jax.lax.reduce_window(x, 0.0, jax.lax.add, *window)
     inside = np.ones(x.shape[:2], np.float32)[..., None]
@@ -281,7 +280,7 @@ _FLAX = {
 
 
 def _torch_names(arrays: Arrays) -> Arrays:
-    """Names and order of axes as in torch's files, of either kind."""
+    """Returns arrays with the names and order of axes of torch's files."""
     if "Conv2d_1a_3x3.conv.kernel" not in arrays:
         return arrays
     renamed = {}
@@ -303,11 +302,11 @@ def _check(path: StrPath, arrays: Arrays) -> None:
         shapes[f"{name}.conv.weight"] = (outputs, inputs, height, width)
         for key in ("weight", "bias", "running_mean", "running_var"):
             shapes[f"{name}.bn.{key}"] = (outputs,)
-        # A counter that older files do not have.
+        # Older files do not have this counter.
         if f"{name}.bn.num_batches_tracked" in arrays:
             shapes[f"{name}.bn.num_batches_tracked"] = ()
-    # The classes, which no feature depends on. Those of torchvision's own network are
-    # 1000, and all else in it has the shapes of this one.
+    # No feature depends on the classes, but they identify torchvision's own network: it
+    # has 1000, and otherwise the same shapes.
     if "fc.weight" in arrays:
         shapes |= {"fc.weight": (1008, 2048), "fc.bias": (1008,)}
     check_shapes(path, arrays, shapes, _CURE)

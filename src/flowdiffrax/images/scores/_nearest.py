@@ -6,23 +6,25 @@ from jaxtyping import Array, Float64, Int, UInt8
 from ..sets._images import Images
 from ._features import as_images
 
-# Rows at a time, so that memory stays bounded.
+# The number of rows at a time, which bounds the memory.
 _ROWS = 2048
 
 
 class NearestNeighbours(NamedTuple):
-    """What [`flowdiffrax.images.nearest_neighbours`][] finds.
+    """The result of [`flowdiffrax.images.nearest_neighbours`][].
 
     **Attributes:**
 
-    - `distances`: of each sample to the nearest training image: the Euclidean norm of
-      their difference in 8-bit values.
-    - `indices`: which image that is.
-    - `held_out_distances`: of each held-out image to the nearest training image.
-    - `share`: the share of the samples that are nearer to the training images than the
-      `quantile` of the held-out images is. Of samples as new as these, it is about
-      `quantile`; of a model that repeats what it saw, far more.
-    - `copies`: how many samples equal a training image in every value.
+    - `distances`: the distance from each sample to the nearest training image: the
+      Euclidean norm of their difference in 8-bit values.
+    - `indices`: the index of that training image.
+    - `held_out_distances`: the distance from each held-out image to the nearest training
+      image.
+    - `share`: the share of samples that are nearer to the training images than the
+      `quantile` of the held-out distances. It is about `quantile` for samples that are as
+      new as the held-out images, and far more for a model that repeats its training
+      images.
+    - `copies`: the number of samples that equal a training image in every value.
     """
 
     distances: Float64[np.ndarray, " samples"]
@@ -39,26 +41,27 @@ def nearest_neighbours(
     *,
     quantile: float = 0.01,
 ) -> NearestNeighbours:
-    """Whether a model repeats its training images.
+    """Measures whether a model repeats its training images.
 
-    A Fréchet distance is best of all for a model that repeats them. Here, samples are
-    compared with images of the same kind that it did not see.
+    A model that repeats them has the best Fréchet distance of all. This function compares
+    its samples with images of the same kind that it has not seen.
 
     !!! info "Numerics"
 
-        By products of blocks of matrices, in float64, in which 8-bit values give exact
-        distances. 10,000 samples and 50,000 images of 32x32x3 take about a minute on two
-        CPU cores, and memory for a block at a time.
+        Multiplies blocks of matrices in float64, which gives exact distances for 8-bit
+        values. 10,000 samples and 50,000 images of 32x32x3 take about a minute on two CPU
+        cores. Memory is needed for one block at a time.
 
     **Arguments:**
 
     - `samples`: 8-bit images, from [`flowdiffrax.images.to_uint8`][].
-    - `train`: what the model was trained on; flip it too, if training did.
+    - `train`: the images that the model was trained on. If they were flipped in training,
+      include the flipped images.
     - `held_out`: images of the same kind that it was not trained on.
-    - `quantile`: of the held-out distances, strictly between 0 and 1.
+    - `quantile`: the quantile of the held-out distances, strictly between 0 and 1.
 
-    **Raises:** `TypeError` and `ValueError` for what are no 8-bit images of one shape,
-    and `ValueError` for another quantile.
+    **Raises:** `TypeError` or `ValueError` if the arguments are not 8-bit images of one
+    shape; `ValueError` if `quantile` is out of range.
     """
     sets = [as_images(images) for images in (samples, train, held_out)]
     shapes = {rows.shape[1:] for rows in sets}
@@ -83,7 +86,7 @@ def nearest_neighbours(
 def _nearest(
     points: UInt8[np.ndarray, "n values"], others: UInt8[np.ndarray, "m values"]
 ) -> tuple[Float64[np.ndarray, " n"], Int[np.ndarray, " n"]]:
-    """The squared distance of each point to the nearest other, and which one it is."""
+    """Returns each point's squared distance to the nearest other, and its index."""
     smallest, indices = np.full(len(points), np.inf), np.zeros(len(points), int)
     for start in range(0, len(points), _ROWS):
         rows = slice(start, start + _ROWS)

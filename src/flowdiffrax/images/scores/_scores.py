@@ -18,13 +18,13 @@ _Pictures = Images | UInt8[np.ndarray | Array, "_ height width channels"]
 class ImageReference:
     """The images that samples are compared with, and their features, computed once.
 
-    For [`flowdiffrax.images.score_images`][] of several samplers.
+    Pass it to [`flowdiffrax.images.score_images`][] to score several samplers.
 
     **Attributes:**
 
     - `images`: the images.
-    - `vectors`: the features of each.
-    - `statistics`: those of the features.
+    - `vectors`: the features of each image.
+    - `statistics`: the statistics of the features.
     """
 
     images: UInt8[np.ndarray, "n height width channels"]
@@ -40,9 +40,11 @@ class ImageReference:
         source: str | None = None,
         batch_size: int = 256,
     ) -> "ImageReference":
-        """**Arguments:** as for [`flowdiffrax.images.FeatureStatistics`][]`.of`.
+        """Computes the features of the images.
 
-        **Raises:** likewise.
+        **Arguments:** as for [`flowdiffrax.images.FeatureStatistics`][]`.of`.
+
+        **Raises:** as [`flowdiffrax.images.FeatureStatistics`][]`.of`.
         """
         rows = as_images(images)
         vectors = image_features(features, rows, batch_size=batch_size)
@@ -54,26 +56,27 @@ class ImageReference:
 
 @dataclasses.dataclass(frozen=True)
 class ImageScores:
-    """How near samples are to a set of images, and all that the numbers depend on.
+    """How close samples are to a set of images, with all that the numbers depend on.
 
     `str(scores)` is a line for a log, and `scores.as_dict()` is for JSON.
 
     **Attributes:**
 
     - `frechet`: the Fréchet distance of the features.
-    - `frechet_name`: `"FID"` for the features of Inception, and for no others.
-    - `kernel`, `kernel_std`: the kernel distance of the features (KID) and its deviation
-      between subsets; `None` without the images of the reference.
-    - `sliced`: the sliced 2-Wasserstein distance of the pixels in [-1, 1]; `None`
-      likewise.
-    - `floor`: the Fréchet distance of held-out images to the reference, which new
-      images of the same kind have; `None` if there were none.
-    - `num_samples`, `num_reference`, `num_held_out`: how many images. A Fréchet distance
-      falls with their number.
-    - `source`: which images are the reference, with their split.
-    - `seed`: that of the samples, subsets and projections.
-    - `features`, `fingerprint`, `settings`: of the network.
-    - `values`: `"uint8"`, which samples were rounded to.
+    - `frechet_name`: `"FID"` for Inception features; for others, a name that contains the
+      network's.
+    - `kernel`, `kernel_std`: the kernel distance of the features (KID) and its standard
+      deviation over subsets; `None` if the reference has no images.
+    - `sliced`: the sliced 2-Wasserstein distance of the pixels in [-1, 1]; `None` if the
+      reference has no images.
+    - `floor`: the Fréchet distance from held-out images to the reference, which is what
+      new images of the same kind score; `None` if there are no held-out images.
+    - `num_samples`, `num_reference`, `num_held_out`: the numbers of images. A Fréchet
+      distance falls as they grow.
+    - `source`: the name of the reference images, with their split.
+    - `seed`: the seed of the samples, subsets and projections.
+    - `features`, `fingerprint`, `settings`: the network's name, fingerprint and settings.
+    - `values`: `"uint8"`, the dtype that samples were rounded to.
     """
 
     frechet: float
@@ -93,7 +96,7 @@ class ImageScores:
     values: str = "uint8"
 
     def as_dict(self) -> dict[str, Any]:
-        """All of it, as `json.dumps` takes it."""
+        """Returns all fields, in a form for `json.dumps`."""
         return dataclasses.asdict(self)
 
     def __str__(self) -> str:
@@ -124,25 +127,25 @@ def score_images(
     num_subsets: int = 100,
     num_projections: int = 256,
 ) -> ImageScores:
-    """Scores of samples, with their provenance.
+    """Scores samples, and records how the scores were computed.
 
     **Arguments:**
 
     - `samples`: 8-bit images, from [`flowdiffrax.images.to_uint8`][].
-    - `reference`: the images to come near to, usually the training set;
-      [`flowdiffrax.images.ImageReference`][], which has their features already; or
-      their statistics, [`flowdiffrax.images.FeatureStatistics`][], of which there is a
-      Fréchet distance alone.
+    - `reference`: the images to compare with, usually the training set; an
+      [`flowdiffrax.images.ImageReference`][], which already has their features; or a
+      [`flowdiffrax.images.FeatureStatistics`][], for which only the Fréchet distance is
+      computed.
     - `features`: the network.
-    - `seed`: with which the samples were drawn. It is written down, and draws the
+    - `seed`: the seed that the samples were drawn with. It is recorded, and it draws the
       subsets and projections.
-    - `source`: which images are the reference, with their split; `None` for the name
-      that all but arrays have of their own.
-    - `held_out`: images of the same kind that are not in the reference, for the floor;
-      as many as there are samples, or the floor is not for this number of samples.
+    - `source`: a name for the reference images, with their split. `None` for the name
+      that the reference has; arrays have none.
+    - `held_out`: images of the same kind that are not in the reference, for the floor.
+      Use as many as there are samples, because the floor depends on their number.
     - `batch_size`: as for [`flowdiffrax.images.image_features`][].
-    - `num_subsets`: of the kernel distance.
-    - `num_projections`: of the sliced Wasserstein distance.
+    - `num_subsets`: the number of subsets for the kernel distance.
+    - `num_projections`: the number of projections for the sliced Wasserstein distance.
 
     **Raises:** as [`flowdiffrax.images.image_features`][] and
     [`flowdiffrax.images.frechet_distance`][].
@@ -158,7 +161,7 @@ def score_images(
     target = reference.statistics if with_images else reference
     if source is not None:
         target = dataclasses.replace(target, source=source)
-    # Refuses the features of another network, before anything is made of their vectors.
+    # This refuses features of another network, before their vectors are used.
     frechet = frechet_distance(made, target)
     kernel = sliced = None
     if with_images:

@@ -1,4 +1,4 @@
-"""Files of network weights as NumPy arrays. Nothing in them is run, nor is torch."""
+"""Reads files of network weights as NumPy arrays, without torch or running any code."""
 
 import hashlib
 import io
@@ -22,7 +22,7 @@ from ..sets._unpickle import unpickle_arrays
 Arrays = dict[str, np.ndarray]
 
 
-# Five times the largest file that is known to hold a feature network.
+# Five times the largest known file of a feature network.
 _MAX_BYTES = 1 << 29
 
 
@@ -32,7 +32,7 @@ _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_VERSION = 1001
 
 
-# How deep dictionaries may lie in each other.
+# The largest depth of nested dictionaries.
 _MAX_DEPTH = 8
 
 
@@ -50,7 +50,7 @@ _SAFETENSORS = {"F16": "<f2", "F32": "<f4", "F64": "<f8", "I32": "<i4", "I64": "
 
 
 class Weights(NamedTuple):
-    """The arrays of a file by their names, and the file's sha256.
+    """The arrays of a file by name, and the file's sha256.
 
     Names in nested dictionaries are joined by dots.
     """
@@ -64,24 +64,25 @@ class _Refused(pickle.UnpicklingError):
 
 
 def read_weights(path: StrPath, cure: str) -> Weights:
-    """Reads a file of weights, of whichever form it is.
+    """Reads a file of weights in any supported format.
 
-    A state dictionary of torch, in a zip or in the older form; `.npz`; safetensors; or a
-    pickle of nested dictionaries of NumPy arrays. What a file is, its first bytes say.
+    The formats are torch's state dictionaries, in a zip or in the older form; `.npz`;
+    safetensors; and pickles of nested dictionaries of NumPy arrays. The first bytes of
+    the file decide which one it is.
 
     **Arguments:**
 
-    - `path`: the file. A name that ends like `-6726825d.pth` has, by torch's convention,
-      the start of the file's sha256 in it, which is checked.
-    - `cure`: which file to fetch instead, for errors.
+    - `path`: the file. A name that ends like `-6726825d.pth` contains, by torch's
+      convention, the start of the file's sha256, which is checked.
+    - `cure`: which file to fetch instead, for error messages.
 
-    **Raises:** `FileNotFoundError`, or `ValueError` for a file that is damaged, too
-    large, of another form, or holds more than arrays.
+    **Raises:** `FileNotFoundError` if there is no file; `ValueError` if it is damaged,
+    too large, in another format, or holds more than arrays.
     """
     path = pathlib.Path(path)
     if not path.is_file():
         raise FileNotFoundError(
-            f"There are no weights at {path}. {cure} Nothing is downloaded for you."
+            f"There are no weights at {path}. {cure} Nothing is downloaded automatically."
         )
     if path.stat().st_size > _MAX_BYTES:
         raise damaged(path, f"{path.stat().st_size} bytes", cure)
@@ -89,13 +90,13 @@ def read_weights(path: StrPath, cure: str) -> Weights:
     sha256 = hashlib.sha256(body).hexdigest()
     expected = re.search(r"-([0-9a-f]{8,64})\.\w+$", path.name)
     if expected is not None and not sha256.startswith(expected[1]):
-        raise damaged(path, f"sha256 {sha256}, and its name says {expected[1]}", cure)
+        raise damaged(path, f"sha256 {sha256}, but its name says {expected[1]}", cure)
     try:
         arrays = dict(_flat(_reader(body, path)()))
     except _Refused as error:
         raise ValueError(f"{path} was not read: {error}. {cure}") from None
     except Exception as error:
-        # Damaged files end in errors of nearly every kind.
+        # A damaged file may cause nearly any error.
         raise damaged(path, repr(error), cure) from error
     return Weights(arrays, sha256)
 
@@ -103,7 +104,10 @@ def read_weights(path: StrPath, cure: str) -> Weights:
 def check_shapes(
     path: StrPath, arrays: Arrays, shapes: dict[str, tuple[int, ...]], cure: str
 ) -> None:
-    """**Raises:** `ValueError` unless there are just these arrays, of these shapes."""
+    """Checks that the arrays have exactly these names and shapes.
+
+    **Raises:** `ValueError` if they do not, or if a value is not finite.
+    """
     missing = [name for name in shapes if name not in arrays]
     extra = [name for name in arrays if name not in shapes]
     wrong = [
@@ -114,10 +118,10 @@ def check_shapes(
     faults = [("it lacks", missing), ("it also holds", extra), ("it has", wrong)]
     told = [f"{what} {_listed(names)}" for what, names in faults if names]
     if told:
-        raise ValueError(f"{path} is of another network: {'; '.join(told)}. {cure}")
+        raise ValueError(f"{path} is for another network: {'; '.join(told)}. {cure}")
     not_finite = [name for name in shapes if not np.isfinite(arrays[name]).all()]
     if not_finite:
-        raise damaged(path, f"values not finite in {_listed(not_finite)}", cure)
+        raise damaged(path, f"values that are not finite in {_listed(not_finite)}", cure)
 
 
 def _listed(names: list[str], room: int = 4) -> str:
@@ -143,14 +147,14 @@ def _reader(body: bytes, path: pathlib.Path) -> Callable[[], Any]:
         return lambda: _read_torch_legacy(body)
     if body[:1] in (b"\x80", b"(", b"}", b"c"):
         return lambda: _read_pickle(body)
-    raise _Refused("it is no zip, pickle or safetensors")
+    raise _Refused("it is not a zip, pickle or safetensors file")
 
 
 def _flat(tree: Any, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
     if not isinstance(tree, dict) or depth > _MAX_DEPTH:
         raise _Refused(f"it holds a {type(tree).__name__} where arrays are expected")
     for key, leaf in tree.items():
-        # What stands in for an array inside a pickle has it as an attribute.
+        # Inside a pickle, a stand-in for an array has the array as an attribute.
         leaf = getattr(leaf, "array", leaf)
         if isinstance(leaf, np.ndarray):
             yield f"{prefix}{key}", leaf
@@ -174,7 +178,7 @@ def _read_safetensors(body: bytes) -> Arrays:
         if name == "__metadata__":
             continue
         if about["dtype"] not in _SAFETENSORS:
-            raise _Refused(f"{name} is of dtype {about['dtype']}, which is not read")
+            raise _Refused(f"{name} has the unsupported dtype {about['dtype']}")
         start, stop = about["data_offsets"]
         if not 0 <= start <= stop <= len(values):
             raise ValueError(f"{name} ends at byte {stop} of {len(values)}")
@@ -183,7 +187,7 @@ def _read_safetensors(body: bytes) -> Arrays:
     return arrays
 
 
-# --- torch: a pickle that refers to storages beside it ---------------------------------
+# --- torch: a pickle that refers to separate storages ----------------------------------
 
 
 class _Storage(NamedTuple):
@@ -193,7 +197,7 @@ class _Storage(NamedTuple):
 
 
 class _Tensor(NamedTuple):
-    """A view of a storage, before the storage has been read."""
+    """A view of a storage that has not been read yet."""
 
     storage: _Storage
     offset: int
@@ -207,12 +211,12 @@ class _Tensor(NamedTuple):
             all(isinstance(n, int) and n >= 0 for n in (offset, *shape, *strides))
             and len(shape) == len(strides)
             and len(body) == storage.size * storage.dtype.itemsize
-            # No tensor of a state dictionary shows a value twice.
+            # No tensor of a state dictionary repeats a value of its storage.
             and math.prod(shape) <= storage.size
             and (0 in shape or self._last() < storage.size)
         )
         if not whole:
-            raise ValueError(f"a tensor of shape {shape} that is not in its storage")
+            raise ValueError(f"a tensor of shape {shape} does not fit in its storage")
         flat = np.frombuffer(body, storage.dtype)[offset:]
         steps = tuple(stride * flat.itemsize for stride in strides)
         return np.lib.stride_tricks.as_strided(flat, shape, steps).copy()
@@ -223,14 +227,14 @@ class _Tensor(NamedTuple):
 
 
 class _Dict(dict):
-    """Stands in for `OrderedDict`, whose attributes hold the versions of modules."""
+    """Stands in for `OrderedDict`, and drops its attributes, the versions of modules."""
 
     def __setstate__(self, state: object):
         del state
 
 
 def _rebuild(storage: Any, offset: int, shape: Any, strides: Any, *rest: Any) -> _Tensor:
-    del rest  # whether it needs a gradient, and hooks
+    del rest  # the gradient flag and hooks
     if not isinstance(storage, _Storage):
         raise _Refused("it holds a tensor without a storage")
     return _Tensor(storage, offset, tuple(shape), tuple(strides))
@@ -255,15 +259,15 @@ class _TorchUnpickler(pickle.Unpickler):
             return _Dict
         if (module, name) in _KNOWN:
             known = _KNOWN[module, name]
-            # A new function each time, since a pickle may set attributes on what it gets.
+            # Return a new function each time, since a pickle may set attributes on it.
             return lambda *args: known(*args)
         raise _Refused(
             f"it asks for `{module}.{name}`, which was not called: it is a whole pickled "
-            "module, or something else than a dictionary of tensors"
+            "module, or something other than a dictionary of tensors"
         )
 
     def persistent_load(self, pid: Any, /) -> Any:
-        # ("storage", type, key, device, length), and in the older form views of storages.
+        # ("storage", type, key, device, length); the older form adds views of storages.
         kind, code, key, _, size, *view = pid
         known = kind == "storage" and code in _STORAGES.values()
         if not known or not isinstance(size, int) or (view and view[0] is not None):
@@ -292,7 +296,7 @@ def _is_legacy(body: bytes) -> bool:
     try:
         return _TorchUnpickler(io.BytesIO(body)).load() == _LEGACY_MAGIC
     except Exception:
-        # Whatever it is, it is not that number.
+        # What cannot be read is not the magic number.
         return False
 
 
@@ -301,14 +305,14 @@ def _read_torch_legacy(body: bytes) -> Any:
     load = lambda: _TorchUnpickler(file).load()
     _, version, system, tree = load(), load(), load(), load()
     if version != _LEGACY_VERSION or not system.get("little_endian", True):
-        raise _Refused(f"it is of version {version}, on a machine of {system}")
+        raise _Refused(f"it has version {version}, from a machine with {system}")
     sizes: dict[str, int] = {}
     for tensor in _tensors(tree):
         sizes[tensor.storage.key] = tensor.storage.dtype.itemsize
     storages = {}
     for key in load():
         (number,) = struct.unpack("<q", file.read(8))
-        # The reader of tensors compares lengths, so a short file does not pass.
+        # `_Tensor.of` compares lengths, so a truncated file does not pass.
         storages[str(key)] = file.read(max(0, number) * sizes.get(str(key), 0))
     return _resolve(tree, storages)
 
