@@ -50,7 +50,8 @@ class AbstractFeatures(eqx.Module):
         """The first 16 hex digits of a sha256 of the network's arrays.
 
         It covers the places, shapes, dtypes and values of the arrays in use, not the file
-        that they were read from. The same weights have the same fingerprint in every format.
+        that they were read from. The same weights have the same fingerprint in every
+        file format.
         """
         return fingerprint(eqx.filter(self, eqx.is_array))
 

@@ -160,10 +160,10 @@ class FeatureStatistics:
     def load(cls, path: StrPath) -> "FeatureStatistics":
         """Reads statistics written by `save`, or published with other code.
 
-        The latter are `.npz` files with `mu` and `sigma` (EDM, pytorch-fid, clean-fid,
-        and ADM, whose spatial statistics are ignored) or `ref_mu` and `ref_sigma`
-        (MeanFlow). They state neither the features nor the number of images. You have to
-        know that the network, the resizing and the images are the same.
+        Other code publishes `.npz` files with `mu` and `sigma` (EDM, pytorch-fid,
+        clean-fid, and ADM, whose spatial statistics are ignored) or `ref_mu` and
+        `ref_sigma` (MeanFlow). They state neither the features nor the number of images.
+        You have to know that the network, the resizing and the images are the same.
 
         **Arguments:**
 
@@ -210,11 +210,10 @@ class FeatureStatistics:
 def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
     r"""The squared Fréchet distance of two Gaussians with these means and covariances.
 
-    It is $\|\mu_a - \mu_b\|^2 + \mathrm{tr}\,(\Sigma_a + \Sigma_b
-    - 2 (\Sigma_a^{1/2} \Sigma_b \Sigma_a^{1/2})^{1/2})$. For Inception features, it is
-      the FID. The distance falls towards its limit as the number of images grows, so
-      compare
-    only distances of equal numbers of images.
+    It is $\|\mu_a - \mu_b\|^2 + \mathrm{tr}\,(\Sigma_a + \Sigma_b - 2 (\Sigma_a^{1/2}
+    \Sigma_b \Sigma_a^{1/2})^{1/2})$. For Inception features, it is the FID. It falls
+    towards its limit as the number of images grows, so compare only distances of equal
+    numbers of images.
 
     !!! info "Numerics"
 
