@@ -511,7 +511,7 @@ def test_classifier_is_a_function_of_its_key():
     "labels, settings, match",
     [
         (None, {}, "needs labels"),
-        (np.zeros(5, int), {}, "one label an image"),
+        (np.zeros(5, int), {}, "one label per image"),
         (np.zeros(12, int), {"num_steps": 0}, "one step"),
         (np.zeros(12, int), {"width": 0}, "`width`"),
         (np.zeros(12, int), {}, "at least two classes; all 12 labels are 0"),

@@ -93,7 +93,7 @@ def test_classes_that_no_image_has():
         ({"images": pictures(2)[0]}, ValueError, "channels"),
         ({"images": pictures(0)}, ValueError, "empty"),
         ({"images": np.moveaxis(pictures(2), 3, 1)}, ValueError, "channels last"),
-        ({"labels": np.asarray([0])}, ValueError, "one label an image"),
+        ({"labels": np.asarray([0])}, ValueError, "one label per image"),
         ({"labels": np.asarray([0.0, 1.0])}, TypeError, "must be integers"),
         ({"labels": np.asarray([0, -1])}, ValueError, "got -1 at row 1"),
         ({"labels": np.asarray([3, 0]), "num_classes": 3}, ValueError, "got 3 at row 0"),
@@ -102,7 +102,7 @@ def test_classes_that_no_image_has():
             ValueError,
             r"range\(1\)",
         ),
-        ({"num_classes": 2, "class_names": ("a",)}, ValueError, "one name a class"),
+        ({"num_classes": 2, "class_names": ("a",)}, ValueError, "one name per class"),
         # Beyond int32, where a careless conversion would wrap around to 1.
         (
             {"labels": np.asarray([0, 2**32 + 1]), "num_classes": 2},
@@ -441,7 +441,7 @@ def test_truncated_cifar(release, packed, tmp_path):
     place = write_cifar(tmp_path, release, packed, bodies)
     target = place if packed else sorted(place.iterdir())[1]
     target.write_bytes(target.read_bytes()[:-700])
-    with pytest.raises(ValueError, match="truncated, damaged or another file"):
+    with pytest.raises(ValueError, match="truncated, damaged or not the expected"):
         fd.images.cifar10(place, checksums=False)
 
 
@@ -456,7 +456,7 @@ def test_cifar_labels_out_of_range(tmp_path):
     "batch, match",
     [
         ({"data": np.zeros((3, 3072))}, "not data and labels"),
-        ({"data": np.zeros((3, 3072)), "labels": [0] * 3}, "no array of uint8"),
+        ({"data": np.zeros((3, 3072)), "labels": [0] * 3}, "not an array of uint8"),
         ({"data": np.zeros((3, 1024), np.uint8), "labels": [0] * 3}, "data of shape"),
         ({"data": np.zeros((3, 3072), np.uint8), "labels": [0] * 2}, "labels of"),
     ],
@@ -483,7 +483,7 @@ def test_archive_with_a_member_that_is_too_large(tmp_path, monkeypatch):
 
 def test_archive_under_another_name(tmp_path):
     (tmp_path / "cifar.tar.gz").write_bytes(b"")
-    with pytest.raises(ValueError, match="give it its name back"):
+    with pytest.raises(ValueError, match="restore its name"):
         fd.images.cifar10(tmp_path / "cifar.tar.gz")
 
 
@@ -547,7 +547,7 @@ def test_imagenet_with_a_batch_missing(tmp_path):
 def test_imagenet_pickle_that_is_too_large(tmp_path, monkeypatch):
     write_imagenet(tmp_path, "")
     monkeypatch.setattr(_imagenet, "_MAX_PICKLE", 100)
-    with pytest.raises(ValueError, match="val_data is truncated, damaged or another"):
+    with pytest.raises(ValueError, match="val_data is truncated, damaged or not"):
         fd.images.imagenet32(tmp_path, "val")
 
 
@@ -597,7 +597,7 @@ def test_damaged_idx(damage, tmp_path):
     bodies = write_fashion(tmp_path, pictures(4, 5, 3, 1), [9, 0, 3, 3])
     name = "t10k-images-idx3-ubyte"
     (tmp_path / f"{name}.gz").write_bytes(damage(bodies[name]))
-    with pytest.raises(ValueError, match="truncated, damaged or another file"):
+    with pytest.raises(ValueError, match="truncated, damaged or not the expected"):
         fd.images.fashion_mnist(tmp_path, "test", checksums=False)
 
 
@@ -665,7 +665,7 @@ def empty(path):
 def test_damaged_npz(save, damage, tmp_path):
     save(tmp_path / "a.npz", images=pictures(3), labels=LABELS)
     damage(tmp_path / "a.npz")
-    with pytest.raises(ValueError, match="truncated, damaged or another file"):
+    with pytest.raises(ValueError, match="truncated, damaged or not the expected"):
         fd.images.load_images(tmp_path / "a.npz")
 
 
@@ -717,7 +717,7 @@ def test_saving_leaves_nothing_behind(tmp_path, monkeypatch):
 def test_damaged_folder(part, damage, tmp_path):
     fd.images.save_images(tmp_path / "set", fd.images.Images(pictures(3), LABELS))
     damage(tmp_path / "set" / part)
-    with pytest.raises(ValueError, match="truncated, damaged or another file"):
+    with pytest.raises(ValueError, match="truncated, damaged or not the expected"):
         fd.images.load_images(tmp_path / "set")
 
 
@@ -788,7 +788,10 @@ def test_modes_of_pictures(tmp_path):
 @pytest.mark.parametrize(
     "other, match",
     [
-        (pictures(1, 5, 6)[0], r"of one size; .*1.png has \(5, 6\), .* first \(6, 5\)"),
+        (
+            pictures(1, 5, 6)[0],
+            r"of one size; .*1.png has \(5, 6\), .* first has \(6, 5\)",
+        ),
         (np.zeros((6, 5), np.uint16), "more than 8 bits"),
     ],
 )
@@ -899,7 +902,7 @@ def test_damaged_parquet(damage, tmp_path):
     options = {"write_page_checksum": True, "write_statistics": False}
     write_parquet(path, images, [0, 1, 2], compression="none", **options)
     damage(path)
-    with pytest.raises(ValueError, match="truncated, damaged or another file"):
+    with pytest.raises(ValueError, match="truncated, damaged or not the expected"):
         fd.images.parquet_images(path)
 
 

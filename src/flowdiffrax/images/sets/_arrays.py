@@ -18,26 +18,28 @@ _FORMAT = 1
 _HEADER = "images.json"
 
 
-# The names of our own files, then those that `numpy.savez` gives to bare arguments.
+# The names in our own files, then those that `numpy.savez` gives to bare arguments.
 _NPZ_KEYS = (("images", "labels"), ("arr_0", "arr_1"))
 
 
 def load_images(path: StrPath, *, checksums: bool = True) -> Images:
-    """Images from NumPy's files.
+    """Loads images from NumPy's files.
 
     **Arguments:**
 
     - `path`: one of these, with images as uint8 of shape `(n, height, width, channels)`
       or, if grey, `(n, height, width)`:
 
-        - an `.npz` with `images`, maybe `labels` and maybe `class_names`; or with
-          `arr_0` and maybe `arr_1`, as `numpy.savez(path, images, labels)` writes it;
+        - an `.npz` with `images`, and optionally `labels` and `class_names`; or with
+          `arr_0` and optionally `arr_1`, as `numpy.savez(path, images, labels)` writes
+          it;
         - an `.npy` of images alone, which are mapped into memory rather than read;
-        - a folder of [`flowdiffrax.images.save_images`][], whose images are mapped too.
-    - `checksums`: whether to check those of a folder, for which it is read once.
+        - a folder written by [`flowdiffrax.images.save_images`][], whose images are also
+          mapped.
+    - `checksums`: whether to verify the checksums of a folder, which reads it once.
 
-    **Raises:** `FileNotFoundError`, or `ValueError` for a file that is damaged or holds
-    no images.
+    **Raises:** `FileNotFoundError` if there is no file; `ValueError` if it is damaged or
+    holds no images.
     """
     path = pathlib.Path(path)
     if path.is_dir():
@@ -62,15 +64,15 @@ def load_images(path: StrPath, *, checksums: bool = True) -> Images:
 def save_images(path: StrPath, images: Images) -> None:
     """Writes a folder from which `load_images` maps the images into memory.
 
-    For sets that are too large to be read at every start. The folder appears whole or
+    Use it for sets that are too large to read at every start. The folder appears whole or
     not at all.
 
     **Arguments:**
 
     - `path`: the folder, which must not exist yet.
-    - `images`: what to write.
+    - `images`: the images to write.
 
-    **Raises:** `FileExistsError` if there is such a folder or file.
+    **Raises:** `FileExistsError` if the path exists.
     """
     path = pathlib.Path(path)
     if path.exists():
@@ -102,7 +104,7 @@ def save_images(path: StrPath, images: Images) -> None:
 
 
 def read_npz(path: pathlib.Path) -> dict[str, np.ndarray]:
-    """All arrays of an `.npz`; NumPy checks the checksums of its parts."""
+    """Reads all arrays of an `.npz`. NumPy verifies the checksums of its parts."""
     try:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
             if not isinstance(arrays, np.lib.npyio.NpzFile):
@@ -153,7 +155,7 @@ def _with_channels(images: np.ndarray) -> np.ndarray:
 
 
 def _crc32(path: pathlib.Path) -> int:
-    # Finds damage, and on gigabytes takes a third of the time of a SHA.
+    # It detects damage, and takes a third of the time of a SHA on gigabytes.
     crc = 0
     for chunk in chunks(path):
         crc = zlib.crc32(chunk, crc)

@@ -42,19 +42,19 @@ _BATCHES = {
 _PER_CLASS = {"train": 5000, "test": 1000}
 
 
-# No file of either release is larger than 31 MB: an archive that says so is another one.
+# No file of either release is larger than 31 MB. An archive with one is not CIFAR-10.
 _MAX_BYTES = 64_000_000
 
 
 class _Release(NamedTuple):
-    """One of the two forms in which CIFAR-10 is handed out."""
+    """One of the two forms in which CIFAR-10 is distributed."""
 
     archive: str
     size: int
     md5: str
     folder: str
     suffix: str
-    batch_md5s: dict[str, str]  # of the unpacked files, where they are known
+    batch_md5s: dict[str, str]  # of the unpacked files, if known
 
 
 _BINARY = _Release(
@@ -88,23 +88,24 @@ _RELEASES = (_BINARY, _PYTHON)
 
 
 def cifar10(path: StrPath, split: str = "train", *, checksums: bool = True) -> Images:
-    """CIFAR-10: 50,000 and 10,000 photographs of 32x32 in ten classes.
+    """CIFAR-10: 50,000 training and 10,000 test photographs of 32x32, in ten classes.
 
-    Reads the binary release and the Python one, as the archive or unpacked. Nothing is
-    unpacked to disk, and the pickles of the Python release are read without running what
-    they ask for.
+    Reads the binary release or the Python one, as an archive or unpacked. Nothing is
+    unpacked to disk, and the pickles of the Python release are read without running any
+    code in them.
 
     **Arguments:**
 
     - `path`: `cifar-10-binary.tar.gz` or `cifar-10-python.tar.gz`; the folder
-      `cifar-10-batches-bin` or `cifar-10-batches-py`; or a folder with one of these.
+      `cifar-10-batches-bin` or `cifar-10-batches-py`; or a folder that contains one of
+      these.
     - `split`: `"train"` or `"test"`.
-    - `checksums`: whether to insist on the files of the release, by size and md5, before
-      anything else is read from them. The unpacked binary files have no md5 that we
-      know: of these, the sizes and the number of images in each class are checked.
+    - `checksums`: whether to require the files of the release. Their size and md5 are
+      checked before anything else is read from them. We know no md5 of the unpacked
+      binary files; for these, the sizes and the number of images per class are checked.
 
-    **Raises:** `FileNotFoundError`, or `ValueError` for a damaged file, one of another
-    format, or labels out of range.
+    **Raises:** `FileNotFoundError` if a file is missing; `ValueError` if a file is
+    damaged or has another format, or if a label is out of range.
     """
     check_split(split, tuple(_BATCHES))
     release, place = _find(pathlib.Path(path), split)
@@ -133,7 +134,7 @@ def cifar10(path: StrPath, split: str = "train", *, checksums: bool = True) -> I
 
 
 def _find(path: pathlib.Path, split: str) -> tuple[_Release, pathlib.Path]:
-    """The release that is there, and its folder or archive."""
+    """Returns the release that is present, and its folder or archive."""
     for release in _RELEASES:
         names = [f"{name}{release.suffix}" for name in _BATCHES[split]]
         for folder in (path, path / release.folder):
@@ -141,7 +142,7 @@ def _find(path: pathlib.Path, split: str) -> tuple[_Release, pathlib.Path]:
             if absent == names:
                 continue
             if absent:
-                raise missing(f"A part of CIFAR-10, {', '.join(absent)},", folder, _CURE)
+                raise missing(f"Part of CIFAR-10 ({', '.join(absent)})", folder, _CURE)
             return release, folder
     for release in _RELEASES:
         if (path / release.archive).is_file():
@@ -151,7 +152,7 @@ def _find(path: pathlib.Path, split: str) -> tuple[_Release, pathlib.Path]:
     if path.is_file():
         raise ValueError(
             f"{path} is neither {_BINARY.archive} nor {_PYTHON.archive}. If it is one "
-            "of them, give it its name back."
+            "of them, restore its name."
         )
     raise missing("CIFAR-10", path, _CURE)
 
@@ -167,7 +168,7 @@ _CURE = (
 def _read_members(archive: pathlib.Path, names: Sequence[str]) -> dict[str, bytes]:
     found = {}
     try:
-        # In the archive's order: going back would mean to decompress it anew.
+        # Read in the archive's order, since going back would decompress it again.
         with tarfile.open(archive, "r|gz") as tar:
             for member in tar:
                 name = pathlib.PurePosixPath(member.name).name
@@ -185,7 +186,7 @@ def _read_members(archive: pathlib.Path, names: Sequence[str]) -> dict[str, byte
 
 
 def _read_binary(path: pathlib.Path, body: bytes) -> tuple[np.ndarray, np.ndarray]:
-    # Records of one label and one image.
+    # Each record is one label and one image.
     num_images, rest = divmod(len(body), 1 + PIXELS)
     if rest or num_images == 0:
         raise damaged(path, f"{len(body)} bytes, not a multiple of {1 + PIXELS}")

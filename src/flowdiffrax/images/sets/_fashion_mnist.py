@@ -26,7 +26,7 @@ _CLASSES = (
 _PREFIX = {"train": "train", "test": "t10k"}
 
 
-# Of the unpacked files: their packers differ between places.
+# Of the unpacked files, since mirrors compress them differently.
 _MD5S = {
     "train-images-idx3-ubyte": "f4a8712d7a061bf5bd6d2ca38dc4d50a",
     "train-labels-idx1-ubyte": "9018921c3c673c538a1fc5bad174d6f9",
@@ -35,26 +35,26 @@ _MD5S = {
 }
 
 
-# The largest file unpacked has 47 MB.
+# The largest unpacked file has 47 MB.
 _MAX_BYTES = 100_000_000
 
 
 def fashion_mnist(
     folder: StrPath, split: str = "train", *, checksums: bool = True
 ) -> Images:
-    """Fashion-MNIST: 60,000 and 10,000 grey pictures of clothes, 28x28, in ten classes.
+    """Fashion-MNIST: 60,000 training and 10,000 test pictures of clothes, in ten classes.
 
-    By Zalando SE, under the Expat (MIT) licence.
+    The pictures are grey, 28x28. By Zalando SE, under the Expat (MIT) licence.
 
     **Arguments:**
 
-    - `folder`: with `train-images-idx3-ubyte` and `train-labels-idx1-ubyte`, or the same
-      of `t10k`, each with or without `.gz`.
+    - `folder`: the folder with `train-images-idx3-ubyte` and `train-labels-idx1-ubyte`,
+      or the same files of `t10k`, each with or without `.gz`.
     - `split`: `"train"` or `"test"`.
-    - `checksums`: whether to insist on the md5 of the unpacked files.
+    - `checksums`: whether to check the md5 of the unpacked files.
 
-    **Raises:** `FileNotFoundError`, or `ValueError` for a damaged file, one of another
-    format, or labels out of range.
+    **Raises:** `FileNotFoundError` if a file is missing; `ValueError` if a file is
+    damaged or has another format, or if a label is out of range.
     """
     check_split(split, tuple(_PREFIX))
     arrays = []
@@ -75,11 +75,11 @@ def _read(folder: pathlib.Path, name: str) -> tuple[pathlib.Path, bytes]:
         return plain, plain.read_bytes()
     if not packed.is_file():
         raise missing(
-            f"{name}, of Fashion-MNIST,",
+            f"{name} of Fashion-MNIST",
             folder,
-            f"Fetch {name}.gz (md5 {_MD5S[name]}, unpacked) from the repository "
+            f"Fetch {name}.gz (md5 {_MD5S[name]} when unpacked) from the repository "
             "fashion-mnist of Zalando Research, and put it there; or install Debian's "
-            "package dataset-fashion-mnist, and name its folder, "
+            "package dataset-fashion-mnist, and pass its folder, "
             "/usr/share/datasets/fashion-mnist.",
         )
     try:
@@ -91,10 +91,11 @@ def _read(folder: pathlib.Path, name: str) -> tuple[pathlib.Path, bytes]:
 
 
 def _parse(path: pathlib.Path, body: bytes, ndim: int) -> np.ndarray:
-    # Two zeros, the type (8 for uint8), the number of axes, their big-endian lengths.
+    # The header is two zeros, the type (8 for uint8), the number of axes, and their
+    # lengths in big-endian order.
     header = 4 + 4 * ndim
     if body[:4] != bytes([0, 0, 8, ndim]) or len(body) < header:
-        raise damaged(path, f"no IDX file of {ndim}-dimensional uint8", UNVERIFIED)
+        raise damaged(path, f"not an IDX file of {ndim}-dimensional uint8", UNVERIFIED)
     shape = tuple(np.frombuffer(body, ">u4", ndim, offset=4).tolist())
     if len(body) != header + math.prod(shape):
         raise damaged(path, f"{len(body) - header} values for an array of shape {shape}")

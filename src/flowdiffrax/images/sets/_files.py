@@ -1,4 +1,4 @@
-"""Files of data sets: found, checked, and only then read."""
+"""Finds and checks the files of data sets, before they are read."""
 
 import hashlib
 import pathlib
@@ -7,37 +7,43 @@ from ..._io import StrPath, chunks
 
 
 def missing(data_set: str, where: StrPath, cure: str) -> FileNotFoundError:
-    """The error for a data set that is not there, with what to fetch, from where."""
+    """Returns the error for a missing data set, with what to fetch and from where."""
     return FileNotFoundError(
-        f"{data_set} is not at {where}. {cure} Nothing is downloaded for you."
+        f"{data_set} is not at {where}. {cure} Nothing is downloaded automatically."
     )
 
 
 def damaged(path: StrPath, what: object, cure: str = "") -> ValueError:
-    """The error for a file that is not what it should be."""
+    """Returns the error for a file that is not the expected one."""
     cure = f" {cure}" if cure else ""
     return ValueError(
-        f"{path} is truncated, damaged or another file than expected: {what}. Fetch it "
+        f"{path} is truncated, damaged or not the expected file: {what}. Fetch it "
         f"again.{cure}"
     )
 
 
-UNVERIFIED = "For a file of your own in this format, pass `checksums=False`."
+UNVERIFIED = "To read your own file in this format, pass `checksums=False`."
 
 
 def provenance(name: str, checksums: bool) -> str:
-    """What a report should call a set: files of a user's own may be anything."""
+    """Returns the name of a set for reports, which marks files that were not verified."""
     return name if checksums else f"{name} (unverified)"
 
 
 def check_split(split: str, splits: tuple[str, ...]) -> None:
-    """**Raises:** `ValueError` for a split that the data set does not have."""
+    """Checks that the data set has this split.
+
+    **Raises:** `ValueError` if it does not.
+    """
     if split not in splits:
         raise ValueError(f"`split` must be one of {splits}; got {split!r}.")
 
 
 def check_bytes(path: StrPath, body: bytes, md5: str, size: int | None = None) -> None:
-    """**Raises:** `ValueError` if `body`, read from `path`, is not the known file."""
+    """Checks that `body`, read from `path`, is the known file.
+
+    **Raises:** `ValueError` if it is not.
+    """
     if size is not None and len(body) != size:
         raise damaged(path, f"{len(body)} bytes instead of {size}", UNVERIFIED)
     found = hashlib.md5(body, usedforsecurity=False).hexdigest()
@@ -46,7 +52,7 @@ def check_bytes(path: StrPath, body: bytes, md5: str, size: int | None = None) -
 
 
 def check_file(path: pathlib.Path, md5: str, size: int | None = None) -> None:
-    """As `check_bytes`, of a file that is too large to keep in memory."""
+    """Does the same as `check_bytes` for a file that is too large to keep in memory."""
     if size is not None and path.stat().st_size != size:
         raise damaged(path, f"{path.stat().st_size} bytes instead of {size}", UNVERIFIED)
     found = hashlib.md5(usedforsecurity=False)

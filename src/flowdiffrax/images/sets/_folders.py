@@ -26,21 +26,21 @@ _ROWS_AT_ONCE = 1024
 
 
 def image_folder(path: StrPath, *, mode: str = "RGB") -> Images:
-    """Picture files, in one folder or in a folder for each class.
+    """Reads picture files from one folder, or from one folder per class.
 
-    Classes and files come in the order of their names, and all are read into memory.
+    Classes and files are in the order of their names, and all are read into memory.
     Needs Pillow: `pip install "flowdiffrax[images]"`.
 
     **Arguments:**
 
-    - `path`: a folder of folders, one a class; or a folder of pictures, which have no
-      labels then. Files whose names do not end like those of pictures are passed over.
-    - `mode`: what pictures are converted to, in Pillow's words: `"RGB"`, which drops
+    - `path`: a folder with one folder per class; or a folder of pictures, which then have
+      no labels. Files without the suffix of a picture format are skipped.
+    - `mode`: the Pillow mode that pictures are converted to: `"RGB"`, which drops
       transparency, `"RGBA"`, or `"L"` for grey.
 
-    **Raises:** `FileNotFoundError` if there are no pictures, `ImportError` without
-    Pillow, and `ValueError` for a damaged picture, one of more than 8 bits a value or
-    of another size than the first, or a class without pictures.
+    **Raises:** `FileNotFoundError` if there are no pictures; `ImportError` without
+    Pillow; `ValueError` if a picture is damaged, has more than 8 bits per value, or
+    differs in size from the first, or if a class has no pictures.
     """
     path = pathlib.Path(path)
     if not path.is_dir():
@@ -53,7 +53,7 @@ def image_folder(path: StrPath, *, mode: str = "RGB") -> Images:
         raise ValueError(f"{path} has classes without pictures: {empty}.")
     files = [file for part in parts for file in part]
     if not files:
-        raise FileNotFoundError(f"{path} has no pictures, {', '.join(_SUFFIXES)}.")
+        raise FileNotFoundError(f"{path} has no pictures ({', '.join(_SUFFIXES)}).")
     opened = ((file, file) for file in files)
     images = _decode(opened, len(files), mode, "image_folder")
     if not classes:
@@ -63,21 +63,21 @@ def image_folder(path: StrPath, *, mode: str = "RGB") -> Images:
 
 
 def parquet_images(path: StrPath, split: str = "train", *, mode: str = "RGB") -> Images:
-    """Images from Parquet, in the layout of Hugging Face's data sets.
+    """Reads images from Parquet files, in the layout of Hugging Face's data sets.
 
-    A column `img` or `image` holds encoded pictures, `{bytes, path}`, and a column
-    `label` or `labels`, if there is one, their classes. Class names come from the
-    schema's metadata. Needs pyarrow and Pillow: `pip install "flowdiffrax[images]"`.
+    A column `img` or `image` holds encoded pictures, `{bytes, path}`. An optional column
+    `label` or `labels` holds their classes. Class names come from the schema's metadata.
+    Needs pyarrow and Pillow: `pip install "flowdiffrax[images]"`.
 
     **Arguments:**
 
     - `path`: one file; or a folder, of which all files `{split}*.parquet` are read.
-    - `split`: see there; not used with one file.
+    - `split`: the start of the file names in a folder; not used with one file.
     - `mode`: as for [`flowdiffrax.images.image_folder`][].
 
-    **Raises:** `FileNotFoundError`; `ImportError` without pyarrow or Pillow;
-    `ValueError` for a file that is damaged or of another layout, missing labels or
-    labels out of range, and for pictures as `image_folder` does.
+    **Raises:** `FileNotFoundError` if there is no file; `ImportError` without pyarrow or
+    Pillow; `ValueError` if a file is damaged or has another layout, if a label is missing
+    or out of range, or if a picture is invalid, as in `image_folder`.
     """
     path = pathlib.Path(path)
     is_folder = path.is_dir()
@@ -107,7 +107,7 @@ def _picture_files(folder: pathlib.Path) -> list[pathlib.Path]:
 def _decode(
     pictures: Iterable[tuple[StrPath, Any]], number: int, mode: str, needed_by: str
 ) -> np.ndarray:
-    """The pictures, pairs of a name and a file, as one array."""
+    """Decodes pictures, which are pairs of a name and a file, into one array."""
     if mode not in _MODES:
         raise ValueError(f"`mode` must be one of {_MODES}; got {mode!r}.")
     pillow = import_extra("PIL.Image", "images", needed_by)
@@ -126,8 +126,8 @@ def _decode(
         if values.shape != images.shape[1:]:
             raise ValueError(
                 f"Pictures must be of one size; {where} has {values.shape[:2]}, and the "
-                f"first {images.shape[1:3]}. Resize them beforehand: how that is done "
-                "is part of a data set."
+                f"first has {images.shape[1:3]}. Resize them first: the method of "
+                "resizing is part of a data set."
             )
         images[row] = values
     if images is None:
@@ -139,7 +139,7 @@ def _open_parquet(path: pathlib.Path) -> Any:
     arrow = import_extra("pyarrow", "images", "parquet_images")
     parquet = import_extra("pyarrow.parquet", "images", "parquet_images")
     try:
-        # Checksums of pages, where whoever wrote the file put them.
+        # Checks the pages, if the file has checksums of them.
         return parquet.ParquetFile(path, page_checksum_verification=True)
     except (arrow.ArrowException, OSError) as error:
         raise damaged(path, error) from error
@@ -148,7 +148,7 @@ def _open_parquet(path: pathlib.Path) -> Any:
 def _parquet_rows(
     path: pathlib.Path, parquet: Any, labels: list[np.ndarray]
 ) -> Iterator[tuple[str, io.BytesIO]]:
-    """Named pictures row by row; puts their labels into the list."""
+    """Yields named pictures row by row, and appends their labels to the list."""
     arrow = import_extra("pyarrow", "images", "parquet_images")
     names = parquet.schema_arrow.names
     image = next((name for name in _IMAGE_COLUMNS if name in names), None)
@@ -172,7 +172,7 @@ def _parquet_rows(
             for body in batch.column(image).field("bytes"):
                 if not body.is_valid:
                     raise ValueError(
-                        f"{path}, row {row}, holds no picture but a path, at most."
+                        f"{path}, row {row}, holds no picture, but at most a path."
                     )
                 yield f"{path}, row {row}", io.BytesIO(body.as_buffer())
                 row += 1

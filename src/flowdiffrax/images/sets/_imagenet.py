@@ -17,7 +17,7 @@ _BATCHES = {
 _NUM_IMAGES = {"train": 1_281_167, "val": 50_000}
 
 
-# As other loaders list them; of the pickles, no list is known to us.
+# As listed by other loaders. We know of no list for the pickles.
 _MD5S = {
     "train_data_batch_1.npz": "464fde20de6eb44c28cc1a8c11544bb1",
     "train_data_batch_2.npz": "bdb56e71882c3fd91619d789d5dd7c79",
@@ -48,25 +48,25 @@ def imagenet32(
 ) -> Images:
     """ImageNet at 32x32 by Chrabaszcz, Loshchilov and Hutter, in 1000 classes.
 
-    1,281,167 and 50,000 images, shrunk by a box filter. Two other sets go by the same
-    name, one without labels and one with blurred faces: likelihoods and distances do not
-    compare between them. The training images take 3.9 GB; `save_images` writes them in
-    a form that later runs map into memory.
+    It has 1,281,167 training and 50,000 validation images, downsampled by a box filter.
+    Two other data sets have the same name, one without labels and one with blurred faces.
+    Likelihoods and distances are not comparable between them. The training images take
+    3.9 GB; `save_images` writes them in a form that later runs map into memory.
 
-    Labels start at 0 here, at 1 in the files. Their order is the authors' own, in
-    `map_clsloc.txt`, and not that of the sorted synsets.
+    Labels start at 0 here, and at 1 in the files. Their order is the authors' own, in
+    `map_clsloc.txt`, not that of the sorted synsets.
 
     **Arguments:**
 
-    - `folder`: with `train_data_batch_1.npz` to `10` or `val_data.npz`; or, of the older
-      release, pickles of the same names without the ending, which are read without
-      running what they ask for.
+    - `folder`: the folder with `train_data_batch_1.npz` to `10`, or `val_data.npz`; or,
+      from the older release, with pickles of the same names without the suffix, which are
+      read without running any code in them.
     - `split`: `"train"` or `"val"`.
-    - `checksums`: whether to insist on all images of the release, and on the md5 of each
-      `.npz`. We know none for the pickles.
+    - `checksums`: whether to require all images of the release, and the md5 of each
+      `.npz`. We know no md5 of the pickles.
 
-    **Raises:** `FileNotFoundError`, or `ValueError` for a damaged file, one of another
-    format, or labels out of range.
+    **Raises:** `FileNotFoundError` if a file is missing; `ValueError` if a file is
+    damaged or has another format, or if a label is out of range.
 
     ??? cite "Reference"
 
@@ -75,12 +75,12 @@ def imagenet32(
     check_split(split, tuple(_BATCHES))
     files = _find(pathlib.Path(folder), split)
     if checksums:
-        # All of them before any is decoded, which takes longer.
+        # Check all files before decoding any, which takes longer.
         for file in files:
             if file.name in _MD5S:
                 check_file(file, _MD5S[file.name])
     parts = [_read(file) for file in files]
-    # One batch at a time: turned about in one piece, they would be in memory twice.
+    # Convert one batch at a time: all at once, they would be in memory twice.
     num_images = sum(len(rows) for rows, _ in parts)
     images = np.empty((num_images, 32, 32, 3), np.uint8)
     labels = np.concatenate([labels for _, labels in parts])
@@ -104,9 +104,9 @@ def _find(folder: pathlib.Path, split: str) -> list[pathlib.Path]:
         if not absent:
             return files
         if len(absent) < len(files):
-            what = f"A part of ImageNet-32, {', '.join(absent)},"
+            what = f"Part of ImageNet-32 ({', '.join(absent)})"
             raise missing(what, folder, _cure(split))
-    # The other part too, if it is missing: whoever trains needs both.
+    # Name the other split too if it is missing, since training needs both.
     found = lambda name: (folder / name).is_file() or (folder / f"{name}.npz").is_file()
     absent = [part for part, names in _BATCHES.items() if not any(map(found, names))]
     raise missing("ImageNet-32", folder, _cure(*absent))
@@ -116,7 +116,7 @@ def _cure(*splits: str) -> str:
     return (
         f"Fetch {' and '.join(_ZIPS[split] for split in splits)}, the downsampled "
         "ImageNet of Chrabaszcz, Loshchilov and Hutter, from the download page of "
-        "ImageNet, which asks you to register, and unpack it there."
+        "ImageNet, which requires registration, and unpack it there."
     )
 
 

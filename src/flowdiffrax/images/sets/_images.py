@@ -6,7 +6,7 @@ from jaxtyping import Array, Integer, UInt8
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Images:
-    """Images in the memory of the host, with their labels: what every loader returns.
+    """Images in host memory, with their labels. Every loader returns one.
 
     `images[rows]`, for a slice or an array of rows, is a part of them.
 
@@ -14,14 +14,14 @@ class Images:
 
     - `images`: 8-bit values, height before width and channels last. They may be mapped
       from a file (`numpy.memmap`).
-    - `labels`: one class an image, kept as int32, or `None`.
+    - `labels`: one class per image, stored as int32, or `None`.
     - `class_names`: the names of the classes in the order of their labels, or `None`.
     - `num_classes`: labels lie in `range(num_classes)`. `None` for the number of names
       or, without names, one more than the largest label.
-    - `name`: what they are, as a report should name them.
+    - `name`: the name of the set, for reports.
 
-    **Raises:** `ValueError` if there are no images, if the shapes do not go together, or
-    for labels out of range; `TypeError` for other dtypes.
+    **Raises:** `ValueError` if there are no images, if the shapes do not match, or if a
+    label is out of range; `TypeError` for other dtypes.
     """
 
     images: UInt8[np.ndarray, "n height width channels"]
@@ -36,7 +36,7 @@ class Images:
         num_classes = names if self.num_classes is None else self.num_classes
         if names not in (None, num_classes):
             raise ValueError(
-                f"There must be one name a class; got {names} names for {num_classes} "
+                f"There must be one name per class; got {names} names for {num_classes} "
                 "classes."
             )
         labels = self.labels
@@ -47,18 +47,17 @@ class Images:
             if wrong.size > 0:
                 raise ValueError(
                     f"Labels of {self.name} must lie in range({num_classes}); got "
-                    f"{labels[wrong[0]]} at row {wrong[0]}. Subtract 1 from labels that "
-                    "start at 1, and leave labels out (`None`) where -1 stands for an "
-                    "unknown one."
+                    f"{labels[wrong[0]]} at row {wrong[0]}. Subtract 1 if labels start "
+                    "at 1, and pass `labels=None` if -1 stands for an unknown label."
                 )
             labels = labels.astype(np.int32)
-        # A frozen class sets its own attributes like this.
+        # The class is frozen.
         object.__setattr__(self, "labels", labels)
         object.__setattr__(self, "num_classes", num_classes)
 
     @property
     def arrays(self) -> tuple[np.ndarray, np.ndarray | None]:
-        """Images and labels, as [`flowdiffrax.data.stream`][] takes them."""
+        """The images and labels, in the form that [`flowdiffrax.data.stream`][] takes."""
         return self.images, self.labels
 
     def __len__(self) -> int:
@@ -77,19 +76,19 @@ class Images:
 def check_images(images: np.ndarray | Array) -> None:
     if images.dtype != np.uint8:
         raise TypeError(
-            f"`images` must be of dtype uint8; got {images.dtype}. Bring floats in "
-            "[-1, 1] there with `to_uint8`."
+            f"`images` must be of dtype uint8; got {images.dtype}. Convert floats in "
+            "[-1, 1] with `to_uint8`."
         )
     if images.ndim != 4 or 0 in images.shape:
         raise ValueError(
             "`images` must have shape (images, height, width, channels) and not be "
             f"empty; got {images.shape}. Grey images have one channel."
         )
-    # Otherwise images with the channels first would pass, and train on stripes.
+    # Images with the channels first would otherwise pass, and a model learn stripes.
     if images.shape[3] > 4:
         raise ValueError(
             "`images` must have its channels last, at most 4 of them; got shape "
-            f"{images.shape}. If they come first, `images.transpose(0, 2, 3, 1)`."
+            f"{images.shape}. If they come first, use `images.transpose(0, 2, 3, 1)`."
         )
 
 
@@ -98,6 +97,6 @@ def check_labels(labels: np.ndarray | Array, number: int) -> None:
         raise TypeError(f"`labels` must be integers; got {labels.dtype}.")
     if labels.shape != (number,):
         raise ValueError(
-            f"There must be one label an image; got labels of shape {labels.shape} for "
+            f"There must be one label per image; got labels of shape {labels.shape} for "
             f"{number} images."
         )

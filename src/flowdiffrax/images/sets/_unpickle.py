@@ -1,4 +1,4 @@
-"""Pickles of arrays, read without running what they ask for."""
+"""Reads pickles of arrays, without running any code in them."""
 
 import io
 import math
@@ -10,27 +10,27 @@ import numpy as np
 
 
 def unpickle_arrays(body: bytes) -> dict[str, Any]:
-    """A pickled dictionary of arrays, numbers, strings and lists of these.
+    """Reads a pickled dictionary of arrays, numbers, strings and lists of these.
 
-    A pickle is a program that may call any function. This reader knows the five names
-    in the pickle of an array, and stands in for each with code of its own, so that not
-    even NumPy's is run. It does not bound memory: check the size and the checksum of a
-    file from elsewhere first.
+    A pickle is a program that may call any function. This reader knows only the five
+    names in the pickle of an array, and replaces each with its own code, so that not even
+    NumPy's is run. It does not limit memory: first check the size and the checksum of a
+    file from elsewhere.
 
     **Arguments:**
 
     - `body`: the pickle, of any protocol. Byte strings of Python 2 become strings.
 
-    **Raises:** `ValueError` if the pickle asks for anything else, is damaged, or holds
-    no dictionary.
+    **Raises:** `ValueError` if the pickle asks for anything else, is damaged, or is not a
+    dictionary.
     """
     try:
         tree = _ArrayUnpickler(io.BytesIO(body), encoding="latin1").load()
     except _Refused as error:
         raise ValueError(str(error)) from None
     except Exception as error:
-        # Damaged pickles end in errors of nearly every kind.
-        raise ValueError(f"no complete pickle ({error!r})") from error
+        # A damaged pickle may cause nearly any error.
+        raise ValueError(f"not a complete pickle ({error!r})") from error
     if not isinstance(tree, dict):
         raise ValueError(f"a pickled {type(tree).__name__} instead of a dictionary")
     unwrap = lambda leaf: leaf.array if isinstance(leaf, _Array) else leaf
@@ -42,22 +42,22 @@ class _Refused(pickle.UnpicklingError):
 
 
 class _Dtype:
-    """Stands in for `numpy.dtype`: plain numbers only."""
+    """Stands in for `numpy.dtype`, and accepts only plain numbers."""
 
     def __init__(self, code: str, align: object = False, copy: object = True):
         del align, copy
-        # Objects, strings and structures are not for images.
+        # Images need no objects, strings or structures.
         if not re.fullmatch(r"b1|[iu][1248]|f[248]", code):
-            raise _Refused(f"it holds values of dtype {code!r}, which are not read")
+            raise _Refused(f"it holds values of the unsupported dtype {code!r}")
         self.dtype = np.dtype(code)
 
     def __setstate__(self, state: tuple):
-        # (version, byte order, and the parts of structured dtypes).
+        # The state is the version, the byte order, and the parts of structured dtypes.
         self.dtype = self.dtype.newbyteorder(state[1])
 
 
 class _Array:
-    """Stands in for `numpy.ndarray`, with the state that one has in a pickle."""
+    """Stands in for `numpy.ndarray`, and accepts its pickled state."""
 
     array: np.ndarray
 
@@ -67,7 +67,7 @@ class _Array:
 
 
 def _as_array(body: Any, dtype: Any, shape: Any, order: Any) -> np.ndarray:
-    # Python 2 had no bytes, and its strings arrive as text.
+    # The byte strings of Python 2 arrive as text.
     body = body.encode("latin1") if isinstance(body, str) else body
     whole = (
         isinstance(body, bytes | bytearray)
@@ -82,7 +82,7 @@ def _as_array(body: Any, dtype: Any, shape: Any, order: Any) -> np.ndarray:
 
 
 def _reconstruct(subtype: type, shape: tuple, code: object) -> _Array:
-    del subtype, shape, code  # the state that follows has them
+    del subtype, shape, code  # repeated in the state that follows
     return _Array()
 
 
@@ -91,7 +91,7 @@ def _frombuffer(body: Any, dtype: Any, shape: Any, order: Any) -> np.ndarray:
 
 
 def _encode(text: str, encoding: str) -> bytes:
-    # How protocol 2 writes the bytes of Python 3.
+    # Protocol 2 writes the bytes of Python 3 in this way.
     if encoding != "latin1":
         raise _Refused(f"it encodes text as {encoding!r}")
     return text.encode("latin1")
@@ -104,7 +104,7 @@ _KNOWN = {
     ("numpy", "ndarray"): _Array,
     ("numpy", "dtype"): _Dtype,
     ("_codecs", "encode"): _encode,
-    # NumPy 2 moved its modules; pickles name them as they were when written.
+    # NumPy 2 moved its modules; a pickle has the names of the version that wrote it.
     **{(f"numpy.{core}.multiarray", "_reconstruct"): _reconstruct for core in _CORES},
     **{(f"numpy.{core}.numeric", "_frombuffer"): _frombuffer for core in _CORES},
 }
@@ -118,5 +118,5 @@ class _ArrayUnpickler(pickle.Unpickler):
                 "was not called"
             )
         known = _KNOWN[module, name]
-        # A new function each time, since a pickle may set attributes on what it gets.
+        # Return a new function each time, since a pickle may set attributes on it.
         return known if isinstance(known, type) else lambda *args: known(*args)
