@@ -12,7 +12,7 @@ from .sets._images import Images, check_images, check_labels
 
 
 class DeviceImages(eqx.Module):
-    """8-bit images on the device, from which batches of points are drawn there.
+    """8-bit images kept on the device, where batches of points are drawn from them.
 
     As `data` of [`flowdiffrax.data.InterpolantBatches`][], it draws images with
     replacement, mirrors some of them, and scales them to [-1, 1] in float32. A batch

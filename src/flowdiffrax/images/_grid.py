@@ -32,7 +32,7 @@ def image_grid(
       `None` for a square grid. The last row may be shorter.
 
     **Raises:** `ValueError` if `images` is empty or has another shape, or if the numbers
-    of labels and rows differ; `TypeError` for integers of more than 8 bits.
+    of labels and rows differ; `TypeError` for integers other than uint8.
     """
     tiles = tile_images(images, num_columns)
     num_rows, _, height = tiles.shape[:3]

@@ -12,7 +12,7 @@ def decayed_radam(
 
     The learning rate is constant up to step $k_0$, and then falls as $\sqrt{k_0 / k}$.
     Gradients are clipped, and [`flowdiffrax.nn.normalise_weights`][] is applied after
-    each step. It does nothing to other networks.
+    each step, which does nothing to other networks.
 
     **Arguments:**
 

@@ -51,7 +51,7 @@ class Recipe:
       [`flowdiffrax.nn.two_times`][].
     - `optimiser`: a function that makes the optimiser; see `optim`.
     - `batch_size`: the number of paths in a batch.
-    - `num_steps`, `ema_decay`: as for [`flowdiffrax.train.fit`][].
+    - `num_steps`, `ema_decay`: see [`flowdiffrax.train.fit`][].
     - `metric`, `figures`: the paper's metric, and its results by number of jumps.
       `figures` is empty if we know of none.
     - `notes`: what differs from the paper, and what the paper does not state.

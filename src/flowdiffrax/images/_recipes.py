@@ -203,7 +203,7 @@ def _self_distillation(
             _NO_DROPOUT,
             _LEARNED_WEIGHT,
             _FLIPPED,
-            "Each figure is that of the best checkpoint for its number of jumps.",
+            "Each figure is from the best checkpoint for its number of jumps.",
         ),
     )
 

@@ -40,7 +40,7 @@ class AbstractFeatures(eqx.Module):
     @property
     @abc.abstractmethod
     def settings(self) -> dict[str, str]:
-        """What else the features depend on, such as how images are resized."""
+        """Other settings that affect the features, such as how images are resized."""
 
     def __pdoc__(self, **kwargs):
         return describe(self, self.name)
@@ -148,8 +148,8 @@ def image_features(
 
     **Returns:** one vector per image.
 
-    **Raises:** `TypeError` if the values are not 8-bit, for which there is
-    [`flowdiffrax.images.to_uint8`][]; `ValueError` for arrays of another shape, or if
+    **Raises:** `TypeError` if the values are not 8-bit (convert samples with
+    [`flowdiffrax.images.to_uint8`][]); `ValueError` for arrays of another shape, or if
     `batch_size` is below 1.
     """
     return np.concatenate(list(feature_batches(features, images, batch_size)))
@@ -158,7 +158,7 @@ def image_features(
 def feature_batches(
     features: AbstractFeatures, images: Images | np.ndarray | Array, batch_size: int
 ) -> Iterator[Float32[np.ndarray, "batch features"]]:
-    """Yields the same in batches, for features that would not fit into memory."""
+    """Yields features in batches, for sets whose features do not fit into memory."""
     rows = as_images(images)
     if batch_size < 1:
         raise ValueError(f"`batch_size` must be at least 1; got {batch_size}.")

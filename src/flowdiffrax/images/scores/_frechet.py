@@ -73,10 +73,11 @@ class FeatureStatistics:
 
         **Arguments:**
 
-        - `features`, `images`, `batch_size`: as for
-          [`flowdiffrax.images.image_features`][]. There must be at least two images.
+        - `features`: the network.
+        - `images`: 8-bit images, at least two.
         - `source`: a name for the images. `None` for the name of
           [`flowdiffrax.images.Images`][].
+        - `batch_size`: the number of images at a time, at least 1.
 
         **Raises:** as [`flowdiffrax.images.image_features`][]; `ValueError` if `images`
         is an array and there is no `source`, if there is only one image, or if a feature

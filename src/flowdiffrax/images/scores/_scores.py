@@ -42,7 +42,13 @@ class ImageReference:
     ) -> "ImageReference":
         """Computes the features of the images.
 
-        **Arguments:** as for [`flowdiffrax.images.FeatureStatistics`][]`.of`.
+        **Arguments:**
+
+        - `features`: the network.
+        - `images`: 8-bit images, at least two.
+        - `source`: a name for the images. `None` for the name of
+          [`flowdiffrax.images.Images`][].
+        - `batch_size`: the number of images at a time, at least 1.
 
         **Raises:** as [`flowdiffrax.images.FeatureStatistics`][]`.of`.
         """
@@ -56,7 +62,7 @@ class ImageReference:
 
 @dataclasses.dataclass(frozen=True)
 class ImageScores:
-    """How close samples are to a set of images, with all that the numbers depend on.
+    """Scores of samples against a set of images, and everything that they depend on.
 
     `str(scores)` is a line for a log, and `scores.as_dict()` is for JSON.
 
@@ -143,7 +149,7 @@ def score_images(
       that the reference has; arrays have none.
     - `held_out`: images of the same kind that are not in the reference, for the floor.
       Use as many as there are samples, because the floor depends on their number.
-    - `batch_size`: as for [`flowdiffrax.images.image_features`][].
+    - `batch_size`: the number of images at a time, at least 1.
     - `num_subsets`: the number of subsets for the kernel distance.
     - `num_projections`: the number of projections for the sliced Wasserstein distance.
 

@@ -33,11 +33,11 @@ def twemoji(path: StrPath) -> Images:
     """Twemoji-32: 1873 emoji in colour, 32x32 on white, in nine classes.
 
     They are ordered by a hash of their code points, so a slice is a random part of them,
-    and the same one in every build. Most of each image is flat, and a model can learn all
-    1873 by heart. Use this set to try programs, not to rank methods.
+    and the same one in every build. Most of each image is flat, and a model can memorise
+    all 1873. Use this set to try programs, not to rank methods.
 
-    The graphics are by Twitter, Inc. and other contributors, CC BY 4.0. Name them where
-    you show the images.
+    The graphics are by Twitter, Inc. and other contributors, CC BY 4.0. Credit them
+    where you show the images.
 
     **Arguments:**
 

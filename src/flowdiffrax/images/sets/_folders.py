@@ -73,7 +73,7 @@ def parquet_images(path: StrPath, split: str = "train", *, mode: str = "RGB") ->
 
     - `path`: one file; or a folder, of which all files `{split}*.parquet` are read.
     - `split`: the start of the file names in a folder; not used with one file.
-    - `mode`: as for [`flowdiffrax.images.image_folder`][].
+    - `mode`: see [`flowdiffrax.images.image_folder`][].
 
     **Raises:** `FileNotFoundError` if there is no file; `ImportError` without pyarrow or
     Pillow; `ValueError` if a file is damaged or has another layout, if a label is missing

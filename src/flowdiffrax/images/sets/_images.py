@@ -51,7 +51,7 @@ class Images:
                     "at 1, and pass `labels=None` if -1 stands for an unknown label."
                 )
             labels = labels.astype(np.int32)
-        # The class is frozen.
+        # The class is frozen, so plain assignment would fail.
         object.__setattr__(self, "labels", labels)
         object.__setattr__(self, "num_classes", num_classes)
 
