@@ -354,10 +354,10 @@ def test_learned_map_in_a_solve(learned):
         (lambda: fd.Normalisation(0.0, {"a": 1.0}), "the same structure"),
         (lambda: fd.Normalisation(0.0, 1.0, args_mean=1.0), "`args_mean`"),
         (lambda: fd.Normalisation(0.0, 1.0, 0, 1, 1.0, -1.0), "`args_std` must be"),
-        (lambda: units().state(jnp.ones(2)), "of a state of the structure"),
+        (lambda: units().state(jnp.ones(2)), "the structure of its normalisation"),
         (
             lambda: units().state({"q": jnp.ones((5, 2)), "p": jnp.ones(5)}),
-            r"of shape \(2,\); got \(5, 2\).*`jax.vmap`",
+            r"normalisation, \(2,\); got \(5, 2\).*`jax.vmap`",
         ),
         (lambda: fd.Normalisation.of(jnp.ones(3), jnp.ones((2, 4))), "with times"),
         (lambda: fd.Normalisation.of(jnp.ones(2), jnp.ones((2, 2))), "`t0` must be less"),

@@ -1,7 +1,7 @@
-"""The identities that a flow map satisfies, each written once.
+"""The identities that a flow map satisfies, each defined once.
 
 Losses, metrics, error estimates and tests call these functions. Each returns a residual
-like `x` that vanishes, for all times and states, when the map is exact.
+like `x` that vanishes for all times and states if the map is exact.
 """
 
 from collections.abc import Callable
@@ -35,9 +35,9 @@ def end_derivative(
     *,
     jvp: Derivative = jax.jvp,
 ) -> tuple[State, State]:
-    r"""The pair $X_{s,t}(x)$ and $\partial_t X_{s,t}(x)$, from one forward-mode pass.
+    r"""Returns $X_{s,t}(x)$ and $\partial_t X_{s,t}(x)$, from one forward-mode pass.
 
-    Given `average_velocity` for the map, the pair $v_{s,t}$ and $\partial_t v_{s,t}$.
+    If `flow_map` is an `average_velocity`, returns $v_{s,t}$ and $\partial_t v_{s,t}$.
     """
     s, t = times_like(x, s, t)
     end = lambda t: flow_map(s, t, x, args)
@@ -54,10 +54,10 @@ def transport_derivative(
     *,
     jvp: Derivative = jax.jvp,
 ) -> tuple[State, State]:
-    r"""The pair $X_{s,t}(x)$ and $\partial_s X_{s,t}(x) + \nabla X_{s,t}(x)\,w$.
+    r"""Returns $X_{s,t}(x)$ and $\partial_s X_{s,t}(x) + \nabla X_{s,t}(x)\,w$.
 
-    One forward-mode pass along the joint direction $(1, w)$ in $(s, x)$. Given
-    `average_velocity` for the map, the same of $v_{s,t}$.
+    This takes one forward-mode pass along the joint direction $(1, w)$ in $(s, x)$. If
+    `flow_map` is an `average_velocity`, returns the same for $v_{s,t}$.
     """
     s, t = times_like(x, s, t)
     start = lambda s, x: flow_map(s, t, x, args)
@@ -74,22 +74,22 @@ def lagrangian_residual(
     *,
     jvp: Derivative = jax.jvp,
 ) -> State:
-    r"""How far the map's end-time derivative is from the teacher.
+    r"""The gap between the map's end-time derivative and the teacher.
 
     Computes $\partial_t X_{s,t}(x) - b_t(X_{s,t}(x))$. Together with
-    $X_{s,s}(x) = x$, this vanishes everywhere exactly when $X$ is the flow map of $b$.
+    $X_{s,s}(x) = x$, this vanishes everywhere if and only if $X$ is the flow map of $b$.
 
     !!! info "Numerics"
 
-        One forward-mode pass and one teacher call; no spatial Jacobian is formed.
-        Safe at `s == t`, where it compares $v_{t,t}$ with $b_t$.
+        It takes one forward-mode pass and one teacher call, and forms no spatial
+        Jacobian. It is safe at `s == t`, where it compares $v_{t,t}$ with $b_t$.
 
     **Arguments:**
 
-    - `flow_map`, `teacher`: the map $X$ and the velocity $b$ it should follow.
+    - `flow_map`, `teacher`: the map $X$ and the velocity $b$ that it should follow.
     - `s`, `t`: start and end times, in either order.
     - `x`: one state at time `s`; use `jax.vmap` for a batch.
-    - `args`: passed on to both, for example a class label.
+    - `args`: passed to both, for example a class label.
     - `jvp`: how the derivative is taken: `jax.jvp` or a
       [`flowdiffrax.objectives.FiniteDifference`][].
 
@@ -113,7 +113,7 @@ def end_and_residual(
     *,
     jvp: Derivative = jax.jvp,
 ) -> tuple[State, State]:
-    r"""The pair $X_{s,t}(x)$ and its Lagrangian residual, from one forward-mode pass."""
+    r"""Returns $X_{s,t}(x)$ and its Lagrangian residual, from one forward-mode pass."""
     check_flow_map(flow_map)
     s, t = times_like(x, s, t)
     X_st, dX_dt = end_derivative(flow_map, s, t, x, args, jvp=jvp)
@@ -132,17 +132,25 @@ def eulerian_residual(
     *,
     jvp: Derivative = jax.jvp,
 ) -> State:
-    r"""How fast the end point moves as the start slides along the teacher's trajectory.
+    r"""How fast the end moves as the start moves along the teacher's trajectory.
 
     Computes $\partial_s X_{s,t}(x) + \nabla X_{s,t}(x)\,b_s(x)$, the total derivative
-    of $X_{s,t}(x_s)$ in $s$, which vanishes for the flow map: whichever point of a
-    trajectory one starts from, one arrives at the same place.
+    of $X_{s,t}(x_s)$ in $s$. It vanishes for the flow map, since jumps from all points of
+    a trajectory arrive at the same state.
 
     !!! info "Numerics"
 
-        One teacher call and one forward-mode pass, in the joint direction $(1, b_s)$.
+        It takes one teacher call and one forward-mode pass, in the joint direction
+        $(1, b_s)$.
 
-    **Arguments:** as for [`flowdiffrax.lagrangian_residual`][].
+    **Arguments:**
+
+    - `flow_map`, `teacher`: the map $X$ and the velocity $b$ that it should follow.
+    - `s`, `t`: start and end times, in either order.
+    - `x`: one state at time `s`; use `jax.vmap` for a batch.
+    - `args`: passed to both.
+    - `jvp`: how the derivative is taken: `jax.jvp` or a
+      [`flowdiffrax.objectives.FiniteDifference`][].
 
     **Returns:** a state like `x`.
 
@@ -162,15 +170,15 @@ def semigroup_residual(
 ) -> State:
     r"""The gap between two jumps and one, $X_{u,t}(X_{s,u}(x)) - X_{s,t}(x)$.
 
-    It needs no teacher, and so it cannot see a map that follows the wrong ODE
-    consistently; pair it with [`flowdiffrax.tangent_residual`][].
+    It needs no teacher. It therefore does not detect a map that follows the wrong ODE
+    consistently; combine it with [`flowdiffrax.tangent_residual`][].
 
     **Arguments:**
 
     - `flow_map`: the map $X$.
-    - `s`, `u`, `t`: start, stop-over and end, in any order.
+    - `s`, `u`, `t`: start, intermediate and end time, in any order.
     - `x`: one state at time `s`; use `jax.vmap` for a batch.
-    - `args`: passed on to the map.
+    - `args`: passed to the map.
 
     **Returns:** a state like `x`.
 
@@ -192,9 +200,14 @@ def tangent_residual(
     x: State,
     args: Args = None,
 ) -> State:
-    r"""How far the map's own velocity is from the teacher, $v_{t,t}(x) - b_t(x)$.
+    r"""The gap between the map's velocity and the teacher, $v_{t,t}(x) - b_t(x)$.
 
-    **Arguments:** as for [`flowdiffrax.lagrangian_residual`][], with one time.
+    **Arguments:**
+
+    - `flow_map`, `teacher`: the map and the velocity $b$ that it should follow.
+    - `t`: the time.
+    - `x`: one state at time `t`; use `jax.vmap` for a batch.
+    - `args`: passed to both.
 
     **Returns:** a state like `x`.
     """
@@ -207,9 +220,14 @@ def tangent_residual(
 def inverse_residual(
     flow_map: TwoTimeMap, s: Time, t: Time, x: State, args: Args = None
 ) -> State:
-    r"""How far a round trip ends from its start, $X_{t,s}(X_{s,t}(x)) - x$.
+    r"""The gap between the end and start of a round trip, $X_{t,s}(X_{s,t}(x)) - x$.
 
-    **Arguments:** as for [`flowdiffrax.semigroup_residual`][], without stop-over.
+    **Arguments:**
+
+    - `flow_map`: the map $X$.
+    - `s`, `t`: start and end times, in either order.
+    - `x`: one state at time `s`; use `jax.vmap` for a batch.
+    - `args`: passed to the map.
 
     **Returns:** a state like `x`.
     """
@@ -226,16 +244,16 @@ def two_piece_target(
     first: Callable[[Time, Time, State], State],
     second: Callable[[Time, Time, State], State],
 ) -> State:
-    r"""The average velocity of a jump from those of its two pieces.
+    r"""Computes the average velocity of a jump from those of its two pieces.
 
-    The semigroup identity for average velocities: with $a$ the first piece's share of
-    the jump and $u = s + a (t - s)$,
+    It uses the semigroup identity for average velocities. If $a$ is the first piece's
+    share of the jump and $u = s + a (t - s)$,
 
     $$v_{s,t}(x) = a\,v_{s,u}(x) + (1 - a)\,v_{u,t}(X_{s,u}(x)).$$
 
-    Every objective without derivatives regresses on its right side. With an
-    instantaneous velocity for a short first piece it is a difference quotient of the
-    Eulerian equation, for a short last piece of the Lagrangian one.
+    Every objective without derivatives regresses on the right-hand side. If the first
+    piece is short and uses an instantaneous velocity, this is a difference quotient of
+    the Eulerian equation; if the last piece is, it is one of the Lagrangian equation.
 
     **Arguments:**
 

@@ -18,44 +18,46 @@ class HypersolverFlowMap(AbstractChordFlowMap):
     r"""One step of a classical solver plus a learned remainder of the right order.
 
     The average velocity is that of a Runge-Kutta step of order $p$ from $s$ to $t$, plus
-    $h^p\,n_{s,t}(x)$ with $h = t - s$ and $n$ a network. The solver's own error is of
-    that order, so that $n$ is to learn something of order one, smooth in $h$. Whatever
-    $n$ is, the map is a consistent integrator: its velocity is the vector field itself,
-    and its local error is $O(h^{p+1})$. With $n = 0$, as [`flowdiffrax.nn.MLP`][] starts,
-    it is the solver.
+    $h^p\,n_{s,t}(x)$ with $h = t - s$ and a network $n$. The error of the solver's
+    average velocity has the same order, so $n$ learns a function of order one that is
+    smooth in $h$. Whatever $n$ is, the map is a consistent integrator: its velocity is
+    the vector field itself, and its local error is $O(h^{p+1})$. With $n = 0$, as
+    [`flowdiffrax.nn.MLP`][] starts, the map is the solver.
 
-    A jump costs one evaluation of the network and as many of the vector field as the
-    solver has stages. Where the vector field is cheap, that is a good bargain.
+    A jump evaluates the network once and the vector field once for each stage of the
+    solver. This pays off if the vector field is cheap.
 
     !!! info "Numerics"
 
-        $u$, the average velocity, is what the step makes of
-        $\dot u = b_{s+\tau h}(x + h u)$ in one unit of $\tau$. It is the same step, and
-        smooth in $s$, $t$ and $x$, at $h = 0$ and for negative $h$ too, where a step in
-        the state would divide by $h$. A stage that only serves an error estimate is left
-        out.
+        The average velocity $u$ is computed as one solver step of
+        $\dot u = b_{s+\tau h}(x + h u)$ from $\tau = 0$ to 1. This is equivalent to a
+        step in the state, but smooth in $s$, $t$ and $x$ also at $h = 0$ and for negative
+        $h$, where a step in the state would have to be divided by $h$. Stages that only
+        serve an error estimate are skipped.
 
     !!! info "What is trained"
 
-        The network alone. The vector field's arrays are held fixed: they are no
-        floating-point leaves of this module, so that neither gradients nor weight decay
-        reach them, nor does `equinox.tree_at`. Parameters that vary go through `args`.
+        Only the network. The vector field's arrays are held fixed: they are not
+        floating-point leaves of this module, so gradients, weight decay and
+        `equinox.tree_at` do not reach them. Pass parameters that vary through `args`.
 
     **Arguments:**
 
     - `vector_field`: a callable `(t, x, args) -> dx/dt`.
-    - `net`: any callable `net(s, t, x, args)`, that returns the remainder $n$, like `x`.
+    - `net`: any callable `net(s, t, x, args)` that returns the remainder $n$, like `x`.
     - `solver`: an explicit Runge-Kutta solver of Diffrax for ODEs, such as
       `diffrax.Euler()`, `diffrax.Heun()`, `diffrax.Bosh3()` or `diffrax.Tsit5()`.
-    - `time_range`: as for [`flowdiffrax.FlowMap`][].
+    - `time_range`: the interval `(low, high)` that the network is trained on; `None` for
+      no check.
 
-    **Raises:** `TypeError` for another solver, or for what cannot be called; when it is
-    called, as [`flowdiffrax.FlowMap`][].
+    **Raises:** `TypeError` for any other solver, or if `vector_field` or `net` is not
+    callable; when called, `ValueError` or `TypeError` if the output of either is not like
+    the state.
 
     ??? cite "Reference"
 
         Hypersolvers, [arXiv:2007.09601](https://arxiv.org/abs/2007.09601). There, the
-        remainder enters the step as $h^{p+1}$.
+        remainder is multiplied by $h^{p+1}$ and added to the step.
     """
 
     net: Callable
@@ -73,15 +75,15 @@ class HypersolverFlowMap(AbstractChordFlowMap):
         check_callable(vector_field, "vector_field", "vector_field(t, x, args)")
         check_callable(net, "net", "net(s, t, x, args)")
         solver = diffrax.Heun() if solver is None else solver
-        # To `isinstance`, a wrapped solver is what it wraps.
+        # `isinstance` sees a wrapped solver as the solver inside.
         wraps = isinstance(solver, diffrax.AbstractWrappedSolver)
         if wraps or not isinstance(solver, diffrax.AbstractERK | diffrax.Euler):
             got = getattr(solver, "__name__", None) or type(solver).__name__
             raise TypeError(
                 "`solver` must be an explicit Runge-Kutta solver of Diffrax for ODEs, "
                 "such as `diffrax.Heun()`, `diffrax.Bosh3()` or `diffrax.Tsit5()`; got "
-                f"{got}. Implicit steps solve equations, and multi-step and stochastic "
-                "ones carry a state: none of them is a function of one jump's ends."
+                f"{got}. Implicit solvers solve equations, and multi-step and stochastic "
+                "solvers carry a state: their steps are not functions of the jump alone."
             )
         self.net = net
         self.frozen_field = Frozen(vector_field)
@@ -90,19 +92,19 @@ class HypersolverFlowMap(AbstractChordFlowMap):
 
     @property
     def vector_field(self) -> VectorField:
-        """The vector field, its arrays held fixed."""
+        """The vector field, with its arrays held fixed."""
         return self.frozen_field.thaw()
 
     def tangent(self, t: Scalar, x: State, args: Args) -> State:
-        """The vector field."""
+        """Evaluates the vector field."""
         return check_like(self.vector_field(t, x, args), x, "`vector_field`")
 
     def chord(self, s: Scalar, t: Scalar, x: State, args: Args) -> State:
-        """The average velocity of one step."""
+        """Returns the average velocity of one step, plus the remainder."""
         h = t - s
         field = self.vector_field
         b = lambda t, y: check_like(field(t, y, args), y, "`vector_field`")
-        # In float32 at least: the weights of the stages have both signs, and cancel.
+        # In float32 at least: the stages' weights have both signs, and terms cancel.
         widen = lambda x: jnp.asarray(x, at_least_float32(jnp.result_type(x)))
         step = _step_velocity(self.solver, b, s, h, jtu.tree_map(widen, x))
         step = jtu.tree_map(lambda v, x: v.astype(jnp.result_type(x)), step, x)
@@ -112,7 +114,7 @@ class HypersolverFlowMap(AbstractChordFlowMap):
 
 
 def _step_velocity(solver, b, s, h, x):
-    """The average velocity of one step: the stages, weighted as the solver does."""
+    """The average velocity of one step: the solver's weighted sum of its stages."""
     if isinstance(solver, diffrax.Euler):
         return b(s, x)
     tableau = solver.tableau
@@ -125,7 +127,7 @@ def _step_velocity(solver, b, s, h, x):
 
 
 def _weighted(weights, stages):
-    # Python numbers take the precision of the state. Tableaux are full of zeros.
+    # Python numbers adopt the precision of the state. Most of a tableau is zero.
     kept = [(float(w), index) for index, w in enumerate(weights) if w != 0]
     total = lambda *leaves: sum(
         (w * leaves[index] for w, index in kept), start=jnp.zeros_like(leaves[0])

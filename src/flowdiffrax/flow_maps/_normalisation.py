@@ -20,11 +20,12 @@ def _as_arrays(tree: PyTree) -> PyTree:
 
 
 class Normalisation(eqx.Module):
-    r"""Units in which a problem is of order one, on the clock [0, 1].
+    r"""Units in which states are of order one and times lie in [0, 1].
 
-    $z = (x - \mu) / \sigma$ entry by entry, and $\tau = (t - t_0) / (t_1 - t_0)$.
-    Networks are made for such numbers, and laws of times, weights and their defaults for
-    such a clock. Bring the problem there, learn, and take the map back:
+    The units are $z = (x - \mu) / \sigma$, entry by entry, and
+    $\tau = (t - t_0) / (t_1 - t_0)$. Networks are designed for states of order one;
+    distributions of times, weights and their defaults are designed for times in [0, 1].
+    Convert the problem to these units, train, and convert the map back:
 
     ```python
     normalisation = Normalisation.of(ts, ys)
@@ -34,22 +35,23 @@ class Normalisation(eqx.Module):
     flow_map = normalisation.flow_map(state.ema_map)
     ```
 
-    The last is a map of the user's own states and times, and serves
-    [`flowdiffrax.FlowMapSolver`][] as any other.
+    The final `flow_map` takes the user's states and times, and works with
+    [`flowdiffrax.FlowMapSolver`][] like any other map.
 
-    Methods take one example; use `jax.vmap` for a batch. States keep their dtypes
-    throughout. In training, all numbers here are held fixed.
+    Methods take one example; use `jax.vmap` for a batch. States keep their dtypes. In
+    training, all numbers here are held fixed.
 
     **Arguments:**
 
-    - `mean`, `std`: PyTrees of the structure of the state. A leaf is an array of the
-      shape of its leaf in the state, or one number for all its entries.
-    - `t0`, `t1`: the interval of time that becomes [0, 1]; Python numbers, rising.
-    - `args_mean`, `args_std`: the same of `args`, where those vary between examples;
-      `None` leaves `args` as they are.
+    - `mean`, `std`: PyTrees with the structure of the state. Each leaf is an array with
+      the shape of the state's leaf, or one number for all its entries.
+    - `t0`, `t1`: the time interval that is mapped to [0, 1]; Python numbers with
+      `t0 < t1`.
+    - `args_mean`, `args_std`: the same for `args`, if they vary between examples; `None`
+      leaves `args` unchanged.
 
-    **Raises:** `ValueError` for times that do not rise, structures that do not match, or
-    if known, a `std` that is not positive.
+    **Raises:** `ValueError` unless `t0 < t1`, for structures that do not match, or for a
+    concrete `std` that is not positive.
     """
 
     mean: PyTree = eqx.field(converter=_as_arrays)
@@ -62,8 +64,8 @@ class Normalisation(eqx.Module):
     def __check_init__(self):
         if not self.t0 < self.t1:
             raise ValueError(
-                f"`t0` must be less than `t1`; got {self.t0} and {self.t1}. A map serves "
-                "both directions of time, so that no order is needed."
+                f"`t0` must be less than `t1`; got {self.t0} and {self.t1}. A map jumps "
+                "in both directions of time, whatever the order."
             )
         pairs = {"": (self.mean, self.std), "args_": (self.args_mean, self.args_std)}
         for prefix, (mean, std) in pairs.items():
@@ -76,39 +78,39 @@ class Normalisation(eqx.Module):
             for leaf in jtu.tree_leaves(std):
                 if is_concrete(leaf) and not np.all(np.asarray(leaf) > 0):
                     raise ValueError(
-                        f"`{prefix}std` must be positive; got {leaf}. For what does not "
-                        "vary, any positive number will do, such as 1."
+                        f"`{prefix}std` must be positive; got {leaf}. For an entry that "
+                        "does not vary, use any positive number, such as 1."
                     )
 
     @classmethod
     def of(cls, ts: Array | np.ndarray, ys: State, args: Args = None) -> "Normalisation":
-        """The units of a pool of trajectories: each entry has mean 0 and variance 1.
+        """Computes units in which each entry of a pool has mean 0 and variance 1.
 
-        An entry that does not vary has `std` 1, and so has what is integer in `args`,
-        with mean 0: labels stay what they are.
+        An entry that does not vary gets a `std` of 1. Integers in `args`, such as labels,
+        are unchanged: they get a mean of 0 and a `std` of 1.
 
         **Arguments:**
 
         - `ts`: the times, of shape `(times,)` or `(pool, times)`, in any order.
-        - `ys`: the pool, every leaf of shape `(pool, times, ...)`, as
+        - `ys`: the pool of trajectories, every leaf of shape `(pool, times, ...)`, as
           [`flowdiffrax.solve_trajectories`][] returns it.
-        - `args`: the conditions, one row for each trajectory, to be normalised too;
-          `None` to leave them as they are.
+        - `args`: the conditions to normalise as well, one row for each trajectory; `None`
+          to leave them unchanged.
 
         **Raises:** `ValueError` inside `jit`, for shapes that do not match, or for
-        trajectories that are not finite; `TypeError` for trajectories of integers.
+        trajectories that are not finite; `TypeError` for integer trajectories.
         """
         if not is_concrete((ts, ys, args)):
             raise ValueError(
                 "`Normalisation.of` reads the range of the times, which is unknown "
-                "inside `jit`. Call it outside."
+                "inside `jit`. Call it outside `jit`."
             )
         real_dtype(ys)
         _check_pool(ts, ys)
         mean, std = _statistics(ys, 2)
         if not all(np.isfinite(leaf).all() for leaf in jtu.tree_leaves((mean, std))):
             raise ValueError(
-                "The trajectories are not finite, or too large to be squared. Drop the "
+                "The trajectories are not finite, or too large to be squared. Remove the "
                 "solves that failed."
             )
         args_mean, args_std = None, None
@@ -119,44 +121,47 @@ class Normalisation(eqx.Module):
         return cls(mean, std, t0, t1, args_mean, args_std)
 
     def time(self, t: Time) -> Inexact[Array, ""]:
-        r"""The time $\tau$ on the clock [0, 1], in the precision of `t`."""
+        r"""Returns the normalised time $\tau$, in the precision of `t`."""
         (t,) = as_times(t)
         return self._unit(t)
 
     def undo_time(self, t: Time) -> Inexact[Array, ""]:
-        r"""The user's time at $\tau$, in its precision."""
+        r"""Returns the user's time for $\tau$, in the precision of $\tau$."""
         (t,) = as_times(t)
-        # A convex combination, which ends at `t1` to the last bit.
+        # This form gives exactly `t1` at 1.
         return (1 - t) * self.t0 + t * self.t1
 
     def state(self, x: State) -> State:
-        """The state in units of order one."""
+        """Returns the normalised state."""
         return _normalise(x, self.mean, self.std, "state")
 
     def undo_state(self, z: State) -> State:
-        """The state in the user's units."""
+        """Returns the state in the user's units."""
         return _undo(z, self.mean, self.std, "state")
 
     def args(self, args: Args) -> Args:
-        """The conditions in units of order one, or as they are."""
+        """Returns the normalised conditions, or `args` without `args_mean`."""
         if self.args_mean is None:
             return args
         return _normalise(args, self.args_mean, self.args_std, "args")
 
     def undo_args(self, args: Args) -> Args:
-        """The conditions in the user's units."""
+        """Returns the conditions in the user's units."""
         if self.args_mean is None:
             return args
         return _undo(args, self.args_mean, self.args_std, "args")
 
     def trajectories(self, ts: Array | np.ndarray, ys: State) -> tuple[Array, State]:
-        """A pool of trajectories, in units of order one.
+        """Normalises a pool of trajectories.
 
-        For `args` that are normalised too, `jax.vmap(normalisation.args)(args)`.
+        To normalise `args` as well, use `jax.vmap(normalisation.args)(args)`.
 
-        **Arguments:** as for [`flowdiffrax.Normalisation.of`][].
+        **Arguments:**
 
-        **Returns:** the times and the states, in the same shapes.
+        - `ts`: the times, of shape `(times,)` or `(pool, times)`.
+        - `ys`: the pool, every leaf of shape `(pool, times, ...)`.
+
+        **Returns:** the normalised times and states, in the same shapes.
 
         **Raises:** `ValueError` for shapes that do not match.
         """
@@ -166,9 +171,9 @@ class Normalisation(eqx.Module):
         return self._unit(ts), jax.vmap(jax.vmap(self.state))(ys)
 
     def vector_field(self, vector_field: VectorField) -> VectorField:
-        r"""The same ODE in units of order one.
+        r"""Returns the vector field of the ODE in normalised units.
 
-        $\tfrac{dz}{d\tau} = \tfrac{t_1 - t_0}{\sigma}\, b_t(x)$.
+        The ODE is $\tfrac{dz}{d\tau} = \tfrac{t_1 - t_0}{\sigma}\, b_t(x)$.
 
         **Arguments:**
 
@@ -179,40 +184,41 @@ class Normalisation(eqx.Module):
         return _NormalisedField(vector_field, self)
 
     def flow_map(self, flow_map: AbstractFlowMap) -> "NormalisedFlowMap":
-        """A map in units of order one, in the user's own.
+        """Converts a map in normalised units to the user's units.
 
         **Arguments:**
 
-        - `flow_map`: the map that was learned on [0, 1].
+        - `flow_map`: the map that was learned in normalised units.
 
         **Returns:** a [`flowdiffrax.NormalisedFlowMap`][].
         """
         return NormalisedFlowMap(flow_map, self)
 
     def _unit(self, t: Inexact[Array, "*any"]) -> Inexact[Array, "*any"]:
-        # In the precision of `t` throughout, so that `t1` becomes 1 to the last bit.
+        # All in the precision of `t`, so that `t1` becomes exactly 1.
         t0, t1 = jnp.asarray(self.t0, t.dtype), jnp.asarray(self.t1, t.dtype)
         return (t - t0) / (t1 - t0)
 
     def _rate(self, v: State) -> State:
-        """A velocity in units of order one, in the user's."""
+        """Converts a velocity from normalised units to the user's."""
         factor = lambda v, std: _like(std, v) / (self.t1 - self.t0)
         return jtu.tree_map(lambda v, std: factor(v, std) * v, v, self.std)
 
 
 class NormalisedFlowMap(AbstractFlowMap):
-    r"""A map that was learned in units of order one, in the user's own.
+    r"""Uses a map that was learned in normalised units in the user's units.
 
-    $X_{s,t}(x) = x + \sigma\,(\tilde X_{\tau(s),\tau(t)}(z) - z)$ with $z = (x - \mu) /
-    \sigma$: the inner map's jump, scaled, so that nothing is lost where it is short.
+    $X_{s,t}(x) = x + \sigma\,(\tilde X_{\tau(s),\tau(t)}(z) - z)$ with
+    $z = (x - \mu) / \sigma$. Only the inner map's displacement is scaled, so short jumps
+    lose no precision.
 
-    Its time range is that of the inner map in the user's time, or `(t0, t1)` if it
-    declares none. An [`flowdiffrax.AutonomousFlowMap`][] starts anywhere, and has none
-    here either.
+    Its time range is that of the inner map, converted to the user's times, or `(t0, t1)`
+    if the inner map declares none. An [`flowdiffrax.AutonomousFlowMap`][] can start at
+    any time, and has no time range here either.
 
     **Arguments:**
 
-    - `flow_map`: the map in units of order one.
+    - `flow_map`: the map in normalised units.
     - `normalisation`: the units. Its arrays are held fixed in training.
 
     **Raises:** `TypeError` for an inner map that is not a
@@ -229,7 +235,7 @@ class NormalisedFlowMap(AbstractFlowMap):
 
     @property
     def normalisation(self) -> Normalisation:
-        """The units, their arrays held fixed."""
+        """The units, with their arrays held fixed."""
         return self.frozen_normalisation.thaw()
 
     @property
@@ -242,7 +248,7 @@ class NormalisedFlowMap(AbstractFlowMap):
         return (low, high)
 
     def jump(self, s: Scalar, t: Scalar, x: State, args: Args) -> State:
-        """The jump of the inner map, in the user's units."""
+        """Jumps with the inner map, in the user's units."""
         units = self.normalisation
         z = units.state(x)
         end = self.flow_map(s, t, z, units.args(args))
@@ -250,18 +256,18 @@ class NormalisedFlowMap(AbstractFlowMap):
         return jtu.tree_map(move, x, units.std, subtract(end, z))
 
     def chord(self, s: Scalar, t: Scalar, x: State, args: Args) -> State:
-        """The average velocity of the inner map, in the user's units."""
+        """Returns the average velocity of the inner map, in the user's units."""
         units = self.normalisation
         z, args = units.state(x), units.args(args)
         return units._rate(self.flow_map.average_velocity(s, t, z, args))
 
     def tangent(self, t: Scalar, x: State, args: Args) -> State:
-        """The velocity of the inner map, in the user's units."""
+        """Returns the velocity of the inner map, in the user's units."""
         units = self.normalisation
         return units._rate(self.flow_map.velocity(t, units.state(x), units.args(args)))
 
     def _times(self, s: Time, t: Time, x: State) -> tuple[Scalar, Scalar]:
-        """The times on the inner map's clock, with all their digits."""
+        """Normalises the times, and keeps their precision."""
         check_times(self, s, t)
         units = self.normalisation
         return units.time(s), units.time(t)
@@ -285,7 +291,7 @@ class _NormalisedField(eqx.Module):
 
 
 def _starts_anywhere(flow_map: Any) -> bool:
-    # Through wrappers, such as a projection.
+    # Looks inside wrappers, such as a projection.
     while not isinstance(flow_map, AutonomousFlowMap):
         flow_map = getattr(flow_map, "flow_map", None)
         if flow_map is None:
@@ -323,14 +329,14 @@ def _map_units(one, x, mean, std, name):
     got, expected = jtu.tree_structure(x), jtu.tree_structure(mean)
     if got != expected:
         raise ValueError(
-            f"The normalisation is of a {name} of the structure {expected}; got {got}."
+            f"The {name} must have the structure of its normalisation, {expected}; got "
+            f"{got}."
         )
     for leaf, unit in zip(jtu.tree_leaves(x), jtu.tree_leaves(mean), strict=True):
         if jnp.shape(unit) not in ((), jnp.shape(leaf)):
             raise ValueError(
-                f"The normalisation is of a {name} of shape {jnp.shape(unit)}; got "
-                f"{jnp.shape(leaf)}. It is for one example: to work on a batch, use "
-                "`jax.vmap`."
+                f"The {name} must have the shape of its normalisation, "
+                f"{jnp.shape(unit)}; got {jnp.shape(leaf)}. For a batch, use `jax.vmap`."
             )
     return jtu.tree_map(one, x, mean, std)
 
@@ -340,13 +346,13 @@ def _check_pool(ts, ys) -> None:
     for leaf in jtu.tree_leaves(ys):
         if jnp.shape(ts) not in (jnp.shape(leaf)[1:2], jnp.shape(leaf)[:2]):
             raise ValueError(
-                "Trajectories have shape (pool, times, ...), with times of shape "
+                "Trajectories must have shape (pool, times, ...), with times of shape "
                 f"(times,) or (pool, times); got {jnp.shape(leaf)} and {jnp.shape(ts)}."
             )
 
 
 def _statistics(tree, num_axes):
-    """Means and standard deviations over the leading axes, leaf by leaf."""
+    """Returns means and standard deviations over the leading axes, leaf by leaf."""
     axes = tuple(range(num_axes))
 
     def mean(leaf):
@@ -361,7 +367,7 @@ def _statistics(tree, num_axes):
         wide = jnp.asarray(leaf, mean.dtype)
         deviation = jnp.abs(wide - jnp.expand_dims(mean, axes))
         spread = jnp.sqrt(jnp.mean(deviation**2, axis=axes))
-        # The mean of equal numbers is rounded, and differs from each of them.
+        # Rounding makes the mean of equal numbers differ from them.
         rounding = 100 * jnp.finfo(wide.dtype).eps * jnp.max(jnp.abs(wide), axis=axes)
         return jnp.where(spread > rounding, spread, jnp.ones_like(spread))
 

@@ -13,28 +13,29 @@ from ._base import AbstractChordFlowMap, as_time_range
 class ODEFlowMap(AbstractChordFlowMap):
     r"""The exact flow map of a vector field, integrated by Diffrax.
 
-    Use it as an oracle in tests, as a teacher map, or wherever a learned map may stand.
-    It is differentiable in `s`, `t`, `x`, `args` and the vector field's parameters, in
-    forward and reverse mode and nested.
+    Use it as an oracle in tests, as a teacher map, or in place of any learned map. It is
+    differentiable in `s`, `t`, `x`, `args` and the vector field's parameters, in forward
+    and reverse mode, also nested.
 
     !!! info "Numerics"
 
-        What is integrated is the average velocity $u(\tau) = v_{s,s+\tau h}(x)\,\tau$,
-        that is $\dot u = b_{s+\tau h}(x + h u)$ with $h = t - s$ and $\tau$ from 0 to 1.
-        A direct solve from $s$ to $t$ would take no step at $s = t$, so that its
-        derivative in $t$ would be zero there instead of $b_t$. It also makes one
-        batch of mixed jumps, in both directions, a batch of solves over [0, 1].
+        Diffrax integrates the average velocity $u(\tau) = v_{s,s+\tau h}(x)\,\tau$, by
+        $\dot u = b_{s+\tau h}(x + h u)$ with $h = t - s$, for $\tau$ from 0 to 1. A
+        direct solve from $s$ to $t$ would take no step at $s = t$, and its derivative in
+        $t$ would be zero there instead of $b_t$. In addition, a batch of mixed jumps, in
+        both directions, becomes a batch of solves over [0, 1].
 
     **Arguments:**
 
     - `vector_field`: a callable `(t, x, args) -> dx/dt`.
     - `solver`: the Diffrax solver; `None` for `diffrax.Dopri8()`.
     - `rtol`, `atol`: tolerances; `None` for 1e-8 in float64 and 1e-6 in float32.
-    - `max_steps`: the most steps an integration may take before it is an error.
-    - `adjoint`: how it is differentiated. The default, `diffrax.DirectAdjoint()`,
-      supports every nesting; `diffrax.RecursiveCheckpointAdjoint()` is faster where at
-      most reverse mode is needed.
-    - `time_range`: as for [`flowdiffrax.FlowMap`][].
+    - `max_steps`: the maximum number of steps of a solve; more raise an error.
+    - `adjoint`: how the solve is differentiated. The default, `diffrax.DirectAdjoint()`,
+      supports every nesting; `diffrax.RecursiveCheckpointAdjoint()` is faster if you need
+      reverse mode only.
+    - `time_range`: the interval `(low, high)` that both times must lie in; `None` for no
+      check.
     """
 
     vector_field: VectorField
@@ -53,12 +54,12 @@ class ODEFlowMap(AbstractChordFlowMap):
             raise ValueError(f"`max_steps` must be at least 1; got {self.max_steps}.")
 
     def tangent(self, t: Scalar, x: State, args: Args) -> State:
-        """The vector field."""
+        """Evaluates the vector field."""
         return self.vector_field(t, x, args)
 
     def chord(self, s: Scalar, t: Scalar, x: State, args: Args) -> State:
-        """The average velocity, integrated by Diffrax."""
-        # Integrated in float32 at least: bfloat16 times would cost Diffrax steps.
+        """Returns the average velocity, integrated by Diffrax."""
+        # In float32 at least: with bfloat16 times, Diffrax would skip steps.
         like = lambda a, b: a.astype(jnp.result_type(b))
         widen = lambda x: jnp.asarray(x, at_least_float32(jnp.result_type(x)))
         start = jtu.tree_map(widen, x)
@@ -77,7 +78,7 @@ class ODEFlowMap(AbstractChordFlowMap):
             # A tenth of the jump; Diffrax's own guess would need a vector field call.
             dt0=jnp.full_like(s, 0.1),
             y0=jtu.tree_map(jnp.zeros_like, start),
-            # Inputs travel as `args`, so that adjoints other than the default see them.
+            # Inputs are passed as `args`, so that all adjoints differentiate in them.
             args=(s, t - s, start, args),
             stepsize_controller=diffrax.PIDController(
                 rtol=default_tol if self.rtol is None else self.rtol,

@@ -16,19 +16,21 @@ from ._base import AbstractFlowMap, check_times
 class ProjectedFlowMap(AbstractFlowMap):
     r"""A flow map with a correction after each jump: $P(x, X_{s,t}(x))$.
 
-    For what the exact flow conserves and a learned one does not quite: energy, momentum,
-    mass, a norm. The correction is part of the map, so that every objective, solver and
-    metric sees it, and one can train through it or add it to a trained map.
+    Use it for quantities that the exact flow conserves and a learned map conserves only
+    approximately: energy, momentum, mass or a norm. The correction is part of the map, so
+    every objective, solver and metric sees it. You can train through it or add it to a
+    trained map.
 
     **Arguments:**
 
     - `flow_map`: the map whose jumps are corrected.
     - `projection`: a callable `(x_start, x_end, args) -> x_end`, such as
-      [`flowdiffrax.ConserveInvariants`][]. It should leave `x_end` alone where that is
-      `x_start`, or the map is not the identity at `s == t`.
+      [`flowdiffrax.ConserveInvariants`][]. It should not change `x_end` if that equals
+      `x_start`; otherwise the map is not the identity at `s == t`.
 
-    **Raises:** `TypeError` for what is no map, or cannot be called; when it is called,
-    `ValueError` or `TypeError` for a projection whose output is not like the state.
+    **Raises:** `TypeError` if `flow_map` is not a [`flowdiffrax.AbstractFlowMap`][] or
+    `projection` is not callable; when called, `ValueError` or `TypeError` if the
+    projection's output is not like the state.
     """
 
     flow_map: AbstractFlowMap
@@ -44,18 +46,18 @@ class ProjectedFlowMap(AbstractFlowMap):
         return self.flow_map.time_range
 
     def _times(self, s: Time, t: Time, x: State) -> tuple[Scalar, Scalar]:
-        """The times with all their digits, which the inner map may need."""
+        """Keeps the precision of the times, which the inner map may need."""
         check_times(self, s, t)
         s, t = as_times(s, t)
         return s, t
 
     def jump(self, s: Scalar, t: Scalar, x: State, args: Args) -> State:
-        """The jump of the inner map, corrected."""
+        """Jumps with the inner map, and corrects the end."""
         X_st = self.flow_map(s, t, x, args)
         return check_like(self.projection(x, X_st, args), x, "`projection`")
 
     def tangent(self, t: Scalar, x: State, args: Args) -> State:
-        """The velocity of the inner map, projected."""
+        """Returns the velocity of the inner map, projected."""
         # To first order in the jump, the inner map moves along its own velocity.
         v_tt = self.flow_map.velocity(t, x, args)
         _, v = jax.jvp(lambda end: self.projection(x, end, args), (x,), (v_tt,))
@@ -63,36 +65,36 @@ class ProjectedFlowMap(AbstractFlowMap):
 
 
 class ConserveInvariants(eqx.Module):
-    r"""The end of a jump, moved to where the invariants have their values of the start.
+    r"""Moves the end of a jump to where the invariants have their values at the start.
 
-    With $g$ the invariants and $J$ their Jacobian at $y$, the steps of Gauss and Newton
-    to the level set of the start $x$,
+    With the invariants $g$ and their Jacobian $J$ at $y$, it takes Gauss-Newton steps
+    towards the level set of the start $x$,
 
     $$y \leftarrow y - J^\top (J J^\top)^{-1} (g(y) - g(x)).$$
 
-    To first order in the error that is the nearest point, in the units of the state:
-    where leaves differ in size, project inside [`flowdiffrax.Normalisation`][]'s units.
-    The number of correct digits doubles with each step.
+    To first order in the error, the result is the nearest point in the units of the
+    state. If leaves differ in size, project in the units of
+    [`flowdiffrax.Normalisation`][]. The number of correct digits doubles with each step.
 
     !!! info "Numerics"
 
-        Each invariant is measured in units of its own gradient, so that theirs do not
-        matter; invariants that depend on one another share the correction. Where a
-        gradient vanishes, as that of an energy at an equilibrium, that invariant is left
-        alone. The start lies on the level set itself, so that a correction of the length
-        of the jump is always enough: none is longer than twice that, and far from the
-        level set nothing overflows. At `s == t` nothing moves, to the last bit.
+        Each invariant is scaled by the norm of its gradient, so its units do not matter.
+        Invariants that depend on one another share the correction. An invariant whose
+        gradient vanishes, such as an energy at an equilibrium, is ignored. The start lies
+        on the level set, so a correction as long as the jump is always enough. No step is
+        longer than twice the jump, so nothing overflows far from the level set. At
+        `s == t` the state does not change by a single bit.
 
     **Arguments:**
 
     - `invariants`: a smooth function `(x, args)` that returns a number, an array or a
       PyTree of them. It may depend on `args` but not on time. Its arrays are held fixed
       in training, as in [`flowdiffrax.HypersolverFlowMap`][].
-    - `num_iterations`: how many steps, at least 1. Three take an error of one per cent
-      to about the last digit of float64.
+    - `num_iterations`: the number of steps, at least 1. Three reduce an error of one per
+      cent to about the last digit of float64.
 
-    **Raises:** `TypeError` if `invariants` cannot be called, `ValueError` for less than
-    one step; when called, `TypeError` for a complex state.
+    **Raises:** `TypeError` if `invariants` is not callable, `ValueError` if
+    `num_iterations` is less than 1; when called, `TypeError` for a complex state.
 
     ??? cite "Reference"
 
@@ -116,7 +118,7 @@ class ConserveInvariants(eqx.Module):
 
     @property
     def invariants(self) -> Callable[[State, Args], State]:
-        """The invariants, their arrays held fixed."""
+        """The invariants, with their arrays held fixed."""
         return self.frozen_invariants.thaw()
 
     def __call__(self, x_start: State, x_end: State, args: Args = None) -> State:
@@ -125,8 +127,8 @@ class ConserveInvariants(eqx.Module):
         y, _ = ravel(x_end, "`ConserveInvariants`")
         g = lambda y: ravel(invariants(unravel(y), args), "`ConserveInvariants`")[0]
         target = g(x)
-        # Twice the distance at the first order: a correction that is just as long as the
-        # jump, as every one in a state of one number, must keep its derivatives.
+        # Twice the length of the jump: a correction exactly as long as the jump, such as
+        # any in a state of one number, must keep its derivatives.
         longest = 2 * _norm(y - x)
         for _ in range(self.num_iterations):
             step = _newton_step(jax.jacrev(g)(y), g(y) - target)
@@ -140,20 +142,20 @@ class ConserveInvariants(eqx.Module):
 def _newton_step(
     jacobian: Float[Array, "invariants size"], error: Float[Array, " invariants"]
 ) -> Float[Array, " size"]:
-    # No factorisation is done in less than float32.
+    # JAX has no factorisations in less than float32.
     dtype = at_least_float32(jacobian.dtype)
     jacobian, error = jacobian.astype(dtype), error.astype(dtype)
     square = jnp.sum(jacobian**2, axis=1)
     vanishes = square == 0
     inverse = jnp.where(vanishes, 0, 1 / jnp.sqrt(jnp.where(vanishes, 1, square)))
     jacobian, error = inverse[:, None] * jacobian, inverse * error
-    # A trifle on the diagonal, which is one, for rows that are zero or dependent.
+    # The diagonal is one. A small addition to it covers rows that are zero or dependent.
     trifle = 10 * jnp.finfo(dtype).eps * jnp.eye(error.size, dtype=dtype)
     return jacobian.T @ jnp.linalg.solve(jacobian @ jacobian.T + trifle, error)
 
 
 def _norm(x: Float[Array, " size"]) -> Float[Array, ""]:
-    # The square root has no derivative at zero.
+    # The inner `where` avoids the square root's derivative at zero, which is infinite.
     dtype = at_least_float32(x.dtype)
     square = jnp.sum(x.astype(dtype) ** 2)
     vanishes = square == 0
