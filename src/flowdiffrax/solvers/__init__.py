@@ -1,4 +1,4 @@
-"""Flow maps as solvers of Diffrax, and the fast path beside them."""
+"""Flow maps as Diffrax solvers, and faster functions for sampling and batches."""
 
 from ._adaptive import AdaptiveFlowMapSolver as AdaptiveFlowMapSolver
 from ._dense import FlowMapInterpolation as FlowMapInterpolation

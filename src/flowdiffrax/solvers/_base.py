@@ -18,15 +18,15 @@ Step = tuple[State, State | None, dict[str, Any], None, diffrax.RESULTS]
 
 
 class AbstractFlowMapSolver(diffrax.AbstractSolver):
-    """What the two solvers share: true times, checks, dense output, the teacher.
+    """Base class of the two solvers: true times, checks, dense output, the teacher.
 
-    Three facts about Diffrax decide the code below.
+    Three facts about Diffrax determine the code below.
 
-    1. If `t1 < t0`, Diffrax negates all times, so that they always rise, and turns the
-       vector field around. A learned map must be given the true times. The control of
-       an ODE term over one unit of Diffrax's clock is the true clock's sign.
-    2. `interpolation_cls` outlives the solve as static data of the solution, so that it
-       must not carry the map's arrays. They ride on `Jump` instead.
+    1. If `t1 < t0`, Diffrax negates all times, so that they always increase, and negates
+       the vector field. A learned map needs the true times. The control of an ODE term
+       over one unit of Diffrax's time is the sign that restores them.
+    2. `interpolation_cls` is stored in the solution as static data, so it must not hold
+       the map's arrays. `Jump` holds them instead.
     3. `term_structure` makes Diffrax refuse SDEs and other terms before any of this.
     """
 
@@ -39,26 +39,26 @@ class AbstractFlowMapSolver(diffrax.AbstractSolver):
         check_dense_degree(self.dense_degree)
 
     def order(self, terms: Terms) -> int:
-        """One: a map's local error is mostly the step times the error of its velocity.
+        """One, since a map's local error is mostly the step times its velocity's error.
 
-        It matters for `diffrax.HalfSolver`, whose error estimate then has order two, as
-        the semigroup defect does.
+        This matters for `diffrax.HalfSolver`, whose error estimate then has order two,
+        like the semigroup defect.
         """
         del terms
         return 1
 
     def init(self, terms: Terms, t0: Time, t1: Time, y0: State, args: Args) -> None:
-        """Nothing is carried from step to step."""
+        """Returns no state: nothing is carried from step to step."""
         del terms, t0, t1, y0, args
 
     def func(self, terms: Terms, t0: Time, y0: State, args: Args) -> State:
-        """The teacher's vector field, for events and initial step sizes."""
+        """Evaluates the teacher, for events and initial step sizes."""
         return terms.vf(t0, y0, args)
 
     def _start(
         self, terms: Terms, t0: Time, t1: Time, y0: State
     ) -> tuple[Array, Array, State, Array]:
-        """The true times, the checked state, and the sign of the true clock."""
+        """Returns the true times, the checked state, and the direction of time."""
         s, t, direction = true_times(terms, t0, t1)
         outside = times_out_of_range(self.flow_map, s, t)
         if outside is not None:
@@ -80,14 +80,14 @@ class AbstractFlowMapSolver(diffrax.AbstractSolver):
 
 
 def true_times(terms: Terms, t0: Time, t1: Time) -> tuple[Array, Array, Array]:
-    """The true times of a step on Diffrax's clock, and the sign of the true clock."""
+    """Converts Diffrax's times to the true times, and returns the direction of time."""
     t0, t1 = jnp.asarray(t0), jnp.asarray(t1)
     direction = jnp.sign(terms.contr(jnp.zeros_like(t0), jnp.ones_like(t0)))
     return direction * t0, direction * t1, direction
 
 
 def true_field(terms: Terms, direction: Array) -> VectorField:
-    """The term's vector field as a function of the true time."""
+    """Returns the term's vector field as a function of the true time."""
 
     def field(t: Time, y: State, args: Args) -> State:
         t = jnp.asarray(t)

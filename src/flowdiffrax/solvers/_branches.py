@@ -12,10 +12,10 @@ from .._types import State
 
 
 def with_derivative(value: State, taken: Bool[Array, ""], fn: Callable) -> State:
-    """The value of `fn`, with its derivative if it was taken, and with none if not.
+    """Returns `value`, with the derivative of `fn` if `taken`, and without one otherwise.
 
-    `fn` comes from `equinox.filter_closure_convert`, and `value` from it with gradients
-    stopped.
+    `fn` comes from `equinox.filter_closure_convert`. `value` is the value of `fn` with
+    gradients stopped.
     """
     inexact, rest = eqx.partition(value, eqx.is_inexact_array)
     return eqx.combine(_taken_value(inexact, taken, fn), rest)
@@ -29,15 +29,15 @@ def _taken_value(value, taken, fn):
 @_taken_value.def_jvp
 def _taken_value_jvp(primals, tangents):
     value, taken, fn = primals
-    # Masked on its way in, too: backwards, that is where the zero cotangents of a refused
-    # jump come out, multiplied by derivatives that may be NaN.
+    # The input tangents are masked too. In reverse mode, the zero cotangents of a refused
+    # jump leave there, after multiplication by derivatives that may be NaN.
     mask = lambda tangent: jtu.tree_map(lambda leaf: jnp.where(taken, leaf, 0), tangent)
 
     def run():
         call = lambda fn: eqx.filter(fn(), eqx.is_inexact_array)
         return eqx.filter_jvp(call, (fn,), (mask(tangents[2]),))[1]
 
-    # Of the value itself, for the derivatives of higher order.
+    # Call `_taken_value` again, for derivatives of higher order.
     return _taken_value(value, taken, fn), mask(run_if_any(taken, run))
 
 
@@ -46,12 +46,12 @@ def where(condition, x: PyTree, y: PyTree) -> PyTree:
 
 
 def run_if_any(condition: Bool[ArrayLike, ""], fn: Callable[[], PyTree]) -> PyTree:
-    """What `fn` returns if the condition holds for any example, and zeros otherwise.
+    """Returns `fn()` if the condition holds for any example, and zeros otherwise.
 
-    A `lax.cond` whose condition differs from example to example would copy everything
-    that `fn` closes over, the network's weights among it, for each of them.
+    Under `vmap`, a `lax.cond` with one condition for each example would copy everything
+    that `fn` closes over, including the network's weights, for each example.
     """
     shapes = jax.eval_shape(fn)
-    # Like the shapes, so that under `jax.shard_map` they vary along the same axes.
+    # `zeros_like`, so that under `jax.shard_map` they vary along the same axes.
     zeros = lambda: jtu.tree_map(jnp.zeros_like, shapes)
     return lax.cond(eqxi.unvmap_any(condition), fn, zeros)

@@ -13,13 +13,13 @@ from ..identities import end_derivative
 
 
 class FlowMapInterpolation(diffrax.AbstractPath):
-    r"""A solution between its steps, by the flow map itself.
+    r"""Interpolates a solution between its steps by the flow map itself.
 
-    At a time $t$ between the saved times $t_k$ and $t_{k+1}$ it is $X_{t_k,t}(y_k)$, for
-    one evaluation of the map: as good between the steps as at their ends, however long
-    they are. `SaveAt(dense=True)` stores a series of each jump instead, of which nothing
-    need be given again; this stores the steps and takes the map, so that it can also be
-    differentiated in the map's parameters.
+    At a time $t$ between the saved times $t_k$ and $t_{k+1}$, the value is
+    $X_{t_k,t}(y_k)$, at the cost of one evaluation of the map. It is as accurate between
+    the steps as at their ends, however long they are. `SaveAt(dense=True)` instead stores
+    a series of each jump, and does not need the map again. This class stores the steps
+    and takes the map, so you can also differentiate it in the map's parameters.
 
     ```python
     sol = diffrax.diffeqsolve(..., saveat=diffrax.SaveAt(t0=True, steps=True))
@@ -27,17 +27,17 @@ class FlowMapInterpolation(diffrax.AbstractPath):
     path.evaluate(0.37), path.derivative(jnp.linspace(0, 1, 100))
     ```
 
-    Any solution will do, of whatever solver: the map starts anew at every saved state.
+    The solution may come from any solver: the map starts again at every saved state.
 
     **Arguments:**
 
-    - `ts`: times of the steps, rising or falling, of shape `(steps,)`, at least two; what
-      follows the last may be infinite, as Diffrax pads its solutions.
+    - `ts`: the times of the steps, increasing or decreasing, of shape `(steps,)` with at
+      least two. They may be padded with infinities, as Diffrax pads its solutions.
     - `ys`: the states at those times, every leaf with leading axis `steps`.
     - `flow_map`: the map, `(s, t, x, args) -> x_t`.
-    - `args`: passed on to the map.
+    - `args`: passed to the map.
 
-    **Raises:** `ValueError` for shapes that do not fit.
+    **Raises:** `ValueError` for shapes that do not match.
     """
 
     ts: Real[Array, " steps"] = eqx.field(converter=jnp.asarray)
@@ -62,10 +62,10 @@ class FlowMapInterpolation(diffrax.AbstractPath):
 
     @classmethod
     def of(cls, solution: diffrax.Solution, flow_map: TwoTimeMap, args: Args = None):
-        """Of a solution that was saved with `SaveAt(t0=True, steps=True)`.
+        """Interpolates a solution that was saved with `SaveAt(t0=True, steps=True)`.
 
-        **Raises:** `ValueError` for a solution without saved steps, or whose start is
-        known not to be among them.
+        **Raises:** `ValueError` for a solution without saved steps, or if its start is
+        concrete and is not one of them.
         """
         if solution.ts is None or solution.ys is None:
             raise ValueError(
@@ -82,12 +82,12 @@ class FlowMapInterpolation(diffrax.AbstractPath):
 
     @property
     def t0(self):  # pyright: ignore
-        """The first time."""
+        """The first saved time."""
         return self.ts[0]
 
     @property
     def t1(self):  # pyright: ignore
-        """The last time that is not padding."""
+        """The last saved time that is not padding."""
         return self.ts[self._last]
 
     @property
@@ -101,16 +101,17 @@ class FlowMapInterpolation(diffrax.AbstractPath):
         t1: Time | None = None,
         left: bool = True,
     ) -> State:
-        """The state at `t0`, or the increment from `t0` to `t1` if that is given.
+        """Returns the state at `t0`, or the increment from `t0` to `t1` if `t1` is given.
 
         **Arguments:**
 
-        - `t0`: a time, or an array of times of any shape, between the first and the
-          last.
-        - `t1`: a time, if an increment is wanted.
-        - `left`: whether a time that was saved counts to the step before it.
+        - `t0`: a time, or an array of times of any shape, between the first and the last
+          saved time.
+        - `t1`: the end time of the increment.
+        - `left`: whether a saved time belongs to the step before it.
 
-        **Returns:** the state, every leaf with the axes of `t0` in front; NaN outside.
+        **Returns:** the state, every leaf with the axes of `t0` in front. It is NaN
+        outside the saved times.
         """
         if t1 is not None:
             return subtract(self.evaluate(t1, left=left), self.evaluate(t0, left=left))
@@ -123,9 +124,16 @@ class FlowMapInterpolation(diffrax.AbstractPath):
 
     @eqx.filter_jit
     def derivative(self, t: Real[Array, " *times"] | Time, left: bool = True) -> State:
-        r"""The derivative in time, $\partial_t X_{t_k,t}(y_k)$, by forward mode.
+        r"""Returns the derivative in time, $\partial_t X_{t_k,t}(y_k)$, by forward mode.
 
-        Arguments and returns as for `evaluate`.
+        **Arguments:**
+
+        - `t`: a time, or an array of times of any shape, between the first and the last
+          saved time.
+        - `left`: whether a saved time belongs to the step before it.
+
+        **Returns:** the derivative, every leaf with the axes of `t` in front. It is NaN
+        outside the saved times.
         """
 
         def at(t):
@@ -142,10 +150,10 @@ class FlowMapInterpolation(diffrax.AbstractPath):
         return at(ts)
 
     def _start(self, t: Inexact[Array, ""], left: bool) -> tuple[Array, State]:
-        """The last saved time before `t`, and the state there."""
+        """Returns the last saved time before `t`, and the state there."""
         ts = self.ts.astype(t.dtype)
         falls = ts[1] < ts[0]
-        # Padding is infinite whichever way time runs.
+        # Padding is infinite in either direction of time.
         rising = jnp.where(falls & jnp.isfinite(ts), -ts, ts)
         key = jnp.where(falls, -t, t)
         index = jnp.searchsorted(rising, key, side="left" if left else "right")

@@ -13,10 +13,10 @@ from ._jump import JumpInterpolation
 class FlowMapSolver(AbstractFlowMapSolver):
     r"""A flow map as a Diffrax solver: each step is one jump, $y_1 = X_{t_0,t_1}(y_0)$.
 
-    Swap it for `diffrax.Tsit5()` in `diffrax.diffeqsolve` and keep all the rest: the
-    term with the exact vector field, or `diffrax.ODETerm(flow_map.velocity)` if there is
-    none. Each step costs one evaluation of the map and none of the vector field, in
-    either direction of time.
+    Use it in place of `diffrax.Tsit5()` in `diffrax.diffeqsolve`, and change nothing
+    else. The term holds the exact vector field; if you have none, use
+    `diffrax.ODETerm(flow_map.velocity)`. Each step costs one evaluation of the map and
+    none of the vector field, in either direction of time.
 
     ```python
     sol = diffrax.diffeqsolve(
@@ -24,18 +24,19 @@ class FlowMapSolver(AbstractFlowMapSolver):
     )
     ```
 
-    There is no error estimate, so use fixed steps, `diffrax.ConstantStepSize` or
-    `diffrax.StepTo`; for `diffrax.PIDController` take
+    There is no error estimate, so use fixed steps: `diffrax.ConstantStepSize` or
+    `diffrax.StepTo`. For `diffrax.PIDController`, use
     [`flowdiffrax.AdaptiveFlowMapSolver`][] or `diffrax.HalfSolver(FlowMapSolver(...))`.
 
     !!! info "Dense output"
 
-        `SaveAt(ts=...)` evaluates the map itself at each time: exact, for one evaluation
-        each. `SaveAt(dense=True)` and events store a Chebyshev series of each jump, for
-        `dense_degree` evaluations a step, which are made only then.
+        `SaveAt(ts=...)` evaluates the map itself at each time, which is exact and costs
+        one evaluation for each. `SaveAt(dense=True)` and events store a Chebyshev series
+        of each jump, which costs `dense_degree` evaluations per step. These evaluations
+        are made only if the series is stored.
 
-        Diffrax looks for events at the ends of steps: one that comes and goes within a
-        long jump is missed, as with any solver. Take steps that are short enough.
+        Diffrax looks for events at the ends of steps. As with any solver, an event that
+        begins and ends within a long jump is missed; take short enough steps.
 
     !!! info "Differentiation"
 
@@ -44,31 +45,30 @@ class FlowMapSolver(AbstractFlowMapSolver):
         `ImplicitAdjoint` differentiates the steady state of the *term's* vector field:
         gradients in the map's parameters are zero.
         `BacksolveAdjoint(solver=...)` with a classical solver integrates the term's
-        adjoint ODE backwards; it knows nothing of the map's parameters, and refuses
-        gradients in them with "Unexpected tangent". Without that solver it is refused,
-        with a message that terms are not compatible: the map solves the ODE, not its
-        adjoint.
+        adjoint ODE backwards. It does not involve the map's parameters, and gradients in
+        them raise an error, "Unexpected tangent". Without a classical solver, Diffrax
+        raises an error about incompatible terms: the map solves the ODE, not its adjoint.
 
     !!! warning "Times in half precision"
 
-        Diffrax rounds off a step that ends within 100 units in the last place of `t1`:
-        in bfloat16 that is a third of [0, 1], and steps are skipped. Pass times in
-        float32 or float64.
+        Diffrax treats a step that ends within 100 units in the last place of `t1` as
+        ending there. In bfloat16 that is a third of [0, 1], and steps are skipped. Pass
+        times in float32 or float64.
 
     **Arguments:**
 
     - `flow_map`: a [`flowdiffrax.AbstractFlowMap`][] or any callable
       `(s, t, x, args) -> x_t`.
     - `check_finite`: whether a non-finite state ends the solve, with the result
-      `diffrax.RESULTS.nonlinear_divergence`. Diffrax's own solvers return the NaN as a
+      `diffrax.RESULTS.nonlinear_divergence`. Diffrax's own solvers return NaN and report
       success.
-    - `dense_degree`: degree of the stored series, at least 1. The error for a smooth
-      jump falls geometrically with it.
+    - `dense_degree`: degree of the stored series, at least 1. For a smooth jump, the
+      error decreases geometrically with the degree.
 
-    **Raises:** when it is built, `TypeError` for a map that is not callable and
-    `ValueError` for a bad degree; in the solve, `ValueError` or `TypeError` for a map
-    whose output is not like its input, and an error for times outside the map's
-    `time_range`. Diffrax refuses terms other than `diffrax.ODETerm`.
+    **Raises:** when constructed, `TypeError` for a map that is not callable and
+    `ValueError` for a `dense_degree` less than 1. In the solve, `ValueError` or
+    `TypeError` if the map's output is not like its input, and an error for times outside
+    the map's `time_range`. Diffrax refuses terms other than `diffrax.ODETerm`.
     """
 
     flow_map: TwoTimeMap
@@ -88,7 +88,7 @@ class FlowMapSolver(AbstractFlowMapSolver):
         solver_state: None,
         made_jump: Any,
     ) -> Step:
-        """One jump. See `diffrax.AbstractSolver.step` for arguments and returns."""
+        """Takes one jump. See `diffrax.AbstractSolver.step`."""
         del solver_state, made_jump
         s, t, y0, direction = self._start(terms, t0, t1, y0)
         y1 = check_like(self.flow_map(s, t, y0, args), y0, "`flow_map`")

@@ -24,19 +24,19 @@ from ._jump import Jump, check_dense_degree
 Terms = PyTree[diffrax.AbstractTerm]
 
 
-# What Diffrax itself puts where a tolerance is to come from the step size controller.
+# Diffrax's placeholder for a tolerance that the step size controller provides.
 _FROM_CONTROLLER = diffrax.with_stepsize_controller_tols(optx.Newton)().rtol
 
 
 class HybridState(NamedTuple):
-    """What a [`flowdiffrax.HybridSolver`][] carries from step to step.
+    """The state that a [`flowdiffrax.HybridSolver`][] carries from step to step.
 
     **Attributes:**
 
-    - `num_learned`, `num_classical`: accepted steps of either kind so far.
-    - `wait`: for how many more steps the map is left alone.
-    - `patience`: for how many it will be after its next failure.
-    - `shortest`: how long a jump must be, as long as the last classical step.
+    - `num_learned`, `num_classical`: the numbers of accepted steps of each kind so far.
+    - `wait`: for how many more steps the map is not tried.
+    - `patience`: for how many steps it will not be tried after its next failure.
+    - `shortest`: the minimum length of a jump, the length of the last classical step.
     - `is_fresh`: whether `fallback` belongs to the last step.
     - `fallback`: the state of the classical solver.
     """
@@ -51,14 +51,14 @@ class HybridState(NamedTuple):
 
 
 class HybridSolver(diffrax.AbstractImplicitSolver, diffrax.AbstractAdaptiveSolver):
-    r"""Takes the learned jump where its estimated error meets the tolerance, and a step
-    of a classical solver where it does not.
+    r"""Takes the learned jump if its estimated error meets the tolerance, and a step of a
+    classical solver otherwise.
 
-    Each step is judged by an estimate of its error, as a classical solver judges its own:
-    a map that returns NaN costs time and no accuracy, and one that is merely bad is taken
-    only where a small share of the tolerance allows it. With a good map, most of the
-    interval is one jump. Events that are short against the jump can escape the estimate:
-    see the warning below.
+    The solver estimates the error of each step, as a classical solver does. A map that
+    returns NaN costs time but no accuracy, and an inaccurate map is used only where its
+    error is a small share of the tolerance. With a good map, most of the interval is one
+    jump. The estimate can miss events that are short compared to the jump: see the
+    warning below.
 
     ```python
     sol = diffrax.diffeqsolve(
@@ -71,61 +71,63 @@ class HybridSolver(diffrax.AbstractImplicitSolver, diffrax.AbstractAdaptiveSolve
     sol.solver_state.num_learned, sol.solver_state.num_classical
     ```
 
-    The term must be the exact vector field: it is what the map is judged by. Start with
-    more than the whole interval, which Diffrax cuts at `t1`: `t1 - t0` may by rounding
-    end just before it, and Diffrax's own guess, `dt0=None`, starts at 0.01. With an
-    implicit fallback, start with the step that it would start with, from where jumps grow
-    tenfold: after a long one that was refused, it would be tried at far too long a step
-    itself, at which implicit solvers can take a wrong solution for the right one.
+    The term must hold the exact vector field, since it decides whether a jump is taken.
+    Start with a step longer than the whole interval, which Diffrax cuts at `t1`: rounding
+    may let a step of `t1 - t0` end just before it, and Diffrax's own guess, `dt0=None`,
+    starts at 0.01. With an implicit fallback, start with the step that the fallback would
+    start with; jumps grow tenfold from there. If a long first jump were refused, the
+    fallback would try a step that is far too long, and implicit solvers can then converge
+    to a wrong solution.
 
     !!! info "What decides"
 
-        A jump is taken if the norm of its estimate, scaled by `atol + rtol * |y|` as
-        the step size controller does, is below `safety`, all its values are finite, its
-        times lie in the map's `time_range`, and it is no shorter than the last classical
-        step. Tolerances and norm are those of the controller. A map that was refused, or
-        whose jump could not have been twice as long, is left alone for the next step,
-        then for two, four and so on up to `max_wait`; one that does better is tried again
-        at once. Step sizes are Diffrax's, by the estimate of whichever step was made. As
-        with any solver, errors are controlled at the ends of steps:
-        `diffrax.ClipStepSizeController(controller, step_ts=ts)` makes ends of the times
-        that are saved.
+        A jump is taken if the norm of its estimate, scaled by `atol + rtol * |y|` as in
+        the step size controller, is below `safety`, all its values are finite, its times
+        lie in the map's `time_range`, and it is no shorter than the last classical step.
+        Tolerances and norm are those of the controller. If a jump is refused, or could
+        not have been twice as long, the map is not tried for the next step, then for two,
+        four and so on, up to `max_wait`. If a jump does better, the map is tried again at
+        once. Diffrax chooses the step sizes, by the estimate of whichever step was taken.
+        As with any solver, errors are controlled at the ends of steps; to make steps end
+        at the saved times, use
+        `diffrax.ClipStepSizeController(controller, step_ts=ts)`.
 
-        By default, the estimate asks the vector field:
+        The default estimates evaluate the vector field. They are
         [`flowdiffrax.estimates.LinearisedError`][] for states of up to 32 entries, and
-        for larger ones beside an implicit fallback, since most errors of stiff systems
-        die out at once; [`flowdiffrax.estimates.ResidualIntegral`][] for others. A root
-        finder that is given to an implicit fallback should solve more exactly than the
-        tolerance, as `optimistix.Newton(1e-6, 1e-12)` does.
+        for larger states with an implicit fallback, since most errors of stiff systems
+        decay at once; and [`flowdiffrax.estimates.ResidualIntegral`][] for all others. If
+        you pass a root finder to an implicit fallback, it should be more accurate than
+        the tolerance, such as `optimistix.Newton(1e-6, 1e-12)`.
 
     !!! warning "Short events within a long jump"
 
-        The estimate looks at the start of a jump and at three more times in it, at 16 %,
-        64 % and 100 % of its length. An event between them goes undetected: a pulse or a
-        switch in the vector field that the map does not know is jumped over, with an
-        error of any size. So does a map's own fault, if it hops to a neighbouring
+        The estimate evaluates the jump at its start and at 16 %, 64 % and 100 % of its
+        length. Events between these times go undetected. If the vector field has a pulse
+        or a switch that the map does not know, the solver jumps over it, with an error of
+        any size. The same holds for an error of the map, if it moves to a neighbouring
         trajectory within a short part of the jump.
 
         If the times of events are known, let steps end there, with
         `diffrax.ClipStepSizeController(controller, jump_ts=times)`. If only their
-        duration is, keep jumps no longer than that:
+        duration is known, allow no longer jumps:
         `diffrax.PIDController(rtol, atol, dtmax=duration)`.
 
     !!! info "Cost"
 
-        Where the map is tried, its estimate: by default four forward-mode passes through
-        it, of which the jump is part, and four calls of the vector field, with their
-        Jacobians in a small system. Where it is
-        not taken, a step of the classical solver. Under `jax.vmap` all examples step
-        together until the last is done, and each turn pays for the map if any example
-        tries it, and for the classical solver if any needs it. To keep easy examples
-        from waiting for hard ones, sort them into chunks: [`flowdiffrax.vmap_sorted`][].
+        If the map is tried, a step costs its estimate: by default four forward-mode
+        passes through the map, which include the jump, and four calls of the vector
+        field, with their Jacobians for a small system. If the jump is not taken, a step
+        also costs a step of the classical solver. Under `jax.vmap`, all examples step
+        together until the last one is done. Each turn pays for the map if any example
+        tries it, and for the classical solver if any example needs it. To keep easy
+        examples from waiting for hard ones, sort them into chunks:
+        [`flowdiffrax.vmap_sorted`][].
 
-    Gradients are those of the steps that were made: of the map where a jump was taken,
-    and of the classical solver elsewhere, whatever the map returns there.
+    Gradients are those of the steps that were taken: of the map for a jump, and of the
+    classical solver otherwise, whatever the map returns there.
 
-    Events are found at the ends of steps and located within them, on the map itself
-    where the step is a jump. One that comes and goes within a long jump is missed.
+    Events are detected at the ends of steps and located within them, on the map itself
+    if the step is a jump. An event that begins and ends within a long jump is missed.
 
     **Arguments:**
 
@@ -133,23 +135,24 @@ class HybridSolver(diffrax.AbstractImplicitSolver, diffrax.AbstractAdaptiveSolve
       `(s, t, x, args) -> x_t`.
     - `fallback`: a Diffrax solver for `diffrax.ODETerm` with an error estimate, explicit
       or implicit.
-    - `estimate`: the error estimate by which a jump is judged; `None` for the one named
-      above.
-    - `safety`: the share of the tolerance that a jump may use, in (0, 1]; `None` for 0.3,
-      since the errors of a classical solver are mostly well below the tolerance, too,
-      and for 0.1 with an implicit fallback, which needs to start close to the slow
-      solution.
-    - `rtol`, `atol`: to be given with controllers without tolerances, such as
-      `diffrax.ConstantStepSize`, or in manual steps; from the controller otherwise.
-    - `norm`: likewise; the root mean square where both tolerances are given.
-    - `max_wait`: the most steps for which a refused map is left alone; 0 to try always.
-    - `dense_degree`: as for [`flowdiffrax.FlowMapSolver`][].
+    - `estimate`: the error estimate for jumps; `None` for the default described above.
+    - `safety`: the share of the tolerance that a jump may use, in (0, 1]. `None` is 0.3,
+      since the errors of a classical solver are also mostly well below the tolerance, and
+      0.1 with an implicit fallback, which needs to start close to the slow solution.
+    - `rtol`, `atol`: the tolerances. Give them for controllers without tolerances, such
+      as `diffrax.ConstantStepSize`, and for manual steps; otherwise they come from the
+      controller.
+    - `norm`: the norm of scaled errors. By default it is the root mean square if both
+      tolerances are given, and otherwise comes from the controller.
+    - `max_wait`: the most steps for which a refused map is not tried; 0 to try always.
+    - `dense_degree`: degree of the stored series of a jump, at least 1.
 
-    **Raises:** when it is built, `TypeError` for a map that is not callable or a fallback
-    that is no solver of ODE terms, `ValueError` for a fallback without error estimate or
-    a bad `safety` or `max_wait`; in the solve, `ValueError` without tolerances, by
-    Diffrax itself for a fixed step size, in words for implicit solvers. A tolerance that
-    neither can meet ends with Diffrax's own result.
+    **Raises:** when constructed, `TypeError` for a map that is not callable or a fallback
+    that is not a solver of ODE terms, and `ValueError` for a fallback without error
+    estimate or an invalid `safety`, `max_wait` or `dense_degree`. In the solve,
+    `ValueError` without tolerances; for a fixed step size Diffrax raises it itself, with
+    a message about implicit solvers. If neither the map nor the fallback can meet the
+    tolerance, the solve ends with Diffrax's own result.
     """
 
     flow_map: TwoTimeMap
@@ -185,7 +188,7 @@ class HybridSolver(diffrax.AbstractImplicitSolver, diffrax.AbstractAdaptiveSolve
 
     @property
     def root_finder(self):  # pyright: ignore
-        """Diffrax gives the tolerances of its controller to what it finds here."""
+        """Returns the solver, so that Diffrax gives it the controller's tolerances."""
         return self
 
     @property
@@ -194,21 +197,21 @@ class HybridSolver(diffrax.AbstractImplicitSolver, diffrax.AbstractAdaptiveSolve
         return _Interpolations(self.fallback.interpolation_cls)
 
     def order(self, terms: Terms) -> int | None:
-        """That of the classical solver."""
+        """Returns the order of the classical solver."""
         return self.fallback.order(terms)
 
     def error_order(self, terms: Terms) -> Any:
-        """That of the classical solver, to which the map's errors are converted."""
+        """Returns the classical solver's, to which the map's errors are converted."""
         return self.fallback.error_order(terms)
 
     def func(self, terms: Terms, t0: Time, y0: State, args: Args) -> State:
-        """The vector field, for events and initial step sizes."""
+        """Evaluates the vector field, for events and initial step sizes."""
         return self.fallback.func(terms, t0, y0, args)
 
     def init(
         self, terms: Terms, t0: Time, t1: Time, y0: State, args: Args
     ) -> HybridState:
-        """Counts at zero, and the classical solver's own start."""
+        """Starts the counts at zero, and initialises the classical solver."""
         if any(value is _FROM_CONTROLLER for value in (self.rtol, self.atol, self.norm)):
             raise ValueError(
                 "There is no step size controller to take tolerances from. Give both: "
@@ -237,7 +240,7 @@ class HybridSolver(diffrax.AbstractImplicitSolver, diffrax.AbstractAdaptiveSolve
         solver_state: HybridState,
         made_jump: Any,
     ) -> tuple[State, State, dict[str, Any], HybridState, diffrax.RESULTS]:
-        """A jump or a classical step. See `diffrax.AbstractSolver.step`."""
+        """Takes a jump or a classical step. See `diffrax.AbstractSolver.step`."""
         s, t, direction = true_times(terms, t0, t1)
         teacher = true_field(terms, direction)
         state, fallback = solver_state, self._fallback()
@@ -249,14 +252,14 @@ class HybridSolver(diffrax.AbstractImplicitSolver, diffrax.AbstractAdaptiveSolve
         )
 
         def classical():
-            # After a jump, what the classical solver remembers is out of date.
+            # After a jump, the state of the classical solver is out of date.
             start = fallback.init(terms, t0, t1, y0, args)
             memory = where(state.is_fresh, state.fallback, start)
             restart = made_jump | ~state.is_fresh
             return fallback.step(terms, t0, t1, y0, args, memory, restart)
 
         length = jnp.abs(t - s)
-        # Jumps that are shorter than classical steps would add up to larger errors.
+        # Many jumps shorter than classical steps would add up to larger errors.
         tried = (state.wait == 0) & (length >= state.shortest)
         outside = times_out_of_range(self.flow_map, s, t)
         if outside is not None:
@@ -265,11 +268,11 @@ class HybridSolver(diffrax.AbstractImplicitSolver, diffrax.AbstractAdaptiveSolve
         jump_y1, jump_error = run_if_any(tried, lambda: frozen())
         jump_error = scale(jnp.asarray(1 / safety), jump_error)
         ratio = self._ratio(jump_error, y0, jump_y1)
-        # A ratio that is NaN is no success.
+        # A NaN ratio compares as false, and the jump is refused.
         taken = tried & (ratio < 1) & all_finite(jump_y1)
         y1, error, info, memory, result = run_if_any(~taken, classical)
-        # The controller has one order for all errors, the classical solver's. This leaves
-        # a ratio of one where it is, and lets step sizes follow the estimate's order.
+        # The controller uses the classical solver's order for all errors. This conversion
+        # keeps a ratio of one, and lets step sizes follow the estimate's order.
         error_order = typing.cast(float, fallback.error_order(terms))
         power = max(error_order / estimate.order - 1, 0)
         jump_error = scale(jnp.where(taken, ratio, 0) ** power, jump_error)
@@ -288,8 +291,8 @@ class HybridSolver(diffrax.AbstractImplicitSolver, diffrax.AbstractAdaptiveSolve
         end = eqx.filter_closure_convert(lambda: jump()[0])
         y1 = where(taken, with_derivative(jump_y1, taken, end), y1)
         error = lax.stop_gradient(where(taken, jump_error, error))
-        # A step that overflowed is refused for sure: an infinity in both would make the
-        # controller's ratio of the two, and then its step size, not a number.
+        # Make sure that a step that overflowed is refused: if state and error were both
+        # infinite, their ratio in the controller, and then its step size, would be NaN.
         is_fine = all_finite(y1) & all_finite(error)
         return (
             nan_where(~is_fine, y1),
@@ -309,10 +312,10 @@ class HybridSolver(diffrax.AbstractImplicitSolver, diffrax.AbstractAdaptiveSolve
         return LinearisedError() if is_linear else ResidualIntegral()
 
     def _fallback(self) -> diffrax.AbstractSolver:
-        """The classical solver, with what Diffrax would have given it."""
+        """Returns the classical solver, with the settings that Diffrax would give it."""
         fallback = self.fallback
         if getattr(fallback, "scan_kind", "none of its own") is None:
-            # The kind of loop that both modes of differentiation can go through.
+            # This kind of loop supports both modes of differentiation.
             fallback = eqx.tree_at(
                 lambda solver: solver.scan_kind,
                 fallback,
@@ -331,7 +334,7 @@ class HybridSolver(diffrax.AbstractImplicitSolver, diffrax.AbstractAdaptiveSolve
         return fallback
 
     def _ratio(self, error: State, y0: State, y1: State) -> Array:
-        """The size of an error as the step size controller sees it; one is enough."""
+        """Returns the norm of an error as the step size controller computes it."""
 
         def scaled(error, y0, y1):
             size = jnp.maximum(jnp.abs(y0), jnp.abs(y1))
@@ -342,8 +345,8 @@ class HybridSolver(diffrax.AbstractImplicitSolver, diffrax.AbstractAdaptiveSolve
         )
 
     def _remember(self, state, tried, taken, ratio, length, memory) -> HybridState:
-        # Where the map's error asks for short steps, taking one after the other would
-        # keep the classical solver from taking long ones.
+        # If the map's error requires short steps, many in succession would keep the
+        # classical solver from taking long ones.
         helps = taken & (ratio < 0.5)
         failed = tried & ~helps
         patience = jnp.where(failed, 2 * state.patience, state.patience)
@@ -359,7 +362,7 @@ class HybridSolver(diffrax.AbstractImplicitSolver, diffrax.AbstractAdaptiveSolve
 
 
 def _is_implicit(solver: object) -> bool:
-    """Whether each step solves equations, below any wrapper."""
+    """Whether the solver inside any wrappers is implicit."""
     while isinstance(solver, diffrax.AbstractWrappedSolver):
         solver = solver.solver
     return isinstance(solver, diffrax.AbstractImplicitSolver)
@@ -382,7 +385,7 @@ def _check_fallback(fallback: object) -> None:
         )
     if not isinstance(fallback, diffrax.AbstractAdaptiveSolver):
         raise ValueError(
-            f"`fallback` needs an error estimate, which `{name}` has not. Wrap it as "
+            f"`fallback` needs an error estimate; `{name}` has none. Wrap it as "
             f"`diffrax.HalfSolver({name}())`, or use `diffrax.Tsit5()`."
         )
 

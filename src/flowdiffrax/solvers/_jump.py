@@ -12,24 +12,24 @@ from .._types import State, Time
 
 
 def check_dense_degree(dense_degree: int) -> None:
-    """**Raises:** `ValueError` for a degree below 1."""
+    """**Raises:** `ValueError` for a degree less than 1."""
     if dense_degree < 1:
         raise ValueError(f"`dense_degree` must be at least 1; got {dense_degree}.")
 
 
 @jtu.register_pytree_node_class
 class Jump:
-    """One step as dense output sees it.
+    """The dense output of one step.
 
-    While Diffrax has a step in hand, to save at `ts`, this is the map itself: exact, for
-    one evaluation. Storing it, for `SaveAt(dense=True)` or an event, flattens it, and
-    then only arrays may remain: the map's parameters, once a step, are out of the
-    question, and a closure would leak tracers. What is stored is the start and the
-    Chebyshev series in $t$ of $X_{s,t}(y_0) - y_0$, whose error falls geometrically with
-    the degree. Nothing is evaluated at its nodes unless somebody stores the step.
+    While Diffrax works on a step, to save at `ts`, this evaluates the map itself, which
+    is exact and costs one evaluation. To store it, for `SaveAt(dense=True)` or an event,
+    JAX flattens it to arrays. They cannot include a copy of the map's parameters for each
+    step, and a closure would leak tracers. Instead they are the start and the Chebyshev
+    series in $t$ of $X_{s,t}(y_0) - y_0$, whose error decreases geometrically with the
+    degree. The map is evaluated at the series' nodes only if the step is stored.
     """
 
-    # `Any` and not `State`: JAX also unflattens placeholders that are no arrays.
+    # `Any` and not `State`: JAX also unflattens placeholders that are not arrays.
     def __init__(self, y0: Any, series: Any, flow: Callable | None = None):
         self.y0 = y0
         self.series = series
@@ -37,13 +37,13 @@ class Jump:
 
     @classmethod
     def start(cls, flow: Callable, t0: Time, t1: Time, y0: State, degree: int):
-        """The jump in hand. `series` is a function until it is needed."""
+        """Holds the map itself. `series` is a function until it is needed."""
         return cls(y0, lambda: _chebyshev_series(flow, t0, t1, y0, degree), flow)
 
     def evaluate(self, t: Time, t0: Time, t1: Time) -> State:
         if self.flow is not None:
             return self.flow(t)
-        # A step of length zero has one point only: any fraction will do.
+        # A step of length zero has only one point, so the fraction does not matter.
         h = jnp.where(t1 == t0, 1, t1 - t0)
         z = 2 * (t - t0) / h - 1
 
@@ -83,7 +83,7 @@ def _chebyshev_series(
     flow: Callable, t0: Time, t1: Time, y0: State, degree: int
 ) -> State:
     nodes, transform = _chebyshev(degree)
-    # The first node is the start itself, where nothing has moved yet.
+    # The first node is the start, where the displacement is zero.
     times = t0 + jnp.asarray(nodes[1:], jnp.result_type(t0)) * (t1 - t0)
 
     def coefficients(ends, y0):
@@ -95,7 +95,7 @@ def _chebyshev_series(
 
 
 def _chebyshev(degree: int) -> tuple[np.ndarray, np.ndarray]:
-    """Nodes in [0, 1], and the matrix from values there to Chebyshev coefficients."""
+    """Returns nodes in [0, 1], and the matrix from values to Chebyshev coefficients."""
     angles = np.pi * np.arange(degree + 1) / degree
     # Ascending nodes: z = -cos(angle), and T_k(z) = cos(k (pi - angle)).
     values = np.cos(np.outer(np.pi - angles, np.arange(degree + 1)))

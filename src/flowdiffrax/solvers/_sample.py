@@ -27,10 +27,10 @@ def sample(
     *,
     unroll: int | bool = 1,
 ) -> State:
-    r"""Jumps along a grid of times: one scan, one evaluation a jump, nothing else.
+    r"""Jumps along a grid of times, in one scan with one evaluation per jump.
 
-    The same result as `diffrax.diffeqsolve` with [`flowdiffrax.FlowMapSolver`][] and
-    `diffrax.StepTo(ts)`, compiled faster. Use the solver for everything else that
+    The result is that of `diffrax.diffeqsolve` with [`flowdiffrax.FlowMapSolver`][] and
+    `diffrax.StepTo(ts)`, but it compiles faster. Use the solver for everything else that
     Diffrax offers.
 
     **Arguments:**
@@ -38,25 +38,25 @@ def sample(
     - `flow_map`: a [`flowdiffrax.AbstractFlowMap`][] or any callable
       `(s, t, x, args) -> x_t`.
     - `x0`: one state at time `ts[0]`; use `jax.vmap` for a batch.
-    - `ts`: the times of the grid, rising or falling, or a number of equal jumps over the
-      map's `time_range`, which is [0, 1] if it declares none.
-    - `args`: passed on to the map.
+    - `ts`: the times of the grid, increasing or decreasing, or the number of equal jumps
+      over the map's `time_range`, which is [0, 1] if it declares none.
+    - `args`: passed to the map.
     - `unroll`: how many jumps are compiled into one turn of the loop; `True` for all. A
-      single jump needs no loop. XLA runs convolutions in a loop on one CPU core, and
-      slowly: unroll them there, for a longer compilation.
+      single jump needs no loop. On CPU, XLA runs convolutions in a loop slowly and on one
+      core: unroll them there, at the cost of a longer compilation.
 
     **Returns:** the state at the last time, like `x0`.
 
-    **Raises:** `ValueError` for a number of jumps below 1, a grid of fewer than two
-    times or not strictly monotone, times outside the map's `time_range`, and a state
-    that is not finite, as far as values are known; `ValueError` or `TypeError` for a map
-    whose output is not like `x0`. Inside `jit`, where values are unknown, times outside
-    the range are an error at run time.
+    **Raises:** `ValueError` for a number of jumps less than 1 or a grid of fewer than two
+    times; for concrete values, `ValueError` for a grid that is not strictly monotone,
+    times outside the map's `time_range`, or a state that is not finite; `ValueError` or
+    `TypeError` if the map's output is not like `x0`. Inside `jit`, times outside the
+    range raise an error at run time.
     """
     check_composable(flow_map)
     x0 = jtu.tree_map(jnp.asarray, x0)
     if is_concrete(x0):
-        # A constant within `jit` is concrete, but what is computed from it is not.
+        # A constant within `jit` is concrete, but results computed from it are not.
         with jax.ensure_compile_time_eval():
             finite = bool(all_finite(x0))
         if not finite:
@@ -78,7 +78,7 @@ def sample(
         return check_like(flow_map(s, t, x, args), x, "`flow_map`"), None
 
     if grid.shape[0] == 2:
-        x1, _ = jump(x0, (grid[0], grid[1]))  # a scan would loop, if only once
+        x1, _ = jump(x0, (grid[0], grid[1]))  # a scan would make a loop
     else:
         x1, _ = lax.scan(jump, x0, (grid[:-1], grid[1:]), unroll=unroll)
     return x1
@@ -95,31 +95,32 @@ def sample_with_restarts(
     key: Key[Array, ""],
     unroll: int | bool = 1,
 ) -> State:
-    r"""Jumps to the data, and from there back to earlier times by fresh noise.
+    r"""Jumps to the data, and repeatedly returns to earlier times with fresh noise.
 
-    One jump from 0 to 1, and for each time $t$ another one from $t$ to 1, of a point
-    that the interpolant makes of the last sample and a new draw of the base. Samples are
-    of the right law at all times if the jumps are; unlike jumps along the flow, these
-    forget the errors of earlier ones. Maps that know only jumps to the data, of
-    consistency training, take several steps like this.
+    The first jump goes from 0 to 1. Then, for each time $t$, the interpolant combines the
+    last sample and a new draw of the base into a state at $t$, and the map jumps from $t$
+    to 1. If the jumps have the right distribution, so do the samples, for any times.
+    Unlike jumps along the flow, restarts forget the errors of earlier jumps. With
+    restarts, maps from consistency training, which learn only jumps to the data, can take
+    several steps.
 
     **Arguments:**
 
     - `flow_map`: a [`flowdiffrax.AbstractFlowMap`][] or any callable
       `(s, t, x, args) -> x_t`.
-    - `interpolant`: that of the training.
+    - `interpolant`: the interpolant that the map was trained with.
     - `x0`: one draw of the base; use `jax.vmap` for a batch, with a key for each.
-    - `times`: the times to restart from, in [0, 1), as a rule rising.
-    - `args`: passed on to the map.
-    - `base`: a function of a key and of a sample that draws from the base, such as
+    - `times`: the times to restart from, in [0, 1), usually increasing.
+    - `args`: passed to the map.
+    - `base`: a function of a key and a sample that returns a draw of the base, such as
       [`flowdiffrax.data.GaussianBase`][].
     - `key`: a random key.
-    - `unroll`: as for [`flowdiffrax.sample`][].
+    - `unroll`: how many restarts are compiled into one turn of the loop; `True` for all.
 
     **Returns:** the sample at time 1, like `x0`.
 
-    **Raises:** `ValueError` for times that are not in one row, or if known, outside
-    [0, 1); what [`flowdiffrax.sample`][] raises.
+    **Raises:** `ValueError` if `times` is not one-dimensional, or for concrete times
+    outside [0, 1); otherwise as [`flowdiffrax.sample`][].
 
     ??? cite "Reference"
 
@@ -129,7 +130,7 @@ def sample_with_restarts(
     times = jnp.asarray(times, time_dtype(x0))
     if times.ndim != 1:
         raise ValueError(
-            f"`times` must be one row of times to restart from; got shape {times.shape}."
+            f"`times` must be a one-dimensional array; got shape {times.shape}."
         )
     if is_concrete(times):
         with jax.ensure_compile_time_eval():

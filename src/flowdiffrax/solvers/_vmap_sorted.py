@@ -16,12 +16,12 @@ def vmap_sorted(
     *,
     chunk_size: int,
 ) -> PyTree:
-    """`jax.vmap(fn)(xs)`, in chunks of examples that are about equally hard.
+    """Computes `jax.vmap(fn)(xs)` in chunks of examples that are about equally hard.
 
-    Under `jax.vmap`, all adaptive solves of a batch run until the slowest is done. Sorted
-    by difficulty, a chunk of easy ones ends early: with
-    [`flowdiffrax.HybridSolver`][], those for which the jump will do are not kept waiting
-    for, nor charged with, the classical steps of the others. It works inside `jit`.
+    Under `jax.vmap`, all adaptive solves of a batch run until the slowest is done. If the
+    examples are sorted by difficulty, a chunk of easy examples ends early. With
+    [`flowdiffrax.HybridSolver`][], examples that only need the jump neither wait nor pay
+    for the classical steps of the others. It works inside `jit`.
 
     ```python
     def difficulty(y0):
@@ -36,12 +36,13 @@ def vmap_sorted(
     - `fn`: a function of one example.
     - `xs`: a batch of examples, every leaf with the same leading axis.
     - `difficulty`: a number for each example, to sort by; NaN counts as hardest.
-    - `chunk_size`: how many examples go together, at least 1.
+    - `chunk_size`: the number of examples in a chunk, at least 1.
 
-    **Returns:** what `fn` returns, every leaf with the batch axis, in the order of `xs`.
+    **Returns:** the results of `fn`, every leaf with the batch axis, in the order of
+    `xs`.
 
-    **Raises:** `ValueError` for a batch without common leading axis, another number of
-    difficulties than examples, or a chunk size below 1.
+    **Raises:** `ValueError` for a batch without a common leading axis, if the number of
+    difficulties differs from the number of examples, or for a `chunk_size` less than 1.
     """
     size = num_rows(xs, "`xs` is a batch of examples: its leaves")
     if jnp.shape(difficulty) != (size,):
@@ -53,6 +54,6 @@ def vmap_sorted(
         raise ValueError(f"`chunk_size` must be at least 1; got {chunk_size}.")
     order = jnp.argsort(difficulty)
     take = lambda rows, tree: jtu.tree_map(lambda leaf: jnp.asarray(leaf)[rows], tree)
-    # The remainder is made of the hardest examples, which are the last.
+    # The hardest examples come last, and form the remainder.
     results = lax.map(fn, take(order, xs), batch_size=chunk_size)
     return take(jnp.argsort(order), results)
