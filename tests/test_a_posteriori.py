@@ -308,6 +308,6 @@ def test_linearised_error_of_complex_states():
 def test_bad_number_of_nodes(make, nodes):
     with (
         without_type_checks(),
-        pytest.raises(ValueError, match=f"at least 1, and whole; got {nodes}"),
+        pytest.raises(ValueError, match=f"an integer, at least 1; got {nodes}"),
     ):
         make(nodes)

@@ -1,6 +1,6 @@
 """Flow maps of ODEs as Equinox modules, and as learned solvers for Diffrax.
 
-Here are the names of an ordinary program. The rest are in the namespaces, one for each
+The names that most programs need are here. The others are in namespaces, one for each
 folder of the source.
 """
 

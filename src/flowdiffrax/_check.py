@@ -1,4 +1,4 @@
-"""What bad input is told."""
+"""Checks of arguments, with error messages that name a cure."""
 
 import inspect
 import operator
@@ -13,10 +13,10 @@ from ._types import State
 
 
 def check_like(out: State, x: State, name: str) -> State:
-    """Returns `out`, having checked at trace time that it could stand in for `x`.
+    """Checks at trace time that `out` has the structure of `x`, and returns it.
 
-    **Raises:** `ValueError` for another PyTree structure or other shapes, `TypeError`
-    for other dtypes.
+    **Raises:** `ValueError` if the PyTree structures or shapes differ, `TypeError` if the
+    dtypes differ.
     """
     if isinstance(out, Array) and isinstance(x, Array):
         if out.shape == x.shape and out.dtype == x.dtype:
@@ -41,9 +41,9 @@ def check_like(out: State, x: State, name: str) -> State:
             raise TypeError(
                 f"{name} must return the dtype of the state, {jnp.result_type(leaf)}; "
                 f"got {jnp.result_type(got_leaf)}. Give state and weights one dtype, or "
-                "cast with `.astype(x.dtype)` where the value is returned. (Diffrax "
-                "promotes the state to the dtype of the times: Python-float times are "
-                "float64 when x64 is enabled.)"
+                "cast the returned value with `.astype(x.dtype)`. (Diffrax promotes the "
+                "state to the dtype of the times: Python-float times are float64 when "
+                "x64 is enabled.)"
             )
     return out
 
@@ -51,7 +51,7 @@ def check_like(out: State, x: State, name: str) -> State:
 def check_callable(
     fn: object, name: str, *signatures: str, may_be_class: bool = False
 ) -> None:
-    """**Raises:** `TypeError` for what cannot be called in any of the ways given."""
+    """**Raises:** `TypeError` unless `fn` can be called with one of the signatures."""
     signature = signatures[0]
     if inspect.isclass(fn) and not may_be_class:
         raise TypeError(
@@ -59,7 +59,7 @@ def check_callable(
             "not an instance of it."
         )
     if not callable(fn):
-        # A `TrainState` has the one, a term of Diffrax the other.
+        # A `TrainState` has `ema_map`, and a Diffrax term has `vector_field`.
         parts = [part for part in ("ema_map", "vector_field") if hasattr(fn, part)]
         cure = f" Pass its `.{parts[0]}`." if parts else ""
         raise TypeError(
@@ -86,12 +86,11 @@ def check_callable(
 
 
 def check_flow_map(fn: object, name: str = "flow_map") -> None:
-    """**Raises:** `TypeError` if it is not a two-time map, or is known to be a network.
+    """**Raises:** `TypeError` if `fn` is not a two-time map, or is a known network.
 
-    A network has the arguments of a flow map, so that its velocity would pass for a
-    state.
+    A network takes the arguments of a flow map, so its velocity would be used as a state.
     """
-    # `jax.jit` and the like keep what they wrap.
+    # Look inside `jax.jit` and similar wrappers.
     inner = inspect.unwrap(fn)  # pyright: ignore
     if not inspect.isclass(inner) and _is_network(inner):
         raise TypeError(
@@ -102,14 +101,14 @@ def check_flow_map(fn: object, name: str = "flow_map") -> None:
 
 
 def _is_network(fn: object) -> bool:
-    # By a mark, since `nn` builds on this module; Equinox's own have none.
+    # Our networks have `is_network`, since `nn` imports this module; Equinox's do not.
     modules = [cls.__module__ for cls in type(fn).__mro__]
     of_equinox = any(module.startswith("equinox.nn") for module in modules)
     return of_equinox or getattr(fn, "is_network", False)
 
 
 def _takes(own: inspect.Signature, signature: str) -> bool:
-    """Whether a call as `name(a, b, c)` is possible."""
+    """Whether a function with signature `own` can be called as `signature`."""
     arguments = signature[signature.index("(") + 1 : -1].split(", ")
     try:
         own.bind(*arguments)
@@ -119,7 +118,7 @@ def _takes(own: inspect.Signature, signature: str) -> bool:
 
 
 def check_optimiser(optim: object) -> None:
-    """**Raises:** `TypeError` for what is no optimiser of Optax."""
+    """**Raises:** `TypeError` if `optim` is not an Optax optimiser."""
     if not (hasattr(optim, "init") and hasattr(optim, "update")):
         raise TypeError(
             "`optim` must be an Optax optimiser, for example `optax.adam(1e-3)`; got "
@@ -128,7 +127,7 @@ def check_optimiser(optim: object) -> None:
 
 
 def check_key(key: Any) -> None:
-    """**Raises:** `TypeError` for what is no key, `ValueError` for several."""
+    """**Raises:** `TypeError` if `key` is not a key, `ValueError` for several keys."""
     try:
         shape = jax.random.key_data(key).shape[:-1]
     except (TypeError, AttributeError) as error:
@@ -142,7 +141,7 @@ def check_key(key: Any) -> None:
 
 
 def check_whole(number: Any, name: str) -> None:
-    """**Raises:** `TypeError` for a number that is no integer."""
+    """**Raises:** `TypeError` if `number` is not an integer."""
     try:
         operator.index(number)
     except TypeError as error:

@@ -8,23 +8,23 @@ from jaxtyping import Array, PyTree
 
 from ._tree import add_scaled, scale, subtract
 
-# `(fn, primals, tangents) -> (value, derivative)`: `jax.jvp`, or what stands in for it.
+# `(fn, primals, tangents) -> (value, derivative)`: `jax.jvp` or a replacement.
 Derivative: TypeAlias = Callable[[Callable, tuple, tuple], tuple[PyTree, PyTree]]
 
 
 class FiniteDifference(eqx.Module):
-    r"""Directional derivatives by central differences, in the place of `jax.jvp`.
+    r"""Directional derivatives by central differences, to use in place of `jax.jvp`.
 
-    For networks whose layers have no forward mode. Objectives and identities take it as
-    their `jvp`. It evaluates the function three times, at the point and a step to both
-    sides of it, so that times may leave their interval by a step.
+    Use it for networks whose layers do not support forward mode. Objectives and
+    identities accept it as `jvp`. It evaluates the function three times, at the point and
+    one step to either side, so times may leave their interval by a step.
 
     **Arguments:**
 
-    - `step`: the step $h$ along the tangent, positive. In objectives and identities it
-      is a step in time, and the default is for times in [0, 1]: for a physical ODE, scale
-      it with the interval. The error is of the order of $h^2$ plus rounding over $h$; the
-      default suits float32, and 1e-5 float64.
+    - `step`: the positive step $h$ along the tangent. In objectives and identities it is
+      a step in time, and the default is for times in [0, 1]: for a physical ODE, scale
+      it with the interval. The error is of order $h^2$, plus the rounding error over $h$.
+      The default suits float32; use 1e-5 for float64.
 
     **Raises:** `ValueError` for a step that is not positive.
     """
@@ -38,7 +38,7 @@ class FiniteDifference(eqx.Module):
     def __call__(
         self, fn: Callable, primals: tuple, tangents: tuple
     ) -> tuple[PyTree, PyTree]:
-        """The value of `fn` at `primals`, and its derivative along `tangents`."""
+        """Returns the value of `fn` at `primals`, and its derivative along `tangents`."""
         step = jnp.asarray(self.step, float)
         ahead = fn(*_moved(primals, step, tangents))
         behind = fn(*_moved(primals, -step, tangents))

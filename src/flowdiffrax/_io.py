@@ -8,9 +8,10 @@ from typing import Any
 
 
 def write_whole(path: pathlib.Path, body: bytes) -> None:
-    """Writes a file that appears whole or not at all, even if the machine stops.
+    """Writes a file completely or not at all, even if the machine stops.
 
-    It is written beside its place and moved there. Missing folders are made.
+    It writes a temporary file in the same folder and renames it. Missing folders are
+    created.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -29,16 +30,16 @@ StrPath = str | os.PathLike
 
 
 def chunks(path: pathlib.Path, size: int = 1 << 20) -> Iterator[bytes]:
-    """The file, a piece at a time."""
+    """Yields the contents of a file, one chunk at a time."""
     with open(path, "rb") as file:
         while chunk := file.read(size):
             yield chunk
 
 
 def import_extra(module: str, extra: str, needed_by: str) -> Any:
-    """A module of an optional dependency.
+    """Imports a module of an optional dependency.
 
-    **Raises:** `ImportError`, naming the extra that brings it.
+    **Raises:** `ImportError` that names the extra to install.
     """
     try:
         return importlib.import_module(module)

@@ -1,4 +1,4 @@
-"""Times where they enter: one dtype, the shape of a scalar."""
+"""Conversion of times to scalar arrays of one dtype."""
 
 import functools
 
@@ -12,19 +12,19 @@ from ._types import State, Time
 
 
 def times_like(x: State, *times: Time) -> tuple[Inexact[Array, ""], ...]:
-    """The times as scalar arrays in the precision of the state, in float32 at least.
+    """Converts times to scalar arrays in the precision of the state, float32 at least.
 
-    So a float32 network is not promoted by Python-float times when x64 is enabled, and
-    a bfloat16 state does not round its clock to two digits.
+    Hence Python-float times do not promote a float32 network when x64 is enabled, and a
+    bfloat16 state does not round its times to two digits.
 
     **Raises:** `ValueError` for times that are not scalars.
     """
-    # Every call of every map comes here, mostly with one array.
+    # A fast path: every call of every map comes here, mostly with a single array.
     dtype = at_least_float32(_real(x.dtype)) if isinstance(x, Array) else time_dtype(x)
     out = []
     for time in times:
         if not isinstance(time, Array):
-            # By way of NumPy in half the time.
+            # Converting by NumPy first takes half the time.
             time = jnp.asarray(np.asarray(time, dtype))
         elif time.dtype != dtype:
             time = time.astype(dtype)
@@ -35,9 +35,9 @@ def times_like(x: State, *times: Time) -> tuple[Inexact[Array, ""], ...]:
 
 
 def as_times(*times: Time) -> tuple[Inexact[Array, ""], ...]:
-    """The times as scalar arrays of one floating dtype, with all their digits.
+    """Converts times to scalar arrays of one floating dtype, without loss of precision.
 
-    Python numbers adopt the dtype of the arrays beside them, as they do in JAX.
+    Python numbers adopt the dtype of the arrays among the times, as in JAX.
 
     **Raises:** `ValueError` for times that are not scalars.
     """
@@ -60,18 +60,18 @@ def _not_scalar(times: tuple[Time, ...]) -> ValueError:
 
 
 def time_dtype(x: State) -> jnp.dtype:
-    """The dtype of the times that go with a state."""
+    """Returns the dtype of times for a state: its real dtype, or float32 at least."""
     return at_least_float32(real_dtype(x))
 
 
 def real_dtype(x: State) -> jnp.dtype:
-    """The dtype of the real part of the most precise leaf."""
+    """Returns the real dtype of the most precise leaf."""
     return _real(*map(jnp.result_type, jtu.tree_leaves(x)))
 
 
 @functools.cache
 def at_least_float32(dtype: jnp.dtype) -> jnp.dtype:
-    """The dtype itself, or float32 instead of one with fewer digits."""
+    """Returns `dtype`, or float32 if that is more precise."""
     with jax.numpy_dtype_promotion("standard"):
         return jnp.promote_types(dtype, jnp.float32)
 

@@ -1,4 +1,4 @@
-"""PyTrees of arrays: their algebra, as one vector, and as what training leaves alone."""
+"""PyTrees of arrays: arithmetic, ravelling, and arrays that training does not change."""
 
 import operator
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from ._types import Scalar, State
 
 
 def ravel(x: State, name: str) -> tuple[Num[Array, " size"], Callable]:
-    """All entries of a real state as one vector, and the way back.
+    """Flattens a real state to one vector; also returns the inverse function.
 
     **Raises:** `TypeError` for a complex leaf.
     """
@@ -28,25 +28,26 @@ def ravel(x: State, name: str) -> tuple[Num[Array, " size"], Callable]:
             f"{name} takes real arrays; got dtypes {dtypes}. Carry the real and the "
             "imaginary part as two leaves."
         )
-    # Leaves of several precisions travel in the highest, and return to their own.
+    # The vector has the highest precision of the leaves; the inverse restores theirs.
     with jax.numpy_dtype_promotion("standard"):
         return ravel_pytree(x)
 
 
 class Frozen(eqx.Module):
-    """A PyTree whose floating-point arrays no optimiser sees.
+    """A PyTree whose floating-point arrays are hidden from optimisers.
 
-    What is trained of a module is its floating-point arrays. To stop gradients is not
-    enough: weight decay would still shrink a physical constant. Here they are kept as
-    the integers of the same bits, which neither `equinox.filter_grad` nor Optax nor a
-    moving average touches, while `jit`, `vmap` and checkpoints carry them as arrays.
+    Training updates the floating-point arrays of a module. Stopping gradients is not
+    enough to hold them fixed: weight decay would still shrink a physical constant. This
+    class stores them as integers with the same bits. Neither `equinox.filter_grad` nor
+    Optax nor a moving average changes integers, while `jit`, `vmap` and checkpoints treat
+    them as arrays.
     """
 
     bits: PyTree
     dtypes: tuple[np.dtype | None, ...] = eqx.field(static=True)
 
     def __init__(self, tree: Any):
-        # A NumPy array would be a constant of the compiled code.
+        # A NumPy array would become a constant of the compiled code.
         as_jax = lambda leaf: jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf
         tree = jtu.tree_map(as_jax, tree)
         is_hidden = eqx.is_inexact_array
@@ -57,7 +58,7 @@ class Frozen(eqx.Module):
         )
 
     def thaw(self) -> Any:
-        """The PyTree as it was."""
+        """Returns the original PyTree."""
         leaves, structure = jtu.tree_flatten(self.bits)
         restored = [
             leaf if dtype is None else _from_bits(leaf, dtype)
@@ -77,9 +78,9 @@ def _from_bits(leaf: Array, dtype: np.dtype) -> Array:
     part = jnp.finfo(dtype).dtype
     if leaf.dtype != _bits_of(part):
         raise TypeError(
-            f"An array that is held fixed was cast to {leaf.dtype}. To cast a map, map "
-            "over its `equinox.is_inexact_array` leaves, and build it anew around what "
-            "is held fixed."
+            f"An array that is held fixed was cast to {leaf.dtype}. To cast a map, cast "
+            "only its `equinox.is_inexact_array` leaves, and build it again with the "
+            "arrays that are held fixed."
         )
     parts = lax.bitcast_convert_type(leaf, part)
     return lax.complex(parts[0], parts[1]) if is_complex else parts
@@ -90,56 +91,56 @@ def _bits_of(dtype: np.dtype) -> np.dtype:
 
 
 def scale(factor: Scalar, x: State) -> State:
-    """`factor * x`, every leaf keeping its own dtype."""
+    """Returns `factor * x`; every leaf keeps its dtype."""
     if isinstance(x, Array) and factor.dtype == x.dtype:
         return factor * x
     return jtu.tree_map(lambda leaf: _cast_factor(factor, leaf) * leaf, x)
 
 
 def add_scaled(x: State, factor: Scalar, v: State) -> State:
-    """`x + factor * v`, every leaf keeping its own dtype."""
+    """Returns `x + factor * v`; every leaf keeps its dtype."""
     if isinstance(v, Array) and factor.dtype == v.dtype:
         return x + factor * v
     return jtu.tree_map(lambda a, b: a + _cast_factor(factor, b) * b, x, v)
 
 
 def subtract(x: State, y: State) -> State:
-    """`x - y`, leaf by leaf."""
+    """Returns `x - y`, leaf by leaf."""
     return jtu.tree_map(operator.sub, x, y)
 
 
 def _cast_factor(factor: Scalar, leaf: ArrayLike) -> Inexact[Array, ""]:
-    # Times often carry more digits than the state (float64 steps of a float32 state)
-    # or fewer (float32 times of a float64 state): the state's precision decides.
+    # Times may be more precise than the state (float64 steps of a float32 state) or less
+    # (float32 times of a float64 state). The state's precision decides.
     dtype = jnp.result_type(leaf)
     return factor.astype(jnp.finfo(dtype).dtype).astype(dtype)
 
 
 def squared_norm(x: State) -> Scalar:
-    """The sum of squares of all entries of all leaves."""
+    """Returns the sum of squares of all entries of all leaves."""
     leaves = [jnp.sum(jnp.real(leaf * jnp.conj(leaf))) for leaf in jtu.tree_leaves(x)]
     with jax.numpy_dtype_promotion("standard"):
         return jnp.asarray(sum(leaves))
 
 
 def vary_like(value: Array, like: Array) -> Array:
-    """`value`, varying along those axes of `jax.shard_map` along which `like` varies.
+    """Returns `value`, varying along the same `jax.shard_map` axes as `like`.
 
-    Linearised functions and loops refuse a constant in place of what varies.
+    Linearised functions and loops refuse a constant in place of a varying value.
     """
     return value + jnp.zeros_like(like, value.dtype, shape=())
 
 
 def all_finite(x: State) -> Array:
     """Whether every entry of every leaf is finite, as a scalar boolean array."""
-    # As counts, for the compiler: booleans would become one `and` a leaf, and all of them
-    # be copied into every kernel that reads the result, minutes of compilation.
+    # Counts compile faster than booleans. XLA would turn booleans into one `and` for each
+    # leaf and copy them all into every kernel that reads the result, which takes minutes.
     broken = [jnp.sum(~jnp.isfinite(leaf)) for leaf in jtu.tree_leaves(x)]
     return jnp.all(jnp.asarray(broken, jnp.int32) == 0)
 
 
 def nan_where(condition: Array, x: State) -> State:
-    """`x`, but NaN where the condition holds; integers cannot say so, and stay."""
+    """Returns `x`, but NaN where the condition holds. Integer leaves are unchanged."""
 
     def replace(leaf):
         inexact = jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
@@ -149,20 +150,20 @@ def nan_where(condition: Array, x: State) -> State:
 
 
 def is_concrete(x: PyTree) -> bool:
-    """Whether no leaf is a tracer, so that its values may decide an `if`."""
+    """Whether no leaf is a tracer, so that an `if` may depend on the values."""
     return not any(isinstance(leaf, Tracer) for leaf in jtu.tree_leaves(x))
 
 
 def freeze(tree: PyTree) -> PyTree:
-    """Every array of a PyTree with its gradient stopped; the rest as it is."""
+    """Stops the gradient of every array of a PyTree. Other leaves are unchanged."""
     stop = lambda leaf: jax.lax.stop_gradient(leaf) if eqx.is_array(leaf) else leaf
     return jtu.tree_map(stop, tree)
 
 
 def num_rows(tree: PyTree, name: str) -> int:
-    """The length of the leading axis that all arrays of a batch have in common.
+    """Returns the length of the leading axis that all arrays of a batch share.
 
-    **Raises:** `ValueError` if there is none, or if it is empty.
+    **Raises:** `ValueError` if they share no leading axis, or if it is empty.
     """
     sizes = {jnp.shape(leaf)[:1] for leaf in jtu.tree_leaves(tree)}
     if len(sizes) != 1 or sizes <= {(), (0,)}:
@@ -174,15 +175,15 @@ def num_rows(tree: PyTree, name: str) -> int:
 
 
 def rows_not_finite(tree: PyTree) -> Bool[np.ndarray, " rows"]:
-    """Which rows of a batch are known to have an entry that is not finite."""
+    """Returns which rows of a batch are known to have an entry that is not finite."""
     leaves = jtu.tree_leaves(tree)
     bad = np.zeros(jnp.shape(leaves[0])[0], bool)
     is_inexact = lambda leaf: jnp.issubdtype(leaf.dtype, jnp.inexact)
     for leaf in filter(is_inexact, leaves):
-        # Of an array on several hosts, each knows its own part alone.
+        # Each host knows only its own part of an array that is spread over several.
         is_known = is_concrete(leaf) and getattr(leaf, "is_fully_addressable", True)
         if is_known and isinstance(leaf, jax.Array):
-            # A constant within `jit` is concrete, but what is computed from it is not.
+            # A constant within `jit` is concrete, but results computed from it are not.
             with jax.ensure_compile_time_eval():
                 bad |= np.asarray(_has_not_finite(leaf))
         elif is_known:

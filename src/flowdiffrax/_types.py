@@ -1,4 +1,4 @@
-"""Aliases used in annotations throughout."""
+"""Type aliases for annotations."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 from jaxtyping import Array, ArrayLike, Float, PyTree, Real
 
 if TYPE_CHECKING:
-    # Static checkers take an abstract variable for a field, and would ask for it in
-    # `__init__`; a class variable is the nearest thing that they know.
+    # Static checkers treat an abstract variable as a field, and would require it in
+    # `__init__`. A class variable is the closest type that they know.
     from typing import ClassVar as AbstractVar  # noqa: F401
 
-    # Nor do they know scalars.
+    # They do not know scalars either.
     Time: TypeAlias = Any
 else:
     from equinox import AbstractVar as AbstractVar
@@ -23,19 +23,19 @@ else:
 State: TypeAlias = PyTree
 
 
-# Whatever the user wants to reach the vector field or the network.
+# Whatever the user passes to the vector field or the network.
 Args: TypeAlias = Any
 
 
-# `(t, x, args) -> dx/dt`: what `diffrax.ODETerm` wraps, and what a teacher is.
+# `(t, x, args) -> dx/dt`: what `diffrax.ODETerm` wraps. A teacher has this type.
 VectorField: TypeAlias = Callable[[Time, State, Args], State]
 
 
-# `(s, t, x, args) -> x_t`: a flow map, ours or anyone's.
+# `(s, t, x, args) -> x_t`: any flow map, whether or not an `AbstractFlowMap`.
 TwoTimeMap: TypeAlias = Callable[[Time, Time, State, Args], State]
 
 
-# What `jnp.asarray` takes: an array, a number, or nested lists of numbers.
+# Whatever `jnp.asarray` accepts: an array, a number, or nested lists of numbers.
 Numbers: TypeAlias = ArrayLike | list | tuple
 
 
@@ -43,11 +43,11 @@ Scalar: TypeAlias = Float[Array, ""]
 
 
 class GuidanceArgs(NamedTuple):
-    """What a network that takes the guidance scale as an input receives as `args`.
+    """The `args` of a network that takes the guidance scale as an input.
 
     **Arguments:**
 
-    - `condition`: the condition: a label, an embedding, any PyTree.
+    - `condition`: the condition, such as a label or an embedding; any PyTree.
     - `scale`: the guidance scale, a number for each example; 1 is no guidance.
     """
 

@@ -1,4 +1,4 @@
-"""Errors of a jump, estimated without the truth."""
+"""Estimates of the error of a jump, without the true solution."""
 
 from ._alekseev_groebner import AlekseevGroebner as AlekseevGroebner
 from ._base import AbstractErrorEstimate as AbstractErrorEstimate

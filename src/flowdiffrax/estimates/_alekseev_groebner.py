@@ -16,7 +16,7 @@ def end_and_error(
     args: Args,
     num_nodes: int,
 ) -> tuple[State, State]:
-    """The jump and its Alekseev-Gröbner estimate, which has the jump in it."""
+    """Returns the jump and its Alekseev-Gröbner estimate, which computes the jump."""
     s, t = times_like(x, s, t)
     us, path, residuals = path_residuals(flow_map, teacher, s, t, x, args, num_nodes)
 
@@ -29,23 +29,23 @@ def end_and_error(
 
 
 class AlekseevGroebner(AbstractAtNodes):
-    r"""The error to first order, by the Jacobian of the map.
+    r"""Estimates the error to first order, with the Jacobian of the map.
 
-    The Alekseev-Gröbner formula carries each residual of the map's own path to the end,
-    $e = \int_s^t \nabla X_{u,t}(\hat X_{s,u}(x))\,r_u\,du$. Here the map's own Jacobian
-    replaces that of the unknown $X_{u,t}$, which leaves a relative error of the size of
-    the residuals. Subtract the estimate from the jump for a better one:
-    [`flowdiffrax.estimates.DefectCorrectedFlowMap`][].
+    The Alekseev-Gröbner formula transports each residual of the map's path to the end,
+    $e = \int_s^t \nabla X_{u,t}(\hat X_{s,u}(x))\,r_u\,du$. This estimate replaces the
+    Jacobian of the unknown $X_{u,t}$ by that of the map, which causes a relative error of
+    the size of the residuals. Subtracting the estimate from the jump improves the jump:
+    see [`flowdiffrax.estimates.DefectCorrectedFlowMap`][].
 
-    This is the sharpest estimate, as far as the map's Jacobian can be trusted. It costs
+    If the map's Jacobian is accurate, this is the sharpest estimate. It costs
     `2 * num_nodes` forward-mode passes through the map and `num_nodes` calls of the
     teacher.
 
     **Arguments:**
 
-    - `num_nodes`: nodes of the Radau quadrature, at least 1.
+    - `num_nodes`: the number of nodes of the Radau quadrature, at least 1.
 
-    **Raises:** `ValueError` for fewer nodes than one.
+    **Raises:** `ValueError` if `num_nodes` is less than 1.
 
     ??? cite "Reference"
 

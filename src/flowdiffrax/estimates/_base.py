@@ -6,20 +6,20 @@ from .._types import Args, State, Time, TwoTimeMap, VectorField
 
 
 class AbstractErrorEstimate(eqx.Module):
-    """An estimate of the error of a single jump, computed without the truth.
+    """An estimate of the error of a single jump, computed without the true solution.
 
-    What [`flowdiffrax.AdaptiveFlowMapSolver`][] and [`flowdiffrax.HybridSolver`][] ask
-    before they trust a jump.
+    [`flowdiffrax.AdaptiveFlowMapSolver`][] and [`flowdiffrax.HybridSolver`][] use it to
+    decide whether to accept a jump.
 
     **Attributes:**
 
-    - `order`: the power of the jump's length at which the estimate vanishes.
+    - `order`: the power of the jump's length with which the estimate vanishes.
     """
 
     @property
     @abc.abstractmethod
     def order(self) -> int:
-        """The power of the jump's length."""
+        """The power of the jump's length with which the estimate vanishes."""
 
     @abc.abstractmethod
     def __call__(
@@ -31,15 +31,15 @@ class AbstractErrorEstimate(eqx.Module):
         x: State,
         args: Args = None,
     ) -> tuple[State, State]:
-        """The jump `flow_map(s, t, x, args)`, and its estimated error.
+        """Returns the jump `flow_map(s, t, x, args)`, and its estimated error.
 
-        The two come together because most estimates have the jump in them. Both are
-        like `x`; the error's sign has no meaning.
+        It returns both because most estimates compute the jump anyway. Both are like `x`.
+        The sign of the error has no meaning.
         """
 
 
 def check_estimate(estimate: object) -> None:
-    """**Raises:** `TypeError` for what is no error estimate."""
+    """**Raises:** `TypeError` if `estimate` is not an `AbstractErrorEstimate`."""
     if not isinstance(estimate, AbstractErrorEstimate):
         raise TypeError(
             "`estimate` must be an instance such as `ResidualIntegral()`; got "

@@ -20,38 +20,40 @@ def lagrangian_bound(
     growth: Callable[[Time, State, Args], Scalar] | float | None = None,
     num_nodes: int = 8,
 ) -> Scalar:
-    r"""A bound of the error's length from residuals along the map's own path.
+    r"""Bounds the norm of the error, by the residuals along the map's own path.
 
     With $r_u = \partial_u \hat X_{s,u}(x) - b_u(\hat X_{s,u}(x))$ and the rate $C_u$ at
     which small differences grow under the ODE,
 
     $$|e| \le \int_s^t \exp\Big(\int_u^t C_w\,dw\Big)\,|r_u|\,du,$$
 
-    with equality in one dimension where $b$ is linear and $r_u$ keeps its sign. No true
-    trajectory is needed. Lengths are Euclidean, over all entries.
+    with equality in one dimension if $b$ is linear and $r_u$ does not change sign. It
+    needs no true trajectory. Norms are Euclidean, over all entries.
 
     !!! info "Numerics"
 
-        `num_nodes` forward-mode passes through the map and calls of the teacher, plus
-        one forward-mode pass through the teacher for each entry of the state and each
-        node, if `growth` is left out. The rate is then that of the path itself, so
-        that for a nonlinear ODE the bound is one to first order in the error; for a
-        rigorous one, give a number that bounds the rate wherever both can be. Either is
-        up to the quadrature: a residual of short duration can slip between its nodes.
+        It takes `num_nodes` forward-mode passes through the map and calls of the teacher.
+        Without `growth`, it also takes one forward-mode pass through the teacher for each
+        entry of the state and each node. The rate is then taken along the map's path, so
+        for a nonlinear ODE the bound only holds to first order in the error. For a
+        rigorous bound, pass a number that bounds the rate wherever the two trajectories
+        can be. Both hold up to the quadrature's error: a residual of short duration can
+        fall between its nodes.
 
     **Arguments:**
 
-    - `flow_map`, `teacher`: the map and the vector field it should follow.
+    - `flow_map`, `teacher`: the map and the vector field that it should follow.
     - `s`, `t`: start and end of the jump, in either order.
     - `x`: one state at time `s`; use `jax.vmap` for a batch.
-    - `args`: passed on to both.
-    - `growth`: $C_u$, a number or a function `(u, x, args)`, for the direction of time of
-      the jump; `None` for [`flowdiffrax.estimates.logarithmic_norm`][] along the path.
-    - `num_nodes`: nodes of the Radau quadrature, at least 1.
+    - `args`: passed to both.
+    - `growth`: $C_u$ in the jump's direction of time, a number or a function
+      `(u, x, args)`; `None` for [`flowdiffrax.estimates.logarithmic_norm`][] along the
+      path.
+    - `num_nodes`: the number of nodes of the Radau quadrature, at least 1.
 
     **Returns:** a scalar.
 
-    **Raises:** `ValueError` for fewer nodes than one.
+    **Raises:** `ValueError` if `num_nodes` is less than 1.
 
     ??? cite "Reference"
 
@@ -73,7 +75,7 @@ def lagrangian_bound(
     weights, to_end = radau(num_nodes)[1:3]
     exponents = jnp.asarray(to_end, s.dtype) @ rates
     h = jnp.abs(t - s)
-    # No residual has no part, however fast it would grow.
+    # A residual of zero contributes nothing, even if the growth overflows.
     grown = jnp.where(lengths == 0, 0, jnp.exp(h * exponents) * lengths)
     return h * jnp.sum(jnp.asarray(weights, s.dtype) * grown)
 
@@ -81,18 +83,18 @@ def lagrangian_bound(
 def logarithmic_norm(
     vector_field: VectorField, t: Time, x: State, args: Args = None
 ) -> Scalar:
-    r"""How fast two neighbouring solutions can move apart, $\lambda_{\max}$ of the
+    r"""The maximum rate at which neighbouring solutions separate: $\lambda_{\max}$ of the
     symmetric part of $\nabla b_t(x)$.
 
-    It is negative where all neighbours approach. It takes one forward-mode pass for each
-    entry of the state, and the eigenvalues of a matrix of that size.
+    It is negative where all neighbouring solutions converge. It takes one forward-mode
+    pass for each entry of the state, and the eigenvalues of a matrix of that size.
 
     **Arguments:**
 
     - `vector_field`: a callable `(t, x, args) -> dx/dt`.
-    - `t`, `x`, `args`: where.
+    - `t`, `x`, `args`: the point at which to evaluate it.
 
-    **Returns:** a scalar, in one over time.
+    **Returns:** a scalar, in units of one over time.
     """
     (t,) = times_like(x, t)
     flat, unravel = ravel(x, "`logarithmic_norm`")

@@ -10,21 +10,21 @@ from ._quadrature import check_num_nodes
 
 
 class DefectCorrectedFlowMap(AbstractFlowMap):
-    r"""A map less its own estimated error: better where the estimate is small already.
+    r"""A map minus its own estimated error, which is more accurate if that is small.
 
-    $\hat X_{s,t}(x) - \hat e$ with $\hat e$ of
-    [`flowdiffrax.estimates.AlekseevGroebner`][]: one Newton step towards the
-    solution of the ODE, whose error is quadratic in that of the map. It needs the
-    teacher, at `num_nodes` calls a jump, and `2 * num_nodes` forward-mode passes through
-    the map. Its velocity is the teacher.
+    The jump is $\hat X_{s,t}(x) - \hat e$ with the estimate $\hat e$ of
+    [`flowdiffrax.estimates.AlekseevGroebner`][]. This is one Newton step towards the
+    solution of the ODE, so its error is quadratic in that of the map. A jump costs
+    `num_nodes` calls of the teacher and `2 * num_nodes` forward-mode passes through the
+    map. The velocity is the teacher.
 
     **Arguments:**
 
-    - `flow_map`, `teacher`: the map and the vector field it should follow.
-    - `num_nodes`: nodes of the Radau quadrature, at least 1.
+    - `flow_map`, `teacher`: the map and the vector field that it should follow.
+    - `num_nodes`: the number of nodes of the Radau quadrature, at least 1.
 
-    **Raises:** `TypeError` for a map or a teacher that is not callable, `ValueError` for
-    fewer nodes than one.
+    **Raises:** `TypeError` for a map or a teacher that is not callable, `ValueError` if
+    `num_nodes` is less than 1.
     """
 
     flow_map: TwoTimeMap
@@ -41,12 +41,12 @@ class DefectCorrectedFlowMap(AbstractFlowMap):
         return getattr(self.flow_map, "time_range", None)
 
     def jump(self, s: Scalar, t: Scalar, x: State, args: Args) -> State:
-        """The jump less its estimated error."""
+        """Returns the jump minus its estimated error."""
         X_st, error = end_and_error(
             self.flow_map, self.teacher, s, t, x, args, self.num_nodes
         )
         return subtract(X_st, error)
 
     def tangent(self, t: Scalar, x: State, args: Args) -> State:
-        """The teacher."""
+        """Evaluates the teacher."""
         return self.teacher(t, x, args)

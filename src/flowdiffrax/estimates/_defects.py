@@ -7,10 +7,11 @@ from ._base import AbstractErrorEstimate
 
 
 class SemigroupDefect(AbstractErrorEstimate):
-    r"""The gap between one jump and two, $X_{u,t}(X_{s,u}(x)) - X_{s,t}(x)$, $u$ midway.
+    r"""The gap between two jumps and one, $X_{u,t}(X_{s,u}(x)) - X_{s,t}(x)$, $u$ midway.
 
-    Two more evaluations of the map, none of the teacher. It measures how consistent the
-    map is with itself, and is blind to one that follows a wrong ODE consistently.
+    It takes two more evaluations of the map and none of the teacher. It measures whether
+    the map is self-consistent, and does not detect a map that follows a wrong ODE
+    consistently.
     """
 
     @property
@@ -28,15 +29,15 @@ class SemigroupDefect(AbstractErrorEstimate):
     ) -> tuple[State, State]:
         del teacher
         s, t = times_like(x, s, t)
-        # The jump is part of the defect: compilers evaluate it once.
+        # The jump is also part of the defect: the compiler evaluates it once.
         X_st = check_like(flow_map(s, t, x, args), x, "`flow_map`")
         return X_st, semigroup_residual(flow_map, s, s + (t - s) / 2, t, x, args)
 
 
 class LagrangianDefect(AbstractErrorEstimate):
-    r"""The teacher's verdict, $(t - s)\,(\partial_t X_{s,t}(x) - b_t(X_{s,t}(x)))$.
+    r"""The residual at the end, $(t - s)\,(\partial_t X_{s,t}(x) - b_t(X_{s,t}(x)))$.
 
-    One forward-mode pass through the map and one call of the teacher.
+    It takes one forward-mode pass through the map and one call of the teacher.
     """
 
     @property

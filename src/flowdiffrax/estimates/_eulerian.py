@@ -19,21 +19,27 @@ def eulerian_error(
     exact: TwoTimeMap | None = None,
     num_nodes: int = 8,
 ) -> State:
-    r"""The error itself, from residuals along the true trajectory.
+    r"""Computes the error itself, from residuals along the true trajectory.
 
     With $r_u(y) = \partial_u \hat X_{u,t}(y) + \nabla \hat X_{u,t}(y)\,b_u(y)$ and the
     true trajectory $x_u$, the identity $e = -\int_s^t r_u(x_u)\,du$ holds without
-    constants or remainder: it says from which part of the way an error comes. Its mean
-    square bounds the squared Wasserstein distance to the true density.
+    constants or remainder. The integrand shows which part of the trajectory causes the
+    error. The mean square of the error bounds the squared Wasserstein distance to the
+    true density.
 
     !!! info "Numerics"
 
-        `num_nodes` forward-mode passes through the map and calls of the teacher, and as
-        many solves of the ODE. Its only error is that of the quadrature.
+        It takes `num_nodes` forward-mode passes through the map, calls of the teacher and
+        solves of the ODE. Its only error is that of the quadrature.
 
-    **Arguments:** as for [`flowdiffrax.estimates.lagrangian_bound`][], and
+    **Arguments:**
 
+    - `flow_map`, `teacher`: the map and the vector field that it should follow.
+    - `s`, `t`: start and end of the jump, in either order.
+    - `x`: one state at time `s`; use `jax.vmap` for a batch.
+    - `args`: passed to both.
     - `exact`: the true flow map; `None` for [`flowdiffrax.ODEFlowMap`][] of the teacher.
+    - `num_nodes`: the number of nodes of the Radau quadrature, at least 1.
 
     **Returns:** a state like `x`.
 

@@ -15,8 +15,8 @@ def _solve(
 ) -> Float[Array, " size"]:
     """Gauss-Jordan elimination, with the largest entry of each column as its pivot.
 
-    `jnp.linalg.solve` calls LAPACK, and of JAX 0.10 on a CPU with two cores, thousands of
-    such calls at once in a loop, as in a batch of Diffrax's solves, never return.
+    `jnp.linalg.solve` calls LAPACK. In JAX 0.10 on a CPU with two cores, thousands of
+    such calls at once in a loop, as in a batch of Diffrax solves, never return.
     """
     rows = jnp.arange(right.size)
 
@@ -33,34 +33,34 @@ def _solve(
 
 
 class LinearisedError(AbstractAtNodes):
-    r"""The error to first order, by the Jacobian of the ODE.
+    r"""Estimates the error to first order, with the Jacobian of the ODE.
 
-    To first order the error follows $e' = \nabla b_u(\hat X_{s,u}(x))\,e + r_u$ from
-    zero: the ODE carries its own residuals. Here that linear ODE is solved by collocation
-    at the Radau nodes (a step of Radau IIA), so that directions in which all errors die
-    out at once are damped as they should be. This makes it the estimate for stiff
-    systems, and the sharpest for small ones: it is right about maps whose own Jacobian is
-    wrong, which [`flowdiffrax.estimates.AlekseevGroebner`][] is not. Growth by much more
-    than $e^3$ in one jump (for three nodes) is underestimated, as it is by implicit
-    solvers.
+    To first order, the error solves $e' = \nabla b_u(\hat X_{s,u}(x))\,e + r_u$ from
+    zero: the linearised ODE transports the residuals. The estimate solves this linear ODE
+    by collocation at the Radau nodes (a step of Radau IIA), so that directions in which
+    all errors decay at once are damped correctly. Use it for stiff systems. For small
+    systems it is the sharpest estimate: unlike
+    [`flowdiffrax.estimates.AlekseevGroebner`][], it is also right about maps whose own
+    Jacobian is wrong. It underestimates growth by much more than $\exp(3)$ in one jump
+    (for three nodes), as implicit solvers do.
 
     !!! info "Numerics"
 
-        `num_nodes + 1` forward-mode passes through the map and calls of the teacher,
-        `num_nodes` Jacobians of the teacher, and a linear solve for
-        `num_nodes * entries` unknowns: for states of few entries. The pass at the start
-        shows a fast layer there, which the nodes would miss.
+        It takes `num_nodes + 1` forward-mode passes through the map and calls of the
+        teacher, `num_nodes` Jacobians of the teacher, and a linear solve for
+        `num_nodes * entries` unknowns. It is therefore meant for states of few entries.
+        The pass at the start detects a fast layer there, which the nodes would miss.
 
     **Arguments:**
 
-    - `num_nodes`: nodes of the Radau quadrature, at least 1.
+    - `num_nodes`: the number of nodes of the Radau quadrature, at least 1.
 
-    **Raises:** `ValueError` for fewer nodes than one; when called, `TypeError` for a
+    **Raises:** `ValueError` if `num_nodes` is less than 1; when called, `TypeError` for a
     complex state.
 
     ??? cite "Reference"
 
-        The method: Hairer, Wanner: Solving Ordinary Differential Equations II, section
+        Hairer, Wanner: Solving Ordinary Differential Equations II, section
         IV.5.
     """
 
@@ -83,7 +83,7 @@ class LinearisedError(AbstractAtNodes):
         start = flat(start_error(*inputs, residuals, self.num_nodes))
         jacobians = jax.vmap(jax.jacfwd(field, argnums=1))(us, jax.vmap(flat)(path))
         weights, to_end = radau(self.num_nodes)[1:3]
-        # Weights from the start to each node, times the length of the jump.
+        # Weights for integrals from the start to each node, times the length of the jump.
         collocation = (t - s).astype(r.dtype) * jnp.asarray(weights - to_end, r.dtype)
         coupling = jnp.einsum("ij,jkl->ikjl", collocation, jacobians)
         matrix = jnp.eye(r.size, dtype=r.dtype) - coupling.reshape(r.size, r.size)

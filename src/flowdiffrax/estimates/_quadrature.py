@@ -1,9 +1,8 @@
-r"""How far a jump is from the truth, computed without knowing the truth.
+r"""Quadrature along the path of a jump, for error estimates without the true solution.
 
-Each function takes a map $\hat X$, the vector field $b$ it should follow and a jump, and
-speaks of its error $e = \hat X_{s,t}(x) - X_{s,t}(x)$. What is an identity or a bound is
-so up to the quadrature: what a map does between two nodes, leaving no trace at them, is
-seen by none.
+Each estimate takes a map $\hat X$, the vector field $b$ that it should follow and a jump,
+and estimates or bounds its error $e = \hat X_{s,t}(x) - X_{s,t}(x)$. All identities and
+bounds hold up to the quadrature's error. Errors that vanish at every node go undetected.
 """
 
 import functools
@@ -30,7 +29,7 @@ def path_residuals(
     args: Args,
     num_nodes: int,
 ) -> tuple[Array, State, State]:
-    """Times, states and Lagrangian residuals of the map's path, at the Radau nodes.
+    """Returns times, states and Lagrangian residuals of the path, at the Radau nodes.
 
     Every leaf has the nodes as its leading axis; the last node is the end of the jump.
     """
@@ -50,10 +49,10 @@ def start_error(
     residuals: State,
     num_nodes: int,
 ) -> State:
-    """What the start adds to the error: the map's own at `s`, and that of a fast layer.
+    """Returns the error from the start: that of the map at `s`, and of a fast layer.
 
-    Where the residual at `s` is not that of the polynomial through the nodes, the
-    difference is taken to fade by the first of them.
+    If the residual at `s` differs from that of the polynomial through the nodes, the
+    difference is assumed to decay by the first node.
     """
     X_ss, r_s = end_and_residual(flow_map, teacher, s, s, x, args)
     nodes, _, _, at_start = radau(num_nodes)
@@ -63,27 +62,28 @@ def start_error(
 
 def between(s: Time, t: Time, fractions: np.ndarray) -> Float[Array, " nodes"]:
     share = jnp.asarray(fractions, jnp.result_type(t))
-    # This way round the last node is `t` to the bit.
+    # In this form the last node is exactly `t`.
     return (1 - share) * s + share * t
 
 
 def integral(values: State, weights: np.ndarray) -> State:
-    """The weighted sum over the leading axis of every leaf."""
+    """Returns the weighted sum over the leading axis of every leaf."""
     total = lambda leaf: jnp.tensordot(jnp.asarray(weights, leaf.dtype), leaf, axes=1)
     return jtu.tree_map(total, values)
 
 
 def last(values: State) -> State:
-    """What belongs to the last node, the end of the jump."""
+    """Returns the values at the last node, the end of the jump."""
     return jtu.tree_map(lambda leaf: leaf[-1], values)
 
 
 @functools.cache
 def radau(num_nodes: int) -> tuple[np.ndarray, ...]:
-    """Right Radau quadrature on [0, 1]: nodes, weights, weights from nodes to 1, and
-    weights of the value at 0 of the polynomial through the nodes.
+    """Right Radau quadrature on [0, 1].
 
-    The last node is 1, so that the end of a jump is one of them.
+    Returns the nodes, the weights, the weights for integrals from each node to 1, and the
+    weights that extrapolate the polynomial through the nodes to 0. The last node is 1, so
+    that the end of a jump is a node.
     """
     check_num_nodes(num_nodes)
     series = np.zeros(num_nodes + 1)
@@ -92,7 +92,7 @@ def radau(num_nodes: int) -> tuple[np.ndarray, ...]:
     nodes = np.sort(1 - left) / 2
     nodes[-1] = 1.0
     powers = np.arange(num_nodes)
-    # Integrals of all polynomials of the degree that the nodes determine.
+    # The rules are exact for all polynomials of the degree that the nodes determine.
     values = nodes[:, None] ** powers
     whole = 1 / (powers + 1)
     to_end = (1 - nodes[:, None] ** (powers + 1)) / (powers + 1)
@@ -102,6 +102,6 @@ def radau(num_nodes: int) -> tuple[np.ndarray, ...]:
 
 
 def check_num_nodes(num_nodes: int) -> None:
-    """**Raises:** `ValueError` for what is no whole number of nodes, at least 1."""
+    """**Raises:** `ValueError` unless `num_nodes` is an integer of at least 1."""
     if not isinstance(num_nodes, int | np.integer) or num_nodes < 1:
-        raise ValueError(f"`num_nodes` must be at least 1, and whole; got {num_nodes}.")
+        raise ValueError(f"`num_nodes` must be an integer, at least 1; got {num_nodes}.")

@@ -17,7 +17,7 @@ from ._quadrature import (
 
 
 class AbstractAtNodes(AbstractErrorEstimate):
-    """An estimate from residuals at the nodes of a quadrature over the jump."""
+    """Base class of estimates from residuals at quadrature nodes along the jump."""
 
     num_nodes: int = eqx.field(static=True, default=3)
 
@@ -33,19 +33,19 @@ class ResidualIntegral(AbstractAtNodes):
     r"""The residuals along the whole jump, $\int_s^t |\partial_u X_{s,u}(x) -
     b_u(X_{s,u}(x))|\,du$, entry by entry.
 
-    [`flowdiffrax.estimates.lagrangian_bound`][] without growth: what the ODE itself makes
-    of an error, for better or worse, is left out, as it is when a classical solver
-    estimates the error of a step. Unlike [`flowdiffrax.estimates.LagrangianDefect`][] it
-    cannot be deceived by a map that is right at the end of the jump alone.
+    This is [`flowdiffrax.estimates.lagrangian_bound`][] without growth: it ignores
+    whether the ODE amplifies or damps an error, as classical solvers do when they
+    estimate the error of a step. Unlike [`flowdiffrax.estimates.LagrangianDefect`][], it
+    detects a map that is right only at the end of the jump.
 
-    `num_nodes + 1` forward-mode passes through the map and calls of the teacher, with the
-    jump among them. The one at the start shows a fast layer there.
+    It takes `num_nodes + 1` forward-mode passes through the map and calls of the teacher,
+    which include the jump. The pass at the start detects a fast layer there.
 
     **Arguments:**
 
-    - `num_nodes`: nodes of the Radau quadrature, at least 1.
+    - `num_nodes`: the number of nodes of the Radau quadrature, at least 1.
 
-    **Raises:** `ValueError` for fewer nodes than one.
+    **Raises:** `ValueError` if `num_nodes` is less than 1.
     """
 
     def __call__(
