@@ -104,12 +104,12 @@ class HybridSolver(diffrax.AbstractImplicitSolver, diffrax.AbstractAdaptiveSolve
         The estimate evaluates the jump at its start and at 16 %, 64 % and 100 % of its
         length. Events between these times go undetected. If the vector field has a pulse
         or a switch that the map does not know, the solver jumps over it, with an error of
-        any size. The same holds for an error of the map, if it moves to a neighbouring
-        trajectory within a short part of the jump.
+        any size. A map that moves to a neighbouring trajectory within a short part of the
+        jump is not detected either.
 
         If the times of events are known, let steps end there, with
         `diffrax.ClipStepSizeController(controller, jump_ts=times)`. If only their
-        duration is known, allow no longer jumps:
+        duration is known, limit jumps to that length:
         `diffrax.PIDController(rtol, atol, dtmax=duration)`.
 
     !!! info "Cost"
