@@ -65,7 +65,7 @@ class Normalisation(eqx.Module):
         if not self.t0 < self.t1:
             raise ValueError(
                 f"`t0` must be less than `t1`; got {self.t0} and {self.t1}. A map jumps "
-                "in both directions of time, whatever the order."
+                "in both directions of time within this interval."
             )
         pairs = {"": (self.mean, self.std), "args_": (self.args_mean, self.args_std)}
         for prefix, (mean, std) in pairs.items():
@@ -206,7 +206,7 @@ class Normalisation(eqx.Module):
 
 
 class NormalisedFlowMap(AbstractFlowMap):
-    r"""Uses a map that was learned in normalised units in the user's units.
+    r"""Converts a map that was learned in normalised units to the user's units.
 
     $X_{s,t}(x) = x + \sigma\,(\tilde X_{\tau(s),\tau(t)}(z) - z)$ with
     $z = (x - \mu) / \sigma$. Only the inner map's displacement is scaled, so short jumps

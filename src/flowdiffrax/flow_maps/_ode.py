@@ -78,7 +78,7 @@ class ODEFlowMap(AbstractChordFlowMap):
             # A tenth of the jump; Diffrax's own guess would need a vector field call.
             dt0=jnp.full_like(s, 0.1),
             y0=jtu.tree_map(jnp.zeros_like, start),
-            # Inputs are passed as `args`, so that all adjoints differentiate in them.
+            # In `args`, so that every adjoint differentiates with respect to them.
             args=(s, t - s, start, args),
             stepsize_controller=diffrax.PIDController(
                 rtol=default_tol if self.rtol is None else self.rtol,

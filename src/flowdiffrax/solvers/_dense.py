@@ -107,7 +107,7 @@ class FlowMapInterpolation(diffrax.AbstractPath):
 
         - `t0`: a time, or an array of times of any shape, between the first and the last
           saved time.
-        - `t1`: the end time of the increment.
+        - `t1`: the end time of an increment; `None` for the state.
         - `left`: whether a saved time belongs to the step before it.
 
         **Returns:** the state, every leaf with the axes of `t0` in front. It is NaN

@@ -201,7 +201,7 @@ class HybridSolver(diffrax.AbstractImplicitSolver, diffrax.AbstractAdaptiveSolve
         return self.fallback.order(terms)
 
     def error_order(self, terms: Terms) -> Any:
-        """Returns the classical solver's, to which the map's errors are converted."""
+        """Returns the fallback's error order, to which jump errors are converted."""
         return self.fallback.error_order(terms)
 
     def func(self, terms: Terms, t0: Time, y0: State, args: Args) -> State:
