@@ -103,13 +103,13 @@ def distil_lagrangian(config, teacher, steps, key):
     batches = solve_pool(config, teacher, pool_key)
     # Jumps from the base and into the data matter most: one jump is both.
     grid = fd.times.GridTimes(GRID)
-    laws = (
+    distributions = (
         grid,
         fd.times.StartAt(grid, 0.0),
         fd.times.EndAt(grid, 1.0),
         fd.times.EndAt(fd.times.StartAt(grid)),
     )
-    times = fd.times.MixedTimes(laws, (0.24, 0.16, 0.36, 0.24))
+    times = fd.times.MixedTimes(distributions, (0.24, 0.16, 0.36, 0.24))
     matching = fd.TrajectoryMatching(times, fd.weights.InverseGap(1.0))
     lagrangian = fd.LagrangianMapDistillation(
         fd.times.UniformTriangle(), fd.weights.DataEndWeight(0.5)

@@ -461,6 +461,8 @@ def test_args_reach_what_is_measured(name):
 
 # Elsewhere, with a reason.
 OTHERS = {
+    # Asks only its subclasses.
+    "AbstractChordFlowMap",
     # A condition or a scale is taken out of `args`, or put into it: `test_guidance.py`.
     *("ClassifierFreeGuidance", "MeanFlowGuidance"),
     # `args` are conditions of a pool, drawn with its points: `test_data.py`.

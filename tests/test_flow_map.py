@@ -70,6 +70,70 @@ def test_base_declares_no_time_range():
     assert Plain().time_range is None
 
 
+class Recorder(fd.AbstractFlowMap):
+    """Notes what its methods are given."""
+
+    seen: list
+    time_range = (0.0, 1.0)
+
+    def jump(self, s, t, x, args):
+        self.seen.append((s, t, args))
+        return x
+
+    def chord(self, s, t, x, args):
+        self.seen.append((s, t, args))
+        return x
+
+    def tangent(self, t, x, args):
+        self.seen.append((t, args))
+        return x
+
+
+@pytest.mark.parametrize(
+    "s, t", [(0, 1), (0.25, 0.5), (np.float64(0.25), jnp.asarray(0.5, jnp.bfloat16))]
+)
+@pytest.mark.parametrize(
+    "x, dtype",
+    [
+        (jnp.ones(2, jnp.float32), jnp.float32),
+        (jnp.ones(2, jnp.bfloat16), jnp.float32),
+        ({"a": jnp.ones(2), "b": jnp.ones(3, jnp.complex64)}, jnp.float64),
+    ],
+)
+def test_methods_of_a_map_are_given_times_like_the_state(s, t, x, dtype):
+    flow_map = Recorder([])
+    flow_map(s, t, x, "a")
+    flow_map.average_velocity(s, t, x, "b")
+    flow_map.velocity(t, x, "c")
+    jumped, averaged, moved = flow_map.seen
+    assert jumped[2] == "a" and averaged[2] == "b" and moved[1] == "c"
+    for given, value in [(jumped[0], s), (jumped[1], t), (averaged[1], t), (moved[0], t)]:
+        assert isinstance(given, jax.Array) and given.shape == ()
+        assert given.dtype == dtype and float(given) == float(value)
+
+
+def test_times_outside_the_range_are_refused_by_every_method():
+    flow_map = Recorder([])
+    for call in (flow_map, flow_map.average_velocity):
+        with pytest.raises(ValueError, match="leaves the time range"):
+            call(0.5, 1.5, X)
+    # No jump leaves a range.
+    flow_map.velocity(1.5, X)
+    assert len(flow_map.seen) == 1
+
+
+def test_a_map_given_by_its_chord():
+    class Chord(fd.flow_maps.AbstractChordFlowMap):
+        def chord(self, s, t, x, args):
+            return args * x + s + 2 * t
+
+    flow_map = Chord()
+    expected = np.asarray(X) + 0.5 * (3 * np.asarray(X) + 0.2 + 2 * 0.7)
+    np.testing.assert_allclose(flow_map(0.2, 0.7, X, 3), expected, rtol=1e-12)
+    moved = 3 * np.asarray(X) + 0.7 + 2 * 0.7
+    np.testing.assert_allclose(flow_map.velocity(0.7, X, 3), moved, rtol=1e-12)
+
+
 # --- FlowMap ------------------------------------------------------------------------
 
 

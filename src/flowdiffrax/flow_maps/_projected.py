@@ -150,8 +150,8 @@ def _newton_step(
     inverse = jnp.where(vanishes, 0, 1 / jnp.sqrt(jnp.where(vanishes, 1, square)))
     jacobian, error = inverse[:, None] * jacobian, inverse * error
     # The diagonal is one. A small addition to it covers rows that are zero or dependent.
-    trifle = 10 * jnp.finfo(dtype).eps * jnp.eye(error.size, dtype=dtype)
-    return jacobian.T @ jnp.linalg.solve(jacobian @ jacobian.T + trifle, error)
+    tiny = 10 * jnp.finfo(dtype).eps * jnp.eye(error.size, dtype=dtype)
+    return jacobian.T @ jnp.linalg.solve(jacobian @ jacobian.T + tiny, error)
 
 
 def _norm(x: Float[Array, " size"]) -> Float[Array, ""]:

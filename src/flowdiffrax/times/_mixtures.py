@@ -61,35 +61,38 @@ class MixedTimes(AbstractTimes):
 
     **Arguments:**
 
-    - `laws`: the distributions.
+    - `distributions`: the distributions.
     - `shares`: their shares of the batch, positive. They are normalised to sum to one.
 
     **Raises:** `ValueError` if a share is not positive, or if there is not one share for
     each distribution; when used, for a batch that is too small for the shares.
     """
 
-    laws: tuple[AbstractTimes, ...]
+    distributions: tuple[AbstractTimes, ...]
     shares: tuple[float, ...] = eqx.field(static=True)
 
     def __check_init__(self):
-        check_shares(self.shares, len(self.laws), "laws")
+        check_shares(self.shares, len(self.distributions), "distributions")
 
     def from_uniform(self, first: Times, second: Times) -> tuple[Times, Times]:
-        slices = split_by_shares(first.shape[0], self.shares)
         pairs = [
-            law.from_uniform(first[rows], second[rows])
-            for law, rows in zip(self.laws, slices, strict=True)
+            times.from_uniform(first[rows], second[rows])
+            for times, rows in self._parts(first.shape[0])
         ]
         s, t = zip(*pairs, strict=True)
         return jnp.concatenate(s), jnp.concatenate(t)
 
     def num_diagonal(self, batch_size: int) -> int:
         total = 0
-        for law, rows in zip(
-            self.laws, split_by_shares(batch_size, self.shares), strict=True
-        ):
+        for times, rows in self._parts(batch_size):
             size = rows.stop - rows.start
-            total += law.num_diagonal(size)
-            if law.num_diagonal(size) < size:
+            on_diagonal = times.num_diagonal(size)
+            total += on_diagonal
+            # Only rows at the start of the batch count.
+            if on_diagonal < size:
                 break
         return total
+
+    def _parts(self, batch_size: int):
+        slices = split_by_shares(batch_size, self.shares)
+        return zip(self.distributions, slices, strict=True)
