@@ -38,7 +38,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = Path("src/flowdiffrax")
 # Tests that run last, and tests that read the sources and so would notice anything.
-TABLES, READERS = ("tests/test_defaults.py",), ("tests/test_mutants.py",)
+TABLES, READERS = ("tests/test_defaults.py",), ("tests/objectives/test_mutants.py",)
 GROUPS = {
     "identities": ["identities.py"],
     "objectives": ["objectives/*.py", "weights/*.py", "times/*.py", "paths/*.py"],

@@ -24,7 +24,7 @@ import pathlib
 import flowdiffrax as fd
 import image_runs
 
-EMOJI = pathlib.Path(__file__).parents[1] / "tests/data/twemoji-180.npz"
+EMOJI = pathlib.Path(__file__).parents[1] / "tests/files/twemoji-180.npz"
 PREFIX = "cifar10-"
 
 

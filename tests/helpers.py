@@ -25,6 +25,35 @@ def assert_close(x, y, atol=1e-10, rtol=1e-10):
         np.testing.assert_allclose(a, b, atol=atol, rtol=rtol)
 
 
+# Every objective, and what it is taught by.
+OBJECTIVES = {
+    "FlowMatching": None,
+    "FlowMapMatching": None,
+    "LagrangianMapDistillation": "velocity",
+    "EulerianMapDistillation": "velocity",
+    "VelocityDistillation": "velocity",
+    "LagrangianSelfDistillation": None,
+    "EulerianSelfDistillation": None,
+    "ProgressiveSelfDistillation": None,
+    "ProgressiveFlowMapMatching": "map",
+    "SplitMeanFlow": None,
+    "Shortcut": None,
+    "TerminalVelocityMatching": None,
+    "StopGradientEulerian": None,
+    "NaiveEulerian": None,
+    "MeanFlow": None,
+    "ImprovedMeanFlow": None,
+    "AlphaFlow": None,
+    "AlignYourFlowEMD": "velocity",
+    "AlignYourFlowLMD": "velocity",
+    "ConsistencyTraining": None,
+    "ConsistencyDistillation": "velocity",
+    "ContinuousConsistency": None,
+    "FreeFlow": "velocity",
+    "TrajectoryMatching": None,
+}
+
+
 def public_objectives() -> set[str]:
     """The names of all objectives that are there to be used."""
     return {

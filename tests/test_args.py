@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import jax.random as jr
 import optax
 import pytest
+from helpers import OBJECTIVES as TEACHERS
 from test_package import NAMES, public
-from test_train import EVERY
 
 import flowdiffrax as fd
 from flowdiffrax import testing
@@ -334,7 +334,7 @@ OBJECTIVES = {
         of_objective(getattr(fd.objectives, name)(), kind),
         {"map", "field"} if kind == "velocity" else {"map"},
     )
-    for name, kind in EVERY.items()
+    for name, kind in TEACHERS.items()
 }
 OBJECTIVES |= {
     "AlignYourFlowEMD, finite": (
@@ -372,7 +372,7 @@ def from_itself(velocity, t, x, args):
 
 GUIDED = [
     name
-    for name in EVERY
+    for name in TEACHERS
     if "guidance" in inspect.signature(getattr(fd.objectives, name)).parameters
 ]
 

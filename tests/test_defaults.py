@@ -2,7 +2,7 @@
 
 A default is changed in two places, on purpose. After a change, look at the difference:
 
-    python tests/test_defaults.py > tests/data/defaults.txt
+    python tests/test_defaults.py > tests/files/defaults.txt
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from test_package import NAMES, public
 from flowdiffrax import testing
 
 TESTING = {f"testing.{name}": value for name, value in public(testing).items()}
-TABLE = pathlib.Path(__file__).parent / "data" / "defaults.txt"
+TABLE = pathlib.Path(__file__).parent / "files" / "defaults.txt"
 
 
 def shown(value):

@@ -41,7 +41,7 @@ def twemoji(path: StrPath) -> Images:
 
     **Arguments:**
 
-    - `path`: the `.npz` that `tests/data/make_twemoji.py`, in the source repository,
+    - `path`: the `.npz` that `tests/files/make_twemoji.py`, in the source repository,
       makes from the npm package `emoji-datasource-twitter` 16.0.0.
 
     **Raises:** `FileNotFoundError` if there is no file; `ValueError` for other contents.
@@ -54,7 +54,7 @@ def twemoji(path: StrPath) -> Images:
             "Fetch emoji-datasource-twitter-16.0.0.tgz (61,683,754 bytes, sha256 "
             "f64a530c63bca463bd8317fdc4615ce63a53a0c65018e4ce2d848aaba7a28877) from the "
             "npm registry, with `npm pack emoji-datasource-twitter@16.0.0`, and convert "
-            "it with `tests/data/make_twemoji.py` of the source repository.",
+            "it with `tests/files/make_twemoji.py` of the source repository.",
         )
     images = load_images(path)
     if (found := content_hash(images)) != _TWEMOJI:

@@ -20,7 +20,7 @@ from helpers import assert_close
 import flowdiffrax as fd
 
 pytest.importorskip("tyro")
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples"))
+sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "examples"))
 import cifar10  # noqa: E402
 import digits  # noqa: E402
 import image_runs  # noqa: E402

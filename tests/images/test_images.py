@@ -30,7 +30,7 @@ from flowdiffrax.images.sets import _fashion_mnist as _idx
 from flowdiffrax.images.sets._files import check_bytes
 from flowdiffrax.images.sets._unpickle import unpickle_arrays
 
-HERE = pathlib.Path(__file__).parent
+FILES = pathlib.Path(__file__).parents[1] / "files"
 
 
 def pictures(number, height=32, width=32, channels=3, seed=0):
@@ -151,14 +151,14 @@ def test_digits_bring_their_licence():
 
 
 def test_emoji():
-    emoji = fd.images.load_images(HERE / "data" / "twemoji-180.npz")
+    emoji = fd.images.load_images(FILES / "twemoji-180.npz")
     assert emoji.images.shape == (180, 32, 32, 3)
     assert np.bincount(emoji.labels).tolist() == [20] * 9
     assert emoji.class_names[3] == "Food & Drink"
     # In colour, and on white.
     assert np.ptp(emoji.images.astype(int), axis=3).mean() > 30
     assert np.mean(emoji.images == 255) > 0.3
-    note = (HERE / "data" / "twemoji.txt").read_text()
+    note = (FILES / "twemoji.txt").read_text()
     assert "CC BY 4.0" in note
     values = emoji.images.tobytes() + emoji.labels.astype("<i4").tobytes()
     assert hashlib.sha256(values).hexdigest() in note
@@ -166,13 +166,13 @@ def test_emoji():
 
 def test_part_of_the_emoji_is_not_all():
     with pytest.raises(ValueError, match="contents of sha256"):
-        fd.images.twemoji(HERE / "data" / "twemoji-180.npz")
+        fd.images.twemoji(FILES / "twemoji-180.npz")
 
 
 def test_emoji_from_their_source(tmp_path):
     source = real_data("FLOWDIFFRAX_TWEMOJI_SOURCE")
     spec = importlib.util.spec_from_file_location(
-        "make_twemoji", HERE / "data" / "make_twemoji.py"
+        "make_twemoji", FILES / "make_twemoji.py"
     )
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
@@ -182,7 +182,7 @@ def test_emoji_from_their_source(tmp_path):
     assert np.bincount(emoji.labels).tolist() == counts
     script.main(source, tmp_path / "part.npz", per_class=20)
     part = fd.images.load_images(tmp_path / "part.npz")
-    vendored = fd.images.load_images(HERE / "data" / "twemoji-180.npz")
+    vendored = fd.images.load_images(FILES / "twemoji-180.npz")
     np.testing.assert_array_equal(part.images, vendored.images)
 
 

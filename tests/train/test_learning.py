@@ -1,6 +1,6 @@
 """Each objective, trained from scratch, finds the map between two Gaussians.
 
-A quick run of a few, and of all with `pytest -m slow tests/test_learning.py`.
+A quick run of a few, and of all with `pytest -m slow tests/train/test_learning.py`.
 """
 
 import jax

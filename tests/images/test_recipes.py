@@ -2,7 +2,7 @@
 
 All of each is pinned in `data/recipes.txt`. After a change, look at the difference:
 
-    python tests/test_recipes.py > tests/data/recipes.txt
+    python tests/images/test_recipes.py > tests/files/recipes.txt
 """
 
 import dataclasses
@@ -257,7 +257,7 @@ def test_shares_of_self_distillation():
 
 def benchmark():
     """`benchmarks/recipes.py`, which makes whole steps of shapes alone."""
-    path = pathlib.Path(__file__).parent.parent / "benchmarks" / "recipes.py"
+    path = pathlib.Path(__file__).parents[2] / "benchmarks" / "recipes.py"
     spec = importlib.util.spec_from_file_location("benchmark_of_recipes", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -336,7 +336,7 @@ def described():
 
 
 def test_recipes_are_those_of_the_table():
-    table = pathlib.Path(__file__).parent / "data" / "recipes.txt"
+    table = pathlib.Path(__file__).parents[1] / "files" / "recipes.txt"
     assert described() == table.read_text().rstrip("\n")
 
 

@@ -1,6 +1,6 @@
 """A small run with a folder, for `test_run.py` to kill and to begin again.
 
-    python tests/run_train.py FOLDER NUM_STEPS
+    python tests/train/run_train.py FOLDER NUM_STEPS
 
 Prints `report STEP` at each report, and at the end a hash of all weights.
 """

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from helpers import gaussian_map, max_abs, tight_solve
 from hypothesis import given
-from test_mutants import assert_noticed
+from mutate import assert_noticed
 
 import flowdiffrax as fd
 from flowdiffrax import testing

@@ -21,7 +21,7 @@ import pytest
 import flowdiffrax as fd
 
 pytest.importorskip("tyro")
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "examples"))
 import image_runs  # noqa: E402
 import imagenet32  # noqa: E402

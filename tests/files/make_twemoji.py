@@ -1,9 +1,9 @@
 """Make Twemoji-32 from its source: emoji of 32x32 on white, with their categories.
 
     npm pack emoji-datasource-twitter@16.0.0
-    python tests/data/make_twemoji.py emoji-datasource-twitter-16.0.0.tgz twemoji-32.npz
-    python tests/data/make_twemoji.py emoji-datasource-twitter-16.0.0.tgz \\
-        tests/data/twemoji-180.npz --per-class 20
+    python tests/files/make_twemoji.py emoji-datasource-twitter-16.0.0.tgz twemoji-32.npz
+    python tests/files/make_twemoji.py emoji-datasource-twitter-16.0.0.tgz \\
+        tests/files/twemoji-180.npz --per-class 20
 
 The first makes the file that `flowdiffrax.images.twemoji` reads, 1873 images and 1.8 MB;
 the second, the part of it that the tests use. Skin tones are left out, since most of the

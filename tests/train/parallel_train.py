@@ -1,7 +1,7 @@
 """Runs of a small training, printed for `test_parallel.py`: `jax` must not have started.
 
-    python tests/parallel_train.py 8                            # simulated devices
-    python tests/parallel_train.py 2 localhost:1234 2 0 FOLDER  # one of two processes
+    python tests/train/parallel_train.py 8                # simulated devices
+    python tests/train/parallel_train.py 2 localhost:1234 2 0 FOLDER  # one of two
 
 Prints the loss and some weights after each of a few steps, for each way to train. Two
 processes then begin a run with a folder, which the first of them is told to end, or

@@ -12,7 +12,13 @@ import jax.tree_util as jtu
 import numpy as np
 import optax
 import pytest
-from helpers import assert_close, linear_map, max_abs, without_type_checks
+from helpers import (
+    OBJECTIVES,
+    assert_close,
+    linear_map,
+    max_abs,
+    without_type_checks,
+)
 
 import flowdiffrax as fd
 from flowdiffrax._tree import all_finite
@@ -710,33 +716,6 @@ def test_distillation_without_data():
 
 # --- every objective ----------------------------------------------------------------
 
-EVERY = {
-    "FlowMatching": None,
-    "FlowMapMatching": None,
-    "LagrangianMapDistillation": "velocity",
-    "EulerianMapDistillation": "velocity",
-    "VelocityDistillation": "velocity",
-    "LagrangianSelfDistillation": None,
-    "EulerianSelfDistillation": None,
-    "ProgressiveSelfDistillation": None,
-    "ProgressiveFlowMapMatching": "map",
-    "SplitMeanFlow": None,
-    "Shortcut": None,
-    "TerminalVelocityMatching": None,
-    "StopGradientEulerian": None,
-    "NaiveEulerian": None,
-    "MeanFlow": None,
-    "ImprovedMeanFlow": None,
-    "AlphaFlow": None,
-    "AlignYourFlowEMD": "velocity",
-    "AlignYourFlowLMD": "velocity",
-    "ConsistencyTraining": None,
-    "ConsistencyDistillation": "velocity",
-    "ContinuousConsistency": None,
-    "FreeFlow": "velocity",
-    "TrajectoryMatching": None,
-}
-
 
 def test_every_objective_is_listed():
     names = {
@@ -746,13 +725,13 @@ def test_every_objective_is_listed():
         and issubclass(getattr(fd.objectives, name), fd.objectives.AbstractObjective)
         and not name.startswith("Abstract")
     }
-    assert names == set(EVERY)
+    assert names == set(OBJECTIVES)
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", OBJECTIVES)
 def test_every_objective_trains_in_float32(name):
     # A step of the default batch, whose gradient reaches every weight.
-    teacher = {"velocity": TEACHER.velocity, "map": TEACHER, None: None}[EVERY[name]]
+    teacher = {"velocity": TEACHER.velocity, "map": TEACHER, None: None}[OBJECTIVES[name]]
     objective = getattr(fd.objectives, name)()
     source = batches(dtype=jnp.float32)
     if name == "TrajectoryMatching":
