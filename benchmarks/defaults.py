@@ -123,7 +123,7 @@ OBJECTIVES = {
     "LSD": (fd.LagrangianSelfDistillation, None),
     "ESD": (fd.objectives.EulerianSelfDistillation, None),
     "PSD": (fd.objectives.ProgressiveSelfDistillation, None),
-    "SplitMeanFlow": (fd.objectives.SplitMeanFlow, None),
+    "SplitMeanFlow": (fd.objectives.split_mean_flow, None),
     "Shortcut": (fd.objectives.Shortcut, None),
     "TVM": (fd.objectives.TerminalVelocityMatching, None),
     "MeanFlow": (fd.objectives.MeanFlow, None),
@@ -139,7 +139,7 @@ OBJECTIVES = {
     "AYF-LMD": (fd.objectives.AlignYourFlowLMD, "velocity"),
     "CD": (fd.objectives.ConsistencyDistillation, "velocity"),
     "sCD": (fd.objectives.ContinuousConsistency, "velocity"),
-    "FreeFlow": (fd.objectives.FreeFlow, "velocity"),
+    "FreeFlow": (fd.objectives.free_flow, "velocity"),
     "PFMM": (fd.objectives.ProgressiveFlowMapMatching, "map"),
     "trajectory matching": (fd.TrajectoryMatching, "trajectories"),
 }

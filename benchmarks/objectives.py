@@ -109,7 +109,7 @@ def rows():
             fd.objectives.TerminalVelocityMatching(), trained=3, frozen=1
         ),
         # The derivative and the teacher, both held fixed.
-        "FreeFlow": Row_(fd.objectives.FreeFlow(), trained=1, frozen=2),
+        "FreeFlow": Row_(fd.objectives.free_flow(), trained=1, frozen=2),
         "AlignYourFlowLMD": Row_(fd.objectives.AlignYourFlowLMD(), trained=1, frozen=2),
         # The state before the last piece, and the teacher there.
         "AlignYourFlowLMD, epsilon": Row_(
@@ -151,7 +151,7 @@ def rows():
         "ProgressiveSelfDistillation": Row(
             fd.objectives.ProgressiveSelfDistillation(), trained=1, frozen=2
         ),
-        "SplitMeanFlow": Row(fd.objectives.SplitMeanFlow(), trained=1, frozen=2),
+        "SplitMeanFlow": Row(fd.objectives.split_mean_flow(), trained=1, frozen=2),
         "Shortcut": Row(fd.objectives.Shortcut(), trained=1, frozen=2),
         "ProgressiveFlowMapMatching": Row(
             fd.objectives.ProgressiveFlowMapMatching(), trained=1, frozen=2, looped=1

@@ -178,7 +178,7 @@ METHODS = {
         lambda: fd.objectives.ProgressiveSelfDistillation(split=None), 3
     ),
     "Shortcut": Method(fd.objectives.Shortcut, 3),
-    "SplitMeanFlow": Method(fd.objectives.SplitMeanFlow, 3),
+    "SplitMeanFlow": Method(fd.objectives.split_mean_flow, 3),
     "TVM": Method(fd.objectives.TerminalVelocityMatching, 4),
     "EE": Method(fd.objectives.StopGradientEulerian, 4),
     "naive Eulerian": Method(fd.objectives.NaiveEulerian, 2),
@@ -212,7 +212,7 @@ METHODS = {
     "AYF-EMD": Method(fd.objectives.AlignYourFlowEMD, 3, True),
     "AYF-LMD": Method(fd.objectives.AlignYourFlowLMD, 3, True),
     "CD": Method(fd.objectives.ConsistencyDistillation, 4, True, True),
-    "FreeFlow": Method(fd.objectives.FreeFlow, 3, True, True),
+    "FreeFlow": Method(fd.objectives.free_flow, 3, True, True),
 }
 
 # The rows of the figure.

@@ -42,7 +42,7 @@ OBJECTIVES = {
     "meanflow": fd.objectives.MeanFlow,
     "improved-meanflow": fd.objectives.ImprovedMeanFlow,
     "terminal-velocity": fd.objectives.TerminalVelocityMatching,
-    "split-meanflow": fd.objectives.SplitMeanFlow,
+    "split-meanflow": fd.objectives.split_mean_flow,
     "consistency-training": fd.objectives.ConsistencyTraining,
 }
 FROM_TEACHER = (

@@ -36,7 +36,6 @@ OBJECTIVES = {
     "EulerianSelfDistillation": None,
     "ProgressiveSelfDistillation": None,
     "ProgressiveFlowMapMatching": "map",
-    "SplitMeanFlow": None,
     "Shortcut": None,
     "TerminalVelocityMatching": None,
     "StopGradientEulerian": None,
@@ -49,7 +48,6 @@ OBJECTIVES = {
     "ConsistencyTraining": None,
     "ConsistencyDistillation": "velocity",
     "ContinuousConsistency": None,
-    "FreeFlow": "velocity",
     "TrajectoryMatching": None,
 }
 

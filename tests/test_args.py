@@ -216,16 +216,11 @@ FIELDS = {
         lambda args: fd.likelihood.LogDensityVelocity(field)(T, PAIR, args),
         {"field"},
     ),
-    "VelocityFromDenoiser": (
-        lambda args: fd.velocities.VelocityFromDenoiser(field, LINEAR)(T, X, args),
-        {"field"},
-    ),
-    "VelocityFromNoise": (
-        lambda args: fd.velocities.VelocityFromNoise(field, LINEAR)(T, X, args),
-        {"field"},
-    ),
-    "VelocityFromScore": (
-        lambda args: fd.velocities.VelocityFromScore(field, LINEAR)(T, X, args),
+    "PredictedVelocity": (
+        lambda args: [
+            fd.velocities.PredictedVelocity(field, LINEAR, source)(T, X, args)
+            for source in fd.velocities.Prediction
+        ],
         {"field"},
     ),
     "divergence": (lambda args: fd.likelihood.divergence(field, T, X, args), {"field"}),

@@ -273,7 +273,7 @@ EQUATIONS = {
     "PSD, split": Equation(
         fd.objectives.ProgressiveSelfDistillation(split=0.3), two_pieces(0.3)
     ),
-    "SplitMeanFlow": Equation(fd.objectives.SplitMeanFlow(split=0.3), two_pieces(0.3)),
+    "SplitMeanFlow": Equation(fd.objectives.split_mean_flow(split=0.3), two_pieces(0.3)),
     "Shortcut": Equation(fd.objectives.Shortcut(), shortcut),
     "Shortcut, clipped": Equation(
         fd.objectives.Shortcut(clip=0.4), lambda p, q: shortcut(p, q, 0.4)
@@ -316,7 +316,7 @@ EQUATIONS = {
         (S, 1.0),
         "velocity",
     ),
-    "FreeFlow": Equation(fd.objectives.FreeFlow(), free_flow, (0.0, T), "velocity"),
+    "FreeFlow": Equation(fd.objectives.free_flow(), free_flow, (0.0, T), "velocity"),
     "trajectory matching": Equation(
         fd.TrajectoryMatching(), trajectory_matching, path="trajectory"
     ),
@@ -460,7 +460,7 @@ TIMES = {
     "LSD": (fd.LagrangianSelfDistillation(), THREE_QUARTERS, triangle),
     "ESD": (fd.objectives.EulerianSelfDistillation(), THREE_QUARTERS, triangle),
     "PSD": (fd.objectives.ProgressiveSelfDistillation(), THREE_QUARTERS, triangle),
-    "SplitMeanFlow": (fd.objectives.SplitMeanFlow(), HALF, triangle),
+    "SplitMeanFlow": (fd.objectives.split_mean_flow(), HALF, triangle),
     "Shortcut": (fd.objectives.Shortcut(), HALF, dyadic),
     "MeanFlow": (fd.objectives.MeanFlow(), HALF, triangle),
     "improved MeanFlow": (fd.objectives.ImprovedMeanFlow(), HALF, triangle),
@@ -471,7 +471,7 @@ TIMES = {
     "CT": (fd.objectives.ConsistencyTraining(), 0.0, lambda: noise_levels(151)),
     "CD": (fd.objectives.ConsistencyDistillation(), 0.0, lambda: noise_levels(19)),
     "sCT": (fd.objectives.ContinuousConsistency(), 0.0, to_the_data),
-    "FreeFlow": (fd.objectives.FreeFlow(), 0.0, from_the_base),
+    "FreeFlow": (fd.objectives.free_flow(), 0.0, from_the_base),
     "trajectory matching": (fd.TrajectoryMatching(), 0.0, triangle),
     "recipe cifar10-meanflow": ("cifar10-meanflow", 0.25, mean_flow_cifar),
     "recipe cifar10-sct": ("cifar10-sct", 0.0, sct_noise),

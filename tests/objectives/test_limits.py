@@ -180,11 +180,11 @@ def test_shortcut_clips_its_target():
 
 
 def test_split_mean_flow_is_progressive_at_a_drawn_split():
-    made = value_and_grad(fd.objectives.SplitMeanFlow(), key=jr.key(1))
+    made = value_and_grad(fd.objectives.split_mean_flow(), key=jr.key(1))
     same = value_and_grad(
         fd.objectives.ProgressiveSelfDistillation(split=None), key=jr.key(1)
     )
-    other = value_and_grad(fd.objectives.SplitMeanFlow(), key=jr.key(2))
+    other = value_and_grad(fd.objectives.split_mean_flow(), key=jr.key(2))
     assert_close(made, same)
     assert abs(made[0] - other[0]) > 1e-6
 
@@ -250,10 +250,10 @@ def test_free_flow_is_lagrangian_from_the_base():
     zero = jnp.zeros(())
     lagrangian = fd.LagrangianMapDistillation(stop_gradient=STOPS.DERIVATIVE)
     made = value_and_grad(
-        fd.objectives.FreeFlow(), nonlinear_field, s=zero, path=fd.paths.StatePath(X0)
+        fd.objectives.free_flow(), nonlinear_field, s=zero, path=fd.paths.StatePath(X0)
     )
     assert_close(made, value_and_grad(lagrangian, nonlinear_field, s=zero))
-    s, _ = fd.objectives.FreeFlow().times(jr.key(0), 32)
+    s, _ = fd.objectives.free_flow().times(jr.key(0), 32)
     assert max_abs(s) == 0
 
 
@@ -287,7 +287,7 @@ DIAGONAL = DATA_DRIVEN | {
     "esd": fd.objectives.EulerianSelfDistillation(),
     "psd": fd.objectives.ProgressiveSelfDistillation(),
     "shortcut": fd.objectives.Shortcut(),
-    "split": fd.objectives.SplitMeanFlow(),
+    "split": fd.objectives.split_mean_flow(),
     "naive": fd.objectives.NaiveEulerian(),
 }
 
@@ -412,7 +412,7 @@ SELF_TAUGHT = {
     "esd": lambda: fd.objectives.EulerianSelfDistillation(),
     "psd": lambda: fd.objectives.ProgressiveSelfDistillation(),
     "shortcut": lambda: fd.objectives.Shortcut(),
-    "split": lambda: fd.objectives.SplitMeanFlow(split=0.3),
+    "split": lambda: fd.objectives.split_mean_flow(split=0.3),
     "tvm": lambda: fd.objectives.TerminalVelocityMatching(),
     "improved-mean-flow": lambda: fd.objectives.ImprovedMeanFlow(),
     "consistency": lambda: fd.objectives.ConsistencyTraining(),
@@ -494,7 +494,7 @@ WITH_JVP = {
     "ayf-lmd": (fd.objectives.AlignYourFlowLMD, nonlinear_field),
     "scm": (fd.objectives.ContinuousConsistency, None),
     "tvm": (fd.objectives.TerminalVelocityMatching, None),
-    "free-flow": (fd.objectives.FreeFlow, nonlinear_field),
+    "free-flow": (fd.objectives.free_flow, nonlinear_field),
 }
 
 

@@ -743,8 +743,8 @@ def test_teachers_at_the_end_where_they_are_infinite():
     linear, velocity = fd.LinearInterpolant(), exact.velocity
     denoiser = lambda t, x, args: x + (1 - t) * velocity(t, x, args)
     noise = lambda t, x, args: x - t * velocity(t, x, args)
-    at_data = fd.velocities.VelocityFromDenoiser(denoiser, linear)
-    at_base = fd.velocities.VelocityFromNoise(noise, linear)
+    at_data = fd.velocities.PredictedVelocity(denoiser, linear, "denoiser")
+    at_base = fd.velocities.PredictedVelocity(noise, linear, "noise")
     for teacher, end in ((at_data, 1.0), (at_base, 0.0)):
         exactly = eqx.tree_at(lambda teacher: teacher.margin, teacher, 0.0)
         assert not np.all(np.isfinite(exactly(jnp.asarray(end), X0)))
@@ -754,7 +754,7 @@ def test_teachers_at_the_end_where_they_are_infinite():
     distillation, s = fd.objectives.ConsistencyDistillation(), jnp.asarray(0.98)
     assert distillation(exact, at_data, PATH, s, jnp.asarray(1.0)) < 1e-6
     with pytest.raises(ValueError, match="`margin` must not be negative; got -1"):
-        fd.velocities.VelocityFromScore(noise, linear, margin=-1.0)
+        fd.velocities.PredictedVelocity(noise, linear, "score", margin=-1.0)
 
 
 @pytest.mark.slow

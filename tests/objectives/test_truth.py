@@ -87,7 +87,7 @@ EXACT = {
     "esd": (fd.objectives.EulerianSelfDistillation(), None),
     "psd": (fd.objectives.ProgressiveSelfDistillation(), None),
     "psd-uniform": (fd.objectives.ProgressiveSelfDistillation(split=None), None),
-    "split-mean-flow": (fd.objectives.SplitMeanFlow(), None),
+    "split-mean-flow": (fd.objectives.split_mean_flow(), None),
     "shortcut": (fd.objectives.Shortcut(), "map"),
     "pfmm": (fd.objectives.ProgressiveFlowMapMatching(3), "map"),
     "mean-flow": (fd.objectives.MeanFlow(weight=fd.weights.NoWeight()), "velocity"),
@@ -96,7 +96,7 @@ EXACT = {
         "velocity",
     ),
     "ayf-lmd": (fd.objectives.AlignYourFlowLMD(weight=fd.weights.NoWeight()), "velocity"),
-    "free-flow": (fd.objectives.FreeFlow(), "velocity"),
+    "free-flow": (fd.objectives.free_flow(), "velocity"),
     "scm": (
         fd.objectives.ContinuousConsistency(weight=fd.weights.NoWeight()),
         "velocity",

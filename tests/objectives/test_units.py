@@ -77,7 +77,7 @@ UNITS = {
     "LSD": Problem(fd.LagrangianSelfDistillation()),
     "ESD": Problem(fd.objectives.EulerianSelfDistillation(), moves=False),
     "PSD": Problem(fd.objectives.ProgressiveSelfDistillation()),
-    "SplitMeanFlow": Problem(fd.objectives.SplitMeanFlow()),
+    "SplitMeanFlow": Problem(fd.objectives.split_mean_flow()),
     "Shortcut": Problem(fd.objectives.Shortcut()),
     "MeanFlow": Problem(fd.objectives.MeanFlow()),
     "improved MeanFlow": Problem(fd.objectives.ImprovedMeanFlow()),
@@ -98,7 +98,7 @@ UNITS = {
     "CD": Problem(fd.objectives.ConsistencyDistillation(), "velocity"),
     "sCT": Problem(fd.objectives.ContinuousConsistency()),
     "sCD": Problem(fd.objectives.ContinuousConsistency(), "velocity"),
-    "FreeFlow": Problem(fd.objectives.FreeFlow(), "velocity"),
+    "FreeFlow": Problem(fd.objectives.free_flow(), "velocity"),
     "trajectory matching": Problem(fd.TrajectoryMatching(), path="trajectory"),
 }
 X0, X1 = np.asarray(jr.normal(jr.key(1), (2, 8, 2)))
@@ -245,7 +245,7 @@ CLOCKS = {
     "PSD": Clock(
         fd.objectives.ProgressiveSelfDistillation(), clock=False, schedule=False
     ),
-    "SplitMeanFlow": Clock(fd.objectives.SplitMeanFlow(), clock=False, schedule=False),
+    "SplitMeanFlow": Clock(fd.objectives.split_mean_flow(), clock=False, schedule=False),
     "Shortcut": Clock(fd.objectives.Shortcut(), clock=False, schedule=False),
     "MeanFlow": Clock(fd.objectives.MeanFlow()),
     "improved MeanFlow": Clock(fd.objectives.ImprovedMeanFlow(), schedule=False),
@@ -263,7 +263,7 @@ CLOCKS = {
         fd.objectives.ConsistencyDistillation(), "velocity", clock=False, schedule=False
     ),
     "sCT": Clock(fd.objectives.ContinuousConsistency()),
-    "FreeFlow": Clock(fd.objectives.FreeFlow(), "velocity"),
+    "FreeFlow": Clock(fd.objectives.free_flow(), "velocity"),
 }
 
 
@@ -317,7 +317,7 @@ def times_of(objective, clock):
         if isinstance(objective, fd.objectives.ContinuousConsistency)
         else (0.3, 0.8)
     )
-    s = 0.0 if isinstance(objective, fd.objectives.FreeFlow) else s
+    s = 0.0 if isinstance(objective.times, fd.times.StartAt) else s
     grid = np.linspace(0, 1, 100_001)
     back = lambda u: float(np.interp(u, clock(grid), grid))
     return (s, t), (back(s), back(t))

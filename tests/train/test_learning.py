@@ -42,7 +42,7 @@ ALL = QUICK | {
     "mean-flow": (fd.objectives.MeanFlow(UNIFORM), None, {}),
     "psd": (fd.objectives.ProgressiveSelfDistillation(), None, {}),
     "esd": (fd.objectives.EulerianSelfDistillation(), None, {}),
-    "split": (fd.objectives.SplitMeanFlow(), None, {}),
+    "split": (fd.objectives.split_mean_flow(), None, {}),
     "shortcut": (fd.objectives.Shortcut(), None, {"teacher_decay": 0.99}),
     "tvm": (fd.objectives.TerminalVelocityMatching(), None, {"teacher_decay": 0.99}),
     "ee": (fd.objectives.StopGradientEulerian(), None, {}),
@@ -62,7 +62,7 @@ ALL = QUICK | {
         EXACT.velocity,
         {},
     ),
-    "free-flow": (fd.objectives.FreeFlow(), EXACT.velocity, {}),
+    "free-flow": (fd.objectives.free_flow(), EXACT.velocity, {}),
     "learned-weight": (
         fd.LagrangianSelfDistillation(weight=fd.weights.LearnedWeight()),
         None,

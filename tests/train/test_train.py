@@ -710,7 +710,7 @@ def test_distillation_without_data():
     draw = lambda key, n: jr.normal(key, (n, 2))
     for states in (draw, jr.normal(jr.key(0), (50, 2))):
         source = fd.data.StateBatches(states, 16)
-        state = run(fd.objectives.FreeFlow(), source=source)
+        state = run(fd.objectives.free_flow(), source=source)
         assert np.isfinite(max_abs(eqx.filter(state.flow_map, eqx.is_array)))
 
 

@@ -19,28 +19,22 @@ SCHEDULES = {
     "vp": fd.paths.VariancePreservingInterpolant(),
     "ve": fd.paths.VarianceExplodingInterpolant(0.1, 5.0),
 }
-PAIRS = {
-    "noise": (fd.velocities.noise_from_velocity, fd.velocities.velocity_from_noise),
-    "denoiser": (
-        fd.velocities.denoiser_from_velocity,
-        fd.velocities.velocity_from_denoiser,
-    ),
-    "score": (
-        lambda *a: fd.velocities.score_from_velocity(*a, base_std=1.4),
-        lambda *a: fd.velocities.velocity_from_score(*a, base_std=1.4),
-    ),
-}
+PREDICTIONS = ["noise", "denoiser", "score"]
+
+
+def convert(value, interpolant, t, x, source="velocity", target="velocity"):
+    settings = {"source": source, "target": target, "base_std": 1.4}
+    return fd.velocities.convert(value, interpolant, t, x, **settings)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("kind", PAIRS)
+@pytest.mark.parametrize("kind", PREDICTIONS)
 def test_round_trip(schedule, kind):
     if kind != "denoiser" and schedule == "ve":
         pytest.skip("tested against the closed form")
-    there, back = PAIRS[kind]
     velocity = jnp.asarray([0.3, 2.0])
-    interpolant = SCHEDULES[schedule]
-    made = back(interpolant, T, X, there(interpolant, T, X, velocity))
+    at = SCHEDULES[schedule], T, X
+    made = convert(convert(velocity, *at, target=kind), *at, source=kind)
     assert_close(made, velocity, 1e-9, 1e-9)
 
 
@@ -86,7 +80,7 @@ def test_conditional_expectations(schedule, kind):
     interpolant = SCHEDULES[schedule]
     expected = expectations(interpolant, T, X)
     velocity = jnp.asarray(expected["velocity"])
-    made = PAIRS[kind][0](interpolant, T, X, velocity)
+    made = convert(velocity, interpolant, T, X, target=kind)
     np.testing.assert_allclose(made, expected[kind], atol=1e-5, rtol=1e-5)
 
 
@@ -94,7 +88,7 @@ def test_conditional_expectations(schedule, kind):
 def test_score_is_the_gradient_of_the_log_density(schedule):
     interpolant = SCHEDULES[schedule]
     velocity = jnp.asarray(expectations(interpolant, T, X)["velocity"])
-    made = fd.velocities.score_from_velocity(interpolant, T, X, velocity, BASE_STD)
+    made = convert(velocity, interpolant, T, X, target="score")
     expected = jax.grad(lambda x: log_density(interpolant, T, x))(X)
     np.testing.assert_allclose(made, expected, atol=1e-5, rtol=1e-5)
 
@@ -110,24 +104,27 @@ def test_denoiser_by_monte_carlo():
     near = np.abs(alpha * x0 + beta * x1 - np.asarray(X)).max(axis=1) < 0.05
     mean, error = x1[near].mean(axis=0), x1[near].std(axis=0) / np.sqrt(near.sum())
     velocity = jnp.asarray(expectations(interpolant, T, X)["velocity"])
-    made = fd.velocities.denoiser_from_velocity(interpolant, T, X, velocity)
+    made = convert(velocity, interpolant, T, X, target="denoiser")
     assert (np.abs(made - mean) < 4 * error).all()
 
 
 WRAPPERS = {
-    "noise": lambda interpolant: fd.velocities.VelocityFromNoise(
+    "noise": lambda interpolant: fd.velocities.PredictedVelocity(
         lambda t, x, args: jnp.asarray(expectations(interpolant, t, x)["noise"]) * args,
         interpolant,
+        "noise",
     ),
-    "denoiser": lambda interpolant: fd.velocities.VelocityFromDenoiser(
+    "denoiser": lambda interpolant: fd.velocities.PredictedVelocity(
         lambda t, x, args: (
             jnp.asarray(expectations(interpolant, t, x)["denoiser"]) * args
         ),
         interpolant,
+        fd.velocities.Prediction.DENOISER,
     ),
-    "score": lambda interpolant: fd.velocities.VelocityFromScore(
+    "score": lambda interpolant: fd.velocities.PredictedVelocity(
         lambda t, x, args: jax.grad(lambda x: log_density(interpolant, t, x))(x) * args,
         interpolant,
+        "score",
         base_std=BASE_STD,
     ),
 }
@@ -155,13 +152,15 @@ def test_wrappers_stay_within_their_margin(margin):
     told = lambda t, x, args: jnp.full_like(x, t)
     linear, near = fd.LinearInterpolant(), jnp.asarray(margin / 2)
     settings = {} if margin == 1e-3 else {"margin": margin}
-    noise = fd.velocities.VelocityFromNoise(told, linear, **settings)(near, X)
+    noise = fd.velocities.PredictedVelocity(told, linear, "noise", **settings)(near, X)
     assert_close(noise, (X - margin) / margin)
-    score = fd.velocities.VelocityFromScore(told, linear, base_std=2.0, **settings)(
-        near, X
-    )
+    score = fd.velocities.PredictedVelocity(
+        told, linear, "score", base_std=2.0, **settings
+    )(near, X)
     assert_close(score, (X + 4 * (1 - margin) * margin) / margin)
-    denoiser = fd.velocities.VelocityFromDenoiser(told, linear, **settings)(1 - near, X)
+    denoiser = fd.velocities.PredictedVelocity(told, linear, "denoiser", **settings)(
+        1 - near, X
+    )
     assert_close(denoiser, (1 - margin - X) / margin)
 
 
@@ -169,23 +168,46 @@ def test_wrapper_is_a_teacher_of_the_gaussian_map():
     flow_map = fd.exact.GaussianFlowMap(target_std=0.5)
     # The posterior mean of a Gaussian, by regression of x1 on x.
     denoiser = lambda t, x, args: t * 0.25 / ((1 - t) ** 2 + 0.25 * t**2) * x
-    teacher = fd.velocities.VelocityFromDenoiser(denoiser, fd.LinearInterpolant())
+    teacher = fd.velocities.PredictedVelocity(
+        denoiser, fd.LinearInterpolant(), "denoiser"
+    )
     assert_close(fd.lagrangian_residual(flow_map, teacher, 0.2, 0.9, X), 0 * X)
 
 
-@pytest.mark.parametrize("kind", PAIRS)
+@pytest.mark.parametrize("kind", PREDICTIONS)
 def test_pytrees_keep_dtypes(kind):
     x = {"a": jnp.ones(2, jnp.float32), "b": jnp.ones((), jnp.float64)}
-    there, back = PAIRS[kind]
-    interpolant = fd.LinearInterpolant()
-    made = back(interpolant, T, x, there(interpolant, T, x, x))
+    at = fd.LinearInterpolant(), T, x
+    made = convert(convert(x, *at, target=kind), *at, source=kind)
     assert_close(made, x, 1e-5)
     assert made["a"].dtype == jnp.float32
 
 
-@pytest.mark.parametrize("kind", PAIRS)
-@pytest.mark.parametrize("way", [0, 1])
+@pytest.mark.parametrize("kind", PREDICTIONS)
+@pytest.mark.parametrize("way", ["source", "target"])
 def test_latents_are_refused(kind, way):
     interpolant = fd.LinearInterpolant(latent=fd.paths.SineSquaredLatent())
     with pytest.raises(ValueError, match="without latent"):
-        PAIRS[kind][way](interpolant, T, X, jr.normal(jr.key(0), (2,)))
+        convert(jr.normal(jr.key(0), (2,)), interpolant, T, X, **{way: kind})
+
+
+def test_a_score_at_the_data_end_is_one_of_the_noise():
+    # Infinite times zero, where the score would be divided by alpha.
+    score = jnp.asarray([0.3, -2.0])
+    noise = convert(score, fd.LinearInterpolant(), 1.0, X, source="score", target="noise")
+    assert_close(noise, 0 * X)
+
+
+@pytest.mark.parametrize("source", PREDICTIONS)
+@pytest.mark.parametrize("target", PREDICTIONS)
+def test_any_prediction_from_any_other(source, target):
+    interpolant = SCHEDULES["vp"]
+    known = expectations(interpolant, T, X)
+    known["score"] = jax.grad(lambda x: log_density(interpolant, T, x))(X)
+    made = convert(jnp.asarray(known[source]), interpolant, T, X, source, target)
+    np.testing.assert_allclose(made, known[target], rtol=1e-5)
+
+
+def test_unknown_predictions_are_refused():
+    with pytest.raises(ValueError, match="'epsilon' is not a valid Prediction"):
+        convert(X, fd.LinearInterpolant(), T, X, source="epsilon")

@@ -16,11 +16,11 @@ from ._eulerian import NaiveEulerian as NaiveEulerian
 from ._eulerian import StopGradientEulerian as StopGradientEulerian
 from ._flow_matching import FlowMapMatching as FlowMapMatching
 from ._flow_matching import FlowMatching as FlowMatching
-from ._lagrangian import FreeFlow as FreeFlow
 from ._lagrangian import LagrangianMapDistillation as LagrangianMapDistillation
 from ._lagrangian import LagrangianSelfDistillation as LagrangianSelfDistillation
 from ._lagrangian import TerminalVelocityMatching as TerminalVelocityMatching
 from ._lagrangian import VelocityDistillation as VelocityDistillation
+from ._lagrangian import free_flow as free_flow
 from ._mean_flow import AlphaFlow as AlphaFlow
 from ._mean_flow import ImprovedMeanFlow as ImprovedMeanFlow
 from ._mean_flow import MeanFlow as MeanFlow
@@ -29,6 +29,6 @@ from ._mixture import Mixture as Mixture
 from ._progressive import ProgressiveFlowMapMatching as ProgressiveFlowMapMatching
 from ._progressive import ProgressiveSelfDistillation as ProgressiveSelfDistillation
 from ._progressive import Shortcut as Shortcut
-from ._progressive import SplitMeanFlow as SplitMeanFlow
+from ._progressive import split_mean_flow as split_mean_flow
 from ._scheduled import Scheduled as Scheduled
 from ._trajectory import TrajectoryMatching as TrajectoryMatching

@@ -23,7 +23,7 @@ from ._base import AbstractResidualObjective, StopGradient, stop_gradient_field
 from ._teaching import data_residual, own_velocity, teacher_velocity
 
 
-def eulerian_error(
+def eulerian_velocity_error(
     flow_map: AbstractFlowMap,
     s: Time,
     t: Time,
@@ -82,7 +82,7 @@ class AbstractEulerian(AbstractResidualObjective):
         del key
         I_s = path.evaluate(s)
         w = self.direction(flow_map, teacher, path, s, I_s, args)
-        return eulerian_error(
+        return eulerian_velocity_error(
             flow_map,
             s,
             t,

@@ -27,7 +27,7 @@ from ._base import (
 from ._teaching import check_velocity, data_residual, own_velocity
 
 
-def lagrangian_error(
+def lagrangian_velocity_error(
     flow_map: AbstractFlowMap,
     teacher: VectorField,
     s: Time,
@@ -73,7 +73,7 @@ class AbstractLagrangian(AbstractResidualObjective):
         del key
         followed = self.followed(flow_map, teacher)
         I_s = path.evaluate(s)
-        return lagrangian_error(
+        return lagrangian_velocity_error(
             flow_map, followed, s, t, I_s, args, self.stop_gradient, self.jvp
         )
 
@@ -240,7 +240,7 @@ class TerminalVelocityMatching(AbstractObjective):
         del key
         followed = own_velocity(flow_map, teacher, self.guidance)
         # Fixed to the paper's choice: the teacher's value is a regression target.
-        terminal = lagrangian_error(
+        terminal = lagrangian_velocity_error(
             flow_map,
             followed,
             s,
@@ -254,8 +254,13 @@ class TerminalVelocityMatching(AbstractObjective):
         return self.weight(s, t, squared_norm(terminal) + squared_norm(matching))
 
 
-class FreeFlow(AbstractLagrangian):
-    r"""Distillation without data, from jumps that start at the base.
+def free_flow(
+    times: AbstractTimes = StartAt(UniformTriangle(), 0.0),
+    weight: AbstractWeight = NoWeight(),
+    stop_gradient: StopGradient = StopGradient.DERIVATIVE,
+    jvp: Derivative = jax.jvp,
+) -> LagrangianMapDistillation:
+    r"""FreeFlow: Lagrangian distillation without data, from jumps that start at the base.
 
     The loss is
     $|v_{0,t}(x_0) - \mathrm{sg}(b_t(X_{0,t}(x_0)) - t\,\partial_t v_{0,t}(x_0))|^2$, the
@@ -263,7 +268,9 @@ class FreeFlow(AbstractLagrangian):
     residual along these trajectories is enough to bound the sampler's error. The map
     learns $X_{0,t}$ for all $t$: sample it in one jump.
 
-    The paper's correction by an online score model is not included.
+    It differs from [`flowdiffrax.LagrangianMapDistillation`][] in its default settings
+    only, and returns one. The paper's correction by an online score model is not
+    included. Paths need no data: [`flowdiffrax.data.StateBatches`][].
 
     **Arguments:**
 
@@ -273,22 +280,10 @@ class FreeFlow(AbstractLagrangian):
     - `jvp`: how the derivative is taken, see
       [`flowdiffrax.objectives.FiniteDifference`][].
 
-    The teacher is a velocity `(t, x, args) -> dx/dt`. Paths need no data:
-    [`flowdiffrax.data.StateBatches`][].
-
     **Raises:** `ValueError` for `StopGradient.TRANSPORT`.
 
     ??? cite "Reference"
 
         [arXiv:2511.19428](https://arxiv.org/abs/2511.19428).
     """
-
-    times: AbstractTimes = StartAt(UniformTriangle(), 0.0)
-    weight: AbstractWeight = NoWeight()
-    stop_gradient: StopGradient = stop_gradient_field(StopGradient.DERIVATIVE)
-    jvp: Derivative = jax.jvp
-
-    def followed(self, flow_map, teacher) -> VectorField:
-        del flow_map
-        check_velocity(teacher)
-        return teacher
+    return LagrangianMapDistillation(times, weight, stop_gradient, jvp)

@@ -138,28 +138,28 @@ class ProgressiveSelfDistillation(AbstractProgressiveSelfDistillation):
         return _draw_split(self.split, key)
 
 
-class SplitMeanFlow(AbstractProgressiveSelfDistillation):
-    r"""SplitMeanFlow: progressive self-distillation at a uniform split.
+def split_mean_flow(
+    times: AbstractTimes = DiagonalMixture(UniformTriangle(), 0.5),
+    weight: AbstractWeight = NoWeight(),
+    split: float | None = None,
+) -> ProgressiveSelfDistillation:
+    """SplitMeanFlow: progressive self-distillation at a split that is drawn.
 
-    This is [`flowdiffrax.objectives.ProgressiveSelfDistillation`][] with a different
-    share on the diagonal.
+    It differs from [`flowdiffrax.objectives.ProgressiveSelfDistillation`][] in its
+    default settings only, and returns one.
 
-    **Arguments:** as there, but by default the split is drawn.
+    **Arguments:**
+
+    - `times`: the distribution of times, by default with half of the batch on the
+      diagonal.
+    - `weight`: maps the squared error of average velocities to the loss.
+    - `split`: the first piece's share, or `None` to draw it for each example.
 
     ??? cite "Reference"
 
         [arXiv:2507.16884](https://arxiv.org/abs/2507.16884).
     """
-
-    times: AbstractTimes = DiagonalMixture(UniformTriangle(), 0.5)
-    weight: AbstractWeight = NoWeight()
-    split: float | None = None
-
-    def __check_init__(self):
-        _check_split(self.split)
-
-    def share(self, key) -> ArrayLike:
-        return _draw_split(self.split, key)
+    return ProgressiveSelfDistillation(times, weight, split)
 
 
 class Shortcut(AbstractProgressiveSelfDistillation):
