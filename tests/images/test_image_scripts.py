@@ -116,7 +116,7 @@ def refused(script, words, message, load=never):
         (["--preset", "lmd"], "train `--preset teacher` first"),
         (["--preset", "lmd", "--teacher", "absent"], "absent.map.fdx is not there"),
         (["--features", "absent.pth"], "no weights at absent.pth"),
-        (["--features", __file__], "no zip, pickle or safetensors"),
+        (["--features", __file__], "not a zip, pickle or safetensors"),
         (["--statistics", "absent.npz"], "no statistics at absent.npz"),
         (["--do", "scores", "--out", "absent"], "absent.map.fdx is not there"),
     ],
