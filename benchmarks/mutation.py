@@ -38,7 +38,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = Path("src/flowdiffrax")
 # Tests that run last, and tests that read the sources and so would notice anything.
-TABLES, READERS = ("tests/test_defaults.py",), ("tests/objectives/test_mutants.py",)
+TABLES = ("tests/test_defaults.py",)
+# Constructs every objective with settings of its own, which runs none of their lines.
+SETTINGS = ("tests/objectives/test_objectives.py::test_objectives_keep_their_settings",)
+READERS = ("tests/objectives/test_mutants.py", "tests/test_prose.py")
 GROUPS = {
     "identities": ["identities.py"],
     "objectives": ["objectives/*.py", "weights/*.py", "times/*.py", "paths/*.py"],
@@ -78,6 +81,26 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "j = jnp.minimum((second * (size - 1)).astype(int), size - 2)",
         "j = jnp.minimum((second * (size - 1)).astype(int), size - 1)",
     ): "for products that are rounded up alone",
+    (
+        "times/_karras.py",
+        "i = jnp.minimum(jnp.floor(first * num_pairs), num_pairs - 1)",
+        "i = jnp.minimum(jnp.floor(first * num_pairs), (num_pairs + 1))",
+    ): "for products that are rounded up alone",
+    (
+        "solvers/_hybrid.py",
+        "jump_error = scale(jnp.where(taken, ratio, 0) ** power, jump_error)",
+        "jump_error = scale(jnp.where(taken, ratio, 1) ** power, jump_error)",
+    ): "the error of a jump that is not taken is not used",
+    (
+        "solvers/_jump.py",
+        "values = np.cos(np.outer(np.pi - angles, np.arange(degree + 1)))",
+        "values = np.cos(np.outer((np.pi + angles), np.arange(degree + 1)))",
+    ): "the cosine is even about multiples of pi",
+    (
+        "solvers/_dense.py",
+        "if is_concrete((first, solution.t0)) and not jnp.all(first == solution.t0):",
+        "if is_concrete((first, solution.t0)) and not jnp.any(first == solution.t0):",
+    ): "there is one time",
     (
         "objectives/_batch.py",
         "losses = eqx.filter_vmap(one, in_axes=(axes, 0, 0, axes, 0))(",
@@ -431,6 +454,8 @@ class Trace:
                 break
         if mutant.operator == "changed default":
             found |= {test for test in self.seconds if test.startswith(TABLES)}
+        if mutant.operator == "ignored argument":
+            found |= {test for test in self.seconds if test.startswith(SETTINGS)}
         cost = lambda test: (test.startswith(TABLES), self.seconds[test])
         return sorted(found, key=cost)
 

@@ -336,6 +336,14 @@ OBJECTIVES |= {
         of_objective(fd.objectives.AlignYourFlowEMD(epsilon=0.01), "velocity"),
         BOTH,
     ),
+    "MeanFlow, with a teacher": (
+        of_objective(fd.objectives.MeanFlow(), "velocity"),
+        BOTH,
+    ),
+    "ContinuousConsistency, with a teacher": (
+        of_objective(fd.objectives.ContinuousConsistency(), "velocity"),
+        BOTH,
+    ),
     "AlignYourFlowLMD, finite": (
         of_objective(fd.objectives.AlignYourFlowLMD(epsilon=0.01), "velocity"),
         BOTH,

@@ -18,6 +18,7 @@ from helpers import (
 )
 
 import flowdiffrax as fd
+from flowdiffrax.estimates import _quadrature
 
 X = jnp.asarray([0.8, -0.5])
 SPANS = [(0.1, 0.9), (0.85, 0.2)]
@@ -311,3 +312,26 @@ def test_bad_number_of_nodes(make, nodes):
         pytest.raises(ValueError, match=f"an integer, at least 1; got {nodes}"),
     ):
         make(nodes)
+
+
+@pytest.mark.parametrize("num_nodes", [1, 2, 3, 6])
+def test_radau_quadrature_has_its_degree(num_nodes):
+    nodes, weights, to_end, _ = _quadrature.radau(num_nodes)
+    assert nodes[-1] == 1 and (np.diff(nodes) > 0).all() and nodes[0] > 0
+    for degree in range(2 * num_nodes - 1):
+        assert weights @ nodes**degree == pytest.approx(1 / (degree + 1), abs=1e-12)
+    # The end of the last node's interval is the end.
+    np.testing.assert_allclose(to_end[-1], 0, atol=1e-12)
+
+
+def test_eulerian_error_asks_the_exact_map_that_is_given():
+    asked = []
+
+    def exact(s, t, x, args):
+        asked.append(args)
+        return EXACT["logistic"](s, t, x)
+
+    fd.estimates.eulerian_error(
+        Bent(EXACT["logistic"], 0.1), nonlinear_field, 0.1, 0.9, X, "a", exact=exact
+    )
+    assert asked and set(asked) == {"a"}

@@ -571,3 +571,13 @@ def test_no_level_is_one_jump():
     np.testing.assert_array_equal([s, t], [np.zeros(4), np.ones(4)])
     with pytest.raises(ValueError, match="at least 0; got -1"):
         fd.times.Dyadic(-1)
+
+
+def test_mixtures_count_what_is_on_the_diagonal_first():
+    half = fd.times.DiagonalMixture(fd.times.UniformTriangle(), 0.5)
+    whole = fd.times.Diagonal()
+    count = lambda *parts: fd.times.MixedTimes(parts, (1.0,) * len(parts)).num_diagonal(8)
+    assert count(whole, half) == 4 + 2
+    assert count(half, whole) == 2
+    assert count(whole, whole) == 8
+    assert count(fd.times.UniformTriangle(), whole) == 0

@@ -632,7 +632,7 @@ def test_every_leaf_has_its_checksum(six_steps, first_state):
 
 @pytest.mark.parametrize("dtype", [bool, "int8", "bfloat16", "float32", float, complex])
 def test_checksum_sees_every_bit(dtype):
-    from flowdiffrax.train._run import _sum
+    from flowdiffrax.train._leaves import _sum
 
     rng = np.random.default_rng(0)
     array = np.asarray(rng.standard_normal((3, 5, 7)) > 0, jnp.dtype(dtype))
@@ -732,3 +732,10 @@ def test_diverged_run_says_so_in_its_folder(tmp_path):
 def test_nothing_but_skipped_steps_ends_the_run():
     with pytest.raises(fd.train.TrainingDiverged, match="in 2 of the last 2"):
         train(None, 40, batches=sometimes_nan(1.0), report_every=2)
+
+
+def test_no_best_checkpoint_need_be_kept(tmp_path, first_state):
+    with make(tmp_path, newest=1, best=0) as run:
+        assert run.best == 0 and run.steps == ()
+    with pytest.raises(ValueError, match="`best` not negative; got"):
+        make(tmp_path, best=-1)

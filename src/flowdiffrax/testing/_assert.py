@@ -1,29 +1,17 @@
-"""One assertion per identity, at given points, for any flow map."""
-
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
-import jax.tree_util as jtu
 import numpy as np
-from jaxtyping import ArrayLike, Real
 
 from .._derivative import Derivative
 from .._time import time_dtype
-from .._tree import num_rows, subtract
-from .._types import Args, Numbers, State, VectorField
-from ..flow_maps._base import AbstractFlowMap
-from ._adapt import adapt, is_opaque
-from ._failure import Failure, IdentityError, Tolerance, literal, tolerances
-from ._identity import IDENTITIES, Jump, Settings, evaluate, evaluate_compiled, largest
-
-if TYPE_CHECKING:
-    Times: TypeAlias = Any
-else:
-    # One time, or the times of a batch.
-    Times: TypeAlias = Real[ArrayLike, "..."]
+from .._tree import subtract
+from .._types import Args, Numbers, State
+from ._assess import Times, assess, broadcast, check_names, prepare
+from ._failure import IdentityError, Tolerance, literal
+from ._identity import largest
 
 
 def assert_starts_as_identity(
@@ -318,7 +306,7 @@ def assert_identities(
     """
     __tracebackhide__ = True
     check_names(identities)
-    s, u, t = _broadcast(s, u, t)
+    s, u, t = broadcast(s, u, t)
     prepared = prepare(flow_map, vector_field, x, s, args, jvp)
     failures, _ = assess(prepared, tuple(identities), s, u, t, x, args, rtol, atol)
     if failures:
@@ -361,159 +349,8 @@ def _assert(
     name, flow_map, field, s, u, t, x, args, rtol, atol, jvp=None, solver=None, steps=3
 ):
     __tracebackhide__ = True
-    s, u, t = _broadcast(s, u, t)
+    s, u, t = broadcast(s, u, t)
     prepared = prepare(flow_map, field, x, s, args, jvp, solver, steps)
     failures, _ = assess(prepared, (name,), s, u, t, x, args, rtol, atol)
     if failures:
         raise IdentityError(*failures)
-
-
-def _broadcast(*times: Times) -> tuple:
-    """Broadcasts times; `ValueError` unless their shapes are `()` and `(batch,)`."""
-    shapes = {jnp.shape(time) for time in times} - {()}
-    if len(shapes) > 1 or any(len(shape) != 1 for shape in shapes):
-        raise ValueError(
-            f"Times must be scalars or have one shape (batch,); got shapes {shapes}."
-        )
-    return tuple(np.broadcast_arrays(*map(np.asarray, times)))
-
-
-def check_names(names: Sequence[str]) -> None:
-    """Raises `ValueError` unless all names are those of identities."""
-    unknown = sorted({*names} - {*IDENTITIES})
-    if unknown or not names:
-        raise ValueError(
-            f"`identities` must be names among {', '.join(IDENTITIES)}; got {names}."
-        )
-
-
-class Prepared(NamedTuple):
-    """Everything that is the same for all points."""
-
-    compute: Callable
-    flow_map: AbstractFlowMap
-    vector_field: VectorField
-    settings: Settings
-    has_field: bool
-
-
-def prepare(
-    flow_map: Callable,
-    vector_field: Callable | None,
-    x: State,
-    s: Times = 0.0,
-    args: Args = None,
-    jvp: Derivative | None = None,
-    solver: Any = None,
-    num_steps: int = 3,
-    *,
-    once: bool = True,
-) -> Prepared:
-    """Prepares a map, a vector field and settings for evaluation.
-
-    **Arguments:** as for the assertions, with a state at which to try the callables, and
-
-    - `once`: whether the result is used only once. Code that cannot be cached is then
-      not compiled.
-    """
-    if num_steps < 1:
-        raise ValueError(f"`num_steps` must be at least 1; got {num_steps}.")
-    x = jtu.tree_map(jnp.asarray, x)
-    if jnp.ndim(s) == 1:
-        num_rows((x, _arrays(args)), "States and conditions of a batch")
-        s, x, args = _row((jnp.asarray(s), x, args), 0)
-    opaque = is_opaque(flow_map)
-    has_field = vector_field is not None
-    flow_map, vector_field, jvp = adapt(flow_map, vector_field, s, x, args, jvp)
-    compute = evaluate if once and opaque else evaluate_compiled
-    settings = Settings(jvp, solver, num_steps)
-    return Prepared(compute, flow_map, vector_field, settings, has_field)
-
-
-def assess(
-    prepared: Prepared,
-    names: tuple[str, ...],
-    s: Times,
-    u: Times,
-    t: Times,
-    x: State,
-    args: Args,
-    rtol: Tolerance,
-    atol: Tolerance,
-) -> tuple[list[Failure], dict[str, float]]:
-    """The failures at a point or a batch, and the largest defect of each identity."""
-    compute, flow_map, vector_field, settings, has_field = prepared
-    x = jtu.tree_map(jnp.asarray, x)
-    s, u, t = (jnp.asarray(time, time_dtype(x)) for time in (s, u, t))
-    if s.ndim == 1:
-        num_rows((s, x, _arrays(args)), "Times, states and conditions of a batch")
-    jump = Jump(flow_map, vector_field, s, u, t, x, args, settings)
-    times = {"s": np.asarray(s), "u": np.asarray(u), "t": np.asarray(t)}
-    failures, defects = [], {}
-    for name, (residual, size) in compute(names, jump).items():
-        relative, absolute = tolerances(name, x, settings.jvp, rtol, atol)
-        allowed = absolute + relative * np.atleast_1d(np.asarray(size, float))
-        if name == "positive_jacobian":
-            allowed = np.zeros_like(allowed)
-        entries, labels = _entries(residual, s.ndim == 1)
-        worst = np.max(entries, axis=1, initial=0)
-        defects[name] = float(np.max(worst))
-        # A residual that is not finite is worse than any other.
-        excess = np.where(np.isfinite(worst), worst - allowed, np.inf)
-        if np.max(excess) <= 0:
-            continue
-        row = int(np.argmax(excess))
-        at = row if s.ndim == 1 else ()
-        defect = worst[row]
-        if name == "positive_jacobian":
-            defect = -defect
-        failures.append(
-            Failure(
-                identity=name,
-                times={key: times[key][at] for key in IDENTITIES[name].times},
-                x=_row(x, at),
-                args=_row(args, at),
-                defect=float(defect),
-                tolerance=float(allowed[row]),
-                entry=labels(int(np.argmax(np.nan_to_num(entries[row], nan=np.inf)))),
-                row=row if s.ndim == 1 else None,
-                has_field=has_field,
-            )
-        )
-    return failures, defects
-
-
-def _arrays(args: Args) -> Args:
-    return eqx.filter(args, eqx.is_array)
-
-
-def _row(tree: Any, at: int | tuple) -> Any:
-    return jtu.tree_map(lambda leaf: leaf[at] if eqx.is_array(leaf) else leaf, tree)
-
-
-def _entries(residual: State, batched: bool) -> tuple[np.ndarray, Callable]:
-    """Magnitudes of shape (rows, entries), and a function that names an entry."""
-    paths, leaves = [], []
-    for path, leaf in jtu.tree_flatten_with_path(residual)[0]:
-        leaf = leaf if batched else leaf[None]
-        paths.append((jtu.keystr(path), leaf.shape[1:]))
-        magnitude = np.asarray(jnp.abs(leaf).astype(float))
-        leaves.append(magnitude.reshape(leaf.shape[0], -1))
-
-    def label(index: int) -> str:
-        for path, shape in paths:
-            size = int(np.prod(shape))
-            if index < size:
-                at = ", ".join(map(str, np.unravel_index(index, shape)))
-                return f"{path}[{at}]" if at else path
-            index -= size
-        return ""
-
-    return np.concatenate(leaves, axis=1), label
-
-
-def jacobian_is_cheap(x: State) -> bool:
-    """Whether a state is real, and small enough to compute the full Jacobian."""
-    leaves = jtu.tree_leaves(x)
-    is_real = all(jnp.issubdtype(jnp.result_type(leaf), jnp.floating) for leaf in leaves)
-    return is_real and sum(int(np.size(leaf)) for leaf in leaves) <= 64

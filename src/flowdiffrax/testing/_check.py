@@ -8,7 +8,7 @@ import jax.tree_util as jtu
 
 from .._derivative import Derivative
 from .._types import Args, State
-from ._assert import Prepared, assess, check_names, jacobian_is_cheap, prepare
+from ._assess import Prepared, assess, check_names, jacobian_is_cheap, prepare
 from ._failure import Failure, IdentityError, Tolerance, literal
 from ._identity import IDENTITIES
 from ._strategies import Strategy, hypothesis_module, states_like, time_triples

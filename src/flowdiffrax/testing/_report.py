@@ -14,7 +14,7 @@ from .._io import import_extra
 from .._time import time_dtype
 from .._tree import num_rows
 from .._types import Args, State
-from ._assert import check_names, prepare
+from ._assess import check_names, prepare
 from ._identity import IDENTITIES, Jump
 
 _REPORTED = (

@@ -1,7 +1,6 @@
 import contextlib
 import importlib.metadata
 import json
-import math
 import os
 import pathlib
 import re
@@ -15,9 +14,11 @@ import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
 import numpy as np
-from jaxtyping import Array, PyTree, UInt32
+from jaxtyping import PyTree
 
 from .._io import import_extra, write_whole
+from ._json import differences, plain
+from ._leaves import by_name, describe, impl, random_keys, read_sums, without_keys
 from ._step import TrainState
 
 _FORMAT = 1
@@ -206,14 +207,14 @@ class Run:
                 f"{list(self.steps)}."
             )
         about = self._about(step)
-        arrays, numbers = _by_name(like)
-        self._check_leaves(step, about["leaves"], _describe(arrays, numbers))
+        arrays, numbers = by_name(like)
+        self._check_leaves(step, about["leaves"], describe(arrays, numbers))
         # Do not use the saved devices: this machine may have others.
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         place = lambda leaf: getattr(leaf, "sharding", None) or here
         wanted = {
             name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place(leaf))
-            for name, leaf in _without_keys(arrays).items()
+            for name, leaf in without_keys(arrays).items()
         }
         args = self._ocp.args
         try:
@@ -224,12 +225,12 @@ class Run:
         # Orbax and TensorStore raise errors of many types.
         except Exception as error:
             raise self._damaged(step, error) from error
-        sums = _read_sums(found)
+        sums = read_sums(found)
         wrong = [name for name, value in about["sums"].items() if sums[name] != value]
         if wrong:
             raise self._damaged(step, f"checksums differ in {wrong[:3]}")
-        for name in _keys(arrays):
-            found[name] = jr.wrap_key_data(found[name], impl=_impl(arrays[name]))
+        for name in random_keys(arrays):
+            found[name] = jr.wrap_key_data(found[name], impl=impl(arrays[name]))
         put = lambda path, leaf: found.get(jtu.keystr(path), leaf)
         return jtu.tree_map_with_path(put, like)
 
@@ -250,22 +251,22 @@ class Run:
         self.wait()
         if step in self.steps:
             return
-        report = _plain(report, "report")
+        report = plain(report, "report")
         if not isinstance(report.get(self.best_by), float | int | None):
             raise ValueError(
                 f"`best_by` must name a number; {self.best_by!r} is "
                 f"{report[self.best_by]!r} in the report."
             )
-        arrays, numbers = _by_name(state)
-        leaves = _describe(arrays, numbers)
+        arrays, numbers = by_name(state)
+        leaves = describe(arrays, numbers)
         # A copy: the next step reuses the memory while Orbax still reads.
-        arrays = jtu.tree_map(jnp.array, _without_keys(arrays))
+        arrays = jtu.tree_map(jnp.array, without_keys(arrays))
         about = {
             "format": _FORMAT,
             "version": importlib.metadata.version("flowdiffrax"),
             "key_impl": str(state.key_impl),
             "leaves": leaves,
-            "sums": _read_sums(arrays),
+            "sums": read_sums(arrays),
             "report": report,
         }
         args = self._ocp.args
@@ -289,7 +290,7 @@ class Run:
         """
         if jax.process_index() == 0:
             with open(self._metrics, "a") as file:
-                file.write(json.dumps(_plain(report, "report")) + "\n")
+                file.write(json.dumps(plain(report, "report")) + "\n")
 
     def profile_at(self, made: int, state: PyTree) -> None:
         """Starts or stops the profiler, if this is the step to do so.
@@ -427,7 +428,7 @@ class Run:
             if found != self.config:
                 raise ValueError(
                     f"{self.folder} has a run with another configuration: "
-                    f"{_differences(found, self.config)}. Use another folder."
+                    f"{differences(found, self.config)}. Use another folder."
                 )
         elif jax.process_index() == 0:
             version = importlib.metadata.version("flowdiffrax")
@@ -454,7 +455,7 @@ class Run:
             return
         raise ValueError(
             f"The checkpoint of step {step} in {self.folder} belongs to another model, "
-            f"optimiser or number of averages: {_differences(found, own)}."
+            f"optimiser or number of averages: {differences(found, own)}."
         )
 
     def _damaged(self, step: int, what: object) -> ValueError:
@@ -471,105 +472,3 @@ class Run:
             f"full, free some space. The checkpoints of steps {list(self.steps)} are "
             "complete: the same call resumes from the newest."
         )
-
-
-def _is_array(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array | np.ndarray | jax.ShapeDtypeStruct)
-
-
-def _by_name(tree: PyTree) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The arrays and the Python numbers of a tree, each by its path."""
-    leaves = {jtu.keystr(path): leaf for path, leaf in jtu.tree_leaves_with_path(tree)}
-    arrays = {name: leaf for name, leaf in leaves.items() if _is_array(leaf)}
-    number = (bool, int, float, complex)
-    return arrays, {
-        name: leaf for name, leaf in leaves.items() if isinstance(leaf, number)
-    }
-
-
-def _keys(arrays: Mapping[str, Any]) -> list[str]:
-    is_key = lambda leaf: jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-    return [name for name, leaf in arrays.items() if is_key(leaf)]
-
-
-def _impl(key: Any) -> Any:
-    # Works for an array and for a `jax.ShapeDtypeStruct`.
-    return key.dtype._impl.name
-
-
-def _without_keys(arrays: Mapping[str, Any]) -> dict[str, Any]:
-    """The arrays to write: random keys become numbers, and empty arrays are omitted."""
-    keys = _keys(arrays)
-    numbers = lambda leaf: (
-        jr.key_data(leaf)
-        if isinstance(leaf, jax.Array)
-        else jax.eval_shape(jr.key_data, leaf)
-    )
-    return {
-        name: numbers(leaf) if name in keys else leaf
-        for name, leaf in arrays.items()
-        if leaf.size > 0
-    }
-
-
-def _describe(arrays: Mapping[str, Any], numbers: Mapping[str, Any]) -> dict[str, str]:
-    shapes = {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in arrays.items()}
-    return shapes | {name: repr(number) for name, number in numbers.items()}
-
-
-def _read_sums(arrays: Mapping[str, Array]) -> dict[str, int]:
-    return {name: int(value) for name, value in _sums(dict(arrays)).items()}
-
-
-@jax.jit
-def _sums(arrays: dict[str, Array]) -> dict[str, UInt32[Array, ""]]:
-    return jtu.tree_map(_sum, arrays)
-
-
-def _sum(leaf: Array) -> UInt32[Array, ""]:
-    """A checksum of the bits that does not depend on device or sharding."""
-    if jnp.iscomplexobj(leaf):
-        leaf = jnp.stack([leaf.real, leaf.imag])
-    if leaf.dtype == bool:
-        leaf = leaf.astype(jnp.uint8)
-    unsigned = {1: jnp.uint8, 2: jnp.uint16}.get(leaf.dtype.itemsize, jnp.uint32)
-    words = jax.lax.bitcast_convert_type(leaf, unsigned).astype(jnp.uint32)
-    # The factors are odd, so that no flipped bit is lost, and vary with the position.
-    factors = jnp.ones((), jnp.uint32)
-    for axis in range(words.ndim):
-        places = jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
-        factors = factors * jnp.uint32(2654435761) + 2 * places
-    return jnp.sum(words * factors, dtype=jnp.uint32)
-
-
-def _plain(value: Any, name: str) -> Any:
-    """Converts a value to strict JSON, which every reader accepts."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(entry, str(key)) for key, entry in value.items()}
-    if isinstance(value, np.ndarray | np.generic | jax.Array):
-        is_float = jnp.issubdtype(value.dtype, jnp.floating)
-        # NumPy does not have bfloat16.
-        value = np.asarray(value, np.float64 if is_float else None).tolist()
-    if isinstance(value, list | tuple):
-        return [_plain(entry, name) for entry in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, str | bool | int | None):
-        return value
-    raise TypeError(
-        f"`{name}` must be a number, a string, or a list or dictionary of these; got "
-        f"{type(value).__name__}."
-    )
-
-
-def _differences(found: Any, own: Any) -> str:
-    if not (isinstance(found, dict) and isinstance(own, dict)):
-        return f"{found} there, {own} here"
-    absent = "absent"
-    differing = [
-        f"`{name}` is {found.get(name, absent)} there, {own.get(name, absent)} here"
-        for name in sorted(found.keys() | own.keys())
-        if found.get(name, absent) != own.get(name, absent)
-    ]
-    more = len(differing) - 3
-    return "; ".join(differing[:3]) + (f"; and {more} more" if more > 0 else "")
