@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import equinox as eqx
+import pytest
 
 import flowdiffrax as fd
 import flowdiffrax.testing
@@ -87,6 +88,14 @@ def test_few_names_at_the_top():
     assert len(TOP) + len(ROOMS) <= 60
     for name, value in TOP.items():
         assert any(public(room).get(name) is value for room in ROOMS.values()), name
+
+
+def test_a_name_that_is_in_a_namespace_says_so():
+    with pytest.raises(AttributeError, match=r"`flowdiffrax\.objectives\.MeanFlow`"):
+        fd.MeanFlow  # noqa: B018
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'$"):
+        fd.nothing  # noqa: B018
+    assert not hasattr(fd, "__all__")
 
 
 def test_documented():

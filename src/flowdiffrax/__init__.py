@@ -5,6 +5,7 @@ folder of the source.
 """
 
 import importlib.metadata
+import typing
 
 from . import data as data
 from . import estimates as estimates
@@ -54,3 +55,16 @@ from .solvers import sample_with_restarts as sample_with_restarts
 from .solvers import vmap_sorted as vmap_sorted
 
 __version__ = importlib.metadata.version("flowdiffrax")
+
+# To type checkers, a module with this function would have every name.
+if not typing.TYPE_CHECKING:
+
+    def __getattr__(name: str):
+        rooms = [objectives, weights, times, paths, flow_maps, velocities, identities]
+        rooms += [estimates, solvers, likelihood, nn, train, data, metrics, plot, exact]
+        text = f"module {__name__!r} has no attribute {name!r}"
+        for room in [*rooms, images]:
+            if not name.startswith("_") and hasattr(room, name):
+                text += f". It is in a namespace: `{room.__name__}.{name}`"
+                break
+        raise AttributeError(text)
