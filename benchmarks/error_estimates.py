@@ -136,7 +136,7 @@ def draw(results, path):
                 side.set_minor_locator(NullLocator())
     for axis, label in zip(axes[:, 0], ESTIMATES, strict=True):
         axis.set_ylabel(label.replace(", ", ",\n"), fontsize=7)
-    figure.savefig(path, dpi=200)
+    figure.savefig(path, dpi=110)
     plt.close(figure)
 
 

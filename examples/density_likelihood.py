@@ -45,11 +45,16 @@ arm_densities = jax.vmap(jax.scipy.stats.multivariate_normal.pdf, (None, 0, 0))
 data_density = jax.jit(lambda x: arm_densities(x, MEANS, COVARIANCES).mean(axis=0))
 
 
-def pair_velocity(t, pair, args):
-    """The velocity of a point and its log-density."""
+def vector_field(t, x, args=None):
+    """The exact velocity of a point."""
     # Created here, since its arrays would start JAX when the script is imported.
     velocity = fd.exact.GaussianMixtureVelocity(np.ones(8), MEANS, COVARIANCES)
-    return fd.likelihood.LogDensityVelocity(velocity)(t, pair, args)
+    return velocity(t, x, args)
+
+
+def pair_velocity(t, pair, args):
+    """The velocity of a point and its log-density."""
+    return fd.likelihood.LogDensityVelocity(vector_field)(t, pair, args)
 
 
 def draw(key, n):
