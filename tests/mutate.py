@@ -10,7 +10,7 @@ import pytest
 
 
 def mutate(monkeypatch, name, line, mistake):
-    """Puts a mistaken function or class in the place of the right one everywhere."""
+    """Replaces a function or class everywhere by one with a mistake."""
     module = importlib.import_module(name)
     source = inspect.getsource(module)
     assert source.count(line) == 1, f"{line!r} is not a line of {name} any more"

@@ -26,7 +26,7 @@ X = jnp.asarray([0.8, -0.5])
 
 
 class Plain(fd.AbstractFlowMap):
-    """A map of one's own, with `jump` only: X = x + h sin(x + s) + h^2 cos(t) x."""
+    """A user's map, with `jump` only: X = x + h sin(x + s) + h^2 cos(t) x."""
 
     def jump(self, s, t, x, args):
         h = t - s

@@ -173,7 +173,7 @@ def test_lanes_choose_their_own_steps():
 
 
 def test_shortest_step_bounds_the_cost():
-    # A constant error, which no step size can mend.
+    # A constant error, which no step size can reduce.
     flow_map = Perturbed(gaussian_map(), 1e-2, 0)
     pid = diffrax.PIDController(rtol=0.0, atol=1e-6, dtmin=0.8 / 16)
     sol = jump_solve(

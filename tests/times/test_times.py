@@ -1,4 +1,4 @@
-"""Laws of times: against their definitions, in shape, dtype and randomness."""
+"""Distributions of times: against their definitions, in shape, dtype and randomness."""
 
 import jax
 import jax.numpy as jnp
@@ -98,7 +98,7 @@ def test_batch_of_one(name):
     assert s.shape == t.shape == (1,)
 
 
-# --- the laws -----------------------------------------------------------------------
+# --- the distributions ---------------------------------------------------------------
 
 
 def test_triangle_is_two_sorted_uniforms():
