@@ -46,9 +46,9 @@ def convert(
 ) -> State:
     r"""Converts one prediction into another, such as a score into a velocity.
 
-    The result is infinite where the source does not determine the target: a velocity from
-    a noise or a score at the base end, where $\beta_t = 0$; a velocity from a denoiser,
-    and any score, at the data end, where $\alpha_t = 0$.
+    The result is not finite where the source does not determine the target: a velocity
+    from a noise or a score at the base end, where $\beta_t = 0$; a velocity from a
+    denoiser, and any score, at the data end, where $\alpha_t = 0$.
 
     **Arguments:**
 
