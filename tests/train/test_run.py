@@ -493,6 +493,29 @@ def test_checkpoints_that_are_kept(tmp_path, first_state):
     assert make(tmp_path).best_step == 5
 
 
+def test_kill_while_an_old_checkpoint_is_deleted(tmp_path, first_state, monkeypatch):
+    step_of = lambda state: state.step
+    at = lambda step: eqx.tree_at(step_of, first_state, jnp.asarray(step, jnp.int32))
+    run = make(tmp_path, newest=1, best=0)
+    run.save(at(1), {"loss": 1.0})
+
+    def kill(folder):
+        next(path for path in pathlib.Path(folder).rglob("*") if path.is_file()).unlink()
+        raise KeyboardInterrupt
+
+    run.save(at(2), {"loss": 1.0})
+    monkeypatch.setattr(shutil, "rmtree", kill)
+    with pytest.raises(KeyboardInterrupt):
+        run.wait()
+    monkeypatch.undo()
+    # What is left is not taken for a checkpoint, and goes when the run is resumed.
+    again = make(tmp_path, newest=1, best=0)
+    assert again.steps == (2,)
+    assert again.resume(at(0)).step == 2
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["2"]
+    again.close()
+
+
 @pytest.mark.parametrize(
     "every, steps",
     [(3, [3, 6, 9]), (1, [*range(1, 11)]), (4, [4, 8])],
@@ -736,6 +759,6 @@ def test_nothing_but_skipped_steps_ends_the_run():
 
 def test_no_best_checkpoint_need_be_kept(tmp_path, first_state):
     with make(tmp_path, newest=1, best=0) as run:
-        assert run.best == 0 and run.steps == ()
+        assert run.steps == ()
     with pytest.raises(ValueError, match="`best` not negative; got"):
         make(tmp_path, best=-1)

@@ -1,30 +1,21 @@
-import contextlib
 import importlib.metadata
 import json
 import os
 import pathlib
-import re
-import shutil
 from collections.abc import Mapping
 from typing import Any
 
-import equinox as eqx
 import jax
-import jax.numpy as jnp
-import jax.random as jr
-import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import PyTree
 
-from .._io import import_extra, write_whole
-from ._json import differences, plain
-from ._leaves import by_name, describe, impl, random_keys, read_sums, without_keys
+from .._io import write_whole
+from ._checkpoints import Checkpoints
+from ._json import differences
+from ._lock import FolderLock
+from ._metrics_file import MetricsFile
+from ._profile import Profile
 from ._step import TrainState
-
-_FORMAT = 1
-
-
-_ABOUT = "about.json"
 
 
 class Run:
@@ -81,33 +72,20 @@ class Run:
                 "`save_every` and `newest` must be at least 1, `best` not negative; got "
                 f"{save_every}, {newest} and {best}."
             )
-        if profile is not None and not (
-            len(profile) == 2 and 0 <= profile[0] < profile[1]
-        ):
-            raise ValueError(
-                "`profile` must be two numbers of steps, the first not negative and "
-                f"smaller than the second; got {profile}."
-            )
-        self._ocp = import_extra("orbax.checkpoint", "train", "Run")
         self.folder = pathlib.Path(folder).absolute()
         self.config = json.loads(json.dumps(config, allow_nan=False))
         self.save_every = save_every
-        self.newest = newest
-        self.best = best
-        self.best_by = best_by
-        self.profile = profile
-        self._opened: Any = None
-        self._lock: Any = None
-        self._profiling = False
-        self._looked = 0
+        self._checkpoints = Checkpoints(self.folder, newest, best, best_by)
+        self._metrics = MetricsFile(self.folder / "metrics.jsonl")
+        self._profile = Profile(self.folder / "profile", profile)
+        self._lock = FolderLock(self.folder)
+        self._asked = 0
         self._check_folder()
 
     @property
     def steps(self) -> tuple[int, ...]:
         """The steps that have a checkpoint, in order."""
-        names = [path.name for path in self._checkpoints.glob("*") if path.is_dir()]
-        # Checkpoints that are being written or deleted have other names.
-        return tuple(sorted(int(name) for name in names if name.isdigit()))
+        return self._checkpoints.steps
 
     @property
     def newest_step(self) -> int | None:
@@ -120,13 +98,7 @@ class Run:
 
         **Raises:** `ValueError` if no checkpoint has the number that `best_by` names.
         """
-        best = self._from_the_best()
-        if self.steps and not best:
-            raise ValueError(
-                f"No checkpoint in {self.folder} has a number {self.best_by!r} in its "
-                f"report; the newest has {sorted(self._about(self.steps[-1])['report'])}."
-            )
-        return next(iter(best), None)
+        return self._checkpoints.best_step
 
     def metrics(self) -> list[dict[str, Any]]:
         """All reports so far, in order.
@@ -134,19 +106,7 @@ class Run:
         **Raises:** `ValueError` if a line is not a report. The last line is exempt, since
         it may be incomplete if the run was interrupted.
         """
-        if not self._metrics.is_file():
-            return []
-        lines, reports = self._metrics.read_text().split("\n"), []
-        for number, line in enumerate(lines, 1):
-            try:
-                reports += [json.loads(line)] if line.strip() else []
-            except ValueError as error:
-                if number < len(lines):
-                    raise ValueError(
-                        f"Line {number} of {self._metrics} is not a report: {error}. "
-                        "Remove it to continue."
-                    ) from error
-        return reports
+        return self._metrics.read()
 
     def resume(self, state: TrainState) -> TrainState:
         """Returns the state of the newest checkpoint, or `state` if there is none.
@@ -163,7 +123,8 @@ class Run:
         checkpoints end before the step of `state`, or another process is training in the
         folder.
         """
-        self._keep_others_out()
+        if jax.process_index() == 0:
+            self._lock.acquire()
         step = self.newest_step
         if step is not None and step < int(state.step):
             raise ValueError(
@@ -173,7 +134,7 @@ class Run:
             )
         resumed = state if step is None else self.restore(state, step)
         impl = str(state.key_impl)
-        same = step is None or self._about(step)["key_impl"] == impl
+        same = step is None or self._checkpoints.about(step)["key_impl"] == impl
         if not (same and np.array_equal(resumed.key_data, state.key_data)):
             raise ValueError(
                 f"The run in {self.folder} began with another root key: "
@@ -181,9 +142,10 @@ class Run:
                 f"{impl}. "
                 "Resume it with the same key, or start a new run in another folder."
             )
-        self._looked = int(resumed.step)
+        self._asked = int(resumed.step)
         if jax.process_index() == 0:
-            self._clean(self._looked)
+            self._checkpoints.remove_leftovers()
+            self._metrics.cut_after(self._asked)
         return resumed
 
     def restore(self, like: PyTree, step: int | None = None) -> PyTree:
@@ -201,38 +163,9 @@ class Run:
         model or optimiser.
         """
         step = self.newest_step if step is None else step
-        if step not in self.steps:
-            raise FileNotFoundError(
-                f"{self.folder} has no checkpoint of step {step}; there are "
-                f"{list(self.steps)}."
-            )
-        about = self._about(step)
-        arrays, numbers = by_name(like)
-        self._check_leaves(step, about["leaves"], describe(arrays, numbers))
-        # Do not use the saved devices: this machine may have others.
-        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        place = lambda leaf: getattr(leaf, "sharding", None) or here
-        wanted = {
-            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place(leaf))
-            for name, leaf in without_keys(arrays).items()
-        }
-        args = self._ocp.args
-        try:
-            found = self._checkpointer.restore(
-                self._checkpoints / str(step),
-                args=args.Composite(state=args.StandardRestore(wanted)),
-            ).state
-        # Orbax and TensorStore raise errors of many types.
-        except Exception as error:
-            raise self._damaged(step, error) from error
-        sums = read_sums(found)
-        wrong = [name for name, value in about["sums"].items() if sums[name] != value]
-        if wrong:
-            raise self._damaged(step, f"checksums differ in {wrong[:3]}")
-        for name in random_keys(arrays):
-            found[name] = jr.wrap_key_data(found[name], impl=impl(arrays[name]))
-        put = lambda path, leaf: found.get(jtu.keystr(path), leaf)
-        return jtu.tree_map_with_path(put, like)
+        if step is None:
+            raise FileNotFoundError(f"{self.folder} has no checkpoint yet.")
+        return self._checkpoints.restore(like, step)
 
     def save(self, state: TrainState, report: Mapping[str, Any]) -> None:
         """Writes a checkpoint in the background, unless the step already has one.
@@ -246,41 +179,11 @@ class Run:
         `ValueError` if the entry `best_by` is not a number; `TypeError` if the report
         cannot be stored as JSON.
         """
-        step = int(state.step)
-        # The previous checkpoint must be complete first.
-        self.wait()
-        if step in self.steps:
-            return
-        report = plain(report, "report")
-        if not isinstance(report.get(self.best_by), float | int | None):
-            raise ValueError(
-                f"`best_by` must name a number; {self.best_by!r} is "
-                f"{report[self.best_by]!r} in the report."
-            )
-        arrays, numbers = by_name(state)
-        leaves = describe(arrays, numbers)
-        # A copy: the next step reuses the memory while Orbax still reads.
-        arrays = jtu.tree_map(jnp.array, without_keys(arrays))
-        about = {
-            "format": _FORMAT,
-            "version": importlib.metadata.version("flowdiffrax"),
-            "key_impl": str(state.key_impl),
-            "leaves": leaves,
-            "sums": read_sums(arrays),
-            "report": report,
-        }
-        args = self._ocp.args
-        items = args.Composite(
-            state=args.StandardSave(arrays), about=args.JsonSave(about)
-        )
-        try:
-            self._checkpointer.save(self._checkpoints / str(step), args=items)
-        except Exception as error:
-            raise self._not_written(step, error) from error
+        self._checkpoints.save(state, report)
 
     def is_due(self, step: int) -> bool:
         """Whether a multiple of `save_every` was passed since the last time asked."""
-        before, self._looked = self._looked, step
+        before, self._asked = self._asked, step
         return step // self.save_every > before // self.save_every
 
     def log(self, report: Mapping[str, Any]) -> None:
@@ -289,8 +192,7 @@ class Run:
         **Raises:** `TypeError` if the report cannot be stored as JSON.
         """
         if jax.process_index() == 0:
-            with open(self._metrics, "a") as file:
-                file.write(json.dumps(plain(report, "report")) + "\n")
+            self._metrics.append(report)
 
     def profile_at(self, made: int, state: PyTree) -> None:
         """Starts or stops the profiler, if this is the step to do so.
@@ -300,120 +202,28 @@ class Run:
         - `made`: how many steps have been made in this call.
         - `state`: the training state. Stopping waits until it is computed.
         """
-        first, last = self.profile or (None, None)
-        if made == first:
-            jax.profiler.start_trace(str(self.folder / "profile"))
-            self._profiling = True
-        elif made == last and self._profiling:
-            jax.block_until_ready(eqx.filter(state, eqx.is_array))
-            self._end_profile()
+        self._profile.at(made, state)
 
     def wait(self) -> None:
         """Waits until the last checkpoint is complete, and deletes old checkpoints.
 
         **Raises:** `OSError` if it could not be written.
         """
-        if self._opened is None:
-            return
-        try:
-            self._opened.wait_until_finished()
-        except Exception as error:
-            self._opened = None
-            raise self._not_written(None, error) from error
-        self._delete_old()
+        self._checkpoints.wait()
 
     def close(self) -> None:
         """Waits for the last checkpoint, ends the threads, and unlocks the folder."""
         try:
-            self._end_profile()
-            self.wait()
+            self._profile.end()
+            self._checkpoints.close()
         finally:
-            if self._opened is not None:
-                self._opened.close()
-                self._opened = None
-            if self._lock is not None:
-                self._lock.close()
-                self._lock = None
+            self._lock.release()
 
     def __enter__(self) -> "Run":
         return self
 
     def __exit__(self, *exception) -> None:
         self.close()
-
-    def _end_profile(self) -> None:
-        if self._profiling:
-            self._profiling = False
-            jax.profiler.stop_trace()
-
-    @property
-    def _metrics(self) -> pathlib.Path:
-        return self.folder / "metrics.jsonl"
-
-    @property
-    def _checkpoints(self) -> pathlib.Path:
-        return self.folder / "checkpoints"
-
-    @property
-    def _checkpointer(self) -> Any:
-        if self._opened is None:
-            handler = self._ocp.CompositeCheckpointHandler(
-                state=self._ocp.StandardCheckpointHandler(),
-                about=self._ocp.JsonCheckpointHandler(_ABOUT),
-            )
-            self._opened = self._ocp.AsyncCheckpointer(handler)
-        return self._opened
-
-    def _from_the_best(self) -> list[int]:
-        values = {}
-        for step in self.steps:
-            # An unreadable checkpoint cannot be the best, and must not stop a run.
-            with contextlib.suppress(ValueError):
-                values[step] = self._about(step)["report"].get(self.best_by)
-        scored = [step for step in values if isinstance(values[step], float | int)]
-        return sorted(scored, key=lambda step: values[step])
-
-    def _delete_old(self) -> None:
-        if jax.process_index() != 0:
-            return
-        kept = {*self.steps[-self.newest :], *self._from_the_best()[: self.best]}
-        for step in sorted({*self.steps} - kept):
-            # Rename it first: a folder named by a number must be a complete checkpoint.
-            doomed = self._checkpoints / f"{step}.deleted"
-            os.replace(self._checkpoints / str(step), doomed)
-            shutil.rmtree(doomed)
-
-    def _clean(self, step: int) -> None:
-        """Removes the leftovers of a run that was killed."""
-        for path in self._checkpoints.glob("*"):
-            if re.fullmatch(r"\d+\.(deleted|orbax-checkpoint-tmp.*)", path.name):
-                shutil.rmtree(path)
-        if self._metrics.is_file():
-            kept = [line for line in self.metrics() if line["step"] <= step]
-            lines = "".join(json.dumps(line) + "\n" for line in kept)
-            write_whole(self._metrics, lines.encode())
-
-    def _keep_others_out(self) -> None:
-        if self._lock is not None or jax.process_index() != 0:
-            return
-        try:
-            import fcntl
-        except ImportError:  # not available on Windows
-            return
-        lock = open(self.folder / ".lock", "w")
-        try:
-            # The system releases the lock when the process ends, even if it is killed.
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            lock.close()
-            raise ValueError(
-                f"Another process is training in {self.folder}. Wait for it to end, or "
-                "use another folder."
-            ) from error
-        except OSError:  # some network drives do not support locks
-            lock.close()
-            return
-        self._lock = lock
 
     def _check_folder(self) -> None:
         path = self.folder / "config.json"
@@ -434,41 +244,3 @@ class Run:
             version = importlib.metadata.version("flowdiffrax")
             about = {"flowdiffrax": version, "config": self.config}
             write_whole(path, (json.dumps(about, indent=2) + "\n").encode())
-
-    def _about(self, step: int) -> dict[str, Any]:
-        try:
-            path = self._checkpoints / str(step) / "about" / _ABOUT
-            about = json.loads(path.read_text())
-            newer = about["format"] > _FORMAT
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise self._damaged(step, error) from error
-        if newer:
-            raise ValueError(
-                f"The checkpoint of step {step} in {self.folder} was written by "
-                f"flowdiffrax {about['version']}, in a newer format than this version "
-                "reads. Update flowdiffrax."
-            )
-        return about
-
-    def _check_leaves(self, step: int, found: dict, own: dict) -> None:
-        if found == own:
-            return
-        raise ValueError(
-            f"The checkpoint of step {step} in {self.folder} belongs to another model, "
-            f"optimiser or number of averages: {differences(found, own)}."
-        )
-
-    def _damaged(self, step: int, what: object) -> ValueError:
-        others = [other for other in self.steps if other != step]
-        return ValueError(
-            f"The checkpoint of step {step} in {self.folder} is damaged: {what}. Remove "
-            f"its folder to continue from another; there are {others}."
-        )
-
-    def _not_written(self, step: int | None, error: Exception) -> OSError:
-        which = "A checkpoint" if step is None else f"The checkpoint of step {step}"
-        return OSError(
-            f"{which} could not be written to {self.folder}: {error}. If the disk is "
-            f"full, free some space. The checkpoints of steps {list(self.steps)} are "
-            "complete: the same call resumes from the newest."
-        )
