@@ -31,8 +31,8 @@ def random_keys(arrays: Mapping[str, Any]) -> list[str]:
 
 
 def impl(key: Any) -> Any:
-    # Works for an array and for a `jax.ShapeDtypeStruct`.
-    return key.dtype.impl.name
+    # `jax.random.key_impl` refuses a `jax.ShapeDtypeStruct`.
+    return key.dtype._impl.name
 
 
 def without_keys(arrays: Mapping[str, Any]) -> dict[str, Any]:
