@@ -75,7 +75,7 @@ def load(options):
 
 
 def map_path(options, method, seed):
-    return options.out / f"{method}-{seed}.fdx"
+    return options.out / f"{method}-{seed}.safetensors"
 
 
 def load_map(options, presets, method, seed):

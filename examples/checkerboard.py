@@ -9,7 +9,8 @@ the teacher. `diffeqsolve` then runs the network in 1 to 16 jumps in place of Ts
     python examples/checkerboard.py --teacher learned      # learns from samples only
     python examples/checkerboard.py --method progressive   # doubles its jumps in stages
     python examples/checkerboard.py --full                 # all of these, for longer
-    python examples/checkerboard.py --checkpoint out/checkerboard/exact-lagrangian.fdx
+    python examples/checkerboard.py \\
+        --checkpoint out/checkerboard/exact-lagrangian.safetensors
 
 Each run prints a table and saves a figure, a checkpoint and the numbers under `--out`.
 See the README for expected numbers, times and hardware.
@@ -292,13 +293,12 @@ def main(
     teacher_key, fit_key = jr.split(jr.key(config["seed"]))
     velocity = fd.exact.checkerboard_velocity(INTERPOLANT, BASE_STD)
     if config["teacher"] == "learned":
-        velocity = learn_teacher(
-            config, config["teacher_steps"], teacher_key, out / "learned-teacher.fdx"
-        )
+        path = out / "learned-teacher.safetensors"
+        velocity = learn_teacher(config, config["teacher_steps"], teacher_key, path)
     if flow_map is None:
         methods = {"lagrangian": distil_lagrangian, "progressive": distil_progressive}
         flow_map = methods[method](config, velocity, steps, fit_key)
-        fd.train.save(out / f"{name}.fdx", config, flow_map)
+        fd.train.save(out / f"{name}.safetensors", config, flow_map)
     minutes = (time.perf_counter() - started) / 60
     print(f"Drawing {num_samples:,} samples with each solver ...", flush=True)
     rows, samples, x0 = evaluate(flow_map, velocity, num_samples, config["seed"])

@@ -111,7 +111,7 @@ def teach(options):
         train = dict(teacher=None, out=own, do=("train",))
         options = dataclasses.replace(options, **changes, **train)
         image_runs.main("digits", options, presets(), load)
-    elif (own / "map.fdx").is_file():
+    elif (own / "map.safetensors").is_file():
         options.teacher = own
 
 

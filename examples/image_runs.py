@@ -426,7 +426,7 @@ def load_map(folder, presets, script=None):
         net = recipe.network(key=jr.key(0))
         return fd.FlowMap(net, time_range=(0.0, 1.0))
 
-    path = pathlib.Path(folder) / "map.fdx"
+    path = pathlib.Path(folder) / "map.safetensors"
     if not path.is_file():
         raise SystemExit(
             f"{path} is not there: train that run to its end first, with its own preset."
@@ -796,7 +796,7 @@ def main(script, options, presets, load):
     if "train" in options.do:
         state = train(recipe, options, flow_map, teacher, images, run)
         if jax.process_index() == 0:
-            fd.train.save(options.out / "map.fdx", config, state.ema_map)
+            fd.train.save(options.out / "map.safetensors", config, state.ema_map)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("the map is written")
         flow_map, _ = load_map(options.out, presets, script)

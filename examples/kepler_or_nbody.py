@@ -110,7 +110,7 @@ def integrate(solver, controller, dt0, ts, x0):
 def main(*, steps=20_000, pool=8192, num_samples=1024, methods=5, out="out/kepler"):
     """Learns, compares and draws, with the first `methods` methods."""
     x0, flow_map = draw(jr.key(1), num_samples), learn(steps, pool=pool)
-    fd.train.save(f"{out}/kepler.fdx", {"steps": steps, "pool": pool}, flow_map)
+    fd.train.save(f"{out}/map.safetensors", {"steps": steps, "pool": pool}, flow_map)
     # Avoid whole periods, where the energy error of a symplectic solver is small.
     ts = PERIOD * (jnp.geomspace(1.0, 100.0, 25) - 0.3)
     truth = jax.vmap(lambda t: draw(jr.key(1), num_samples, t), out_axes=1)(ts)

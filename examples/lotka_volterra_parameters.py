@@ -120,7 +120,7 @@ def main(*, steps=6000, pool=65_536, num_samples=256, out="out/lotka_volterra"):
     """Learns the map, fits, prints the table and draws the figure."""
     out, keys, rows, found = pathlib.Path(out), jr.split(jr.key(1)), [], {}
     flow_map = learn(num_steps=steps, pool=pool)
-    fd.train.save(out / "lotka_volterra.fdx", {"steps": steps, "pool": pool}, flow_map)
+    fd.train.save(out / "map.safetensors", {"steps": steps, "pool": pool}, flow_map)
     x0, args = draw(keys[0], num_samples)
     ts = jnp.append(T0, OBSERVED)
     data = fd.solve_trajectories(vector_field, x0, ts, args, args_per_example=True)[:, 1:]

@@ -113,7 +113,7 @@ def main(*, steps=16_000, pool=32_768, num_samples=4096, settings=9, out="out/pe
     """Learns, compares and draws, with at most `settings` settings of each method."""
     out, x0, rows = pathlib.Path(out), draw(jr.key(1), num_samples), []
     flow_map = learn(num_steps=steps, pool=pool)
-    fd.train.save(out / "pendulum.fdx", {"steps": steps, "pool": pool}, flow_map)
+    fd.train.save(out / "map.safetensors", {"steps": steps, "pool": pool}, flow_map)
     even = lambda *ns: {n: diffrax.StepTo(jnp.linspace(T0, T1, n + 1)) for n in ns}
     to = lambda *tols: {tol: diffrax.PIDController(tol, tol) for tol in tols}
     jump, hybrid = fd.FlowMapSolver(flow_map), fd.HybridSolver(flow_map)

@@ -117,7 +117,7 @@ def main(*, steps=20_000, pool=8192, num_samples=4096, methods=9, out="out/rober
     """Learns, compares the first `methods` methods and draws."""
     x0 = draw(jr.key(1), num_samples).at[0].set(jnp.asarray([1.0, 0, 0]))  # textbook
     flow_map = learn(num_steps=steps, pool=pool)
-    fd.train.save(f"{out}/robertson.fdx", {"steps": steps, "pool": pool}, flow_map)
+    fd.train.save(f"{out}/map.safetensors", {"steps": steps, "pool": pool}, flow_map)
     to = lambda tol: diffrax.PIDController(jnp.asarray(tol), jnp.asarray(1e-6 * tol))
     even = lambda n: diffrax.StepTo(jnp.append(T0, T1 / 1e7 ** (np.arange(n)[::-1] / n)))
     jump, untrained = fd.FlowMapSolver(flow_map), ExchangeFlowMap(lambda *_: jnp.zeros(3))

@@ -289,7 +289,7 @@ MISTAKES = {
         "a solver that does not provide error estimates",
     ),
     "other map in a checkpoint": (
-        lambda: fd.train.load("map.fdx", lambda config: fd.FlowMap(wider_net())),
+        lambda: fd.train.load("map.safetensors", lambda config: fd.FlowMap(wider_net())),
         ValueError,
         "Build the tree with the configuration that it was saved with",
     ),
@@ -299,12 +299,12 @@ MISTAKES = {
         "map.eqx is not a checkpoint of flowdiffrax",
     ),
     "load with arguments swapped": (
-        lambda: fd.train.load(lambda config: MAP, "map.fdx"),
+        lambda: fd.train.load(lambda config: MAP, "map.safetensors"),
         TypeError,
         "`make` must be a callable `make(config)`; got str",
     ),
     "save with arguments swapped": (
-        lambda: fd.train.save("other.fdx", MAP, {"width": 8}),
+        lambda: fd.train.save("other.safetensors", MAP, {"width": 8}),
         TypeError,
         "comes before the tree",
     ),
@@ -416,6 +416,6 @@ def outcome(act):
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
-        fd.train.save("map.fdx", {"width": 8}, MAP)
+        fd.train.save("map.safetensors", {"width": 8}, MAP)
         eqx.tree_serialise_leaves("map.eqx", MAP)
         print(json.dumps({name: outcome(act) for name, (act, *_) in MISTAKES.items()}))

@@ -52,7 +52,7 @@ there = fd.likelihood.pull_back(flow_map, jnp.ones(2))
 assert_type(there, fd.likelihood.PullBack)
 assert_type(fd.metrics.rms_distance(jnp.ones(2), jnp.zeros(2)), float)
 
-config, loaded = fd.train.load("map.fdx", lambda config: flow_map)
+config, loaded = fd.train.load("map.safetensors", lambda config: flow_map)
 assert_type(config, Any)
 digits = fd.images.digits()
 assert_type(digits, fd.images.Images)

@@ -135,8 +135,8 @@ def test_fingerprint_is_of_the_weights():
 
 def test_fingerprint_of_a_saved_network(tmp_path):
     features = random_features()
-    fd.train.save(tmp_path / "f.fdx", {}, features)
-    _, read = fd.train.load(tmp_path / "f.fdx", lambda _: random_features(seed=3))
+    fd.train.save(tmp_path / "f.safetensors", {}, features)
+    _, read = fd.train.load(tmp_path / "f.safetensors", lambda _: random_features(seed=3))
     assert read.fingerprint == features.fingerprint
 
 

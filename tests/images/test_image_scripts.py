@@ -114,11 +114,11 @@ def refused(script, words, message, load=never):
         (["--restarts", "0.5", "1"], r"--restarts must lie in \[0, 1\)"),
         (["--channels", "-1"], "channels"),
         (["--preset", "lmd"], "train `--preset teacher` first"),
-        (["--preset", "lmd", "--teacher", "absent"], "absent.map.fdx is not there"),
+        (["--preset", "lmd", "--teacher", "absent"], "absent.map.+ is not there"),
         (["--features", "absent.pth"], "no weights at absent.pth"),
         (["--features", __file__], "not a zip, pickle or safetensors"),
         (["--statistics", "absent.npz"], "no statistics at absent.npz"),
-        (["--do", "scores", "--out", "absent"], "absent.map.fdx is not there"),
+        (["--do", "scores", "--out", "absent"], "absent.map.safetensors is not there"),
     ],
 )
 def test_bad_settings_are_refused_before_images_are_read(words, message):
@@ -301,7 +301,7 @@ def test_a_saved_map_is_rebuilt_from_its_options(tmp_path):
     recipe = image_runs.with_options(digits.presets()["lsd"], options)
     flow_map = fd.FlowMap(recipe.network(key=jr.key(3)), time_range=(0.0, 1.0))
     config = image_runs.config_of("digits", options, recipe)
-    fd.train.save(tmp_path / "map.fdx", config, flow_map)
+    fd.train.save(tmp_path / "map.safetensors", config, flow_map)
     loaded, found = image_runs.load_map(tmp_path, digits.presets())
     assert found == json.loads(json.dumps(config))
     assert jax.tree_util.tree_structure(loaded) == jax.tree_util.tree_structure(flow_map)
@@ -332,7 +332,7 @@ def test_a_run_goes_on_with_its_own_images_and_teacher(tmp_path, monkeypatch):
             digits.main(words)
     config, teacher = image_runs.load_map(tmp_path / "teacher", digits.presets())[::-1]
     teacher = jax.tree.map(lambda x: x + 0.1 if eqx.is_array(x) else x, teacher)
-    fd.train.save(tmp_path / "other" / "map.fdx", config, teacher)
+    fd.train.save(tmp_path / "other" / "map.safetensors", config, teacher)
     named = ["--preset", "lmd", "--teacher", str(tmp_path / "other")]
     with pytest.raises(SystemExit, match="`teacher_weights` is [0-9a-f]{16} there"):
         digits.main([*words, *named])
@@ -342,7 +342,8 @@ def test_a_run_goes_on_with_its_own_images_and_teacher(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="has a run of `--preset lmd`, not of lsd"):
         digits.main([*words, "--preset", "lsd", "--do", "grid"])
     # Taken by default, in the place where the run looks for it.
-    (tmp_path / "other" / "map.fdx").replace(tmp_path / "teacher" / "map.fdx")
+    name = "map.safetensors"
+    (tmp_path / "other" / name).replace(tmp_path / "teacher" / name)
     monkeypatch.setattr(digits, "teach", functools.partial(teach_nothing, tmp_path))
     with pytest.raises(SystemExit, match="`teacher_weights` is [0-9a-f]{16} there"):
         digits.main(words)
@@ -358,7 +359,7 @@ def test_a_student_has_its_own_settings_and_its_teachers_weights(tmp_path):
     recipe = image_runs.with_options(made["teacher"], teacher)
     flow_map = fd.FlowMap(recipe.network(key=jr.key(3)), time_range=(0.0, 1.0))
     config = image_runs.config_of("digits", teacher, recipe)
-    fd.train.save(tmp_path / "map.fdx", config, flow_map)
+    fd.train.save(tmp_path / "map.safetensors", config, flow_map)
     words = ["--preset", "lmd", "--teacher", str(tmp_path), "--precision", "bfloat16"]
     options = digits_options(*SMALL, *words)
     recipe = image_runs.with_options(made["lmd"], options)
@@ -381,7 +382,7 @@ def test_a_teacher_of_another_flow(script, preset, message, tmp_path):
     recipe = image_runs.with_options(made[preset], options)
     flow_map = fd.FlowMap(recipe.network(key=jr.key(3)), time_range=(0.0, 1.0))
     config = image_runs.config_of(script.__name__, options, recipe)
-    fd.train.save(tmp_path / "map.fdx", config, flow_map)
+    fd.train.save(tmp_path / "map.safetensors", config, flow_map)
     words = [*SMALL, "--preset", "lmd", "--teacher", str(tmp_path)]
     refused(imagenet32, words, message)
 
@@ -421,7 +422,7 @@ SHORT = [
 def test_teacher_then_distillation_then_scores_again(tmp_path):
     folder = lambda name: ["--out", str(tmp_path / name)]
     rows = digits.main([*SHORT, *folder("s")])
-    assert (tmp_path / "s" / "teacher" / "map.fdx").exists()
+    assert (tmp_path / "s" / "teacher" / "map.safetensors").exists()
     names = ["Tsit5 on the teacher", "1 jump", "held-out images"]
     assert [row["sampler"] for row in rows] == names
     assert rows == json.loads((tmp_path / "s" / "scores.json").read_text())

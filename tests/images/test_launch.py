@@ -144,7 +144,7 @@ def write_imagenet32(folder):
     # The tests have float64, and the scripts have not.
     single = lambda x: x.astype("float32") if eqx.is_inexact_array(x) else x
     fd.train.save(
-        folder / "out" / "imagenet32-class-teacher" / "map.fdx",
+        folder / "out" / "imagenet32-class-teacher" / "map.safetensors",
         image_runs.config_of("imagenet32", options, recipe),
         jax.tree.map(single, teacher),
     )
@@ -225,7 +225,7 @@ def test_printed_command_of_slurm_is_stopped_and_goes_on(script, tmp_path):
         cluster.signal(1, signal.SIGCONT)
         assert job.wait(300) == 128 + signal.SIGTERM, cluster.said()
         (stopped,) = fd.train.Run(run, json_config(run)).steps
-        assert 2 <= stopped < STEPS and not (run / "map.fdx").exists()
+        assert 2 <= stopped < STEPS and not (run / "map.safetensors").exists()
         job = cluster.start(f"{command} {TOY}")
         assert job.wait(300) == 0, cluster.said()
     finally:
@@ -236,7 +236,7 @@ def test_printed_command_of_slurm_is_stopped_and_goes_on(script, tmp_path):
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     assert [line["step"] for line in lines] == [*range(1, STEPS + 1)]
     assert np.isfinite([line["loss"] for line in lines]).all()
-    assert (run / "map.fdx").is_file()
+    assert (run / "map.safetensors").is_file()
     for task in (0, 1):
         assert f"{stopped}/{STEPS}" in (tmp_path / f"task{task}.txt").read_text()
 

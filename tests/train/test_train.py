@@ -643,11 +643,11 @@ def test_learned_weights_are_trained_and_saved(tmp_path):
     state = run(objective, teacher=None, num_steps=6)
     assert [w.coefficients.shape[-1] for w in state.learned] == [4, 3]
     assert all(max_abs(w) > 1e-4 for w in state.learned)
-    fd.train.save(tmp_path / "state.fdx", None, state)
+    fd.train.save(tmp_path / "state.safetensors", None, state)
     like = lambda _: fd.train.TrainState.create(
         small_map(), OPTIM, key=jr.key(1), objective=objective
     )
-    _, loaded = fd.train.load(tmp_path / "state.fdx", like)
+    _, loaded = fd.train.load(tmp_path / "state.safetensors", like)
     again = run(objective, flow_map=loaded, teacher=None, num_steps=8)
     assert_equal(arrays(again), arrays(run(objective, teacher=None, num_steps=8)))
 

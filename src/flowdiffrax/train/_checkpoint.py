@@ -1,10 +1,10 @@
+"""One file for a configuration and a tree: safetensors, with JSON as its metadata."""
+
 import hashlib
-import io
 import json
-import math
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import equinox as eqx
@@ -13,44 +13,49 @@ import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
 import numpy as np
+import safetensors
+import safetensors.numpy
 from jaxtyping import PyTree
 
 from .._check import check_callable
-from .._io import import_extra, write_whole
+from .._io import write_whole
+from ._json import differences
+from ._leaves import describe, impl, is_array, is_key, is_saved, key_numbers
 
-_FORMAT = 2
+_FORMAT = 1
 
-
-_SAFETENSORS = ".safetensors"
+# Every version of safetensors stores these, and its NumPy reader returns them. Arrays of
+# other dtypes are stored as bytes.
+_DTYPES = {"bool", "bfloat16", "float16", "float32", "float64"} | {
+    f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)
+}
 
 
 def save(path: str | os.PathLike, config: Any, tree: PyTree) -> None:
-    """Writes a checkpoint: one line of JSON, then the arrays.
+    """Writes a checkpoint, which is a file in the safetensors format.
 
     The write is atomic: the file is written under a temporary name and then moved into
     place, so a run that is killed while saving keeps its last checkpoint. Nothing is
     pickled.
 
+    Other libraries can read the file. Each array is named by its path in the tree, such
+    as `net.first.weight`. If that name is taken, underscores are appended. Random keys
+    are stored as their numbers. Arrays of dtypes that safetensors may lack, such as
+    complex numbers and float8, are stored as bytes, in one more dimension. The metadata
+    `flowdiffrax` is JSON: the configuration, the shapes and dtypes, and a checksum.
+
     **Arguments:**
 
-    - `path`: the file to write. Missing folders are created. If the name ends in
-      `.safetensors`, the file has that format, which other libraries can read: each
-      array is named by its path in the tree, such as `net.first.weight`, and the JSON is
-      stored as metadata. This needs safetensors:
-      `pip install "flowdiffrax[safetensors]"`.
+    - `path`: the file to write, such as `map.safetensors`. Missing folders are created.
     - `config`: the settings needed to rebuild the tree without its arrays. It must be
       serialisable as JSON, and is returned as JSON stores it: tuples become lists, and
       dictionary keys become strings.
     - `tree`: a map, a [`flowdiffrax.train.TrainState`][], or any PyTree. Its JAX and
       NumPy arrays, random keys and Python numbers are saved.
 
-    **Raises:** `TypeError` if `config` cannot be stored as JSON, or an array cannot be
-    stored as safetensors (complex128, for example); `ValueError` if two keys of `config`
-    become the same string, or two arrays get the same name in safetensors; `ImportError`
-    if safetensors is needed but not installed.
+    **Raises:** `TypeError` if `config` cannot be stored as JSON, or an array holds Python
+    objects; `ValueError` if two keys of `config` become the same string.
     """
-    path = pathlib.Path(path)
-    header = {"format": _FORMAT, "config": config, "leaves": _describe(tree)}
     try:
         text = json.dumps(config)
     except TypeError as error:
@@ -62,8 +67,18 @@ def save(path: str | os.PathLike, config: Any, tree: PyTree) -> None:
             "`config` has keys that are the same in JSON, which turns all keys into "
             f"strings: {text}."
         )
-    to_bytes = _to_safetensors if path.suffix == _SAFETENSORS else _to_lines
-    write_whole(path, to_bytes(header, jtu.tree_map(_key_numbers, tree)))
+    leaves = _by_name(eqx.filter(tree, is_saved))
+    header = {"format": _FORMAT, "config": config, "leaves": _describe(leaves)}
+    # Safetensors needs contiguous arrays.
+    as_numpy = lambda leaf: np.asarray(key_numbers(leaf), order="C")
+    arrays = {name: as_numpy(leaf) for name, leaf in leaves.items()}
+    metadata = json.dumps({**header, "sha256": _digest(header, arrays)})
+    stored = {
+        name: array if str(array.dtype) in _DTYPES else array[..., None].view(np.uint8)
+        for name, array in arrays.items()
+    }
+    content = safetensors.numpy.save(stored, {"flowdiffrax": metadata})
+    write_whole(pathlib.Path(path), content)
 
 
 def load(path: str | os.PathLike, make: Callable[[Any], PyTree]) -> tuple[Any, PyTree]:
@@ -83,182 +98,88 @@ def load(path: str | os.PathLike, make: Callable[[Any], PyTree]) -> tuple[Any, P
 
     **Raises:** `FileNotFoundError` if the file does not exist; `ValueError` if it is not
     a checkpoint, is damaged, was written by a newer version, or holds arrays of other
-    shapes or dtypes than `make` returns; `ImportError` for a `.safetensors` file if
-    safetensors is not installed.
+    names, shapes or dtypes than `make` returns.
     """
     check_callable(make, "make", "make(config)", may_be_class=True)
     path = pathlib.Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"There is no checkpoint at {path}.")
-    from_bytes = _from_safetensors if path.suffix == _SAFETENSORS else _from_lines
-    header, fill = from_bytes(path, path.read_bytes())
-    like = make(header["config"])
-    leaves = _describe(like)
-    if leaves != header["leaves"]:
-        differing = [
-            f"{saved} in the file, {own} in `make`"
-            for saved, own in zip(header["leaves"], leaves, strict=False)
-            if saved != own
-        ]
+    header, arrays = _read(path)
+    config = header["config"]
+    like, rest = eqx.partition(make(config), is_saved)
+    leaves = _by_name(like)
+    if _describe(leaves) != header["leaves"]:
         raise ValueError(
-            f"{path} holds {len(header['leaves'])} leaves and `make` returned "
-            f"{len(leaves)}; first differences: {differing[:3] or 'only the number'}. "
-            "Build the tree with the configuration that it was saved with."
+            f"The tree that `make` returned does not match {path}: "
+            f"{differences(header['leaves'], _describe(leaves))}. Build the tree with "
+            "the configuration that it was saved with."
         )
-    filled = fill(jtu.tree_map(_key_numbers, like))
-    return header["config"], jtu.tree_map(_as_key, filled, like)
+    filled = [_fill(leaf, arrays[name]) for name, leaf in leaves.items()]
+    return config, eqx.combine(jtu.tree_structure(like).unflatten(filled), rest)
 
 
-def _is_saved(leaf: Any) -> bool:
-    return eqx.is_array_like(leaf) or hasattr(leaf, "dtype")
+def _by_name(tree: PyTree) -> dict[str, Any]:
+    leaves = {}
+    for path, leaf in jtu.tree_leaves_with_path(tree):
+        name = jtu.keystr(path, simple=True, separator=".") or "array"
+        # Safetensors reserves a name, and `{"a.b": ..., "a": {"b": ...}}` has one twice.
+        while name in leaves or name == "__metadata__":
+            name += "_"
+        leaves[name] = leaf
+    return leaves
 
 
-def _describe(tree: PyTree) -> list[str]:
-    saved = filter(_is_saved, jtu.tree_leaves(tree))
-    dtype = lambda leaf: leaf.dtype if _is_key(leaf) else jnp.result_type(leaf)
-    return [f"{dtype(leaf)}{list(jnp.shape(leaf))}" for leaf in saved]
+def _as_array(leaf: Any) -> Any:
+    return leaf if is_array(leaf) else np.asarray(leaf)
 
 
-def _is_key(leaf: Any) -> bool:
-    is_jax = isinstance(leaf, jax.Array | jax.ShapeDtypeStruct)
-    return is_jax and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+def _describe(leaves: Mapping[str, Any]) -> dict[str, str]:
+    return describe({name: _as_array(leaf) for name, leaf in leaves.items()}, {})
 
 
-def _key_numbers(leaf: Any) -> Any:
-    """Replaces a random key by its numbers, and returns other leaves unchanged."""
-    if not _is_key(leaf):
-        return leaf
-    is_shape = isinstance(leaf, jax.ShapeDtypeStruct)
-    return jax.eval_shape(jr.key_data, leaf) if is_shape else jr.key_data(leaf)
+def _digest(header: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> str:
+    digest = hashlib.sha256(json.dumps(header).encode())
+    # Sorted, since safetensors orders arrays by dtype.
+    for name in sorted(arrays):
+        digest.update(name.encode())
+        digest.update(arrays[name].tobytes())
+    return digest.hexdigest()
 
 
-def _as_key(leaf: Any, like: Any) -> Any:
-    return jr.wrap_key_data(leaf, impl=like.dtype._impl.name) if _is_key(like) else leaf
-
-
-def _read_header(path: pathlib.Path, text: str | bytes) -> dict[str, Any]:
-    """**Raises:** `ValueError` for an invalid header or an unsupported version."""
-    try:
-        header = json.loads(text)
-        file_format = int(header["format"])
-        _ = header["bytes"], header["sha256"], header["config"], header["leaves"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not a checkpoint of flowdiffrax.") from error
-    if file_format != _FORMAT:
-        cure = "Update flowdiffrax." if file_format > _FORMAT else "Save it again."
-        raise ValueError(
-            f"{path} has format {file_format}, and this version of flowdiffrax reads "
-            f"{_FORMAT}. {cure}"
-        )
-    return header
-
-
-def _digest(header: dict[str, Any], body: bytes) -> dict[str, Any]:
-    digest = hashlib.sha256(json.dumps([header["config"], header["leaves"]]).encode())
-    digest.update(body)
-    return {"bytes": len(body), "sha256": digest.hexdigest()}
-
-
-def _check_digest(path: pathlib.Path, header: dict[str, Any], body: bytes) -> None:
-    found = _digest(header, body)
-    expected = {name: header[name] for name in found}
-    if found != expected:
-        raise ValueError(f"{path} is damaged: expected {expected}; found {found}.")
-
-
-# The default format: a line of JSON, followed by Equinox's serialisation.
-
-
-def _to_lines(header: dict[str, Any], tree: PyTree) -> bytes:
-    buffer = io.BytesIO()
-    eqx.tree_serialise_leaves(buffer, tree)
-    body = buffer.getvalue()
-    return json.dumps({**header, **_digest(header, body)}).encode() + b"\n" + body
-
-
-def _from_lines(path: pathlib.Path, content: bytes) -> tuple[dict[str, Any], Callable]:
-    line, _, body = content.partition(b"\n")
-    header = _read_header(path, line)
-    _check_digest(path, header, body)
-    return header, lambda like: eqx.tree_deserialise_leaves(io.BytesIO(body), like)
-
-
-# Safetensors. We read raw bytes, since its NumPy reader does not support bfloat16.
-
-
-def _name(path: jtu.KeyPath) -> str:
-    return jtu.keystr(path, simple=True, separator=".") or "array"
-
-
-def _to_safetensors(header: dict[str, Any], tree: PyTree) -> bytes:
-    safetensors = import_extra("safetensors", "safetensors", "save")
-    for_numpy = import_extra("safetensors.numpy", "safetensors", "save")
-    leaves, _ = jtu.tree_flatten_with_path(tree)
-    arrays = {}
-    for path, leaf in leaves:
-        if _is_saved(leaf):
-            name = _name(path)
-            if name in (*arrays, "__metadata__"):
-                raise ValueError(
-                    f"Two arrays would be named {name!r}, or safetensors reserves that "
-                    f"name. Save under a name that does not end in `{_SAFETENSORS}`."
-                )
-            arrays[name] = np.ascontiguousarray(leaf).reshape(np.shape(leaf))
-    as_bytes = {name: array.tobytes() for name, array in arrays.items()}
-    header = {**header, **_digest(header, _in_order(as_bytes))}
-    try:
-        return for_numpy.save(arrays, {"flowdiffrax": json.dumps(header)})
-    except (KeyError, safetensors.SafetensorError) as error:
-        raise TypeError(
-            f"Safetensors does not support every dtype: {error}. Cast, or save under a "
-            f"name that does not end in `{_SAFETENSORS}`."
-        ) from error
-
-
-def _from_safetensors(
-    path: pathlib.Path, content: bytes
-) -> tuple[dict[str, Any], Callable]:
-    safetensors = import_extra("safetensors", "safetensors", "load")
+def _read(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """The header without its checksum, and the bytes of each array."""
+    content = path.read_bytes()
     length = int.from_bytes(content[:8], "little")
     try:
         metadata = json.loads(content[8 : 8 + length])["__metadata__"]["flowdiffrax"]
-    except (ValueError, KeyError, TypeError) as error:
+        header = json.loads(metadata)
+        digest, file_format = header.pop("sha256"), int(header["format"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not a checkpoint of flowdiffrax.") from error
-    header = _read_header(path, metadata)
+    if file_format != _FORMAT:
+        raise ValueError(
+            f"{path} has format {file_format}, and this version of flowdiffrax reads "
+            f"{_FORMAT}. Update flowdiffrax."
+        )
     try:
         found = safetensors.deserialize(content)
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path} is damaged: {error}.") from error
-    arrays = {name: bytes(array["data"]) for name, array in found}
-    _check_digest(path, header, _in_order(arrays))
-
-    def read(key_path, leaf):
-        if not _is_saved(leaf):
-            return leaf
-        name = _name(key_path)
-        if name not in arrays:
-            raise ValueError(
-                f"{path} has no array named {name}; it has {sorted(arrays)[:5]}, ... "
-                "Build the tree with the configuration that it was saved with."
-            )
-        has_dtype = hasattr(leaf, "dtype")
-        dtype = np.dtype(leaf.dtype) if has_dtype else np.asarray(leaf).dtype
-        if len(arrays[name]) != dtype.itemsize * math.prod(jnp.shape(leaf)):
-            raise ValueError(
-                f"{path} holds {len(arrays[name])} bytes for {name}, but `make` returned "
-                f"{dtype} of shape {jnp.shape(leaf)}. For a saved number or NumPy array, "
-                "it must return one of the same dtype."
-            )
-        array = np.frombuffer(arrays[name], dtype).reshape(jnp.shape(leaf))
-        if not has_dtype:
-            return array.item()
-        if isinstance(leaf, np.generic):
-            return array[()]
-        return array.copy() if isinstance(leaf, np.ndarray) else jnp.asarray(array)
-
-    return header, lambda like: jtu.tree_map_with_path(read, like)
+    arrays = {name: np.frombuffer(entry["data"], np.uint8) for name, entry in found}
+    if _digest(header, arrays) != digest:
+        raise ValueError(f"{path} is damaged: its contents do not match its checksum.")
+    return header, arrays
 
 
-def _in_order(arrays: dict[str, bytes]) -> bytes:
-    """All names and arrays, in an order independent of the order in the file."""
-    return b"".join(name.encode() + arrays[name] for name in sorted(arrays))
+def _fill(like: Any, content: np.ndarray) -> Any:
+    """The saved leaf, of the type of `like`, which has its shape and dtype."""
+    if is_key(like):
+        numbers = jax.eval_shape(jr.key_data, like)
+        return jr.wrap_key_data(_fill(numbers, content), impl=impl(like))
+    wanted = _as_array(like)
+    array = content.view(wanted.dtype).reshape(wanted.shape)
+    if isinstance(like, np.ndarray):
+        return array.copy()
+    if is_array(like):
+        return jnp.asarray(array)
+    return array[()] if isinstance(like, np.generic) else type(like)(array.item())

@@ -10,24 +10,19 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, PyTree, UInt32
 
+_NUMBER = bool | int | float | complex | np.generic
 
-def _is_array(leaf: Any) -> bool:
+
+def is_array(leaf: Any) -> bool:
     return isinstance(leaf, jax.Array | np.ndarray | jax.ShapeDtypeStruct)
 
 
-def by_name(tree: PyTree) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The arrays and the Python numbers of a tree, each by its path."""
-    leaves = {jtu.keystr(path): leaf for path, leaf in jtu.tree_leaves_with_path(tree)}
-    arrays = {name: leaf for name, leaf in leaves.items() if _is_array(leaf)}
-    number = (bool, int, float, complex)
-    return arrays, {
-        name: leaf for name, leaf in leaves.items() if isinstance(leaf, number)
-    }
+def is_saved(leaf: Any) -> bool:
+    return is_array(leaf) or isinstance(leaf, _NUMBER)
 
 
-def random_keys(arrays: Mapping[str, Any]) -> list[str]:
-    is_key = lambda leaf: jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-    return [name for name, leaf in arrays.items() if is_key(leaf)]
+def is_key(leaf: Any) -> bool:
+    return is_array(leaf) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def impl(key: Any) -> Any:
@@ -35,19 +30,30 @@ def impl(key: Any) -> Any:
     return key.dtype._impl.name
 
 
+def key_numbers(leaf: Any) -> Any:
+    """Replaces a random key by its numbers, and returns other leaves unchanged."""
+    if not is_key(leaf):
+        return leaf
+    is_shape = isinstance(leaf, jax.ShapeDtypeStruct)
+    return jax.eval_shape(jr.key_data, leaf) if is_shape else jr.key_data(leaf)
+
+
+def by_name(tree: PyTree) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The arrays and the numbers of a tree, each by its path."""
+    leaves = {jtu.keystr(path): leaf for path, leaf in jtu.tree_leaves_with_path(tree)}
+    arrays = {name: leaf for name, leaf in leaves.items() if is_array(leaf)}
+    return arrays, {
+        name: leaf for name, leaf in leaves.items() if isinstance(leaf, _NUMBER)
+    }
+
+
+def random_keys(arrays: Mapping[str, Any]) -> list[str]:
+    return [name for name, leaf in arrays.items() if is_key(leaf)]
+
+
 def without_keys(arrays: Mapping[str, Any]) -> dict[str, Any]:
     """The arrays to write: random keys become numbers, and empty arrays are omitted."""
-    keys = random_keys(arrays)
-    numbers = lambda leaf: (
-        jr.key_data(leaf)
-        if isinstance(leaf, jax.Array)
-        else jax.eval_shape(jr.key_data, leaf)
-    )
-    return {
-        name: numbers(leaf) if name in keys else leaf
-        for name, leaf in arrays.items()
-        if leaf.size > 0
-    }
+    return {name: key_numbers(leaf) for name, leaf in arrays.items() if leaf.size > 0}
 
 
 def describe(arrays: Mapping[str, Any], numbers: Mapping[str, Any]) -> dict[str, str]:
