@@ -1,3 +1,4 @@
+import io
 from collections.abc import Sequence
 from typing import Any
 
@@ -6,6 +7,7 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import ArrayLike, UInt8
 
+from .._io import import_extra
 from ._device import to_uint8
 
 # Pixels between and around images.
@@ -85,3 +87,21 @@ def join_tiles(tiles: UInt8[np.ndarray, "rows columns height width 3"]) -> np.nd
     tiles = np.pad(tiles, gap, constant_values=255)
     picture = rearrange(tiles, "r c h w k -> (r h) (c w) k")
     return np.pad(picture, ((0, _GAP), (0, _GAP), (0, 0)), constant_values=255)
+
+
+def picture(rows: Sequence[ArrayLike], labels: Sequence[str]) -> bytes:
+    """Returns a PNG that magnifies each image by a whole number."""
+    # Avoid `pyplot`, which keeps figures and may open windows.
+    figures = import_extra("matplotlib.figure", "plot", "SampleGrids")
+    images = tile_images(np.stack(rows))
+    height, width = join_tiles(images).shape[:2]
+    # Rows of about 64 pixels leave room for their labels, with nine pixels a letter.
+    zoom = max(1, round(64 / images.shape[2]))
+    margin, dpi = 12 + 9 * max(map(len, labels)), 100
+    size = (margin + zoom * width) / dpi, zoom * height / dpi
+    figure = figures.Figure(figsize=size, dpi=dpi)
+    left = margin / dpi / size[0]
+    image_grid(figure.add_axes((left, 0, 1 - left, 1)), images, row_labels=labels)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi)
+    return buffer.getvalue()

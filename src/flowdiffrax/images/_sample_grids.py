@@ -1,4 +1,3 @@
-import io
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -25,7 +24,7 @@ from ..train._reports import (
     is_number,
     rows_of,
 )
-from ._grid import image_grid, join_tiles, tile_images
+from ._grid import picture
 
 
 class SampleGrids:
@@ -165,7 +164,7 @@ class SampleGrids:
         if jax.process_index() == 0:
             labels = [f"{n} jump" if n == 1 else f"{n} jumps" for n in samples]
             assert self._folder is not None
-            write_whole(self._folder / f"samples-{step}.png", _picture(rows, labels))
+            write_whole(self._folder / f"samples-{step}.png", picture(rows, labels))
 
 
 @eqx.filter_jit
@@ -198,21 +197,3 @@ def _check_images(x0: State) -> None:
             f"channels), with 1 or 3 channels; got {shapes}. For other states, pass "
             "`to_images`, or `folder=None` to compute distances only."
         )
-
-
-def _picture(rows: Sequence[np.ndarray], labels: Sequence[str]) -> bytes:
-    """Returns a PNG that magnifies each image by a whole number."""
-    # Avoid `pyplot`, which keeps figures and may open windows.
-    figures = import_extra("matplotlib.figure", "plot", "SampleGrids")
-    images = tile_images(np.stack(rows))
-    height, width = join_tiles(images).shape[:2]
-    # Rows of about 64 pixels leave room for their labels, with nine pixels a letter.
-    zoom = max(1, round(64 / images.shape[2]))
-    margin, dpi = 12 + 9 * max(map(len, labels)), 100
-    size = (margin + zoom * width) / dpi, zoom * height / dpi
-    figure = figures.Figure(figsize=size, dpi=dpi)
-    left = margin / dpi / size[0]
-    image_grid(figure.add_axes((left, 0, 1 - left, 1)), images, row_labels=labels)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dpi)
-    return buffer.getvalue()
