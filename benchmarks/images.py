@@ -32,11 +32,13 @@ import numpy as np
 from matplotlib import ticker
 
 import flowdiffrax as fd
+from flowdiffrax.images.command import siblings
+from flowdiffrax.images.command._samplers import by_jumps, by_tsit5, draw_all, noise
+from flowdiffrax.images.command._scores import rms
 
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "examples"))
 import digits  # noqa: E402
-import image_runs  # noqa: E402
 
 JUMPS = (1, 2, 4, 8)
 METHODS = ("lmd", "lsd", "psd", "improved-meanflow")
@@ -68,7 +70,7 @@ def load(options):
     else:
         read = functools.partial(fd.images.fashion_mnist, options.folder)
         lsd, train, test = fashion(), read("train"), read("test")
-    return {"lsd": lsd, **image_runs.siblings(lsd)}, train, test
+    return {"lsd": lsd, **siblings(lsd)}, train, test
 
 
 # --- training -------------------------------------------------------------------------
@@ -138,17 +140,16 @@ def train(options, presets, images, method, seed):
 
 def measure(options, presets, images, held_out, features, reference, seed):
     """Scores of every method by number of jumps, and the first samples."""
-    sampling = image_runs.Options(seed=seed)
-    noise = image_runs.noise(presets["lsd"], sampling, options.num_samples, images)
+    inputs = noise(presets["lsd"], options.num_samples, images, seed)
     _, teacher = load_map(options, presets, "teacher", seed)
-    samplers = {("teacher", "Tsit5"): image_runs.by_tsit5(teacher.velocity, 1e-3)}
+    samplers = {("teacher", "Tsit5"): by_tsit5(teacher.velocity, 1e-3)}
     for method in options.methods:
         config, flow_map = load_map(options, presets, method, seed)
         for jumps in JUMPS:
-            samplers[method, jumps] = image_runs.by_jumps(flow_map, jumps)
+            samplers[method, jumps] = by_jumps(flow_map, jumps)
     rows, pictures, exact = [], {}, None
     for (method, jumps), draw in samplers.items():
-        samples, calls, seconds = image_runs.draw_all(draw, *noise, 250)
+        samples, calls, seconds = draw_all(draw, *inputs, 250)
         exact = samples if exact is None else exact
         scores = fd.images.score_images(samples, reference, features, seed=seed)
         near = fd.images.nearest_neighbours(samples, images.images, held_out.images)
@@ -162,7 +163,7 @@ def measure(options, presets, images, held_out, features, reference, seed):
                 "evaluations": calls,
                 "seconds": seconds,
                 "near": near.share,
-                "coupling": image_runs.rms(samples, exact),
+                "coupling": rms(samples, exact),
                 **scores.as_dict(),
             }
         )

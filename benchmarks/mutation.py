@@ -52,7 +52,7 @@ GROUPS = {
     "rest": [
         *("flow_maps/*.py", "velocities/*.py", "likelihood/*.py", "_derivative.py"),
         *("exact/*.py", "metrics/*.py", "nn/*.py", "plot/*.py", "testing/*.py"),
-        *("images/*.py", "images/sets/*.py", "images/scores/*.py"),
+        *("images/*.py", "images/sets/*.py", "images/scores/*.py", "images/command/*.py"),
     ],
 }
 OPERATORS = [

@@ -22,10 +22,9 @@ import functools
 import pathlib
 
 import flowdiffrax as fd
-import image_runs
+from flowdiffrax.images import command
 
 EMOJI = pathlib.Path(__file__).parents[1] / "tests/files/twemoji-180.npz"
-PREFIX = "cifar10-"
 
 
 def smoke():
@@ -40,7 +39,7 @@ def smoke():
             num_blocks=1, attention=(8,), scale=0.7,
         ),
         objective=fd.LagrangianSelfDistillation(),
-        optimiser=functools.partial(image_runs.adam_to_zero, 1e-3, num_steps=400),
+        optimiser=functools.partial(fd.images.adam_to_zero, 1e-3, num_steps=400),
         base_std=1.0,
         batch_size=16,
         num_steps=400,
@@ -52,7 +51,7 @@ def smoke():
 
 def presets():
     """The papers' runs on this data set, named without the prefix, and `smoke`."""
-    return image_runs.Presets({"smoke": smoke, **image_runs.published(PREFIX)})
+    return {"smoke": smoke, **command.published("cifar10-")}
 
 
 def load(options):
@@ -60,7 +59,7 @@ def load(options):
     if options.data is None:
         images = fd.images.load_images(EMOJI)
         return images[::2], images[1::2]
-    return image_runs.load_split(
+    return command.load_split(
         options.data, fd.images.cifar10, checksums=options.checksums
     )
 
@@ -72,12 +71,12 @@ def main(line=None):
         num_samples=200, sample_batch=50, features="random",
         do=("train", "grid", "scores"),
     )  # fmt: skip
-    options = image_runs.parse(
+    options = command.parse(
         "cifar10", __doc__, presets(), "smoke", line, own={"smoke": short}
     )
     if options.data is None and options.preset != "smoke":
         raise SystemExit("--data is needed: the archive, or its folder; see docs/data.md")
-    return image_runs.main("cifar10", options, presets(), lambda: load(options))
+    return command.run(options, presets(), lambda: load(options))
 
 
 if __name__ == "__main__":

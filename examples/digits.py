@@ -17,7 +17,6 @@ time: the same command continues where it was.
 
 import dataclasses
 import functools
-import pathlib
 
 import diffrax
 import jax
@@ -26,7 +25,7 @@ import jax.random as jr
 import numpy as np
 
 import flowdiffrax as fd
-import image_runs
+from flowdiffrax.images import command
 
 STEPS, BATCH_SIZE = 1500, 128
 # For a teacher and its student, which share ten minutes.
@@ -48,7 +47,7 @@ def self_distilled():
         ),
         precision="float32",
         objective=fd.LagrangianSelfDistillation(),
-        optimiser=functools.partial(image_runs.adam_to_zero, 1e-3, num_steps=STEPS),
+        optimiser=functools.partial(fd.images.adam_to_zero, 1e-3, num_steps=STEPS),
         batch_size=BATCH_SIZE,
         num_steps=STEPS,
         ema_decay=(0.998,),
@@ -59,7 +58,7 @@ def self_distilled():
 def presets():
     """A teacher, distillation, and three kinds of self-distillation, for one network."""
     lsd = self_distilled()
-    found = {"lsd": lsd, **image_runs.siblings(lsd)}
+    found = {"lsd": lsd, **command.siblings(lsd)}
     for name, steps in {"teacher": TEACHER_STEPS, "lmd": DISTILLATION_STEPS}.items():
         optimiser = functools.partial(lsd.optimiser, num_steps=steps)
         found[name] = dataclasses.replace(
@@ -85,50 +84,29 @@ def by_diffrax(flow_map, number=10):
 
         @jax.jit
         @jax.vmap
-        def draw(x, label, times=times):
-            return diffrax.diffeqsolve(
+        def both(x, label, jumps=jumps, times=times):
+            solution = diffrax.diffeqsolve(
                 term, solver, 0.0, 1.0, None, x, label, stepsize_controller=times
-            ).ys[-1]
+            )
+            return solution.ys[-1], fd.sample(flow_map, x, jumps, label)
 
-        own, _ = image_runs.by_jumps(flow_map, jumps)(x0, labels, None)
-        difference = jnp.abs(draw(x0, labels) - own).max()
+        by_solver, by_jumps = both(x0, labels)
+        difference = jnp.abs(by_solver - by_jumps).max()
         print(f"FlowMapSolver in {jumps}: equal to the jumps to {difference:.1e}")
-
-
-def teach(options):
-    """Trains a teacher in the run's own folder, if one is needed and none is given."""
-    recipe = image_runs.with_options(presets()[options.preset], options)
-    if recipe.teacher is None or options.teacher is not None:
-        return
-    options.out = options.out or pathlib.Path(f"out/digits-{options.preset}")
-    own = options.out / "teacher"
-    if "train" in options.do:
-        options.teacher = own
-        with image_runs.in_one_line():
-            image_runs.check(recipe, options)
-        # Use the same options, and save in the folder that they name.
-        changes = dict(preset="teacher", objective=None, both_directions=False)
-        train = dict(teacher=None, out=own, do=("train",))
-        options = dataclasses.replace(options, **changes, **train)
-        image_runs.main("digits", options, presets(), load)
-    elif (own / "map.safetensors").is_file():
-        options.teacher = own
 
 
 def main(line=None):
     """Does what the command line says; returns the scores."""
-    options = image_runs.parse(
+    options = command.parse(
         "digits", __doc__, presets(), "lmd", line, num_samples=2000, jumps=(1, 2, 4),
         report_every=50, save_every=200, grid_every=200,
     )  # fmt: skip
     if options.data is not None:
         raise SystemExit("--data: the digits come with the package, and nothing is read")
-    with image_runs.in_one_line():
-        image_runs.join(options)
-    teach(options)
-    rows = image_runs.main("digits", options, presets(), load)
+    rows = command.run(options, presets(), load, teach="teacher")
     if "grid" in options.do and jax.process_index() == 0:
-        by_diffrax(image_runs.load_map(options.out, presets())[0])
+        _, flow_map = command.load_map(options.folder, presets())
+        by_diffrax(flow_map)
     return rows
 
 

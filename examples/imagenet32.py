@@ -12,29 +12,27 @@ has the commands for one GPU, one machine and several.
 """
 
 import flowdiffrax as fd
-import image_runs
-
-PREFIX = "imagenet32-"
+from flowdiffrax.images import command
 
 
 def presets():
     """The runs on this data set, named without the prefix."""
-    return image_runs.Presets(image_runs.published(PREFIX))
+    return command.published("imagenet32-")
 
 
 def load(options):
     """Images to train on, and others to compare with."""
-    return image_runs.load_split(
+    return command.load_split(
         options.data, fd.images.imagenet32, "val", checksums=options.checksums
     )
 
 
 def main(line=None):
     """Does what the command line says; returns the scores."""
-    options = image_runs.parse("imagenet32", __doc__, presets(), "teacher", line)
+    options = command.parse("imagenet32", __doc__, presets(), "teacher", line)
     if options.data is None:
         raise SystemExit("--data is needed: the folder of the images; see docs/data.md")
-    return image_runs.main("imagenet32", options, presets(), lambda: load(options))
+    return command.run(options, presets(), lambda: load(options))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ ROOMS = {
     if inspect.ismodule(value) and value.__name__ == f"flowdiffrax.{name}"
     if not name.startswith("_")
 }
+ROOMS["images.command"] = fd.images.command
 TOP = {name: value for name, value in vars(fd).items() if not inspect.ismodule(value)}
 TOP = {name: value for name, value in TOP.items() if not name.startswith("_")}
 

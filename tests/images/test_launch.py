@@ -19,11 +19,12 @@ import numpy as np
 import pytest
 
 import flowdiffrax as fd
+from flowdiffrax.images import command
+from flowdiffrax.images.command import _maps, _presets
 
 pytest.importorskip("tyro")
 ROOT = pathlib.Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "examples"))
-import image_runs  # noqa: E402
 import imagenet32  # noqa: E402
 
 
@@ -62,7 +63,7 @@ def test_no_script_starts_jax_to_show_its_options(folder):
 
 JOINS = """
 import jax
-import cifar10, digits, image_runs, imagenet32
+import cifar10, digits, imagenet32
 
 class Joined(Exception):
     pass
@@ -138,14 +139,14 @@ def write_imagenet32(folder):
         np.savez(folder / f"{name}.npz", data=data, labels=rng.integers(1, 1001, 2))
     words = ["--channels", "8", "--num-blocks", "1"]
     made = imagenet32.presets()
-    options = image_runs.parse("imagenet32", "", made, "class-teacher", words)
-    recipe = image_runs.with_options(made["class-teacher"], options)
+    options = command.parse("imagenet32", "", made, "class-teacher", words)
+    recipe = _presets.with_options(made["class-teacher"](), options)
     teacher = fd.FlowMap(recipe.network(key=jr.key(0)), time_range=(0.0, 1.0))
     # The tests have float64, and the scripts have not.
     single = lambda x: x.astype("float32") if eqx.is_inexact_array(x) else x
     fd.train.save(
         folder / "out" / "imagenet32-class-teacher" / "map.safetensors",
-        image_runs.config_of("imagenet32", options, recipe),
+        _maps.config_of(recipe, options),
         jax.tree.map(single, teacher),
     )
     return folder

@@ -1,9 +1,11 @@
-"""Image data sets, on-device batches, image scores, and recipes of papers."""
+"""Image data sets, on-device batches, scores, recipes of papers, and a command line."""
 
+from . import command as command
 from ._device import DeviceImages as DeviceImages
 from ._device import from_uint8 as from_uint8
 from ._device import to_uint8 as to_uint8
 from ._grid import image_grid as image_grid
+from ._optim import adam_to_zero as adam_to_zero
 from ._optim import decayed_radam as decayed_radam
 from ._recipe import Recipe as Recipe
 from ._recipes import recipe as recipe

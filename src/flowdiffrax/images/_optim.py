@@ -36,6 +36,21 @@ def decayed_radam(
     )
 
 
+def adam_to_zero(learning_rate: float, *, num_steps: int) -> optax.GradientTransformation:
+    """Adam with a learning rate that rises, and then falls to zero along a cosine.
+
+    It rises during the first twentieth of the run. Gradients are clipped to norm 1.
+
+    **Arguments:**
+
+    - `learning_rate`: the largest learning rate.
+    - `num_steps`: the number of steps of the run.
+    """
+    warm_up = num_steps // 20
+    rate = optax.warmup_cosine_decay_schedule(0.0, learning_rate, warm_up, num_steps)
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate, b2=0.99))
+
+
 def _square_root_decay(learning_rate: float, constant_steps: int) -> optax.Schedule:
     return lambda step: learning_rate / jnp.sqrt(jnp.maximum(step / constant_steps, 1))
 

@@ -1,0 +1,108 @@
+"""The map of a run: before training, and from the folder of a finished run."""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.random as jr
+
+from ..._io import StrPath
+from ...flow_maps._residual import FlowMap
+from ...nn import two_times
+from ...train import fingerprint, load
+from .._recipe import Recipe
+from ..sets._images import Images
+from ._options import Options
+from ._presets import Presets, recipe_of, with_options
+
+FILE = "map.safetensors"
+
+
+def load_map(
+    folder: StrPath, presets: Presets, script: str | None = None
+) -> tuple[dict[str, Any], FlowMap]:
+    """Reads the map of a finished run.
+
+    **Arguments:**
+
+    - `folder`: the folder of the run.
+    - `presets`: the script's presets, by name: recipes, or functions that return them.
+    - `script`: the name of the script that the run must be of; `None` for any.
+
+    **Returns:** the configuration of the run, and its averaged map.
+
+    **Raises:** `FileNotFoundError` if the run is not finished or not there; `ValueError`
+    if it is of another script or of a preset that is not in `presets`, or if the file is
+    damaged.
+    """
+    path = pathlib.Path(folder, FILE)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} is not there: train that run to its end first, with its own preset."
+        )
+
+    def make(config):
+        name, preset = config["script"], config["preset"]
+        if script not in (None, name) or preset not in presets:
+            raise ValueError(
+                f"{path} is of the script {name}, preset {preset}: another script's. "
+                "Give a run of this one."
+            )
+        known = {field.name for field in dataclasses.fields(Options)} & config.keys()
+        options = Options(**{name: config[name] for name in known})
+        recipe = with_options(recipe_of(presets, preset), options)
+        return FlowMap(recipe.network(key=jr.key(0)), time_range=(0.0, 1.0))
+
+    return load(path, make)
+
+
+def config_of(recipe: Recipe, options: Options) -> dict[str, Any]:
+    """The configuration that identifies a run, and from which its map is rebuilt."""
+    names = ("script", "preset", "objective", "both_directions", "accumulate", "channels")
+    names += ("num_blocks", "precision", "remat", "seed")
+    config = {name: getattr(options, name) for name in names}
+    return config | {"steps": recipe.num_steps, "batch_size": recipe.batch_size}
+
+
+def contents(images: Images, teacher: FlowMap | None) -> dict[str, str | None]:
+    """Besides the options, what must be the same when a run continues."""
+    return {
+        "training_images": fingerprint((images.images, images.labels)),
+        "teacher_weights": None if teacher is None else fingerprint(teacher),
+    }
+
+
+def teacher_of(recipe: Recipe, options: Options, presets: Presets) -> FlowMap | None:
+    """The map of a finished run that this one learns from, or `None`."""
+    if recipe.teacher is None or options.teacher is None:
+        return None
+    config, teacher = load_map(options.teacher, presets, options.script)
+    theirs = recipe_of(presets, config["preset"])
+    for name in ("num_classes", "base_std"):
+        own, other = getattr(recipe, name), getattr(theirs, name)
+        if own != other:
+            raise ValueError(
+                f"--teacher: {options.teacher} is of preset {theirs.name}, whose {name} "
+                f"is {other}; {recipe.name} has {own}. Give a teacher of the same flow."
+            )
+    return teacher
+
+
+def untrained(recipe: Recipe, options: Options, teacher: FlowMap | None) -> FlowMap:
+    """The map before training: a new network, or one with the teacher's weights."""
+    key = jr.key(options.seed)
+    net = recipe.network(key=key)
+    if recipe.starts_from_teacher and teacher is not None:
+        weights, settings = eqx.partition(net, eqx.is_array)
+        given = eqx.filter(two_times(teacher.net, key=key), eqx.is_array)
+        given, own = jax.tree.leaves(given), jax.tree.leaves(weights)
+        if [leaf.shape for leaf in given] != [leaf.shape for leaf in own]:
+            raise ValueError(
+                f"--teacher: the network in {options.teacher} is of another size, and "
+                "this one starts as it. Give both the same --channels and --num-blocks."
+            )
+        weights = jax.tree.unflatten(jax.tree.structure(weights), given)
+        net = eqx.combine(weights, settings)
+    return FlowMap(net, time_range=(0.0, 1.0))
