@@ -400,6 +400,28 @@ def test_keys_and_nothing_in_the_state(tmp_path):
     assert digest(plain(broken)) == digest(plain(whole))
 
 
+def test_random_keys_and_empty_arrays_are_restored(tmp_path, first_state):
+    tree = {
+        "key": jr.key(3),
+        "keys": jr.split(jr.key(4), 2),
+        "nothing": jnp.zeros((0, 2)),
+    }
+    state = eqx.tree_at(lambda state: state.opt_state, first_state, tree)
+    other = {
+        "key": jr.key(5),
+        "keys": jr.split(jr.key(6), 2),
+        "nothing": jnp.ones((0, 2)),
+    }
+    like = eqx.tree_at(lambda state: state.opt_state, first_state, other)
+    with make(tmp_path) as run:
+        run.save(state, {"loss": 0.0})
+        run.wait()
+        restored = run.restore(like).opt_state
+    assert restored["key"] == tree["key"]
+    assert jnp.all(restored["keys"] == tree["keys"])
+    assert restored["nothing"].shape == (0, 2)
+
+
 @pytest.mark.parametrize("text", ["{}", "", "[1]"])
 def test_garbled_configuration(six_steps, tmp_path, text):
     (tmp_path / "config.json").write_text(text)
