@@ -21,29 +21,28 @@ def check_like(out: State, x: State, name: str) -> State:
     if isinstance(out, Array) and isinstance(x, Array):
         if out.shape == x.shape and out.dtype == x.dtype:
             return out
-    got, expected = jtu.tree_structure(out), jtu.tree_structure(x)
-    if got != expected:
+    got, own = jtu.tree_structure(out), jtu.tree_structure(x)
+    if got != own:
         raise ValueError(
-            f"{name} must return a PyTree of the structure of the state, {expected}; "
-            f"got {got}."
+            f"{name} must return the structure of the state, {own}; got {got}."
         )
     for got_leaf, leaf in zip(jtu.tree_leaves(out), jtu.tree_leaves(x), strict=True):
-        if jnp.shape(got_leaf) != jnp.shape(leaf):
-            if jnp.shape(got_leaf) == ():
+        got, own = jnp.shape(got_leaf), jnp.shape(leaf)
+        if got != own:
+            if got == ():
                 cure = "Look at the order of its arguments: times, state, `args`."
             else:
                 cure = "A state is one example: to work on a batch, use `jax.vmap`."
             raise ValueError(
-                f"{name} must return the shape of the state, {jnp.shape(leaf)}; got "
-                f"{jnp.shape(got_leaf)}. {cure}"
+                f"{name} must return the shape of the state, {own}; got {got}. {cure}"
             )
-        if jnp.result_type(got_leaf) != jnp.result_type(leaf):
+        got, own = jnp.result_type(got_leaf), jnp.result_type(leaf)
+        if got != own:
+            # Diffrax promotes the state to the dtype of the times.
             raise TypeError(
-                f"{name} must return the dtype of the state, {jnp.result_type(leaf)}; "
-                f"got {jnp.result_type(got_leaf)}. Give state and weights one dtype, or "
-                "cast the returned value with `.astype(x.dtype)`. (Diffrax promotes the "
-                "state to the dtype of the times: Python-float times are float64 when "
-                "x64 is enabled.)"
+                f"{name} must return the dtype of the state, {own}; got {got}. Give "
+                "state and weights one dtype, or cast with `.astype(x.dtype)`. In a "
+                "solve, give times of that dtype too: Python floats may be float64."
             )
     return out
 
@@ -53,17 +52,12 @@ def check_callable(
 ) -> None:
     """**Raises:** `TypeError` unless `fn` can be called with one of the signatures."""
     signature = signatures[0]
-    if inspect.isclass(fn) and not may_be_class:
-        raise TypeError(
-            f"`{name}` must be a callable `{signature}`; got the class {fn.__name__}, "
-            "not an instance of it."
-        )
-    if not callable(fn):
+    if not callable(fn) or (inspect.isclass(fn) and not may_be_class):
         # A `TrainState` has `ema_map`, and a Diffrax term has `vector_field`.
         parts = [part for part in ("ema_map", "vector_field") if hasattr(fn, part)]
         cure = f" Pass its `.{parts[0]}`." if parts else ""
         raise TypeError(
-            f"`{name}` must be a callable `{signature}`; got {type(fn).__name__}.{cure}"
+            f"`{name}` must be a callable `{signature}`; got {_kind(fn)}.{cure}"
         )
     try:
         own = inspect.signature(fn)
@@ -78,10 +72,10 @@ def check_callable(
     if not any(_takes(own, signature) for signature in signatures):
         what = getattr(fn, "__name__", type(fn).__name__)
         bare = [part.replace(annotation=part.empty) for part in own.parameters.values()]
+        what += str(inspect.Signature(bare))
         raise TypeError(
-            f"`{name}` is called as `{signature}`, which `{what}"
-            f"{inspect.Signature(bare)}` does not allow. Wrap it in a function, or an "
-            "`eqx.Module`, of these arguments."
+            f"`{name}` is called as `{signature}`, which `{what}` does not allow. Wrap "
+            "it in a function, or an `eqx.Module`, of these arguments."
         )
 
 
@@ -146,3 +140,28 @@ def check_whole(number: Any, name: str) -> None:
         operator.index(number)
     except TypeError as error:
         raise TypeError(f"`{name}` must be an integer; got {number!r}.") from error
+
+
+def check_at_least(number: Any, least: float, name: str) -> None:
+    """**Raises:** `ValueError` if `number` is below `least`."""
+    if not number >= least:
+        raise ValueError(f"`{name}` must be at least {least}; got {number}.")
+
+
+def check_between(number: Any, low: float, high: float, name: str) -> None:
+    """**Raises:** `ValueError` if `number` is not in the interval, ends included."""
+    if not low <= number <= high:
+        raise ValueError(f"`{name}` must be in [{low}, {high}]; got {number}.")
+
+
+def check_instance(value: object, kind: Any, name: str, what: str | None = None) -> None:
+    """**Raises:** `TypeError` if `value` is not of the type `kind`, in words `what`."""
+    if not isinstance(value, kind):
+        what = what or f"a `{kind.__name__}`"
+        raise TypeError(f"`{name}` must be {what}; got {_kind(value)}.")
+
+
+def _kind(value: object) -> str:
+    if inspect.isclass(value):
+        return f"the class {value.__name__}, not an instance of it"
+    return type(value).__name__

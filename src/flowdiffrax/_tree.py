@@ -78,9 +78,8 @@ def _from_bits(leaf: Array, dtype: np.dtype) -> Array:
     part = jnp.finfo(dtype).dtype
     if leaf.dtype != _bits_of(part):
         raise TypeError(
-            f"An array that is held fixed was cast to {leaf.dtype}. To cast a map, cast "
-            "only its `equinox.is_inexact_array` leaves, and build it again with the "
-            "arrays that are held fixed."
+            f"An array that is held fixed was cast to {leaf.dtype}. Cast only the "
+            "`equinox.is_inexact_array` leaves, or build the map from arrays as cast."
         )
     parts = lax.bitcast_convert_type(leaf, part)
     return lax.complex(parts[0], parts[1]) if is_complex else parts
