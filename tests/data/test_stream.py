@@ -140,14 +140,14 @@ def test_batch_of_all_rows(draw):
     ],
 )
 def test_batch_of_all_rows_has_one_size(make):
-    with pytest.raises(ValueError, match="is all 5 rows; got `batch_size` 4"):
+    with pytest.raises(ValueError, match="takes all 5 rows, not 4"):
         make(jnp.ones((5, 3, 2)))(jr.key(0))
 
 
 def test_streamed_rows_that_are_not_finite():
     pool = rows()
     pool["ys"][5, 1, 0] = np.nan
-    with pytest.raises(ValueError, match="1 of a batch of 7 rows are not.*row 5"):
+    with pytest.raises(ValueError, match="1 of 7 rows are not, the first of them row 5"):
         next(fd.data.stream(pool, 7))
 
 
@@ -155,8 +155,11 @@ def test_streamed_rows_that_are_not_finite():
     "source, settings, error, match",
     [
         (lambda index: index, {}, ValueError, "needs `size`"),
-        (lambda index: index[:1], {"size": 7}, ValueError, "the 3 rows .* got 1"),
+        (lambda index: index[:1], {"size": 7}, ValueError, "the 3 rows"),
         (lambda: 0, {"size": 7}, TypeError, r"called as `source\(rows\)`"),
+        (np.ones((7, 2)), {"seed": -1}, ValueError, "`seed` must be at least 0"),
+        (lambda index: index, {"size": 0}, ValueError, "`size` must be at least 1"),
+        (np.ones((7, 2)), {"process_count": 2}, ValueError, "no equal share"),
         ({"a": np.ones(3), "b": np.ones(4)}, {}, ValueError, "one common leading axis"),
         ([[1.0, 2.0]], {}, TypeError, "function of row numbers"),
     ],

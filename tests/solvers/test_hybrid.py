@@ -387,7 +387,7 @@ def test_manual_steps():
     y1, *_, state, result = solver.step(term, 0.1, 0.9, X, None, state, False)
     assert state.num_learned == 1 and result == diffrax.RESULTS.successful
     assert_close(y1, EXACT(0.1, 0.9, X))
-    with pytest.raises(ValueError, match="Give both: `HybridSolver"):
+    with pytest.raises(ValueError, match="give `HybridSolver` `rtol`"):
         fd.HybridSolver(EXACT).init(term, 0.1, 0.9, X, None)
 
 
@@ -749,10 +749,10 @@ def test_bad_lane_leaves_others_alone():
     "fallback, error, words",
     [
         (diffrax.Euler(), ValueError, r"HalfSolver\(Euler\(\)\)"),
-        (diffrax.SemiImplicitEuler(), TypeError, "single `diffrax.ODETerm`"),
-        (diffrax.KenCarp4(), TypeError, "single `diffrax.ODETerm`"),
-        (fd.FlowMapSolver(EXACT), TypeError, "a classical solver"),
-        (fd.HybridSolver(EXACT), TypeError, "a classical solver"),
+        (diffrax.SemiImplicitEuler(), ValueError, "of a `diffrax.ODETerm`"),
+        (diffrax.KenCarp4(), ValueError, "of a `diffrax.ODETerm`"),
+        (fd.FlowMapSolver(EXACT), ValueError, "a classical solver"),
+        (fd.HybridSolver(EXACT), ValueError, "a classical solver"),
         (diffrax.Tsit5, TypeError, "must be a Diffrax solver"),
     ],
 )
@@ -822,7 +822,7 @@ def test_chunks_of_easy_examples_end_early():
 
 def test_bad_chunks():
     xs = jnp.zeros((6, 2))
-    with pytest.raises(ValueError, match="one number for each of the 6"):
+    with pytest.raises(ValueError, match=r"must have shape \(6,\); got \(5,\)"):
         fd.vmap_sorted(lambda x: x, xs, jnp.zeros(5), chunk_size=2)
     with pytest.raises(ValueError, match="`chunk_size` must be at least 1; got 0"):
         fd.vmap_sorted(lambda x: x, xs, jnp.zeros(6), chunk_size=0)

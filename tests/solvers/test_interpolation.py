@@ -160,13 +160,13 @@ def test_bad_solutions():
     ts, ys = jnp.asarray([0.1, 0.9]), jnp.stack([X, X])
     with pytest.raises(ValueError, match=r"SaveAt\(t0=True, steps=True\)"):
         fd.solvers.FlowMapInterpolation(ts[:1], ys[:1], EXACT)
-    with pytest.raises(ValueError, match=r"leading axis like `ts`, \(2,\)"):
+    with pytest.raises(ValueError, match="`ts` and `ys` must be arrays with one common"):
         fd.solvers.FlowMapInterpolation(ts, X[None], EXACT)
     dense = jump_solve(EXACT, 0.1, 0.9, X, saveat=diffrax.SaveAt(dense=True))
-    with pytest.raises(ValueError, match="no saved steps"):
+    with pytest.raises(ValueError, match="No state saved at t0 = 0.1"):
         fd.solvers.FlowMapInterpolation.of(dense, EXACT)
     late = jump_solve(
         EXACT, 0.1, 0.9, X, saveat=diffrax.SaveAt(ts=ts.at[0].set(0.2)), steps=4
     )
-    with pytest.raises(ValueError, match="first saved state is at 0.2"):
+    with pytest.raises(ValueError, match="No state saved at t0 = 0.1"):
         fd.solvers.FlowMapInterpolation.of(late, EXACT)

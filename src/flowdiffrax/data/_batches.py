@@ -9,7 +9,8 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, ArrayLike, Key, PyTree
 
-from .._check import check_callable
+from .._check import check_callable, check_instance
+from .._time import real_dtype
 from .._tree import is_concrete, num_rows, rows_not_finite
 from .._types import Args, State
 from ..paths._base import AbstractInterpolant
@@ -28,9 +29,8 @@ def _as_jax(tree: Any) -> Any:
 def _to_device(leaf: Any) -> Array:
     if isinstance(leaf, np.memmap):
         raise TypeError(
-            f"A memory map of shape {leaf.shape} would be copied whole to the device. "
-            "Stream it from the disk with `data.StreamBatches`; or, if it fits in "
-            "memory, pass `np.array(memory_map)`."
+            "A memory map would be copied whole to the device. Stream it from the disk "
+            "with `data.StreamBatches`; if it fits in memory, pass `np.array(memmap)`."
         )
     return jnp.asarray(leaf)
 
@@ -83,16 +83,10 @@ class GaussianBase(eqx.Module):
 
     - `std`: the standard deviation, positive.
     - `mean`: the mean, a number or an array that broadcasts against a data point.
-
-    **Raises:** `ValueError` if the standard deviation is not positive.
     """
 
     std: float = 1.0
     mean: ArrayLike = eqx.field(default=0.0, converter=_as_number_or_jax)
-
-    def __check_init__(self):
-        if self.std <= 0:
-            raise ValueError(f"`std` must be positive; got {self.std}.")
 
     def __call__(self, key: Key[Array, ""], x1: State) -> State:
         """Draws base points with the structure and shape of the batch `x1`."""
@@ -154,30 +148,18 @@ class InterpolantBatches(eqx.Module):
 
     def __check_init__(self):
         check_batch_size(self.batch_size)
-        if not isinstance(self.interpolant, AbstractInterpolant):
-            raise TypeError(
-                "`interpolant` comes first, an instance such as `LinearInterpolant()`; "
-                f"got {self.interpolant!r}."
-            )
+        what = "an instance such as `LinearInterpolant()`, and `interpolant` comes first"
+        check_instance(self.interpolant, AbstractInterpolant, "interpolant", what)
         check_callable(self.base, "base", "base(key, x1)")
         check_callable(self.coupling, "coupling", "coupling(key, x0, x1, args)")
         if callable(self.data):
             check_callable(self.data, "data", "data(key, batch_size)")
-            if self.args is not None:
-                raise ValueError(
-                    "`args` needs data given as arrays, row for row. A function may "
-                    "return `ConditionedPoints(points, args)`."
-                )
+            _check_no_rows(self.args, "`ConditionedPoints(points, args)`")
         else:
             _num_rows((self.data, self.args))
-            dtypes = [leaf.dtype for leaf in jtu.tree_leaves(self.data)]
-            if not all(jnp.issubdtype(dtype, jnp.inexact) for dtype in dtypes):
-                raise TypeError(
-                    f"`data` must be floating-point or complex; got {dtypes}. Convert "
-                    "integers with `.astype(float)`."
-                )
+            real_dtype(self.data)  # refuses integers
             if self.draw:
-                _check_finite((self.data, self.args), "Data and conditions")
+                check_finite((self.data, self.args), "Data and conditions")
 
     def __call__(self, key: Key[Array, ""]) -> Batch:
         """Draws a batch: its paths and conditions, every array with the batch axis.
@@ -243,18 +225,17 @@ class TrajectoryBatches(eqx.Module):
         for leaf in jtu.tree_leaves(self.ys):
             if jnp.shape(self.ts) not in (leaf.shape[1:2], leaf.shape[:2]):
                 raise ValueError(
-                    "`ys` must have shape (pool, times, ...), and `ts` the matching "
-                    f"shape (times,) or (pool, times); got {leaf.shape} and "
-                    f"{jnp.shape(self.ts)}."
+                    "`ys` must be (pool, times, ...) and `ts` (times,) or (pool, times); "
+                    f"got {leaf.shape} and {jnp.shape(self.ts)}."
                 )
         if not self.draw:
             return
         if is_concrete(self.ts) and not np.all(np.diff(np.asarray(self.ts)) > 0):
             raise ValueError(
-                f"`ts` must rise; got {self.ts}. For trajectories solved backwards in "
-                "time, flip the last axis of `ts` and the second axis of `ys`."
+                f"`ts` must rise; got {self.ts}. For trajectories solved backwards, flip "
+                "the last axis of `ts` and the second axis of `ys`."
             )
-        _check_finite((self.ys, self.args), "Trajectories and conditions")
+        check_finite((self.ys, self.args), "Trajectories and conditions")
 
     def __call__(self, key: Key[Array, ""]) -> Batch:
         """Draws a batch: its paths and conditions, every leaf with the batch axis."""
@@ -298,12 +279,9 @@ class StateBatches(eqx.Module):
                 check_callable(fn, name, f"{name}(key, batch_size)")
         if not callable(self.draw):
             _num_rows((self.draw, rows))
-            _check_finite((self.draw, rows), "States and conditions")
-        elif rows is not None:
-            raise ValueError(
-                "`args` as arrays needs states given as arrays, row for row. With a "
-                "function that draws states, give a function that draws `args`."
-            )
+            check_finite((self.draw, rows), "States and conditions")
+        else:
+            _check_no_rows(rows, "a function that draws `args`")
 
     def __call__(self, key: Key[Array, ""]) -> Batch:
         """Draws a batch: its paths and conditions, every array with the batch axis."""
@@ -329,14 +307,26 @@ def _num_rows(tree) -> int:
     return num_rows(tree, "Data and conditions")
 
 
-def _check_finite(tree: PyTree, name: str) -> None:
-    """**Raises:** `ValueError` for concrete rows that are not finite."""
+def _check_no_rows(args: Args, cure: str) -> None:
+    """**Raises:** `ValueError` for rows of conditions without rows of points."""
+    if args is not None:
+        raise ValueError(
+            "`args` as arrays needs points given as arrays, row for row; with a function "
+            f"that draws points, use {cure}."
+        )
+
+
+def check_finite(tree: PyTree, name: str, rows: np.ndarray | None = None) -> None:
+    """**Raises:** `ValueError` for concrete rows that are not finite.
+
+    `rows` are the numbers of the rows in the data, if the tree has only some of them.
+    """
     bad = rows_not_finite(tree)
     if bad.any():
+        first = bad.argmax() if rows is None else rows[bad.argmax()]
         raise ValueError(
             f"{name} must be finite; {bad.sum()} of {bad.size} rows are not, the first "
-            f"of them row {bad.argmax()}. Drop them: "
-            "`rows, num_dropped = data.finite_rows(rows)`."
+            f"of them row {first}. Drop them, for example with `data.finite_rows`."
         )
 
 
@@ -344,8 +334,7 @@ def _draw_rows(key, tree, batch_size, draw=True):
     if not draw:
         if _num_rows(tree) != batch_size:
             raise ValueError(
-                f"With `draw=False`, the batch is all {_num_rows(tree)} rows; got "
-                f"`batch_size` {batch_size}."
+                f"`draw=False` takes all {_num_rows(tree)} rows, not {batch_size}."
             )
         return tree
     rows = jr.randint(key, (batch_size,), 0, _num_rows(tree))

@@ -7,7 +7,7 @@ import jax.random as jr
 import jax.tree_util as jtu
 from jaxtyping import Array, ArrayLike, Float, Key, PyTree
 
-from .._check import check_callable
+from .._check import check_between, check_callable
 from .._tree import num_rows
 from .._types import GuidanceArgs
 from ..times._base import check_batch_size
@@ -52,8 +52,8 @@ class ConditionDropout(eqx.Module):
         check_callable(self.batches, "batches", "batches(key)")
         if self.scale is not None:
             check_callable(self.scale, "scale", "scale(key, batch_size)")
-        if isinstance(self.rate, float | int) and not 0 <= self.rate <= 1:
-            raise ValueError(f"`rate` must be in [0, 1]; got {self.rate}.")
+        if isinstance(self.rate, float | int):
+            check_between(self.rate, 0, 1, "rate")
 
     def __call__(self, key: Key[Array, ""]) -> Batch:
         """Draws a batch: its paths and conditions, every array with the batch axis."""
@@ -72,10 +72,7 @@ class ConditionDropout(eqx.Module):
             return paths, conditions
         scales = self.scale(scale_key, batch_size)
         if jnp.shape(scales) != (batch_size,):
-            raise ValueError(
-                f"`scale` must return one scale per example, {(batch_size,)}; got shape "
-                f"{jnp.shape(scales)}."
-            )
+            raise ValueError(f"Expected {batch_size} scales; got {jnp.shape(scales)}.")
         return paths, GuidanceArgs(conditions, jnp.where(dropped, 1, scales))
 
 
@@ -103,10 +100,7 @@ class PowerLawScale(eqx.Module):
 
     def __check_init__(self):
         if not 0 < self.low <= self.high:
-            raise ValueError(
-                "`low` and `high` must be positive and rise; got "
-                f"{self.low}, {self.high}."
-            )
+            raise ValueError(f"Expected 0 < low <= high; got {self.low}, {self.high}.")
 
     def __call__(
         self, key: Key[Array, ""], batch_size: int

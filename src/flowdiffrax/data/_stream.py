@@ -9,10 +9,11 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from .._check import check_callable
+from .._check import check_at_least, check_callable, check_instance
 from .._io import import_extra
-from .._tree import num_rows, rows_not_finite
+from .._tree import num_rows
 from ..times._base import check_batch_size
+from ._batches import check_finite
 
 # The number of batches in transfer to the device, in addition to those of the step.
 _AHEAD = 2
@@ -71,9 +72,9 @@ def stream(
     a batch of images and labels, convert it to [`flowdiffrax.images.DeviceImages`][].
 
     **Raises:** `ImportError` if grain is not installed; `ValueError` for a batch size
-    that the number of processes does not divide, settings that are too small, arrays
-    without a common leading axis, or a function without `size`; `TypeError` for any other
-    source. When a batch is drawn, `ValueError` for rows that are not finite.
+    that the number of processes does not divide, a negative seed, arrays without a common
+    leading axis, or a function without `size`; `TypeError` for any other source. When a
+    batch is drawn, `ValueError` for rows that are not finite.
     """
     read, size = _reader(source, size)
     check_batch_size(batch_size)
@@ -81,14 +82,9 @@ def stream(
     count = jax.process_count() if process_count is None else process_count
     if batch_size % count != 0 or not 0 <= index < count:
         raise ValueError(
-            f"A batch of {batch_size} does not divide among {count} processes, or "
-            f"{index} is not the index of a process."
+            f"A batch of {batch_size} has no equal share for process {index} of {count}."
         )
-    if min(seed, start) < 0 or min(num_threads, prefetch) < 1:
-        raise ValueError(
-            "`seed` and `start` must not be negative, `num_threads` and `prefetch` at "
-            f"least 1; got {seed}, {start}, {num_threads} and {prefetch}."
-        )
+    check_at_least(seed, 0, "seed")
     grain = import_extra("grain", "train", "stream")
     share = batch_size // count
     rows = slice(index * share, (index + 1) * share)
@@ -102,19 +98,13 @@ def _reader(source: Any, size: int | None) -> tuple[_Read, int]:
     source = getattr(source, "arrays", source)
     if callable(source):
         check_callable(source, "source", "source(rows)")
-        if size is None or size < 1:
-            raise ValueError(
-                "A function of row numbers needs `size`, the number of rows, at least 1; "
-                f"got {size}."
-            )
+        if size is None:
+            raise ValueError("A function needs `size`, the number of rows.")
+        check_at_least(size, 1, "size")
         return lambda rows: _checked(source(rows), rows), size
-    leaves = jtu.tree_leaves(source)
-    if not leaves or not all(isinstance(leaf, Array | np.ndarray) for leaf in leaves):
-        kinds = sorted({type(leaf).__name__ for leaf in leaves})
-        raise TypeError(
-            f"`source` must consist of arrays or memory maps; got {kinds}. "
-            "For other files, give a function of row numbers that reads them, and `size`."
-        )
+    what = "arrays, memory maps, or a function of row numbers with `size`"
+    for leaf in jtu.tree_leaves(source):
+        check_instance(leaf, Array | np.ndarray, "source", what)
     size = num_rows(source, "What is streamed")
     # Copy a device array: otherwise its rows would be fetched from the device in turn.
     as_numpy = lambda leaf: leaf if isinstance(leaf, np.ndarray) else np.asarray(leaf)
@@ -126,17 +116,8 @@ def _reader(source: Any, size: int | None) -> tuple[_Read, int]:
 def _checked(batch: PyTree, rows: np.ndarray) -> PyTree[np.ndarray]:
     """**Raises:** `ValueError` for another number of rows, or for NaN or infinity."""
     if num_rows(batch, "A batch") != rows.size:
-        raise ValueError(
-            f"The function must return the {rows.size} rows that it is given; got "
-            f"{num_rows(batch, 'A batch')}."
-        )
-    bad = rows_not_finite(batch)
-    if bad.any():
-        raise ValueError(
-            f"Streamed rows must be finite; {bad.sum()} of a batch of {rows.size} "
-            f"rows are not, starting with row {rows[bad.argmax()]}. Remove them from the "
-            "data."
-        )
+        raise ValueError(f"The function must return the {rows.size} rows it is given.")
+    check_finite(batch, "Streamed rows", rows)
     return batch
 
 

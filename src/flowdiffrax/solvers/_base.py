@@ -5,11 +5,12 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
+from .._check import check_at_least
 from .._tree import all_finite
 from .._types import AbstractVar, Args, State, Time, TwoTimeMap, VectorField
 from ..flow_maps._base import out_of_range_message, times_out_of_range
 from ..flow_maps._inverse import check_composable
-from ._jump import Jump, check_dense_degree
+from ._jump import Jump
 
 Terms = PyTree[diffrax.AbstractTerm]
 
@@ -36,7 +37,7 @@ class AbstractFlowMapSolver(diffrax.AbstractSolver):
 
     def __check_init__(self):
         check_composable(self.flow_map)
-        check_dense_degree(self.dense_degree)
+        check_at_least(self.dense_degree, 1, "dense_degree")
 
     def order(self, terms: Terms) -> int:
         """One, since a map's local error is mostly the step times its velocity's error.

@@ -6,7 +6,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Inexact, Real
 
 from .._time import time_dtype
-from .._tree import is_concrete, nan_where, subtract
+from .._tree import is_concrete, nan_where, num_rows, subtract
 from .._types import Args, State, Time, TwoTimeMap
 from ..flow_maps._inverse import check_composable
 from ..identities import end_derivative
@@ -49,16 +49,10 @@ class FlowMapInterpolation(diffrax.AbstractPath):
         check_composable(self.flow_map)
         if self.ts.ndim != 1 or self.ts.shape[0] < 2:
             raise ValueError(
-                "`ts` must be one-dimensional with at least two times; got shape "
-                f"{self.ts.shape}. Save with `SaveAt(t0=True, steps=True)`, and use "
-                "`jax.vmap` for a batch of solutions."
+                f"`ts` must be at least two times; got shape {self.ts.shape}. Save with "
+                "`SaveAt(t0=True, steps=True)`; for a batch of solutions, use `jax.vmap`."
             )
-        for leaf in jtu.tree_leaves(self.ys):
-            if jnp.shape(leaf)[:1] != self.ts.shape:
-                raise ValueError(
-                    f"`ys` must have a leading axis like `ts`, {self.ts.shape}; got a "
-                    f"leaf of shape {jnp.shape(leaf)}."
-                )
+        num_rows((self.ts, self.ys), "`ts` and `ys`")
 
     @classmethod
     def of(cls, solution: diffrax.Solution, flow_map: TwoTimeMap, args: Args = None):
@@ -67,18 +61,13 @@ class FlowMapInterpolation(diffrax.AbstractPath):
         **Raises:** `ValueError` for a solution without saved steps, or if its start is
         concrete and is not one of them.
         """
-        if solution.ts is None or solution.ys is None:
+        ts, ys, t0 = solution.ts, solution.ys, solution.t0
+        is_known = ts is not None and is_concrete((ts, t0))
+        if ts is None or ys is None or (is_known and jnp.any(ts[..., 0] != t0)):
             raise ValueError(
-                "The solution has no saved steps. Save with "
-                "`SaveAt(t0=True, steps=True)`."
+                f"No state saved at t0 = {t0}. Save with `SaveAt(t0=True, steps=True)`."
             )
-        first = solution.ts[..., 0]
-        if is_concrete((first, solution.t0)) and not jnp.all(first == solution.t0):
-            raise ValueError(
-                f"The solution starts at {solution.t0} and its first saved state is at "
-                f"{first}. Save with `SaveAt(t0=True, steps=True)`."
-            )
-        return cls(solution.ts, solution.ys, flow_map, args)
+        return cls(ts, ys, flow_map, args)
 
     @property
     def t0(self):  # pyright: ignore

@@ -10,6 +10,7 @@ import optimistix as optx
 from jax import lax
 from jaxtyping import Array, ArrayLike, Bool, Int, PyTree, Real
 
+from .._check import check_at_least, check_instance
 from .._tree import all_finite, freeze, nan_where, scale, subtract
 from .._types import Args, State, Time, TwoTimeMap
 from ..estimates._base import AbstractErrorEstimate, check_estimate
@@ -19,7 +20,7 @@ from ..flow_maps._base import times_out_of_range
 from ..flow_maps._inverse import check_composable
 from ._base import AbstractFlowMapSolver, true_field, true_times
 from ._branches import run_if_any, where, with_derivative
-from ._jump import Jump, check_dense_degree
+from ._jump import Jump
 
 Terms = PyTree[diffrax.AbstractTerm]
 
@@ -148,11 +149,11 @@ class HybridSolver(diffrax.AbstractImplicitSolver, diffrax.AbstractAdaptiveSolve
     - `dense_degree`: degree of the stored series of a jump, at least 1.
 
     **Raises:** when constructed, `TypeError` for a map that is not callable or a fallback
-    that is not a solver of ODE terms, and `ValueError` for a fallback without error
-    estimate or an invalid `safety`, `max_wait` or `dense_degree`. In the solve,
-    `ValueError` without tolerances; for a fixed step size Diffrax raises it itself, with
-    a message about implicit solvers. If neither the map nor the fallback can meet the
-    tolerance, the solve ends with Diffrax's own result.
+    that is not a solver, and `ValueError` for a fallback that is not a classical solver
+    of ODEs with an error estimate, or an invalid `safety`, `max_wait` or `dense_degree`.
+    In the solve, `ValueError` without tolerances; for a fixed step size Diffrax raises it
+    itself, with a message about implicit solvers. If neither the map nor the fallback can
+    meet the tolerance, the solve ends with Diffrax's own result.
     """
 
     flow_map: TwoTimeMap
@@ -177,14 +178,13 @@ class HybridSolver(diffrax.AbstractImplicitSolver, diffrax.AbstractAdaptiveSolve
 
     def __check_init__(self):
         check_composable(self.flow_map)
-        check_dense_degree(self.dense_degree)
+        check_at_least(self.dense_degree, 1, "dense_degree")
+        check_at_least(self.max_wait, 0, "max_wait")
         _check_fallback(self.fallback)
         if self.estimate is not None:
             check_estimate(self.estimate)
         if not 0 < typing.cast(float, self.safety) <= 1:
             raise ValueError(f"`safety` must be in (0, 1]; got {self.safety}.")
-        if self.max_wait < 0:
-            raise ValueError(f"`max_wait` must be at least 0; got {self.max_wait}.")
 
     @property
     def root_finder(self):  # pyright: ignore
@@ -214,8 +214,7 @@ class HybridSolver(diffrax.AbstractImplicitSolver, diffrax.AbstractAdaptiveSolve
         """Starts the counts at zero, and initialises the classical solver."""
         if any(value is _FROM_CONTROLLER for value in (self.rtol, self.atol, self.norm)):
             raise ValueError(
-                "There is no step size controller to take tolerances from. Give both: "
-                "`HybridSolver(flow_map, rtol=1e-3, atol=1e-6)`."
+                "Without a step size controller, give `HybridSolver` `rtol` and `atol`."
             )
         # Like the state, so that a loop under `jax.shard_map` can carry them.
         like = jtu.tree_leaves(y0)[0]
@@ -368,25 +367,19 @@ def _is_implicit(solver: object) -> bool:
     return isinstance(solver, diffrax.AbstractImplicitSolver)
 
 
-def _check_fallback(fallback: object) -> None:
-    name = type(fallback).__name__
-    if not isinstance(fallback, diffrax.AbstractSolver):
-        raise TypeError(
-            f"`fallback` must be a Diffrax solver such as `diffrax.Tsit5()`; got {name}."
-        )
-    if isinstance(fallback, AbstractFlowMapSolver | HybridSolver):
-        raise TypeError(f"`fallback` must be a classical solver; got `{name}`.")
-    structure = fallback.term_structure
-    structure = typing.get_origin(structure) or structure
-    if not (isinstance(structure, type) and issubclass(diffrax.ODETerm, structure)):
-        raise TypeError(
-            f"`fallback` must solve a single `diffrax.ODETerm`; got `{name}`, which "
-            f"takes terms of the structure {fallback.term_structure}."
-        )
-    if not isinstance(fallback, diffrax.AbstractAdaptiveSolver):
+def _check_fallback(fallback: Any) -> None:
+    what = "a Diffrax solver such as `diffrax.Tsit5()`"
+    check_instance(fallback, diffrax.AbstractSolver, "fallback", what)
+    structure = typing.get_origin(fallback.term_structure) or fallback.term_structure
+    takes_odes = isinstance(structure, type) and issubclass(diffrax.ODETerm, structure)
+    is_adaptive = isinstance(fallback, diffrax.AbstractAdaptiveSolver)
+    is_learned = isinstance(fallback, AbstractFlowMapSolver | HybridSolver)
+    if is_learned or not (takes_odes and is_adaptive):
+        name = type(fallback).__name__
         raise ValueError(
-            f"`fallback` needs an error estimate; `{name}` has none. Wrap it as "
-            f"`diffrax.HalfSolver({name}())`, or use `diffrax.Tsit5()`."
+            "`fallback` must be a classical solver of a `diffrax.ODETerm` with an error "
+            f"estimate; got {name}. Wrap it as `diffrax.HalfSolver({name}())`, or use "
+            "`diffrax.Tsit5()`."
         )
 
 

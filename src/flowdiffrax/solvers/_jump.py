@@ -11,12 +11,6 @@ from .._tree import subtract
 from .._types import State, Time
 
 
-def check_dense_degree(dense_degree: int) -> None:
-    """**Raises:** `ValueError` for a degree less than 1."""
-    if dense_degree < 1:
-        raise ValueError(f"`dense_degree` must be at least 1; got {dense_degree}.")
-
-
 @jtu.register_pytree_node_class
 class Jump:
     """The dense output of one step.

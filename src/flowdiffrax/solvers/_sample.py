@@ -10,7 +10,7 @@ import optax
 from jax import lax
 from jaxtyping import Array, ArrayLike, Key, Real
 
-from .._check import check_like
+from .._check import check_at_least, check_like
 from .._time import time_dtype
 from .._tree import all_finite, is_concrete
 from .._types import Args, State, TwoTimeMap
@@ -60,9 +60,7 @@ def sample(
         with jax.ensure_compile_time_eval():
             finite = bool(all_finite(x0))
         if not finite:
-            raise ValueError(
-                "`x0` has entries that are not finite; a flow map takes finite states."
-            )
+            raise ValueError("`x0` is not finite, but a flow map takes finite states.")
     grid = make_grid(flow_map, ts)
     if is_concrete(grid):
         # The grid is checked as NumPy, which is concrete even inside `jit`.
@@ -128,17 +126,10 @@ def sample_with_restarts(
         algorithm 1.
     """
     times = jnp.asarray(times, time_dtype(x0))
-    if times.ndim != 1:
-        raise ValueError(
-            f"`times` must be a one-dimensional array; got shape {times.shape}."
-        )
-    if is_concrete(times):
-        with jax.ensure_compile_time_eval():
-            inside = bool(jnp.all((times >= 0) & (times < 1)))
-        if not inside:
-            raise ValueError(
-                f"`times` must be in [0, 1), with 0 the base and 1 the data; got {times}."
-            )
+    with jax.ensure_compile_time_eval():
+        inside = not is_concrete(times) or bool(jnp.all((times >= 0) & (times < 1)))
+    if times.ndim != 1 or not inside:
+        raise ValueError(f"`times` must be an array of times in [0, 1); got {times}.")
     to_data = lambda s, x: sample(flow_map, x, jnp.stack([s, jnp.ones_like(s)]), args)
 
     def restart(x1, inputs):
@@ -158,8 +149,7 @@ def sample_with_restarts(
 def make_grid(flow_map: TwoTimeMap, ts) -> Real[ArrayLike, " times"]:
     is_number = jnp.ndim(ts) == 0 and is_concrete(ts)
     if is_number and jnp.issubdtype(jnp.result_type(ts), jnp.integer):
-        if ts < 1:
-            raise ValueError(f"The number of jumps must be at least 1; got {ts}.")
+        check_at_least(ts, 1, "ts")
         low, high = getattr(flow_map, "time_range", None) or (0.0, 1.0)
         return np.linspace(low, high, int(ts) + 1)
     shape = jnp.shape(ts)

@@ -6,6 +6,7 @@ import jax.tree_util as jtu
 from jax import lax
 from jaxtyping import Array, PyTree, Real
 
+from .._check import check_at_least
 from .._tree import num_rows
 
 
@@ -47,11 +48,9 @@ def vmap_sorted(
     size = num_rows(xs, "`xs` is a batch of examples: its leaves")
     if jnp.shape(difficulty) != (size,):
         raise ValueError(
-            f"`difficulty` must be one number for each of the {size} examples; got shape "
-            f"{jnp.shape(difficulty)}."
+            f"`difficulty` must have shape {(size,)}; got {jnp.shape(difficulty)}."
         )
-    if chunk_size < 1:
-        raise ValueError(f"`chunk_size` must be at least 1; got {chunk_size}.")
+    check_at_least(chunk_size, 1, "chunk_size")
     order = jnp.argsort(difficulty)
     take = lambda rows, tree: jtu.tree_map(lambda leaf: jnp.asarray(leaf)[rows], tree)
     # The hardest examples come last, and form the remainder.
