@@ -54,7 +54,7 @@ def test_each_device_keeps_its_part(devices):
 
 
 def test_batch_that_does_not_divide(devices):
-    assert "32 rows does not divide among 3 devices" in devices["error"]
+    assert "32 rows do not divide among 3 devices" in devices["error"]
 
 
 def two_processes(folder, status=0):
@@ -104,8 +104,3 @@ def test_one_device_is_a_device():
     for placed in (parallel.place(tree), parallel.replicate(tree), parallel.split(tree)):
         assert np.array_equal(placed.pop("x"), tree["x"])
         assert placed == {"name": "kept", "none": None}
-
-
-def test_no_devices():
-    with pytest.raises(ValueError, match="at least one device; got none"):
-        fd.train.DataParallel(())

@@ -5,6 +5,8 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import ArrayLike
 
+from .._check import check_at_least
+
 
 class HistogramKL(NamedTuple):
     r"""The result of [`flowdiffrax.metrics.histogram_kl`][].
@@ -48,7 +50,7 @@ def histogram_kl(
     - `low`, `high`: the box is `[low, high]` in both coordinates.
 
     **Raises:** `ValueError` if samples have another shape or are not finite, there are no
-    bins, the box is empty, or no sample lies inside it.
+    bins, or no sample lies in the box.
 
     ??? cite "Reference"
 
@@ -57,13 +59,9 @@ def histogram_kl(
     samples = np.asarray(samples)
     if samples.ndim != 2 or samples.shape[1] != 2 or not np.isfinite(samples).all():
         raise ValueError(
-            "`samples` must be finite and of shape (samples, 2); got shape "
-            f"{samples.shape} with {np.sum(~np.isfinite(samples))} entries not finite."
+            f"`samples` must be finite and (samples, 2); got shape {samples.shape}."
         )
-    if bins < 1 or low >= high:
-        raise ValueError(
-            f"Expected at least one bin and low < high; got {bins}, {low}, {high}."
-        )
+    check_at_least(bins, 1, "bins")
     edges = np.linspace(low, high, bins + 1)
     counts, _, _ = np.histogram2d(samples[:, 0], samples[:, 1], bins=(edges, edges))
     inside = counts.sum()

@@ -5,6 +5,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float
 
+from .._check import check_at_least
+
 # The number of rows per block in matrix products.
 _ROWS = 2048
 
@@ -54,18 +56,13 @@ def kernel_distance(
     """
     x, y = np.asarray(x), np.asarray(y)
     if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1]:
-        raise ValueError(
-            f"Expected two sets of vectors of the same length; got {x.shape}, {y.shape}."
-        )
+        raise ValueError(f"Vectors must be of the same length; got {x.shape}, {y.shape}.")
     if not (np.isfinite(x).all() and np.isfinite(y).all()):
         raise ValueError("Vectors of features must be finite.")
     smaller = min(len(x), len(y))
     size = min(1000, max(2, smaller // 2)) if subset_size is None else subset_size
-    if not 2 <= size <= smaller or num_subsets < 1:
-        raise ValueError(
-            "There must be at least one subset, and its size must be from 2 to the "
-            f"{smaller} of the smaller set; got {num_subsets} subsets of {size}."
-        )
+    check_at_least(size, 2, "subset_size")
+    check_at_least(num_subsets, 1, "num_subsets")
     rng = np.random.default_rng(seed)
     values = []
     for _ in range(num_subsets):
@@ -113,11 +110,8 @@ def sliced_wasserstein(
     """
     x, y = (np.asarray(points) for points in (x, y))
     if x.ndim < 1 or x.shape[1:] != y.shape[1:] or x.size == 0 or y.size == 0:
-        raise ValueError(
-            f"Expected two sets of points of the same shape; got {x.shape}, {y.shape}."
-        )
-    if num_projections < 1:
-        raise ValueError(f"There must be at least one projection; got {num_projections}.")
+        raise ValueError(f"Points must be of the same shape; got {x.shape}, {y.shape}.")
+    check_at_least(num_projections, 1, "num_projections")
     x, y = (points.reshape(len(points), -1) for points in (x, y))
     rng = np.random.default_rng(seed)
     directions = rng.standard_normal((x.shape[1], num_projections))

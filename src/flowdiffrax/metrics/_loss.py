@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
+from .._check import check_at_least
 from .._types import Args
 from ..flow_maps._base import AbstractFlowMap
 from ..objectives._base import AbstractObjective
@@ -63,20 +64,12 @@ def loss_by_times(
 
     **Returns:** the means, counts and edges of the bins.
 
-    **Raises:** `ValueError` if there are no bins, the interval is empty, or times lie
-    outside it; otherwise as [`flowdiffrax.objectives.batch_loss`][].
+    **Raises:** `ValueError` if there are no bins or times lie outside the interval;
+    otherwise as [`flowdiffrax.objectives.batch_loss`][].
     """
-    check_bins(num_bins, time_range)
+    check_at_least(num_bins, 1, "num_bins")
     losses = _losses(objective, flow_map, teacher, paths, args, key)
     return bin_losses(losses, flow_map, num_bins, time_range)
-
-
-def check_bins(num_bins: int, time_range: tuple[float, float] | None) -> None:
-    """**Raises:** `ValueError` for no bins or an empty interval."""
-    if num_bins < 1:
-        raise ValueError(f"There must be at least one bin; got {num_bins}.")
-    if time_range is not None and not time_range[0] < time_range[1]:
-        raise ValueError(f"`time_range` must have low < high; got {time_range}.")
 
 
 def weighted_losses(
@@ -118,8 +111,8 @@ def bin_losses(
     slack = 1e-6 * max(high - low, abs(low), abs(high))
     if first < low - slack or last > high + slack:
         raise ValueError(
-            f"The objective drew times from {first:.4g} to {last:.4g}, outside of "
-            f"[{low}, {high}]. Pass the interval as `time_range=(low, high)`."
+            f"Drawn times, from {first:.4g} to {last:.4g}, are outside of "
+            f"`time_range=({low}, {high})`."
         )
     s, t = np.clip(s, low, high), np.clip(t, low, high)
     edges = np.linspace(low, high, num_bins + 1)

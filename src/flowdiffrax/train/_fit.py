@@ -10,7 +10,7 @@ import jax
 import optax
 from jaxtyping import Array, Key
 
-from .._check import check_whole
+from .._check import check_at_least, check_instance, check_whole
 from .._tree import num_rows
 from ..data import ConditionDropout, StreamBatches, TrajectoryBatches
 from ..flow_maps._base import AbstractFlowMap
@@ -118,28 +118,19 @@ def fit(
     """
     check_whole(num_steps, "num_steps")
     check_whole(report_every, "report_every")
-    if min(num_steps, report_every) < 1 or max_skipped < 0:
-        raise ValueError(
-            "`num_steps` and `report_every` must be at least 1, `max_skipped` not "
-            f"negative; got {num_steps}, {report_every} and {max_skipped}."
-        )
-    if not isinstance(flow_map, AbstractFlowMap | TrainState):
-        raise TypeError(
-            "`fit` trains a flow map or continues a `TrainState`; got "
-            f"{type(flow_map).__name__}. Wrap a network as `FlowMap(net)`."
-        )
-    for name, given, cls in (("run", run, Run), ("parallel", parallel, DataParallel)):
-        if not isinstance(given, cls | None):
-            raise TypeError(
-                f"`{name}` must be a `train.{cls.__name__}` or `None`; got {given!r}."
-            )
+    check_at_least(num_steps, 1, "num_steps")
+    check_at_least(report_every, 1, "report_every")
+    check_at_least(max_skipped, 0, "max_skipped")
+    what = "a flow map or a `TrainState`. Wrap a network as `FlowMap(net)`"
+    check_instance(flow_map, AbstractFlowMap | TrainState, "flow_map", what)
+    check_instance(run, Run | None, "run", "a `train.Run` or `None`")
+    what = "a `train.DataParallel` or `None`"
+    check_instance(parallel, DataParallel | None, "parallel", what)
     if isinstance(flow_map, TrainState):
         # A copy, for the same reason as in `TrainState.create`.
         state = _copy(flow_map)
     elif key is None:
-        raise ValueError(
-            "`key` is needed to start a run, for example `jax.random.key(0)`."
-        )
+        raise ValueError("A run starts from a `key`, for example `jax.random.key(0)`.")
     else:
         state = TrainState.create(
             flow_map,
@@ -282,9 +273,8 @@ def _check_times(objective: Any, batches: Any, state: TrainState) -> None:
         if first < low - slack or last > high + slack:
             raise ValueError(
                 f"`TrajectoryMatching` draws times from {first:.3g} to {last:.3g}, but "
-                f"all trajectories cover only [{low:.3g}, {high:.3g}]: a trajectory is "
-                "NaN outside its own times. If each trajectory has its own times, use "
-                "`TrajectoryMatching(positions=True)`; if they share them, use "
+                f"trajectories cover only [{low:.3g}, {high:.3g}]. If each has its own "
+                "times, use `TrajectoryMatching(positions=True)`; if they share them, "
                 "`GridTimes(ts)` or `OnInterval(times, low, high)`."
             )
 
@@ -294,10 +284,7 @@ def _join(report: dict[str, Any], more: Any) -> None:
     if isinstance(more, Mapping):
         taken = sorted(report.keys() & more.keys())
         if taken:
-            raise ValueError(
-                f"A function of `on_report` returned {taken}, which the report "
-                "has already. Use other names."
-            )
+            raise ValueError(f"`on_report` must return new names; it has {taken}.")
         report |= more
 
 
@@ -358,14 +345,12 @@ class _Reports:
         no_good_report = skipped == steps == self._report_every > 1
         if no_good_step or no_good_report or counts[1] > self._max_skipped:
             raise TrainingDiverged(
-                "The loss, gradient or new weights were not finite in "
-                f"{skipped} of the last {steps} steps, which were skipped; at step "
-                f"{report['step']} the loss is {report['loss']} and the gradient norm "
-                f"is {report['grad_norm']}. The weights of the last good step are in "
-                "`.state`. Lower the learning rate, clip gradients with "
-                "`optax.clip_by_global_norm`, give a small weight to times at which the "
-                "teacher is singular, or draw no times outside those of the "
-                "trajectories.",
+                f"The loss, gradient or new weights were not finite in {skipped} of the "
+                f"last {steps} steps. At step {report['step']} the loss is "
+                f"{report['loss']} and the gradient norm {report['grad_norm']}; the last "
+                "good weights are in `.state`. Lower the learning rate, clip gradients "
+                "with `optax.clip_by_global_norm`, or avoid times at which a teacher is "
+                "singular.",
                 state,
             )
 

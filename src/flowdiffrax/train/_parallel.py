@@ -31,8 +31,6 @@ class DataParallel:
     - `shard_weights`: whether each device keeps only its part of the large weights,
       averages and optimiser states, and gathers weights when it needs them. This saves
       memory at the cost of more communication. Otherwise each device has a full copy.
-
-    **Raises:** `ValueError` if `devices` is empty.
     """
 
     devices: Sequence[Any] | None = None
@@ -40,8 +38,6 @@ class DataParallel:
 
     def __post_init__(self):
         devices = jax.devices() if self.devices is None else self.devices
-        if len(devices) == 0:
-            raise ValueError("`devices` must have at least one device; got none.")
         # A frozen class sets its own attributes like this.
         object.__setattr__(self, "devices", tuple(devices))
 
@@ -84,10 +80,10 @@ class DataParallel:
         return self._put(leaf, spec)
 
     def _put_rows(self, leaf: Any) -> Any:
-        if eqx.is_array(leaf) and leaf.shape[0] % len(self._devices) != 0:
+        number = len(self._devices)
+        if eqx.is_array(leaf) and leaf.shape[0] % number != 0:
             raise ValueError(
-                f"A batch of {leaf.shape[0]} rows does not divide among "
-                f"{len(self._devices)} devices. Choose a multiple for `batch_size`."
+                f"{leaf.shape[0]} rows do not divide among {number} devices."
             )
         return self._put(leaf, PartitionSpec("data"))
 

@@ -12,14 +12,22 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Key, PyTree
 
-from .._check import check_callable
+from .._check import check_at_least, check_callable
 from .._io import StrPath, import_extra
-from ..metrics._loss import bin_losses, check_bins, weighted_losses
+from ..metrics._loss import bin_losses, weighted_losses
 from ..objectives._base import AbstractObjective
 from ..objectives._batch import ExampleLosses
 from ..objectives._mixture import Mixture
 from ..objectives._scheduled import Scheduled
-from ._step import TrainState, at_step, draw, filled, learned_of, with_learned
+from ._step import (
+    TrainState,
+    at_step,
+    check_objective,
+    draw,
+    filled,
+    learned_of,
+    with_learned,
+)
 
 
 class LossByTimes:
@@ -45,10 +53,10 @@ class LossByTimes:
     - `time_range`: as for [`flowdiffrax.metrics.loss_by_times`][].
     - `every`: measure only if it divides the step of the report; 1 for every report.
 
-    **Raises:** `ValueError` for numbers that are too small or an empty interval;
-    `TypeError` if `objective` is not an objective or `batches` is not callable. When
-    called, `ValueError` for times outside the interval, or if the objective and the run
-    have different numbers of learned weights.
+    **Raises:** `ValueError` for numbers that are too small; `TypeError` if `objective` is
+    not an objective or `batches` is not callable. When called, `ValueError` for times
+    outside the interval, or if the objective and the run have different numbers of
+    learned weights.
     """
 
     def __init__(
@@ -63,15 +71,10 @@ class LossByTimes:
         time_range: tuple[float, float] | None = None,
         every: int = 1,
     ):
-        if not isinstance(objective, AbstractObjective | Mixture | Scheduled):
-            raise TypeError(
-                "`objective` must be an instance such as `FlowMatching()`; got "
-                f"{objective!r}."
-            )
+        check_objective(objective)
         check_callable(batches, "batches", "batches(key)")
-        check_bins(num_bins, time_range)
-        if num_batches < 1:
-            raise ValueError(f"`num_batches` must be at least 1; got {num_batches}.")
+        check_at_least(num_bins, 1, "num_bins")
+        check_at_least(num_batches, 1, "num_batches")
         self._inputs = objective, batches, teacher
         self._key_data, self._key_impl = jr.key_data(key), jr.key_impl(key)
         self._num_batches = num_batches
@@ -187,8 +190,7 @@ class WeightsAndBiases:
 
 
 def checked_every(every: int) -> int:
-    if every < 1:
-        raise ValueError(f"`every` must be at least 1; got {every}.")
+    check_at_least(every, 1, "every")
     return every
 
 
@@ -200,8 +202,7 @@ def _losses(inputs: Any, state: TrainState, key: Key[Array, ""]) -> ExampleLosse
     if own > 0:
         if own != of_run:
             raise ValueError(
-                f"The objective has {own} learned weights, but the objective of the run "
-                f"has {of_run}."
+                f"The objective has {own} learned weights, but the run has {of_run}."
             )
         objective = with_learned(objective, state.learned)
     batch_key, loss_key = jr.split(key)

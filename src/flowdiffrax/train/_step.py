@@ -14,7 +14,14 @@ import wadler_lindig as wl
 from jax import lax
 from jaxtyping import Array, Int, Key, PyTree
 
-from .._check import check_callable, check_key, check_optimiser, check_whole
+from .._check import (
+    check_at_least,
+    check_callable,
+    check_instance,
+    check_key,
+    check_optimiser,
+    check_whole,
+)
 from .._time import at_least_float32
 from .._tree import all_finite, is_concrete, squared_norm
 from .._types import Args, Scalar
@@ -212,11 +219,7 @@ def make_step(
     a batch does not divide among the devices; `TypeError` if `batches` is not callable or
     does not return a pair of paths and conditions.
     """
-    if not isinstance(objective, AbstractObjective | Mixture | Scheduled):
-        raise TypeError(
-            "`objective` must be an instance such as `FlowMatching()`; got "
-            f"{objective!r}."
-        )
+    check_objective(objective)
     check_optimiser(optim)
     for name, decays in (("ema_decay", ema_decay), ("teacher_decay", teacher_decay)):
         is_left_out = name == "teacher_decay" and decays is None
@@ -224,8 +227,7 @@ def make_step(
             if not 0 <= decay < 1:
                 raise ValueError(f"`{name}` must be in [0, 1); got {decay}.")
     check_whole(accumulate, "accumulate")
-    if accumulate < 1:
-        raise ValueError(f"`accumulate` must be at least 1; got {accumulate}.")
+    check_at_least(accumulate, 1, "accumulate")
 
     @eqx.filter_jit(donate="all-except-first")
     def step(
@@ -236,7 +238,7 @@ def make_step(
         root_key = jr.wrap_key_data(state.key_data, impl=state.key_impl)
         key = jr.fold_in(root_key, state.step)
 
-        mixture, teacher = _prepare(state, objective, teacher, teacher_decay)
+        mixture, teacher = _prepare(state, objective, teacher, ema_decay, teacher_decay)
 
         def draw_part(batches, key):
             drawn = draw(batches, key)
@@ -281,7 +283,7 @@ def update(
 
     It is not jitted. Arguments are as for [`flowdiffrax.train.make_step`][].
     """
-    mixture, teacher = _prepare(state, objective, teacher, teacher_decay)
+    mixture, teacher = _prepare(state, objective, teacher, ema_decay, teacher_decay)
     means = _gradients(state, mixture, teacher, paths, args, key)
     return _apply(state, optim, means, ema_decay, teacher_decay)
 
@@ -294,11 +296,30 @@ def _prepare(
     state: TrainState,
     objective: AbstractObjective | Mixture | Scheduled,
     teacher: Any,
+    ema_decay: float | Sequence[float],
     teacher_decay: float | None,
 ) -> tuple[Mixture, Any]:
-    """The objective and the teacher of this step."""
+    """The objective and the teacher of this step.
+
+    **Raises:** `ValueError` if the state was created with other settings.
+    """
     objective = at_step(objective, state.step)
-    _check_state(state, objective, teacher, teacher_decay)
+    has_average = state.teacher_map is not None
+    for name, argument, of_step, of_state in (
+        ("learned weights", "objective", len(learned_of(objective)), len(state.learned)),
+        ("averages", "ema_decay", len(_decays(ema_decay)), len(state.averages)),
+        ("averages as teachers", "teacher_decay", teacher_decay is not None, has_average),
+    ):
+        if of_step != of_state:
+            raise ValueError(
+                f"The step has {of_step:d} {name}, but the state has {of_state:d}. "
+                f"Create it with `TrainState.create(..., {argument}={argument})`."
+            )
+    if has_average and filled(teacher, state) is teacher:
+        raise ValueError(
+            "With `teacher_decay` the teacher is an average, but another one was given; "
+            "in a tuple of teachers, use `None` for the average."
+        )
     return as_mixture(objective), filled(teacher, state.teacher_map)
 
 
@@ -357,8 +378,7 @@ def _accumulated_gradients(
     if isinstance(batches, tuple):
         if len(batches) != num_parts:
             raise ValueError(
-                f"`accumulate` is {num_parts}, but `batches` is a tuple of "
-                f"{len(batches)}. Give a single function, or a tuple of {num_parts}."
+                f"`batches` must be one function or {num_parts}; got {len(batches)}."
             )
         halves = [eqx.partition(one, eqx.is_array) for one in batches]
         arrays, rests = zip(*halves, strict=True)
@@ -407,13 +427,6 @@ def _apply(
 ) -> tuple[TrainState, StepInfo]:
     """Updates weights and averages, unless something is not finite."""
     loss, terms, grads = means
-    decays = _decays(ema_decay)
-    if len(decays) != len(state.averages):
-        raise ValueError(
-            f"The state has {len(state.averages)} averages, and `ema_decay` has "
-            f"{len(decays)} decays. Create the state with `TrainState.create(..., "
-            "ema_decay=ema_decay)`."
-        )
     weights, rest = eqx.partition(_trained(state), eqx.is_inexact_array)
     # Optax relies on promotion between the dtypes of Python numbers and weights.
     with jax.numpy_dtype_promotion("standard"):
@@ -427,7 +440,7 @@ def _apply(
     average = lambda old, decay: _average(old, flow_map, decay, state.step)
     proposed = TrainState(
         flow_map=flow_map,
-        averages=tuple(map(average, state.averages, decays)),
+        averages=tuple(map(average, state.averages, _decays(ema_decay))),
         teacher_average=average(state.teacher_average, teacher_decay),
         learned=learned,
         opt_state=opt_state,
@@ -450,10 +463,7 @@ def _trained(state: TrainState) -> Any:
 def _decays(ema_decay: float | Sequence[float] | None) -> tuple[float, ...]:
     decays = () if ema_decay is None else tuple(np.atleast_1d(ema_decay).tolist())
     if len(decays) == 0:
-        raise ValueError(
-            "`ema_decay` must be a decay or several; 0 keeps the last weights. Got "
-            f"{ema_decay}."
-        )
+        raise ValueError("`ema_decay` must be a decay or more; 0 keeps the last weights.")
     return decays
 
 
@@ -464,9 +474,8 @@ def draw(batches: Any, key: Key[Array, ""]) -> tuple[diffrax.AbstractPath, Args]
         if isinstance(drawn[0], diffrax.AbstractPath):
             return drawn
     raise TypeError(
-        "`batches(key)` must return a pair: paths (a `diffrax.AbstractPath`, for example "
-        "the result of `LinearInterpolant()(x0, x1)`), and conditions or `None`. Got "
-        f"{type(drawn).__name__}."
+        "`batches(key)` must return a pair: paths (a `diffrax.AbstractPath`) and "
+        f"conditions (or `None`); got {type(drawn).__name__}."
     )
 
 
@@ -531,22 +540,8 @@ def with_learned(objective: Any, learned: tuple[AbstractLearnedWeight, ...]) -> 
     return jtu.tree_map(put, objective, is_leaf=_is_learned)
 
 
-def _check_state(state: TrainState, objective, teacher, teacher_decay) -> None:
-    number = len(learned_of(objective))
-    if number != len(state.learned):
-        raise ValueError(
-            f"The objective has {number} learned weights and the state has "
-            f"{len(state.learned)}. Create the state with `TrainState.create(..., "
-            "objective=objective)`."
-        )
-    if (teacher_decay is None) != (state.teacher_map is None):
-        raise ValueError(
-            "A teacher that is an average of the map needs `teacher_decay` both in "
-            f"`TrainState.create` and in the step; got {teacher_decay} in the step."
-        )
-    if state.teacher_map is not None and filled(teacher, state) is teacher:
-        raise ValueError(
-            "`teacher_decay` makes an average of the map the teacher; another teacher "
-            f"was given too, {type(teacher).__name__}. In a tuple of teachers, use "
-            "`None` for the average."
-        )
+def check_objective(objective: object) -> None:
+    """**Raises:** `TypeError` if `objective` is not one, for example its class."""
+    kinds = AbstractObjective | Mixture | Scheduled
+    what = "an instance such as `FlowMatching()`"
+    check_instance(objective, kinds, "objective", what)
