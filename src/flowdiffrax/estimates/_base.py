@@ -2,6 +2,7 @@ import abc
 
 import equinox as eqx
 
+from .._check import check_instance
 from .._types import Args, State, Time, TwoTimeMap, VectorField
 
 
@@ -40,8 +41,5 @@ class AbstractErrorEstimate(eqx.Module):
 
 def check_estimate(estimate: object) -> None:
     """**Raises:** `TypeError` if `estimate` is not an `AbstractErrorEstimate`."""
-    if not isinstance(estimate, AbstractErrorEstimate):
-        raise TypeError(
-            "`estimate` must be an instance such as `ResidualIntegral()`; got "
-            f"{estimate!r}."
-        )
+    what = "an instance such as `ResidualIntegral()`"
+    check_instance(estimate, AbstractErrorEstimate, "estimate", what)

@@ -1,12 +1,11 @@
 import equinox as eqx
 
-from .._check import check_callable
+from .._check import check_at_least, check_callable
 from .._tree import subtract
 from .._types import Args, Scalar, State, TwoTimeMap, VectorField
 from ..flow_maps._base import AbstractFlowMap
 from ..flow_maps._inverse import check_composable
 from ._alekseev_groebner import end_and_error
-from ._quadrature import check_num_nodes
 
 
 class DefectCorrectedFlowMap(AbstractFlowMap):
@@ -34,7 +33,7 @@ class DefectCorrectedFlowMap(AbstractFlowMap):
     def __check_init__(self):
         check_composable(self.flow_map)
         check_callable(self.teacher, "teacher", "teacher(t, x, args)")
-        check_num_nodes(self.num_nodes)
+        check_at_least(self.num_nodes, 1, "num_nodes")
 
     @property
     def time_range(self):

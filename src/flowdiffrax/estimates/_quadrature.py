@@ -13,6 +13,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Float
 
+from .._check import check_at_least
 from .._tree import add_scaled, subtract
 from .._types import Args, State, Time, TwoTimeMap, VectorField
 from ..identities import end_and_residual
@@ -85,7 +86,7 @@ def radau(num_nodes: int) -> tuple[np.ndarray, ...]:
     weights that extrapolate the polynomial through the nodes to 0. The last node is 1, so
     that the end of a jump is a node.
     """
-    check_num_nodes(num_nodes)
+    check_at_least(num_nodes, 1, "num_nodes")
     series = np.zeros(num_nodes + 1)
     series[-2:] = 1.0
     left = np.sort(np.real(np.polynomial.legendre.legroots(series)))
@@ -99,9 +100,3 @@ def radau(num_nodes: int) -> tuple[np.ndarray, ...]:
     rules = np.stack([whole, 0.0**powers, *to_end], axis=1)
     weights, at_start, *ends = np.linalg.solve(values.T, rules).T
     return nodes, weights, np.stack(ends), at_start
-
-
-def check_num_nodes(num_nodes: int) -> None:
-    """**Raises:** `ValueError` unless `num_nodes` is an integer of at least 1."""
-    if not isinstance(num_nodes, int | np.integer) or num_nodes < 1:
-        raise ValueError(f"`num_nodes` must be an integer, at least 1; got {num_nodes}.")

@@ -2,12 +2,12 @@ import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
 
+from .._check import check_at_least
 from .._time import times_like
 from .._tree import add_scaled
 from .._types import Args, State, Time, TwoTimeMap, VectorField
 from ._base import AbstractErrorEstimate
 from ._quadrature import (
-    check_num_nodes,
     integral,
     last,
     path_residuals,
@@ -22,7 +22,7 @@ class AbstractAtNodes(AbstractErrorEstimate):
     num_nodes: int = eqx.field(static=True, default=3)
 
     def __check_init__(self):
-        check_num_nodes(self.num_nodes)
+        check_at_least(self.num_nodes, 1, "num_nodes")
 
     @property
     def order(self) -> int:

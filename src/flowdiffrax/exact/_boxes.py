@@ -56,20 +56,13 @@ class UniformBoxesVelocity(eqx.Module):
     ):
         lower, upper = np.asarray(lower, float), np.asarray(upper, float)
         if lower.ndim != 2 or lower.shape != upper.shape or not np.all(lower < upper):
-            raise ValueError(
-                "`lower` and `upper` must be (boxes, d) with lower < upper; got shapes "
-                f"{lower.shape} and {upper.shape}."
-            )
+            raise ValueError("`lower` and `upper` must be (boxes, d) with lower < upper.")
         volume = np.prod(upper - lower, axis=-1)
         mass = volume if weights is None else np.asarray(weights, float)
         if mass.shape != volume.shape or mass.min() <= 0:
-            raise ValueError(
-                f"`weights` must be {volume.shape[0]} positive numbers; got {weights}."
-            )
+            raise ValueError(f"Expected {len(volume)} positive weights; got {weights}.")
         if interpolant.has_latent:
-            raise ValueError(
-                "`UniformBoxesVelocity` needs an interpolant without latent."
-            )
+            raise ValueError("`interpolant` must not have a latent.")
         # Boxes on a grid share intervals: a 4x4 board has four instead of eight.
         pairs = np.stack([lower, upper], axis=-1)
         unique, index = np.unique(pairs.reshape(-1, 2), axis=0, return_inverse=True)

@@ -90,9 +90,7 @@ def _covariance(name, std, cov, other_cov) -> np.ndarray:
         return np.diag(np.broadcast_to(np.asarray(std, float) ** 2, len(other_cov)))
     cov = np.asarray(cov, float)
     if cov.ndim != 2 or cov.shape[0] != cov.shape[1] or not np.allclose(cov, cov.T):
-        raise ValueError(
-            f"`{name}_cov` must be a symmetric matrix; got shape {cov.shape}."
-        )
+        raise ValueError(f"`{name}_cov` must be symmetric; got shape {cov.shape}.")
     return cov
 
 
@@ -101,9 +99,8 @@ def _diagonalise(c0: np.ndarray, c1: np.ndarray):
     scale = np.abs(c0).max() * np.abs(c1).max()
     if c0.shape != c1.shape or np.abs(c0 @ c1 - c1 @ c0).max() > 1e-6 * scale:
         raise ValueError(
-            "`base_cov` and `target_cov` must have the same shape and commute, "
-            "C0 C1 = C1 C0: otherwise the flow map has no closed form. Integrate "
-            "`GaussianMixtureVelocity` with `ODEFlowMap` instead."
+            "`base_cov` and `target_cov` must have the same shape and commute. If they "
+            "do not, integrate `GaussianMixtureVelocity` with `ODEFlowMap`."
         )
     # A generic combination separates eigenspaces that one matrix alone may merge.
     _, basis = np.linalg.eigh(c0 / np.abs(c0).max() + np.pi * c1 / np.abs(c1).max())
@@ -151,15 +148,11 @@ class GaussianMixtureVelocity(eqx.Module):
     ):
         weights = np.asarray(weights, float)
         means, covariances = np.asarray(means, float), np.asarray(covariances, float)
-        if means.ndim != 2:
-            raise ValueError(f"`means` must be (components, d); got {means.shape}.")
         components, size = means.shape
         if covariances.ndim == 1:
             covariances = covariances[:, None, None] * np.eye(size)
         if weights.shape != (components,) or weights.min() <= 0:
-            raise ValueError(
-                f"`weights` must be {components} positive numbers; got {weights}."
-            )
+            raise ValueError(f"Expected {components} positive weights; got {weights}.")
         if covariances.shape != (components, size, size):
             raise ValueError(
                 f"`covariances` must be {(components, size, size)} or {(components,)}; "

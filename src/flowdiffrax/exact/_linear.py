@@ -14,7 +14,7 @@ class LinearFlowMap(AbstractFlowMap):
     - `matrix`: the matrix $A$, of shape `(d, d)`. It need not be symmetric.
     - `offset`: the vector $c$, of shape `(d,)`; `None` for zero.
 
-    **Raises:** `ValueError` if the shapes do not match.
+    **Raises:** `ValueError` if the matrix is not square.
     """
 
     generator: Array
@@ -25,8 +25,6 @@ class LinearFlowMap(AbstractFlowMap):
             raise ValueError(f"`matrix` must be square; got shape {matrix.shape}.")
         size = matrix.shape[0]
         offset = jnp.zeros(size) if offset is None else jnp.asarray(offset, float)
-        if offset.shape != (size,):
-            raise ValueError(f"`offset` must be {(size,)}; got {offset.shape}.")
         # An extra coordinate that stays 1 turns the affine ODE into a linear one.
         self.generator = jnp.zeros((size + 1, size + 1))
         self.generator = self.generator.at[:-1, :-1].set(matrix).at[:-1, -1].set(offset)

@@ -10,7 +10,7 @@ import optimistix as optx
 from jax import lax
 from jaxtyping import Array, Bool, Int
 
-from .._check import check_flow_map, check_like
+from .._check import check_flow_map, check_instance, check_like
 from .._time import real_dtype, time_dtype, times_like
 from .._tree import subtract, vary_like
 from .._types import Args, Scalar, State, Time, TwoTimeMap
@@ -108,6 +108,10 @@ def invert(
     time if the solver does not converge and `throw` is true.
     """
     check_flow_map(flow_map)
+    kinds = optx.AbstractFixedPointSolver | optx.AbstractRootFinder
+    kinds |= optx.AbstractLeastSquaresSolver | None
+    what = "an Optimistix fixed-point, root-finding or least-squares solver"
+    check_instance(solver, kinds, "solver", what)
     y = jtu.tree_map(jnp.asarray, y)
     s, t = times_like(y, s, t)
     guess = y if guess is None else jtu.tree_map(jnp.asarray, guess)
@@ -132,13 +136,8 @@ def invert(
         solution = optx.fixed_point(
             lambda x, _: x - residual(x), solver, start, **options
         )
-    elif isinstance(solver, optx.AbstractRootFinder | optx.AbstractLeastSquaresSolver):
-        solution = optx.root_find(residual, solver, start, **options)
     else:
-        raise TypeError(
-            "`solver` must be an Optimistix fixed-point, root-finding or least-squares "
-            f"solver; got {type(solver).__name__}."
-        )
+        solution = optx.root_find(residual, solver, start, **options)
     x = unravel(solution.value.astype(vector.dtype))
     # Diagnostics carry no gradient.
     error = lax.stop_gradient(largest_entry(subtract(jump(x), y)))

@@ -6,7 +6,6 @@ from typing import ClassVar
 import equinox as eqx
 import jax.numpy as jnp
 import jax.random as jr
-import jax.tree_util as jtu
 from jax import lax
 from jaxtyping import Array, Float, Key
 
@@ -146,8 +145,7 @@ def _pair(x) -> tuple[State, Array]:
     if not isinstance(x, tuple) or len(x) != 2 or jnp.shape(x[1]) != ():
         raise ValueError(
             "The state must be a tuple `(x, l)` of one state and its log-density, a "
-            f"scalar; got {jtu.tree_structure(x)} with shapes "
-            f"{[jnp.shape(leaf) for leaf in jtu.tree_leaves(x)]}."
+            f"scalar; got {eqx.tree_pformat(x)}."
         )
     return x[0], jnp.asarray(x[1])
 

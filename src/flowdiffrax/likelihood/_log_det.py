@@ -10,7 +10,13 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Key
 
-from .._check import check_callable, check_flow_map, check_like
+from .._check import (
+    check_at_least,
+    check_callable,
+    check_flow_map,
+    check_instance,
+    check_like,
+)
 from .._time import time_dtype, times_like
 from .._types import Args, Scalar, State, Time, TwoTimeMap, VectorField
 from ._log_density import LogDensityFlowMap
@@ -94,8 +100,7 @@ class PowerSeries(AbstractLogDet):
     num_terms: int = eqx.field(static=True, default=8)
 
     def __check_init__(self):
-        if self.num_terms < 1:
-            raise ValueError(f"`num_terms` must be at least 1; got {self.num_terms}.")
+        check_at_least(self.num_terms, 1, "num_terms")
 
     def __call__(self, flow_map, s, t, x, args, key) -> tuple[State, Scalar]:
         vector, unravel = ravel_floats(x)
@@ -143,8 +148,7 @@ class DivergenceIntegral(AbstractLogDet):
     vector_field: VectorField | None = None
 
     def __check_init__(self):
-        if self.num_nodes < 1:
-            raise ValueError(f"`num_nodes` must be at least 1; got {self.num_nodes}.")
+        check_at_least(self.num_nodes, 1, "num_nodes")
 
     def __call__(self, flow_map, s, t, x, args, key) -> tuple[State, Scalar]:
         field: Any = self.vector_field
@@ -172,13 +176,9 @@ class LearnedLogDet(AbstractLogDet):
     It takes no derivatives.
     """
 
-    def __call__(self, flow_map, s, t, x, args, key) -> tuple[State, Scalar]:
+    def __call__(self, flow_map: Any, s, t, x, args, key) -> tuple[State, Scalar]:
         del key
-        if not isinstance(flow_map, LogDensityFlowMap):
-            raise TypeError(
-                "`LearnedLogDet` needs a `LogDensityFlowMap` of a map that is trained on "
-                f"states and log-densities; got {type(flow_map).__name__}."
-            )
+        check_instance(flow_map, LogDensityFlowMap, "flow_map")
         return flow_map.with_log_det(s, t, x, args)
 
 

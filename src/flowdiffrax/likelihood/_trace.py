@@ -12,7 +12,7 @@ import jax.tree_util as jtu
 from jax import lax
 from jaxtyping import Array, Float, Key
 
-from .._check import check_like
+from .._check import check_at_least, check_like
 from .._time import at_least_float32, times_like
 from .._tree import ravel, vary_like
 from .._types import Args, Scalar, State, Time, VectorField
@@ -72,8 +72,7 @@ class Hutchinson(AbstractTrace):
     num_probes: int = eqx.field(static=True, default=1)
 
     def __check_init__(self):
-        if self.num_probes < 1:
-            raise ValueError(f"`num_probes` must be at least 1; got {self.num_probes}.")
+        check_at_least(self.num_probes, 1, "num_probes")
 
     def __call__(self, product, like, key) -> Scalar:
         z = _signs(key, self.num_probes, like)
@@ -110,10 +109,7 @@ class HutchPlusPlus(AbstractTrace):
 
     def __check_init__(self):
         if self.num_probes < 3 or self.num_probes % 3 != 0:
-            raise ValueError(
-                "`num_probes` must be a positive multiple of 3, a third each for sketch, "
-                f"range and probes; got {self.num_probes}."
-            )
+            raise ValueError(f"`num_probes` must be 3, 6, 9, ...; got {self.num_probes}.")
 
     def __call__(self, product, like, key) -> Scalar:
         third = self.num_probes // 3
@@ -168,19 +164,15 @@ def ravel_floats(x: State) -> tuple[Float[Array, " d"], Callable[[Array], State]
     dtypes = [jnp.result_type(leaf) for leaf in jtu.tree_leaves(x)]
     if not dtypes or not all(jnp.issubdtype(dtype, jnp.floating) for dtype in dtypes):
         raise TypeError(
-            "Densities and inverses need states of floating-point numbers; got dtypes "
-            f"{dtypes}. Convert integers with `.astype(float)`, and pass the real and "
-            "imaginary parts of a complex state as two leaves."
+            f"Densities and inverses need floating-point states; got dtypes {dtypes}. A "
+            "complex state can be two real leaves."
         )
     return ravel(x, "A density")
 
 
 def _signs(key: Key[Array, ""] | None, number: int, like: Array) -> Array:
     if key is None:
-        raise ValueError(
-            "A stochastic trace draws random probes: pass `key=jax.random.key(...)`, a "
-            "different key for each example."
-        )
+        raise ValueError("Random probes need a key: pass `key=jax.random.key(...)`.")
     return vary_like(jr.rademacher(key, (number, like.size), like.dtype), like)
 
 

@@ -9,6 +9,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import ArrayLike, Real
 
+from .._check import check_at_least
 from .._derivative import Derivative
 from .._time import time_dtype
 from .._tree import num_rows
@@ -29,9 +30,7 @@ def broadcast(*times: Times) -> tuple:
     """Broadcasts times; `ValueError` unless their shapes are `()` and `(batch,)`."""
     shapes = {jnp.shape(time) for time in times} - {()}
     if len(shapes) > 1 or any(len(shape) != 1 for shape in shapes):
-        raise ValueError(
-            f"Times must be scalars or have one shape (batch,); got shapes {shapes}."
-        )
+        raise ValueError(f"Times must be scalars or of one shape (batch,); got {shapes}.")
     return tuple(np.broadcast_arrays(*map(np.asarray, times)))
 
 
@@ -73,8 +72,7 @@ def prepare(
     - `once`: whether the result is used only once. Code that cannot be cached is then
       not compiled.
     """
-    if num_steps < 1:
-        raise ValueError(f"`num_steps` must be at least 1; got {num_steps}.")
+    check_at_least(num_steps, 1, "num_steps")
     x = jtu.tree_map(jnp.asarray, x)
     if jnp.ndim(s) == 1:
         num_rows((x, _arrays(args)), "States and conditions of a batch")

@@ -72,9 +72,7 @@ def check(
     st = hypothesis_module(".strategies")
     is_strategy = isinstance(state, st.SearchStrategy)
     if not is_strategy and sum(map(jnp.size, jtu.tree_leaves(state))) == 0:
-        raise ValueError(
-            "A state without entries satisfies everything: give one as the map takes it."
-        )
+        raise ValueError("`state` has no entries: give one as the map takes it.")
     draws = state if is_strategy else states_like(state)
     low, high = getattr(flow_map, "time_range", None) or (0.0, 1.0)
     low, high = low if t0 is None else t0, high if t1 is None else t1

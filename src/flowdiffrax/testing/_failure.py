@@ -129,8 +129,7 @@ def tolerances(
     unknown = {key for tol in named for key in tol} - {*IDENTITIES}
     if unknown:
         raise ValueError(
-            f"Tolerances must have names among {sorted(IDENTITIES)}; got "
-            f"{sorted(unknown)}."
+            f"Tolerances are for {', '.join(IDENTITIES)}; got {sorted(unknown)}."
         )
     pick = lambda tol: tol.get(name) if isinstance(tol, Mapping) else tol
     relative, absolute = pick(rtol), pick(atol)

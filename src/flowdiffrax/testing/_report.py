@@ -10,6 +10,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Float
 
+from .._check import check_at_least
 from .._io import import_extra
 from .._time import time_dtype
 from .._tree import num_rows
@@ -88,8 +89,7 @@ class DefectReport:
 
         **Returns:** the figure.
 
-        **Raises:** `ImportError` without Matplotlib; `ValueError` if there are fewer axes
-        than identities.
+        **Raises:** `ImportError` without Matplotlib.
         """
         colours = import_extra("matplotlib.colors", "plot", "DefectReport.plot")
         mappables = import_extra("matplotlib.cm", "plot", "DefectReport.plot")
@@ -103,11 +103,6 @@ class DefectReport:
             )
             axes = figure.subplots(rows, columns, squeeze=False)
         axes = np.ravel(np.asarray(axes, object))
-        if len(axes) < len(self.by_times):
-            raise ValueError(
-                f"There must be axes for {len(self.by_times)} identities; got "
-                f"{len(axes)}."
-            )
         panels = axes[: len(self.by_times)]
         norm = colours.LogNorm(*_colour_range(self.by_times))
         for panel, (name, values) in zip(panels, self.by_times.items(), strict=True):
@@ -164,8 +159,7 @@ def defect_report(
     conditions without a common batch axis.
     """
     check_names(identities)
-    if num_times < 2:
-        raise ValueError(f"`num_times` must be at least 2; got {num_times}.")
+    check_at_least(num_times, 2, "num_times")
     low, high = getattr(flow_map, "time_range", None) or (0.0, 1.0)
     low, high = low if t0 is None else t0, high if t1 is None else t1
     times = np.linspace(low, high, num_times)

@@ -8,6 +8,8 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, ArrayLike, Key, PyTree
 
+from .._check import check_at_least
+
 
 def assert_unbiased(
     estimator: Callable,
@@ -33,15 +35,10 @@ def assert_unbiased(
     **Raises:** `AssertionError` if it is biased; `ValueError` if `expected` is not like
     the estimates, or for fewer than two draws.
     """
-    _check_number(num_draws)
+    check_at_least(num_draws, 2, "num_draws")
     draws = jax.jit(jax.vmap(estimator))(jr.split(key, num_draws))
-    estimates, structure = jtu.tree_flatten_with_path(draws)
-    if structure != jtu.tree_structure(expected):
-        raise ValueError(
-            f"`expected` must be a PyTree like an estimate, {structure}; got "
-            f"{jtu.tree_structure(expected)}."
-        )
-    for (path, values), truth in zip(estimates, jtu.tree_leaves(expected), strict=True):
+
+    def compare(path, values, truth):
         values, truth = np.asarray(values, float), np.asarray(truth, float)
         mean, error = values.mean(axis=0), values.std(axis=0) / np.sqrt(num_draws)
         # An estimator without variance is only correct to rounding.
@@ -50,14 +47,16 @@ def assert_unbiased(
         if not np.all(off <= sigmas):
             worst = np.unravel_index(np.argmax(np.nan_to_num(off, nan=np.inf)), off.shape)
             entry = jtu.keystr(path) + (str([*map(int, worst)]) if worst else "")
+            at = f", at entry {entry}" if entry else ""
             raise AssertionError(
                 f"The estimator is biased: the mean of {num_draws} draws is "
                 f"{mean[worst]:.5g} ± {error[worst]:.1g}, where {truth[worst]:.5g} is "
                 f"expected, {off[worst]:.3g} standard errors away; {sigmas:g} are "
-                f"allowed{', at entry ' + entry if entry else ''}.\n"
-                "  often it is: a product or a power of estimates that share their "
-                "draws, or a factor of the variance of the draws"
+                f"allowed{at}.\n  often it is: a product or a power of estimates that "
+                "share their draws, or a factor of the variance of the draws"
             )
+
+    jtu.tree_map_with_path(compare, draws, expected)
 
 
 def assert_independent(
@@ -81,39 +80,30 @@ def assert_independent(
     - `sigmas`: how many standard errors a correlation may be from zero.
 
     **Raises:** `AssertionError` if the draws are correlated or not finite; `ValueError`
-    for fewer than two parts, a part without entries, or fewer than two draws.
+    for fewer than two parts or draws.
     """
-    _check_number(num_draws)
+    check_at_least(num_draws, 2, "num_draws")
     parts = jax.jit(jax.vmap(draw))(jr.split(key, num_draws))
     if not isinstance(parts, tuple | list) or len(parts) < 2:
         raise ValueError("`draw` must return a tuple of two arrays or more.")
     columns = [np.asarray(part, float).reshape(num_draws, -1) for part in parts]
     for index, column in enumerate(columns):
-        if column.size == 0:
-            raise ValueError(f"Part {index} of a draw has no entries.")
         if not np.isfinite(column).all():
             wrong = int((~np.isfinite(column).all(axis=1)).sum())
-            raise AssertionError(
-                f"Part {index} is not finite in {wrong} of {num_draws} draws."
-            )
+            raise AssertionError(f"Part {index} is not finite in {wrong} of {num_draws}.")
+    chance = sigmas / np.sqrt(num_draws)
     for i in range(len(columns)):
         for j in range(i):
             for of, transform in (("values", lambda x: x), ("sizes", np.abs)):
                 found = _correlations(columns[j], columns[i], transform)
-                if np.max(np.abs(found)) > sigmas / np.sqrt(num_draws):
+                if np.max(np.abs(found)) > chance:
                     a, b = np.unravel_index(np.argmax(np.abs(found)), found.shape)
                     raise AssertionError(
-                        f"Parts {j} and {i} are not independent: the {of} of entries "
-                        f"{a} and {b} are correlated by {found[a, b]:.3g} over "
-                        f"{num_draws} draws; chance allows "
-                        f"{sigmas / np.sqrt(num_draws):.2g}.\n"
+                        f"Parts {j} and {i} are not independent: the {of} of entries {a} "
+                        f"and {b} are correlated by {found[a, b]:.3g} over {num_draws} "
+                        f"draws; chance allows {chance:.2g}.\n"
                         "  often it is: one key for two draws; split it"
                     )
-
-
-def _check_number(num_draws: int) -> None:
-    if num_draws < 2:
-        raise ValueError(f"`num_draws` must be at least 2; got {num_draws}.")
 
 
 def _correlations(a: np.ndarray, b: np.ndarray, transform: Callable) -> np.ndarray:
