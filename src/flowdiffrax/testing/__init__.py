@@ -2,7 +2,8 @@
 
 The assertions and the report need no further packages. The strategies and `check` need
 Hypothesis: `pip install "flowdiffrax[testing]"`. `import flowdiffrax` does not import
-this module; use `import flowdiffrax.testing`.
+this module; use `import flowdiffrax.testing`. `assert_starts_as_identity` documents the
+arguments of all assertions about flow maps.
 """
 
 from ._assert import assert_average_velocity as assert_average_velocity

@@ -1,5 +1,7 @@
+"""The assertions. `assert_starts_as_identity` documents what they have in common."""
+
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -13,15 +15,23 @@ from ._assess import Times, assess, broadcast, check_names, prepare
 from ._failure import IdentityError, Tolerance, literal
 from ._identity import largest
 
+# Pytest leaves this module out of the tracebacks that it shows.
+__tracebackhide__ = True
+
+Map: TypeAlias = Callable
+Field: TypeAlias = Callable | None
+
+
+class How(TypedDict, total=False):
+    """The keyword arguments of nearly all assertions."""
+
+    rtol: float | None
+    atol: float | None
+    jvp: Derivative | None
+
 
 def assert_starts_as_identity(
-    flow_map: Callable,
-    s: Times,
-    x: State,
-    args: Args = None,
-    *,
-    rtol: float | None = None,
-    atol: float | None = None,
+    flow_map: Map, s: Times, x: State, args: Args = None, **how: Unpack[How]
 ) -> None:
     r"""Asserts $X_{s,s}(x) = x$.
 
@@ -52,161 +62,101 @@ def assert_starts_as_identity(
     does not hold, where, and by how much; `ValueError` or `TypeError` if the map's output
     is not like `x`.
     """
-    __tracebackhide__ = True
-    _assert("starts_as_identity", flow_map, None, s, s, s, x, args, rtol, atol)
+    _assert(["starts_as_identity"], flow_map, None, (s, s, s), x, args, **how)
 
 
 def assert_semigroup(
-    flow_map: Callable,
+    flow_map: Map,
     s: Times,
     u: Times,
     t: Times,
     x: State,
     args: Args = None,
-    *,
-    rtol: float | None = None,
-    atol: float | None = None,
+    **how: Unpack[How],
 ) -> None:
     r"""Asserts that two jumps equal one, $X_{u,t}(X_{s,u}(x)) = X_{s,t}(x)$.
 
     It needs no vector field, and does not detect a map that consistently follows another
     ODE.
-
-    **Arguments:** as for [`flowdiffrax.testing.assert_starts_as_identity`][].
     """
-    __tracebackhide__ = True
-    _assert("semigroup", flow_map, None, s, u, t, x, args, rtol, atol)
+    _assert(["semigroup"], flow_map, None, (s, u, t), x, args, **how)
 
 
 def assert_inverse(
-    flow_map: Callable,
-    s: Times,
-    t: Times,
-    x: State,
-    args: Args = None,
-    *,
-    rtol: float | None = None,
-    atol: float | None = None,
+    flow_map: Map, s: Times, t: Times, x: State, args: Args = None, **how: Unpack[How]
 ) -> None:
-    r"""Asserts that a round trip ends where it began, $X_{t,s}(X_{s,t}(x)) = x$.
-
-    **Arguments:** as for [`flowdiffrax.testing.assert_starts_as_identity`][].
-    """
-    __tracebackhide__ = True
-    _assert("inverse", flow_map, None, s, s, t, x, args, rtol, atol)
+    r"""Asserts that a round trip ends where it began, $X_{t,s}(X_{s,t}(x)) = x$."""
+    _assert(["inverse"], flow_map, None, (s, s, t), x, args, **how)
 
 
 def assert_tangent(
-    flow_map: Callable,
-    vector_field: Callable | None,
+    flow_map: Map,
+    vector_field: Field,
     t: Times,
     x: State,
     args: Args = None,
-    *,
-    rtol: float | None = None,
-    atol: float | None = None,
-    jvp: Derivative | None = None,
+    **how: Unpack[How],
 ) -> None:
     r"""Asserts that the map's own velocity is the field, $v_{t,t}(x) = b_t(x)$.
 
-    **Arguments:** as for [`flowdiffrax.testing.assert_starts_as_identity`][]. If
-    `vector_field` is `None`, it tests nothing.
+    If `vector_field` is `None`, it tests nothing.
     """
-    __tracebackhide__ = True
-    settings = (rtol, atol, jvp)
-    _assert("tangent", flow_map, vector_field, t, t, t, x, args, *settings)
+    _assert(["tangent"], flow_map, vector_field, (t, t, t), x, args, **how)
 
 
 def assert_lagrangian(
-    flow_map: Callable,
-    vector_field: Callable | None,
+    flow_map: Map,
+    vector_field: Field,
     s: Times,
     t: Times,
     x: State,
     args: Args = None,
-    *,
-    rtol: float | None = None,
-    atol: float | None = None,
-    jvp: Derivative | None = None,
+    **how: Unpack[How],
 ) -> None:
     r"""Asserts that the end point moves with the field, $\partial_t X_{s,t}(x) =
-    b_t(X_{s,t}(x))$.
-
-    **Arguments:** as for [`flowdiffrax.testing.assert_starts_as_identity`][].
-    """
-    __tracebackhide__ = True
-    settings = (rtol, atol, jvp)
-    _assert("lagrangian", flow_map, vector_field, s, s, t, x, args, *settings)
+    b_t(X_{s,t}(x))$."""
+    _assert(["lagrangian"], flow_map, vector_field, (s, s, t), x, args, **how)
 
 
 def assert_eulerian(
-    flow_map: Callable,
-    vector_field: Callable | None,
+    flow_map: Map,
+    vector_field: Field,
     s: Times,
     t: Times,
     x: State,
     args: Args = None,
-    *,
-    rtol: float | None = None,
-    atol: float | None = None,
-    jvp: Derivative | None = None,
+    **how: Unpack[How],
 ) -> None:
     r"""Asserts that all points of a trajectory have one end, $\partial_s X_{s,t}(x) +
-    \nabla X_{s,t}(x)\,b_s(x) = 0$.
-
-    **Arguments:** as for [`flowdiffrax.testing.assert_starts_as_identity`][].
-    """
-    __tracebackhide__ = True
-    settings = (rtol, atol, jvp)
-    _assert("eulerian", flow_map, vector_field, s, s, t, x, args, *settings)
+    \nabla X_{s,t}(x)\,b_s(x) = 0$."""
+    _assert(["eulerian"], flow_map, vector_field, (s, s, t), x, args, **how)
 
 
 def assert_average_velocity(
-    flow_map: Callable,
-    s: Times,
-    t: Times,
-    x: State,
-    args: Args = None,
-    *,
-    rtol: float | None = None,
-    atol: float | None = None,
+    flow_map: Map, s: Times, t: Times, x: State, args: Args = None, **how: Unpack[How]
 ) -> None:
     r"""Asserts that the average velocity matches the map, $X_{s,t}(x) = x + (t - s)
     v_{s,t}(x)$.
 
     Use it for classes that define `average_velocity` themselves.
-
-    **Arguments:** as for [`flowdiffrax.testing.assert_starts_as_identity`][].
     """
-    __tracebackhide__ = True
-    _assert("average_velocity", flow_map, None, s, s, t, x, args, rtol, atol)
+    _assert(["average_velocity"], flow_map, None, (s, s, t), x, args, **how)
 
 
 def assert_both_directions(
-    flow_map: Callable,
-    s: Times,
-    t: Times,
-    x: State,
-    args: Args = None,
-    *,
-    rtol: float | None = None,
-    atol: float | None = None,
-    jvp: Derivative | None = None,
+    flow_map: Map, s: Times, t: Times, x: State, args: Args = None, **how: Unpack[How]
 ) -> None:
     r"""Asserts that a jump and the jump back have the same slope, $v_{s,t}(x) =
     v_{t,s}(X_{s,t}(x))$.
 
     This is the inverse identity divided by $t - s$, so that short jumps count as much as
     long ones: a wrong direction is an error of order one, however short the jump.
-
-    **Arguments:** as for [`flowdiffrax.testing.assert_starts_as_identity`][].
     """
-    __tracebackhide__ = True
-    _assert("both_directions", flow_map, None, s, s, t, x, args, rtol, atol, jvp)
+    _assert(["both_directions"], flow_map, None, (s, s, t), x, args, **how)
 
 
 def assert_positive_jacobian(
-    flow_map: Callable,
+    flow_map: Map,
     s: Times,
     t: Times,
     x: State,
@@ -217,16 +167,12 @@ def assert_positive_jacobian(
     r"""Asserts $\det \nabla X_{s,t}(x) > 0$: a flow never folds or reflects space.
 
     It takes one derivative per entry of the state. The state must be real.
-
-    **Arguments:** as for [`flowdiffrax.testing.assert_starts_as_identity`][], without a
-    tolerance.
     """
-    __tracebackhide__ = True
-    _assert("positive_jacobian", flow_map, None, s, s, t, x, args, None, None, jvp)
+    _assert(["positive_jacobian"], flow_map, None, (s, s, t), x, args, jvp=jvp)
 
 
 def assert_solver_equals_map(
-    flow_map: Callable,
+    flow_map: Map,
     s: Times,
     t: Times,
     x: State,
@@ -234,8 +180,7 @@ def assert_solver_equals_map(
     *,
     solver: Any = None,
     num_steps: int = 3,
-    rtol: float | None = None,
-    atol: float | None = None,
+    **how: Unpack[How],
 ) -> None:
     """Asserts that a solve in equal steps equals the map's jumps over the same steps.
 
@@ -248,13 +193,12 @@ def assert_solver_equals_map(
       such as [`flowdiffrax.sample`][], where `ts` is a grid of `num_steps + 1` times.
     - `num_steps`: the number of steps.
     """
-    __tracebackhide__ = True
-    name, settings = "solver_equals_map", (None, solver, num_steps)
-    _assert(name, flow_map, None, s, s, t, x, args, rtol, atol, *settings)
+    solve = {"solver": solver, "num_steps": num_steps}
+    _assert(["solver_equals_map"], flow_map, None, (s, s, t), x, args, **solve, **how)
 
 
 def assert_dense_output(
-    flow_map: Callable,
+    flow_map: Map,
     s: Times,
     t: Times,
     x: State,
@@ -262,8 +206,7 @@ def assert_dense_output(
     *,
     solver: Any = None,
     num_steps: int = 3,
-    rtol: float | None = None,
-    atol: float | None = None,
+    **how: Unpack[How],
 ) -> None:
     """Asserts that dense output between the steps equals the map's jump to that time.
 
@@ -274,14 +217,13 @@ def assert_dense_output(
     **Arguments:** as for [`flowdiffrax.testing.assert_solver_equals_map`][], with Diffrax
     solvers only.
     """
-    __tracebackhide__ = True
-    name, settings = "dense_output", (None, solver, num_steps)
-    _assert(name, flow_map, None, s, s, t, x, args, rtol, atol, *settings)
+    solve = {"solver": solver, "num_steps": num_steps}
+    _assert(["dense_output"], flow_map, None, (s, s, t), x, args, **solve, **how)
 
 
 def assert_identities(
-    flow_map: Callable,
-    vector_field: Callable | None,
+    flow_map: Map,
+    vector_field: Field,
     s: Times,
     u: Times,
     t: Times,
@@ -304,13 +246,9 @@ def assert_identities(
     **Raises:** `ValueError` for an unknown name, and the errors of
     [`flowdiffrax.testing.assert_starts_as_identity`][].
     """
-    __tracebackhide__ = True
     check_names(identities)
-    s, u, t = broadcast(s, u, t)
-    prepared = prepare(flow_map, vector_field, x, s, args, jvp)
-    failures, _ = assess(prepared, tuple(identities), s, u, t, x, args, rtol, atol)
-    if failures:
-        raise IdentityError(*failures)
+    how = {"rtol": rtol, "atol": atol, "jvp": jvp}
+    _assert(identities, flow_map, vector_field, (s, u, t), x, args, **how)
 
 
 def assert_path_derivative(
@@ -327,7 +265,6 @@ def assert_path_derivative(
 
     **Raises:** `AssertionError` if it is not.
     """
-    __tracebackhide__ = True
     for time in np.ravel(np.asarray(t)):
         like = jax.eval_shape(path.evaluate, jnp.asarray(time, float))
         now = jnp.asarray(time, time_dtype(like))
@@ -340,17 +277,13 @@ def assert_path_derivative(
                 f"`path.derivative` is not the derivative of `path.evaluate`: off by "
                 f"{defect:.3g} at t = {now}, where {allowed:.2g} is allowed: "
                 f"{literal(found)} instead of {literal(truth)}.\n"
-                "  often it is: the rate of one coefficient is missing or has the wrong "
-                "sign"
+                "  often it is: a rate that is missing or has the wrong sign"
             )
 
 
-def _assert(
-    name, flow_map, field, s, u, t, x, args, rtol, atol, jvp=None, solver=None, steps=3
-):
-    __tracebackhide__ = True
-    s, u, t = broadcast(s, u, t)
-    prepared = prepare(flow_map, field, x, s, args, jvp, solver, steps)
-    failures, _ = assess(prepared, (name,), s, u, t, x, args, rtol, atol)
+def _assert(names, flow_map, field, times, x, args, *, rtol=None, atol=None, **how):
+    s, u, t = broadcast(*times)
+    prepared = prepare(flow_map, field, x, s, args, **how)
+    failures, _ = assess(prepared, tuple(names), s, u, t, x, args, rtol, atol)
     if failures:
         raise IdentityError(*failures)
