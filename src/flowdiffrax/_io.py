@@ -3,7 +3,6 @@
 import importlib
 import os
 import pathlib
-from collections.abc import Iterator
 from typing import Any
 
 
@@ -27,13 +26,6 @@ def write_whole(path: pathlib.Path, body: bytes) -> None:
 
 
 StrPath = str | os.PathLike
-
-
-def chunks(path: pathlib.Path, size: int = 1 << 20) -> Iterator[bytes]:
-    """Yields the contents of a file, one chunk at a time."""
-    with open(path, "rb") as file:
-        while chunk := file.read(size):
-            yield chunk
 
 
 def import_extra(module: str, extra: str, needed_by: str) -> Any:

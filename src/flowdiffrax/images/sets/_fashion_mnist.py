@@ -1,12 +1,20 @@
 import gzip
+import io
 import math
 import pathlib
-import zlib
 
 import numpy as np
 
 from ..._io import StrPath
-from ._files import UNVERIFIED, check_bytes, check_split, damaged, missing, provenance
+from ._files import (
+    UNVERIFIED,
+    check_md5,
+    check_split,
+    damaged,
+    missing,
+    provenance,
+    reading,
+)
 from ._images import Images
 
 _CLASSES = (
@@ -35,10 +43,6 @@ _MD5S = {
 }
 
 
-# The largest unpacked file has 47 MB.
-_MAX_BYTES = 100_000_000
-
-
 def fashion_mnist(
     folder: StrPath, split: str = "train", *, checksums: bool = True
 ) -> Images:
@@ -62,7 +66,7 @@ def fashion_mnist(
         name = f"{_PREFIX[split]}-{part}"
         path, body = _read(pathlib.Path(folder), name)
         if checksums:
-            check_bytes(path, body, _MD5S[name])
+            check_md5(path, io.BytesIO(body), _MD5S[name])
         arrays.append(_parse(path, body, ndim))
     images, labels = arrays
     name = provenance(f"Fashion-MNIST {split}", checksums)
@@ -82,12 +86,8 @@ def _read(folder: pathlib.Path, name: str) -> tuple[pathlib.Path, bytes]:
             "package dataset-fashion-mnist, and pass its folder, "
             "/usr/share/datasets/fashion-mnist.",
         )
-    try:
-        with gzip.open(packed) as file:
-            body = file.read(_MAX_BYTES)
-    except (EOFError, OSError, zlib.error) as error:
-        raise damaged(packed, error) from error
-    return packed, body
+    with reading(packed), gzip.open(packed) as file:
+        return packed, file.read()
 
 
 def _parse(path: pathlib.Path, body: bytes, ndim: int) -> np.ndarray:

@@ -1,9 +1,14 @@
-"""Finds and checks the files of data sets, before they are read."""
+"""Finds and checks the files of data sets, and says which files to fetch."""
 
+import contextlib
 import hashlib
-import pathlib
+import io
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Iterator
 
-from ..._io import StrPath, chunks
+from ..._io import StrPath
 
 
 def missing(data_set: str, where: StrPath, cure: str) -> FileNotFoundError:
@@ -20,6 +25,27 @@ def damaged(path: StrPath, what: object, cure: str = "") -> ValueError:
         f"{path} is truncated, damaged or not the expected file: {what}. Fetch it "
         f"again.{cure}"
     )
+
+
+@contextlib.contextmanager
+def reading(path: StrPath, *errors: type[Exception], cure: str = "") -> Iterator[None]:
+    """Turns the errors that readers raise for a bad file into that of `damaged`.
+
+    A missing file stays a `FileNotFoundError`.
+
+    **Arguments:**
+
+    - `path`: the file.
+    - `errors`: errors of this reader, in addition to those of the standard library.
+    - `cure`: see `damaged`.
+    """
+    known = EOFError, OSError, ValueError, tarfile.TarError, zipfile.BadZipFile
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except (*known, zlib.error, *errors) as error:
+        raise damaged(path, error, cure) from error
 
 
 UNVERIFIED = "To read your own file in this format, pass `checksums=False`."
@@ -39,24 +65,12 @@ def check_split(split: str, splits: tuple[str, ...]) -> None:
         raise ValueError(f"`split` must be one of {splits}; got {split!r}.")
 
 
-def check_bytes(path: StrPath, body: bytes, md5: str, size: int | None = None) -> None:
-    """Checks that `body`, read from `path`, is the known file.
+def check_md5(path: StrPath, file: io.BufferedIOBase, md5: str) -> None:
+    """Checks that `file`, which is at `path`, is the known one.
 
     **Raises:** `ValueError` if it is not.
     """
-    if size is not None and len(body) != size:
-        raise damaged(path, f"{len(body)} bytes instead of {size}", UNVERIFIED)
-    found = hashlib.md5(body, usedforsecurity=False).hexdigest()
+    make = lambda: hashlib.md5(usedforsecurity=False)
+    found = hashlib.file_digest(file, make).hexdigest()
     if found != md5:
         raise damaged(path, f"md5 {found} instead of {md5}", UNVERIFIED)
-
-
-def check_file(path: pathlib.Path, md5: str, size: int | None = None) -> None:
-    """Does the same as `check_bytes` for a file that is too large to keep in memory."""
-    if size is not None and path.stat().st_size != size:
-        raise damaged(path, f"{path.stat().st_size} bytes instead of {size}", UNVERIFIED)
-    found = hashlib.md5(usedforsecurity=False)
-    for chunk in chunks(path):
-        found.update(chunk)
-    if found.hexdigest() != md5:
-        raise damaged(path, f"md5 {found.hexdigest()} instead of {md5}", UNVERIFIED)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from ..._io import StrPath, import_extra
-from ._files import damaged
+from ._files import damaged, reading
 from ._images import Images
 
 _SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".webp")
@@ -43,8 +43,6 @@ def image_folder(path: StrPath, *, mode: str = "RGB") -> Images:
     differs in size from the first, or if a class has no pictures.
     """
     path = pathlib.Path(path)
-    if not path.is_dir():
-        raise FileNotFoundError(f"There is no folder at {path}.")
     visible = [p for p in sorted(path.iterdir()) if not p.name.startswith(".")]
     classes = [p for p in visible if p.is_dir()]
     parts = [_picture_files(folder) for folder in classes or [path]]
@@ -82,9 +80,8 @@ def parquet_images(path: StrPath, split: str = "train", *, mode: str = "RGB") ->
     path = pathlib.Path(path)
     is_folder = path.is_dir()
     files = sorted(path.glob(f"{split}*.parquet")) if is_folder else [path]
-    if not files or not files[0].is_file():
-        wanted = f"There is no {split}*.parquet in" if is_folder else "There is no file"
-        raise FileNotFoundError(f"{wanted} {path}.")
+    if not files:
+        raise FileNotFoundError(f"There is no {split}*.parquet in {path}.")
     opened = [_open_parquet(file) for file in files]
     labels: list[np.ndarray] = []
     pictures = (
@@ -113,14 +110,11 @@ def _decode(
     pillow = import_extra("PIL.Image", "images", needed_by)
     images = None
     for row, (where, file) in enumerate(pictures):
-        try:
-            with pillow.open(file) as picture:
-                if picture.mode.startswith(("I", "F")):
-                    raise ValueError("its values have more than 8 bits")
-                values = np.asarray(picture.convert(mode))
         # Pillow reports some broken pictures as syntax errors.
-        except (OSError, SyntaxError, ValueError) as error:
-            raise damaged(where, error) from error
+        with reading(where, SyntaxError), pillow.open(file) as picture:
+            if picture.mode.startswith(("I", "F")):
+                raise ValueError("its values have more than 8 bits")
+            values = np.asarray(picture.convert(mode))
         if images is None:
             images = np.empty((number, *values.shape), np.uint8)
         if values.shape != images.shape[1:]:
@@ -138,11 +132,9 @@ def _decode(
 def _open_parquet(path: pathlib.Path) -> Any:
     arrow = import_extra("pyarrow", "images", "parquet_images")
     parquet = import_extra("pyarrow.parquet", "images", "parquet_images")
-    try:
-        # Checks the pages, if the file has checksums of them.
+    # Checks the pages, if the file has checksums of them.
+    with reading(path, arrow.ArrowException):
         return parquet.ParquetFile(path, page_checksum_verification=True)
-    except (arrow.ArrowException, OSError) as error:
-        raise damaged(path, error) from error
 
 
 def _parquet_rows(
@@ -170,10 +162,6 @@ def _parquet_rows(
                     raise ValueError(f"{path} has rows without a label.")
                 labels.append(batch.column(label).to_numpy(zero_copy_only=False))
             for body in batch.column(image).field("bytes"):
-                if not body.is_valid:
-                    raise ValueError(
-                        f"{path}, row {row}, holds no picture, but at most a path."
-                    )
                 yield f"{path}, row {row}", io.BytesIO(body.as_buffer())
                 row += 1
     except (arrow.ArrowException, OSError) as error:

@@ -4,20 +4,20 @@ import numpy as np
 
 from ..._io import StrPath
 from ._arrays import read_npz
-from ._files import UNVERIFIED, check_file, check_split, damaged, missing, provenance
+from ._cifar import PIXELS, channels_last
+from ._files import UNVERIFIED, check_md5, check_split, damaged, missing, provenance
 from ._images import Images
-from ._planes import channels_last, check_batch, read_pickle
 
 _BATCHES = {
-    "train": [f"train_data_batch_{k}" for k in range(1, 11)],
-    "val": ["val_data"],
+    "train": [f"train_data_batch_{k}.npz" for k in range(1, 11)],
+    "val": ["val_data.npz"],
 }
 
 
 _NUM_IMAGES = {"train": 1_281_167, "val": 50_000}
 
 
-# As listed by other loaders. We know of no list for the pickles.
+# As listed by other loaders.
 _MD5S = {
     "train_data_batch_1.npz": "464fde20de6eb44c28cc1a8c11544bb1",
     "train_data_batch_2.npz": "bdb56e71882c3fd91619d789d5dd7c79",
@@ -39,10 +39,6 @@ _ZIPS = {
 }
 
 
-# A pickled batch has 394 MB.
-_MAX_PICKLE = 1 << 30
-
-
 def imagenet32(
     folder: StrPath, split: str = "train", *, checksums: bool = True
 ) -> Images:
@@ -58,12 +54,10 @@ def imagenet32(
 
     **Arguments:**
 
-    - `folder`: the folder with `train_data_batch_1.npz` to `10`, or `val_data.npz`; or,
-      from the older release, with pickles of the same names without the suffix, which are
-      read without running any code in them.
+    - `folder`: the folder with `train_data_batch_1.npz` to `10`, or `val_data.npz`.
     - `split`: `"train"` or `"val"`.
     - `checksums`: whether to require all images of the release, and the md5 of each
-      `.npz`. We know no md5 of the pickles.
+      file.
 
     **Raises:** `FileNotFoundError` if a file is missing; `ValueError` if a file is
     damaged or has another format, or if a label is out of range.
@@ -77,8 +71,8 @@ def imagenet32(
     if checksums:
         # Check all files before decoding any, which takes longer.
         for file in files:
-            if file.name in _MD5S:
-                check_file(file, _MD5S[file.name])
+            with open(file, "rb") as opened:
+                check_md5(file, opened, _MD5S[file.name])
     parts = [_read(file) for file in files]
     # Convert one batch at a time: all at once, they would be in memory twice.
     num_images = sum(len(rows) for rows, _ in parts)
@@ -98,16 +92,15 @@ def imagenet32(
 
 
 def _find(folder: pathlib.Path, split: str) -> list[pathlib.Path]:
-    for suffix in (".npz", ""):
-        files = [folder / f"{name}{suffix}" for name in _BATCHES[split]]
-        absent = [file.name for file in files if not file.is_file()]
-        if not absent:
-            return files
-        if len(absent) < len(files):
-            what = f"Part of ImageNet-32 ({', '.join(absent)})"
-            raise missing(what, folder, _cure(split))
+    files = [folder / name for name in _BATCHES[split]]
+    absent = [file.name for file in files if not file.is_file()]
+    if not absent:
+        return files
+    if len(absent) < len(files):
+        what = f"Part of ImageNet-32 ({', '.join(absent)})"
+        raise missing(what, folder, _cure(split))
     # Name the other split too if it is missing, since training needs both.
-    found = lambda name: (folder / name).is_file() or (folder / f"{name}.npz").is_file()
+    found = lambda name: (folder / name).is_file()
     absent = [part for part, names in _BATCHES.items() if not any(map(found, names))]
     raise missing("ImageNet-32", folder, _cure(*absent))
 
@@ -116,13 +109,16 @@ def _cure(*splits: str) -> str:
     return (
         f"Fetch {' and '.join(_ZIPS[split] for split in splits)}, the downsampled "
         "ImageNet of Chrabaszcz, Loshchilov and Hutter, from the download page of "
-        "ImageNet, which requires registration, and unpack it there."
+        "ImageNet, which requires registration, and unpack it there. The older files, "
+        "without `.npz`, are not read, since they are pickles, which can run code."
     )
 
 
 def _read(path: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
-    if path.suffix == ".npz":
-        return check_batch(path, read_npz(path))
-    if path.stat().st_size > _MAX_PICKLE:
-        raise damaged(path, f"{path.stat().st_size} bytes")
-    return read_pickle(path, path.read_bytes())
+    arrays = read_npz(path)
+    data, labels = (arrays.get(key, np.empty(0)) for key in ("data", "labels"))
+    # Other dtypes would be converted to uint8 without an error.
+    if data.dtype != np.uint8 or data.shape != (len(labels), PIXELS):
+        held = {key: f"{array.dtype} {array.shape}" for key, array in arrays.items()}
+        raise damaged(path, f"it holds {held}, not data and labels of 32x32 images")
+    return data, labels
