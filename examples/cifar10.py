@@ -3,7 +3,8 @@
     python examples/cifar10.py --preset smoke
     python examples/cifar10.py --preset teacher --data cifar-10-binary.tar.gz
     python examples/cifar10.py --preset lmd --data cifar-10-binary.tar.gz \\
-        --teacher out/cifar10-teacher --features pt_inception-2015-12-05-6726825d.pth
+        --teacher out/cifar10-teacher \\
+        --features pt_inception-2015-12-05-6726825d.safetensors
     python examples/cifar10.py --preset lsd --data cifar-10-binary.tar.gz \\
         --precision bfloat16 --accumulate 4 --num-samples 50000
 
@@ -14,7 +15,8 @@ pictures of samples (`samples/`), the map (`map.safetensors`), samples by every 
 (`samples.png`), their scores (`scores.json`), and, except for `smoke`, images taken to
 noise and back (`inversion.png`).
 Start it again with the same options to continue. Give it the options of a finished run
-with `--do scores` to score that run with other options.
+with `--do scores` to score that run with other options. `convert_weights.py` converts the
+published weights of the features.
 """
 
 import dataclasses

@@ -130,8 +130,8 @@ def refused(script, words, message, load=never):
         (["--preset", "lmd"], "train `--preset teacher` first"),
         (["--preset", "lmd", "--teacher", "absent"], "absent.map.safetensors is not"),
         (["--features", "absent.pth"], "no weights at absent.pth"),
-        (["--features", __file__], "not a zip, pickle or safetensors"),
-        (["--statistics", "absent.npz"], "no statistics at absent.npz"),
+        (["--features", __file__], "neither a .safetensors nor an .npz file"),
+        (["--statistics", "absent.npz"], "No such file .*absent.npz"),
         (["--do", "scores", "--out", "absent"], "absent.map.safetensors is not"),
     ],
 )

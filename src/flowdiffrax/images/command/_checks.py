@@ -66,7 +66,7 @@ def _check_features(recipe: Recipe, options: Options) -> None:
     elif options.features == "random":
         features = random_features(shape_of(recipe))
     else:
-        features = features_of_file(options.features, options.checksums)
+        features = features_of_file(options.features)
     if options.statistics is None:
         return
     known = FeatureStatistics.load(options.statistics).fingerprint

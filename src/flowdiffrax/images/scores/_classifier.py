@@ -105,14 +105,9 @@ def fit_classifier(
     - `learning_rate`: the largest learning rate.
 
     **Raises:** `TypeError` or `ValueError` if the images or labels are invalid;
-    `ValueError` if all labels are equal, or if a setting is below 1.
+    `ValueError` if all labels are equal, or if `width` is below 1.
     """
     rows, labels, num_classes = _with_labels(images, labels)
-    if min(num_steps, batch_size) < 1:
-        raise ValueError(
-            f"There must be at least one step and one image per step; got {num_steps} "
-            f"and {batch_size}."
-        )
     shape = check_shape(rows.shape[1:], width)
     if labels.min() == labels.max():
         raise ValueError(

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Float64, UInt8
 
 from ..._io import StrPath, write_whole
 from ..sets._arrays import read_npz
-from ..sets._files import damaged
+from ..sets._files import reading
 from ..sets._images import Images
 from ._features import AbstractFeatures, feature_batches
 
@@ -19,6 +19,10 @@ _KEYS = (("mu", "sigma"), ("ref_mu", "ref_sigma"))
 
 
 _ABOUT = "provenance"
+
+
+# What the features of two statistics must have in common, where it is known.
+_IDENTITY = ("features", "fingerprint", "settings")
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -83,13 +87,8 @@ class FeatureStatistics:
         is an array and there is no `source`, if there is only one image, or if a feature
         is not finite.
         """
-        return cls._of_batches(
-            feature_batches(features, images, batch_size),
-            features=features.name,
-            fingerprint=features.fingerprint,
-            settings=features.settings,
-            source=source_of(images, source),
-        )
+        batches = feature_batches(features, images, batch_size)
+        return cls._of_batches(batches, features, source_of(images, source))
 
     @classmethod
     def of_vectors(
@@ -110,19 +109,16 @@ class FeatureStatistics:
         **Raises:** `ValueError` for other shapes, or if a value is not finite.
         """
         rows = np.asarray(vectors)
-        if rows.ndim != 2:
-            raise ValueError(f"Vectors must have shape (n, features); got {rows.shape}.")
         blocks = (rows[start : start + 4096] for start in range(0, len(rows), 4096))
-        return cls._of_batches(
-            blocks,
-            features=None if features is None else features.name,
-            fingerprint=None if features is None else features.fingerprint,
-            settings=None if features is None else features.settings,
-            source=source,
-        )
+        return cls._of_batches(blocks, features, source)
 
     @classmethod
-    def _of_batches(cls, batches: Iterable[np.ndarray], **about) -> "FeatureStatistics":
+    def _of_batches(
+        cls,
+        batches: Iterable[np.ndarray],
+        features: AbstractFeatures | None,
+        source: str,
+    ) -> "FeatureStatistics":
         number, shift, total, squares = 0, None, 0.0, 0.0
         for batch in batches:
             rows = batch.astype(np.float64)
@@ -136,7 +132,15 @@ class FeatureStatistics:
             raise ValueError(f"A covariance needs at least two images; got {number}.")
         offset = total / number
         covariance = (squares - number * np.outer(offset, offset)) / (number - 1)
-        return cls(shift + offset, covariance, number, **about)
+        found = cls(shift + offset, covariance, number, source=source)
+        if features is None:
+            return found
+        return dataclasses.replace(
+            found,
+            features=features.name,
+            fingerprint=features.fingerprint,
+            settings=features.settings,
+        )
 
     def save(self, path: StrPath) -> None:
         """Writes the statistics to an `.npz`.
@@ -174,15 +178,6 @@ class FeatureStatistics:
         damaged, is a pickle, or has no statistics.
         """
         path = pathlib.Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"There are no statistics at {path}.")
-        with open(path, "rb") as file:
-            is_zip = file.read(2) == b"PK"
-        if not is_zip:
-            raise ValueError(
-                f"{path} is not an .npz, and was not read: pickled statistics, such as "
-                "EDM2's, may run code. Write `mu` and `sigma` with `numpy.savez`."
-            )
         arrays = read_npz(path)
         for mu, sigma in _KEYS:
             if mu in arrays and sigma in arrays:
@@ -192,13 +187,11 @@ class FeatureStatistics:
                 f"{path} has no `mu` and `sigma`, but {sorted(arrays)}. If these are "
                 "images, use `FeatureStatistics.of`."
             )
-        try:
+        with reading(path, TypeError):
             about = json.loads(str(arrays[_ABOUT])) if _ABOUT in arrays else {}
             about = {"source": f"file {path.name}", **about}
             mean, covariance = arrays[mu].astype(float), arrays[sigma].astype(float)
             return cls(mean, covariance, **about)
-        except (TypeError, ValueError) as error:
-            raise damaged(path, error) from error
 
     def __repr__(self) -> str:
         known = self.fingerprint and f" {self.fingerprint}"
@@ -260,19 +253,14 @@ def _non_negative(values: np.ndarray) -> np.ndarray:
 
 
 def _check_same(a: FeatureStatistics, b: FeatureStatistics) -> None:
-    for what in ("features", "fingerprint", "settings"):
-        one, other = getattr(a, what), getattr(b, what)
+    known = [(what, getattr(a, what), getattr(b, what)) for what in _IDENTITY]
+    for what, one, other in [*known, ("number", len(a.mean), len(b.mean))]:
         if one is not None and other is not None and one != other:
             raise ValueError(
                 f"The statistics are of different features: {what} {one!r} for "
                 f"{a.source} and {other!r} for {b.source}. Compute both with the same "
                 "network."
             )
-    if a.mean.shape != b.mean.shape:
-        raise ValueError(
-            f"The statistics are of different features: {len(a.mean)} for {a.source} and "
-            f"{len(b.mean)} for {b.source}."
-        )
 
 
 def source_of(images: Images | np.ndarray | Array, source: str | None) -> str:

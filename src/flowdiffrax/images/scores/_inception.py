@@ -1,5 +1,3 @@
-import re
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -8,12 +6,12 @@ from jaxtyping import Array, Float, Float32
 
 from ..._io import StrPath
 from ._features import AbstractFeatures, convolve, in_colour, pool_max, resize
-from ._weights import Arrays, check_shapes, read_weights
+from ._weights import SCRIPT, Arrays, check_shapes, read_weights
 
 _CURE = (
-    "Fetch a file of weights: `pt_inception-2015-12-05-6726825d.pth` from the releases "
-    "of pytorch-fid, `weights-inception-2015-12-05-6726825d.pth` from those of "
-    "torch-fidelity, or `inception_v3_weights_fid.pickle` of jax-fid."
+    "Fetch `pt_inception-2015-12-05-6726825d.pth` from the releases of pytorch-fid, or "
+    "`weights-inception-2015-12-05-6726825d.pth` from those of torch-fidelity, and "
+    f"convert it with {SCRIPT}."
 )
 
 
@@ -151,18 +149,17 @@ class InceptionFeatures(AbstractFeatures):
 
     @classmethod
     def load(cls, path: StrPath) -> "InceptionFeatures":
-        """Reads the weights. Nothing in the file is run, and torch is not needed.
+        """Reads the weights. This does not need torch.
 
         **Arguments:**
 
-        - `path`: a state dictionary of torch, `.pth` in either form; an `.npz` or
-          safetensors file with the same names; or jax-fid's pickle. A name that ends like
-          `-6726825d` contains the start of the file's sha256, which is checked.
+        - `path`: a `.safetensors` or `.npz` file with the names of the published `.pth`.
+          `examples/convert_weights.py`, in the source repository, makes one from it.
 
-        **Raises:** `FileNotFoundError` if there is no file; `ValueError` if it is
-        damaged, of another network, TorchScript, or a pickled module.
+        **Raises:** `FileNotFoundError` if there is no file; `ValueError` if it is damaged
+        or of another network.
         """
-        arrays = _torch_names(read_weights(path, _CURE).arrays)
+        arrays = read_weights(path, _CURE)
         _check(path, arrays)
         kernels, biases = {}, {}
         for name in layout():
@@ -270,32 +267,6 @@ def _pool_mean(
     return sums / jnp.broadcast_to(counts, sums.shape)
 
 
-_FLAX = {
-    "conv.kernel": "conv.weight",
-    "bn.scale": "bn.weight",
-    "bn.mean": "bn.running_mean",
-    "bn.var": "bn.running_var",
-    "fc.kernel": "fc.weight",
-}
-
-
-def _torch_names(arrays: Arrays) -> Arrays:
-    """Returns arrays with the names and order of axes of torch's files."""
-    if "Conv2d_1a_3x3.conv.kernel" not in arrays:
-        return arrays
-    renamed = {}
-    for name, array in arrays.items():
-        old = re.search(r"(conv|bn|fc)\.\w+$", name)
-        new = name
-        if old is not None and old[0] in _FLAX:
-            new = name[: old.start()] + _FLAX[old[0]]
-        if array.ndim in (2, 4):
-            axes = (3, 2, 0, 1) if array.ndim == 4 else (1, 0)
-            array = array.transpose(axes)
-        renamed[new] = array
-    return renamed
-
-
 def _check(path: StrPath, arrays: Arrays) -> None:
     shapes: dict[str, tuple[int, ...]] = {}
     for name, (inputs, outputs, height, width) in layout().items():
@@ -310,6 +281,3 @@ def _check(path: StrPath, arrays: Arrays) -> None:
     if "fc.weight" in arrays:
         shapes |= {"fc.weight": (1008, 2048), "fc.bias": (1008,)}
     check_shapes(path, arrays, shapes, _CURE)
-    variances = [name for name in shapes if name.endswith("running_var")]
-    if min(arrays[name].min() for name in variances) < 0:
-        raise ValueError(f"{path} holds negative variances. {_CURE}")
