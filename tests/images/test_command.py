@@ -129,7 +129,7 @@ def refused(script, words, message, load=never):
         (["--channels", "-1"], "channels"),
         (["--preset", "lmd"], "train `--preset teacher` first"),
         (["--preset", "lmd", "--teacher", "absent"], "absent.map.safetensors is not"),
-        (["--features", "absent.pth"], "no weights at absent.pth"),
+        (["--features", "absent.pth"], "weights is not at absent.pth"),
         (["--features", __file__], "neither a .safetensors nor an .npz file"),
         (["--statistics", "absent.npz"], "No such file .*absent.npz"),
         (["--do", "scores", "--out", "absent"], "absent.map.safetensors is not"),
@@ -517,7 +517,7 @@ def test_the_script_of_the_page_reads_its_options():
     script = script_of_page()
     with pytest.raises(SystemExit, match="--data is needed"):
         script.main([*SMALL, "--preset", "psd"])
-    with pytest.raises(SystemExit, match="There is no folder at absent"):
+    with pytest.raises(SystemExit, match="No such file or directory: .absent."):
         script.main([*SMALL, "--data", "absent"])
 
 
