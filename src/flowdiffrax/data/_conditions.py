@@ -72,7 +72,8 @@ class ConditionDropout(eqx.Module):
             return paths, conditions
         scales = self.scale(scale_key, batch_size)
         if jnp.shape(scales) != (batch_size,):
-            raise ValueError(f"Expected {batch_size} scales; got {jnp.shape(scales)}.")
+            shapes = f"{(batch_size,)}; got shape {jnp.shape(scales)}"
+            raise ValueError(f"`scale` must return one scale per example, {shapes}.")
         return paths, GuidanceArgs(conditions, jnp.where(dropped, 1, scales))
 
 
@@ -100,7 +101,7 @@ class PowerLawScale(eqx.Module):
 
     def __check_init__(self):
         if not 0 < self.low <= self.high:
-            raise ValueError(f"Expected 0 < low <= high; got {self.low}, {self.high}.")
+            raise ValueError("`low` and `high` must be positive and rise.")
 
     def __call__(
         self, key: Key[Array, ""], batch_size: int
