@@ -331,22 +331,12 @@ def test_accumulated_stream_trains_like_one_batch():
     assert_close(weights(2, 3), weights(6, 1), 1e-6, 1e-6)
 
 
-def test_tuple_of_another_length():
-    step = fd.train.make_step(fd.FlowMatching(), optax.adam(1e-3), accumulate=3)
-    state = fd.train.TrainState.create(image_map(), optax.adam(1e-3), key=jr.key(1))
-    batches = (batches_of(fd.images.DeviceImages(labelled()), 4),) * 2
-    with pytest.raises(
-        ValueError, match="`accumulate` is 3, but `batches` is a tuple of 2"
-    ):
-        step(state, batches)
-
-
 @pytest.mark.parametrize(
     "images, batch_size, make, error, match",
     [
         (labelled(), 4, None, TypeError, "`make` must be"),
         (labelled(), 0, len, ValueError, "`batch_size` must be at least 1"),
-        ("images", 4, len, TypeError, r"arrays or memory maps; got \['str'\]"),
+        ("images", 4, len, TypeError, "arrays, memory maps, .* got str"),
     ],
 )
 def test_bad_stream_batches(images, batch_size, make, error, match):
@@ -452,11 +442,9 @@ def test_stream_of_mapped_images(tmp_path):
     "settings, match",
     [
         ({"batch_size": 0}, "`batch_size` must be at least 1"),
-        ({"process_index": 0, "process_count": 3}, "does not divide among 3"),
-        ({"process_index": 2, "process_count": 2}, "2 is not the index of a process"),
-        ({"start": -1}, "must not be negative"),
-        ({"seed": -1}, "must not be negative"),
-        ({"prefetch": 0}, "at least 1"),
+        ({"process_index": 0, "process_count": 3}, "no equal share for process 0 of 3"),
+        ({"process_index": 2, "process_count": 2}, "no equal share for process 2 of 2"),
+        ({"seed": -1}, "`seed` must be at least 0"),
     ],
 )
 def test_bad_streams(settings, match):

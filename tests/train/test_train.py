@@ -747,7 +747,7 @@ REFUSALS = {
     "names that a report has": (
         lambda: run(on_report=lambda state, report: {"loss": 0.0}),
         ValueError,
-        r"must return new names; it has \['loss'\]",
+        r"returned \['loss'\], which a report has already",
     ),
     "state with other averages": (
         lambda: run(

@@ -284,7 +284,7 @@ def _join(report: dict[str, Any], more: Any) -> None:
     if isinstance(more, Mapping):
         taken = sorted(report.keys() & more.keys())
         if taken:
-            raise ValueError(f"`on_report` must return new names; it has {taken}.")
+            raise ValueError(f"`on_report` returned {taken}, which a report has already.")
         report |= more
 
 

@@ -23,7 +23,7 @@ def plain(value: Any, name: str) -> Any:
         return value if math.isfinite(value) else None
     if isinstance(value, str | bool | int | None):
         return value
-    raise TypeError(f"JSON cannot hold `{name}`, of type {type(value).__name__}.")
+    raise TypeError(f"`{name}` must be a number, or JSON; got {type(value).__name__}.")
 
 
 def differences(found: Any, own: Any) -> str:
