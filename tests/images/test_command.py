@@ -524,7 +524,10 @@ def test_the_script_of_the_page_reads_its_options():
 @pytest.mark.slow
 def test_the_script_of_the_page_trains_a_teacher_and_distils(tmp_path):
     words = [*SHORT, "--preset", "lmd", "--data", str(write_npz(tmp_path))]
-    words += ["--ode", "None", "--num-blocks", "1", "--do", "train", "scores"]
-    rows = script_of_page().main([*words, "--out", str(tmp_path / "out")])
-    assert (tmp_path / "out" / "teacher" / "map.safetensors").is_file()
-    assert [row["sampler"] for row in rows] == ["1 jump", "held-out images"]
+    words += ["--num-blocks", "1", "--do", "train", "--out", str(tmp_path / "out")]
+    script = script_of_page()
+    script.main(words)
+    config, _ = command.load_map(tmp_path / "out", script.presets)
+    _, teacher = command.load_map(tmp_path / "out" / "teacher", script.presets)
+    assert config["script"] == "photographs"
+    assert config["teacher_weights"] == fd.train.fingerprint(teacher)
