@@ -23,7 +23,7 @@ class Condition(eqx.Module):
     **Arguments:**
 
     - `size`, `num_features`, `two_times`, `max_frequency`: the settings of the time
-      embedding.
+      embedding. The number of features is rounded up to an even one.
     - `num_classes`: the number of classes; 0 for none.
     - `guidance`: whether the guidance scale is an input.
     - `preserving`: whether all layers preserve magnitudes.
@@ -37,12 +37,12 @@ class Condition(eqx.Module):
     def __init__(
         self,
         size: int,
-        num_features: int | None = None,
-        *,
+        num_features: int,
         num_classes: int,
         guidance: bool,
         two_times: bool,
         max_frequency: float,
+        *,
         preserving: bool = False,
         key: Key[Array, ""],
     ):
@@ -52,7 +52,7 @@ class Condition(eqx.Module):
         embedding = MagnitudePreservingEmbedding if preserving else TwoTimeEmbedding
         self.times = embedding(
             size,
-            num_features,
+            num_features + num_features % 2,
             max_frequency=max_frequency,
             two_times=two_times,
             key=time_key,

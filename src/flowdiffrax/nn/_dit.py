@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, Key
 
-from .._check import check_key
 from ._condition import Condition
 from ._images import AbstractImageNetwork, num_heads_for, run
 from ._layers import Linear, attend, modulate, standardise, unit_rms
@@ -76,7 +75,7 @@ class DiT(AbstractImageNetwork):
         remat: bool = False,
         key: Key[Array, ""],
     ):
-        super().__init__(shape, scale, dtype, remat)
+        super().__init__(shape, scale, dtype, remat, key)
         height, image_width, channels = self.shape
         if min(patch, width, depth, ratio) < 1 or width % 4 != 0:
             raise ValueError(
@@ -89,17 +88,9 @@ class DiT(AbstractImageNetwork):
                 f"{patch} by {patch}. Give a `patch` that divides both, or pad them."
             )
         num_heads = num_heads_for(width, num_heads)
-        check_key(key)
         first_key, condition_key, block_key = jr.split(key, 3)
-        self.condition = Condition(
-            width,
-            256,
-            num_classes=num_classes,
-            guidance=guidance,
-            two_times=two_times,
-            max_frequency=max_frequency,
-            key=condition_key,
-        )
+        inputs = num_classes, guidance, two_times, max_frequency
+        self.condition = Condition(width, 256, *inputs, key=condition_key)
         self.first = Linear(patch**2 * channels, width, key=first_key)
         block = lambda key: _Block(width, num_heads, ratio, key=key)
         self.blocks = eqx.filter_vmap(block)(jr.split(block_key, depth))

@@ -7,8 +7,9 @@ from typing import Any, ClassVar, NamedTuple
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Key
 
+from .._check import check_key
 from .._time import time_dtype, times_like
 from .._types import Args, Time
 from ._condition import Condition
@@ -40,7 +41,16 @@ class AbstractImageNetwork(eqx.Module):
     dtype: jnp.dtype | None = eqx.field(static=True)
     remat: bool = eqx.field(static=True)
 
-    def __init__(self, shape: Sequence[int], scale: float, dtype: Any, remat: bool):
+    def __init__(
+        self,
+        shape: Sequence[int],
+        scale: float,
+        dtype: Any,
+        remat: bool,
+        key: Key[Array, ""],
+    ):
+        # Subclasses split the key, and make `condition` with one of the new ones.
+        check_key(key)
         self.shape = check_shape(shape)
         # A NumPy or JAX number, such as `data.std()`, cannot be a static field.
         self.scale = float(scale)
@@ -123,6 +133,24 @@ def levels(
             up.append(Level(now + skip, width, None, heights[level] in attention, skip))
             now = width
     return down, up
+
+
+def down_and_up(
+    net: Any,
+    h: Float[Array, "height width channels"],
+    vector: Float[Array, " size"],
+    join: Callable[[Array, Array], Array],
+) -> Float[Array, "height width outputs"]:
+    """Runs the blocks of a U-Net. On the way up, `join` adds the skip connections."""
+    skips = [h]
+    for block in net.down:
+        h = run(block, net.remat, h, vector, net.dtype)
+        skips.append(h)
+    for block in net.up:
+        if block.skip > 0:
+            h = join(h, skips.pop())
+        h = run(block, net.remat, h, vector, net.dtype)
+    return h
 
 
 def num_heads_for(channels: int, num_heads: int | None) -> int:

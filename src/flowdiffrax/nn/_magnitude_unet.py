@@ -7,9 +7,8 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, Key
 
-from .._check import check_key
 from ._condition import Condition
-from ._images import AbstractImageNetwork, Level, levels, num_heads_for, run
+from ._images import AbstractImageNetwork, Level, down_and_up, levels, num_heads_for
 from ._layers import attend, modulate, unit_rms
 from ._magnitude import ForcedConv, ForcedLinear, balanced, gained, joined, silu
 
@@ -75,22 +74,13 @@ class MagnitudePreservingUNet(AbstractImageNetwork):
         remat: bool = False,
         key: Key[Array, ""],
     ):
-        super().__init__(shape, scale, dtype, remat)
+        super().__init__(shape, scale, dtype, remat, key)
         down, up = levels(self.shape, channels, multipliers, num_blocks, attention)
-        check_key(key)
         keys = jr.split(key, 5)
         first_key, condition_key, down_key, up_key, last_key = keys
-        size = channels * max(multipliers)
-        self.condition = Condition(
-            size,
-            2 * ((channels * multipliers[0] + 1) // 2),
-            num_classes=num_classes,
-            guidance=guidance,
-            two_times=two_times,
-            max_frequency=max_frequency,
-            preserving=True,
-            key=condition_key,
-        )
+        size, num_features = channels * max(multipliers), channels * multipliers[0]
+        inputs = num_features, num_classes, guidance, two_times, max_frequency
+        self.condition = Condition(size, *inputs, preserving=True, key=condition_key)
         self.first = ForcedConv(self.shape[-1] + 1, down[0].inputs, key=first_key)
         block = lambda key, index, level, is_down: _Block(
             level, size, num_heads, is_down, key=jr.fold_in(key, index)
@@ -104,14 +94,7 @@ class MagnitudePreservingUNet(AbstractImageNetwork):
         vector = silu(vector)
         ones = jnp.ones((*self.shape[:2], 1), x.dtype)
         h = self.first(jnp.concatenate([x, ones], -1), self.dtype)
-        skips = [h]
-        for block in self.down:
-            h = run(block, self.remat, h, vector, self.dtype)
-            skips.append(h)
-        for block in self.up:
-            if block.skip > 0:
-                h = joined(h, skips.pop())
-            h = run(block, self.remat, h, vector, self.dtype)
+        h = down_and_up(self, h, vector, joined)
         return gained(self.last(h), self.last_gain)
 
 

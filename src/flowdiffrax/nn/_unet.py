@@ -8,9 +8,8 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Key
 
-from .._check import check_key
 from ._condition import Condition
-from ._images import AbstractImageNetwork, Level, levels, num_heads_for, run
+from ._images import AbstractImageNetwork, Level, down_and_up, levels, num_heads_for
 from ._layers import Conv, GroupNorm, Linear, attend, modulate
 
 
@@ -92,20 +91,12 @@ class UNet(AbstractImageNetwork):
         remat: bool = False,
         key: Key[Array, ""],
     ):
-        super().__init__(shape, scale, dtype, remat)
+        super().__init__(shape, scale, dtype, remat, key)
         down, up = levels(self.shape, channels, multipliers, num_blocks, attention)
-        check_key(key)
         first_key, condition_key, down_key, up_key = jr.split(key, 4)
         size = 4 * channels
-        self.condition = Condition(
-            size,
-            2 * ((channels + 1) // 2),
-            num_classes=num_classes,
-            guidance=guidance,
-            two_times=two_times,
-            max_frequency=max_frequency,
-            key=condition_key,
-        )
+        inputs = num_classes, guidance, two_times, max_frequency
+        self.condition = Condition(size, channels, *inputs, key=condition_key)
         self.first = Conv(self.shape[-1], down[0].inputs, key=first_key)
         block = lambda key, index, level: _Block(
             level, size, num_heads, key=jr.fold_in(key, index)
@@ -117,17 +108,9 @@ class UNet(AbstractImageNetwork):
 
     def normalised(self, x, vector):
         vector = jax.nn.silu(vector)
-        h = self.first(x, self.dtype)
-        skips = [h]
-        for block in self.down:
-            h = run(block, self.remat, h, vector, self.dtype)
-            skips.append(h)
-        for block in self.up:
-            if block.skip > 0:
-                h = jnp.concatenate([h, skips.pop()], -1)
-            h = run(block, self.remat, h, vector, self.dtype)
-        h = jax.nn.silu(self.last_norm(h))
-        return self.last(h)
+        join = lambda h, skip: jnp.concatenate([h, skip], -1)
+        h = down_and_up(self, self.first(x, self.dtype), vector, join)
+        return self.last(jax.nn.silu(self.last_norm(h)))
 
 
 class _Block(eqx.Module):
