@@ -2,13 +2,16 @@
 
 import inspect
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+import numpy as np
 from jaxtyping import Array
 
+from ._tree import is_concrete
 from ._types import State
 
 
@@ -143,21 +146,53 @@ def check_whole(number: Any, name: str) -> None:
 
 
 def check_at_least(number: Any, least: float, name: str) -> None:
-    """**Raises:** `ValueError` if `number` is below `least`."""
-    if not number >= least:
+    """**Raises:** `ValueError` if a known number is less than `least`."""
+    if _is_false(number, lambda number: number >= least):
         raise ValueError(f"`{name}` must be at least {least}; got {number}.")
 
 
-def check_between(number: Any, low: float, high: float, name: str) -> None:
-    """**Raises:** `ValueError` if `number` is not in the interval, ends included."""
-    if not low <= number <= high:
-        raise ValueError(f"`{name}` must be in [{low}, {high}]; got {number}.")
+def check_positive(number: Any, name: str) -> None:
+    """**Raises:** `ValueError` if a known number is not positive."""
+    if _is_false(number, lambda number: number > 0):
+        raise ValueError(f"`{name}` must be positive; got {number}.")
+
+
+def check_between(number: Any, low: Any, high: Any, name: str, ends: str = "[]") -> None:
+    """**Raises:** `ValueError` if a known number is outside an interval of known ends.
+
+    `ends` are the brackets of the interval; a round one excludes that end.
+    """
+    above = operator.ge if ends[0] == "[" else operator.gt
+    below = operator.le if ends[1] == "]" else operator.lt
+    if not is_concrete((low, high)):
+        return
+    first, last = np.asarray(low), np.asarray(high)
+    if _is_false(number, lambda number: above(number, first) & below(number, last)):
+        interval = f"{ends[0]}{low}, {high}{ends[1]}"
+        raise ValueError(f"`{name}` must be in {interval}; got {number}.")
+
+
+def _is_false(number: Any, condition: Callable[[np.ndarray], Any]) -> bool:
+    """Whether a known number fails a condition. `None` does not, nor does a tracer."""
+    if number is None or not is_concrete(number):
+        return False
+    # In NumPy: inside `jit`, JAX would trace a comparison of known numbers too.
+    return not np.all(condition(np.asarray(number)))
+
+
+def check_scalar(value: Any, name: str) -> None:
+    """**Raises:** `ValueError` if `value` is not a single number."""
+    if jnp.shape(value) != ():
+        raise ValueError(
+            f"`{name}` must be a scalar; got shape {jnp.shape(value)}. For a batch, use "
+            "`jax.vmap`."
+        )
 
 
 def check_instance(value: object, kind: Any, name: str, what: str | None = None) -> None:
     """**Raises:** `TypeError` if `value` is not of the type `kind`, in words `what`."""
     if not isinstance(value, kind):
-        what = what or f"a `{kind.__name__}`"
+        what = what or f"an instance of `{kind.__name__}`"
         raise TypeError(f"`{name}` must be {what}; got {_kind(value)}.")
 
 

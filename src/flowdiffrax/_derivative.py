@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
+from ._check import check_positive
 from ._tree import add_scaled, scale, subtract
 
 # `(fn, primals, tangents) -> (value, derivative)`: `jax.jvp` or a replacement.
@@ -32,8 +33,7 @@ class FiniteDifference(eqx.Module):
     step: float = 5e-3
 
     def __check_init__(self):
-        if self.step <= 0:
-            raise ValueError(f"`step` must be positive; got {self.step}.")
+        check_positive(self.step, "step")
 
     def __call__(
         self, fn: Callable, primals: tuple, tangents: tuple

@@ -127,72 +127,48 @@ def test_bfloat16_path():
     assert path.evaluate(0.3).dtype == path.derivative(0.3).dtype == jnp.bfloat16
 
 
-def test_latent_is_required():
-    with pytest.raises(ValueError, match="has a latent"):
-        FAMILY["linear-latent"]()(jnp.ones(2), jnp.ones(2))
+# --- refusals -----------------------------------------------------------------------
+
+ENDS = "at t = 0 and .* at t = 1; got"
+LATENT, LINEAR = FAMILY["linear-latent"], FAMILY["linear"]
+PAIR, THREE = jnp.ones(2), jnp.ones(3)
 
 
-def test_latent_is_refused():
-    with pytest.raises(ValueError, match="has no latent"):
-        fd.LinearInterpolant()(jnp.ones(2), jnp.ones(2), jnp.ones(2))
-
-
+@pytest.mark.parametrize("inside_jit", [False, True])
 @pytest.mark.parametrize(
-    "x1", [jnp.ones(3), jnp.ones((2, 1)), (jnp.ones(2),)], ids=["size", "rank", "tree"]
-)
-def test_ends_must_match(x1):
-    with pytest.raises(ValueError, match="`x1` must be like `x0`"):
-        fd.LinearInterpolant()(jnp.ones(2), x1)
-
-
-def test_latent_must_match():
-    with pytest.raises(ValueError, match="`z` must be like `x0`"):
-        FAMILY["linear-latent"]()(jnp.ones(2), jnp.ones(2), jnp.ones(3))
-
-
-@pytest.mark.parametrize(
-    "make",
+    "make, match",
     [
-        lambda: fd.paths.Interpolant(lambda t: t, lambda t: 1 - t),
-        lambda: fd.paths.Interpolant(lambda t: 1 - t, lambda t: t, lambda t: 1 - t),
-        lambda: fd.paths.Interpolant(lambda t: 1 - t, lambda t: 2 * t),
-        lambda: fd.LinearInterpolant(latent=lambda t: t),
-        lambda: fd.paths.TrigonometricInterpolant(latent=jnp.cos),
+        (lambda: LATENT()(PAIR, PAIR), r"has a latent: call it .*\(x0, x1, z\)"),
+        (lambda: LINEAR()(PAIR, PAIR, PAIR), r"has no latent: call it .*\(x0, x1\)"),
+        (lambda: LATENT()(PAIR, PAIR, THREE), "`z` must be like `x0`"),
+        (lambda: LINEAR()(PAIR, THREE), "`x1` must be like `x0`"),
+        (lambda: LINEAR()(PAIR, jnp.ones((2, 1))), "`x1` must be like `x0`"),
+        (lambda: LINEAR()(PAIR, (PAIR,)), "`x1` must be like `x0`"),
+        (lambda: fd.paths.Interpolant(lambda t: t, lambda t: 1 - t), "replace t by 1 -"),
+        (lambda: fd.paths.Interpolant(lambda t: 1 - t, lambda t: 2 * t), ENDS),
+        (
+            lambda: fd.paths.Interpolant(lambda t: 1 - t, lambda t: t, lambda t: 1 - t),
+            ENDS,
+        ),
+        (lambda: fd.LinearInterpolant(latent=lambda t: t), ENDS),
+        (lambda: fd.paths.TrigonometricInterpolant(latent=jnp.cos), ENDS),
+        (
+            lambda: fd.paths.TrigonometricInterpolant(fd.paths.SineSquaredLatent(1.2)),
+            "must stay below 1; got 1.2",
+        ),
+        (lambda: fd.LinearInterpolant(sigma_min=1.0), r"in \[0, 1\); got 1"),
+        (lambda: fd.LinearInterpolant(sigma_min=-0.1), r"in \[0, 1\); got -0.1"),
+        (lambda: fd.paths.VariancePreservingInterpolant(2.0, 1.0), "`b_min` must be in"),
+        (lambda: fd.paths.VariancePreservingInterpolant(0.0, 1.0), "`b_min` must be in"),
+        (lambda: fd.paths.VarianceExplodingInterpolant(1.0, 1.0), "`sigma_min` must be"),
+        (lambda: fd.paths.VarianceExplodingInterpolant(0.0, 1.0), "`sigma_min` must be"),
+        (lambda: fd.paths.BrownianLatent(0.0), "`a` must be positive"),
     ],
 )
-@pytest.mark.parametrize("inside_jit", [False, True])
-def test_wrong_boundary_values(make, inside_jit):
+def test_refusals(make, match, inside_jit):
     def build(x):
         make()
         return x
 
-    with pytest.raises(ValueError, match="at t = 0 and .* at t = 1; got"):
+    with without_type_checks(), pytest.raises(ValueError, match=match):
         jax.jit(build)(1.0) if inside_jit else build(1.0)
-
-
-def test_wrong_clock_is_named():
-    with pytest.raises(ValueError, match="t replaced by 1 - t"):
-        fd.paths.Interpolant(lambda t: t, lambda t: 1 - t)
-
-
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda: fd.LinearInterpolant(sigma_min=1.0),
-        lambda: fd.LinearInterpolant(sigma_min=-0.1),
-        lambda: fd.paths.VariancePreservingInterpolant(2.0, 1.0),
-        lambda: fd.paths.VariancePreservingInterpolant(0.0, 1.0),
-        lambda: fd.paths.VarianceExplodingInterpolant(2.0, 1.0),
-        lambda: fd.paths.VarianceExplodingInterpolant(0.0, 1.0),
-        lambda: fd.paths.BrownianLatent(0.0),
-        lambda: fd.paths.BrownianLatent(-1.0),
-    ],
-)
-def test_bad_settings(make):
-    with without_type_checks(), pytest.raises(ValueError):
-        make()
-
-
-def test_trigonometric_latent_stays_below_one():
-    with pytest.raises(ValueError, match="must stay below 1.*got 1.2"):
-        fd.paths.TrigonometricInterpolant(latent=fd.paths.SineSquaredLatent(1.2))

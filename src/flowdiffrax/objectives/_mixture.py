@@ -3,7 +3,8 @@ from collections.abc import Sequence
 import equinox as eqx
 from jaxtyping import ArrayLike
 
-from ..times._shares import check_shares
+from .._check import check_instance
+from ..times._shares import check_one_each, check_shares
 from ._base import AbstractObjective
 
 
@@ -38,20 +39,13 @@ class Mixture(eqx.Module):
     ):
         self.objectives = tuple(objectives)
         self.shares = tuple(map(float, shares))
-        check_shares(self.shares, len(self.objectives), "objectives")
+        check_shares(self.shares, self.objectives)
         if weights is None:
             weights = [share / sum(self.shares) for share in self.shares]
         self.weights = tuple(weights)
 
     def __check_init__(self):
         for objective in self.objectives:
-            if not isinstance(objective, AbstractObjective):
-                raise TypeError(
-                    "A mixture takes objectives such as `FlowMatching()`; got "
-                    f"{objective!r}. Put schedules around the mixture."
-                )
-        if len(self.weights) != len(self.objectives):
-            raise ValueError(
-                "There must be one weight for each of the objectives; got "
-                f"{len(self.objectives)} objectives and {len(self.weights)} weights."
-            )
+            # A schedule goes around the mixture.
+            check_instance(objective, AbstractObjective, "objectives")
+        check_one_each("weight", self.weights, self.objectives)

@@ -86,24 +86,19 @@ class InterpolantPath(diffrax.AbstractPath):
     t1 = 1.0
 
     def __check_init__(self):
-        if self.interpolant.has_latent and self.z is None:
+        has_latent = self.interpolant.has_latent
+        if has_latent != (self.z is not None):
+            kind, z = ("a", ", z") if has_latent else ("no", "")
             raise ValueError(
-                f"{type(self.interpolant).__name__} has a latent (gamma is not zero): "
-                "call it as `interpolant(x0, x1, z)`, where `z` is a standard normal "
-                "draw like `x0`."
-            )
-        if not self.interpolant.has_latent and self.z is not None:
-            raise ValueError(
-                f"{type(self.interpolant).__name__} has no latent (gamma is zero): call "
-                "it as `interpolant(x0, x1)`."
+                f"{type(self.interpolant).__name__} has {kind} latent: call it as "
+                f"`interpolant(x0, x1{z})`."
             )
         points = {"x1": self.x1} | ({} if self.z is None else {"z": self.z})
         for name, point in points.items():
             if _shapes(point) != _shapes(self.x0):
                 raise ValueError(
                     f"`{name}` must be like `x0` in structure and shapes, "
-                    f"{_shapes(self.x0)}; got {_shapes(point)}. A path joins one base "
-                    "point to one data point: use `jax.vmap` for a batch."
+                    f"{_shapes(self.x0)}; got {_shapes(point)}."
                 )
 
     def evaluate(self, t0: Time, t1: Time | None = None, left: bool = True) -> State:
@@ -124,6 +119,13 @@ class InterpolantPath(diffrax.AbstractPath):
         alpha, beta, gamma = weights
         total = add_scaled(scale(alpha, self.x0), beta, self.x1)
         return total if self.z is None else add_scaled(total, gamma, self.z)
+
+
+def check_no_latent(interpolant: AbstractInterpolant) -> None:
+    """**Raises:** `ValueError` if the interpolant has a latent."""
+    if interpolant.has_latent:
+        name = type(interpolant).__name__
+        raise ValueError(f"Expected an interpolant without latent; got {name} with one.")
 
 
 def _shapes(x: State):

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .._check import check_between
 from ._base import AbstractInterpolant, Coefficient
 
 
@@ -31,8 +32,7 @@ class LinearInterpolant(AbstractInterpolant):
     latent: Coefficient | None = None
 
     def __check_init__(self):
-        if not 0 <= self.sigma_min < 1:
-            raise ValueError(f"`sigma_min` must be in [0, 1); got {self.sigma_min}.")
+        check_between(self.sigma_min, 0, 1, "sigma_min", "[)")
         if self.latent is not None:
             _check_boundary("latent", self.latent, 0.0, 0.0)
 
@@ -76,10 +76,8 @@ class TrigonometricInterpolant(AbstractInterpolant):
                 gamma = np.asarray(jax.vmap(self.latent)(jnp.linspace(0, 1, 65)))
             # The square root in `_rest` has no derivative where gamma is 1.
             if np.max(np.abs(gamma)) >= 1:
-                raise ValueError(
-                    "`latent` must stay below 1, so that base and data keep some of the "
-                    f"variance; got {np.max(np.abs(gamma)):g}."
-                )
+                most = np.max(np.abs(gamma))
+                raise ValueError(f"`latent` must stay below 1; got {most:g}.")
 
     def alpha(self, t):
         return self._rest(t) * jnp.cos(math.pi / 2 * t)
@@ -123,10 +121,7 @@ class VariancePreservingInterpolant(AbstractInterpolant):
     b_max: float = 20.0
 
     def __check_init__(self):
-        if not 0 < self.b_min < self.b_max:
-            raise ValueError(
-                f"Expected 0 < b_min < b_max; got {self.b_min} and {self.b_max}."
-            )
+        check_between(self.b_min, 0, self.b_max, "b_min", "()")
 
     def alpha(self, t):
         # Near the data end 1 - beta^2 cancels, so use expm1. The floor keeps the
@@ -174,11 +169,7 @@ class VarianceExplodingInterpolant(AbstractInterpolant):
     sigma_max: float = 50.0
 
     def __check_init__(self):
-        if not 0 < self.sigma_min < self.sigma_max:
-            raise ValueError(
-                "Expected 0 < sigma_min < sigma_max; got "
-                f"{self.sigma_min} and {self.sigma_max}."
-            )
+        check_between(self.sigma_min, 0, self.sigma_max, "sigma_min", "()")
 
     def alpha(self, t):
         return self.sigma_max * (self.sigma_min / self.sigma_max) ** t
@@ -247,6 +238,5 @@ def _check_boundary(name: str, fn: Coefficient, at_zero: float, at_one: float) -
     if not np.allclose(values, expected, rtol=0, atol=1e-5):
         raise ValueError(
             f"`{name}` must be {at_zero:g} at t = 0 and {at_one:g} at t = 1; got "
-            f"{values[0]:g} and {values[1]:g}. Time 0 is the base and time 1 the data: "
-            "a schedule with the opposite convention needs t replaced by 1 - t."
+            f"{values[0]:g} and {values[1]:g}. If data are at 0, replace t by 1 - t."
         )

@@ -4,6 +4,8 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from .._check import check_positive
+
 
 class BrownianLatent(eqx.Module):
     r"""The latent weight of a Brownian bridge, $\gamma_t = \sqrt{a\,t(1-t)}$.
@@ -14,14 +16,13 @@ class BrownianLatent(eqx.Module):
 
     - `a`: the squared scale, positive.
 
-    **Raises:** `ValueError` if `a` is a Python number that is not positive.
+    **Raises:** `ValueError` if `a` is not positive.
     """
 
     a: float = 1.0
 
     def __check_init__(self):
-        if isinstance(self.a, float | int) and self.a <= 0:
-            raise ValueError(f"`a` must be positive; got {self.a}.")
+        check_positive(self.a, "a")
 
     def __call__(self, t: Float[Array, ""]) -> Float[Array, ""]:
         return jnp.sqrt(self.a * t * (1 - t))

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from .._io import import_extra
 from .._time import time_dtype
 from .._tree import num_rows
 from .._types import Args, State
@@ -67,30 +68,21 @@ class OptimalTransportCoupling(AbstractCoupling):
         size = num_rows((x0, x1), "Base draws and data points")
         cost = _cost(x0, x1)
         if self.within_labels and args is not None:
+            num_rows((x0, args), "Base draws and conditions")
             cost = jnp.where(_same_label(args, size), cost, jnp.inf)
         order = _assign(cost)
         return jtu.tree_map(lambda leaf: jnp.asarray(leaf)[order], x0)
 
 
 def _import_ott() -> tuple[Any, Any, Any]:
-    try:
-        from ott.geometry import geometry
-        from ott.solvers import linear
-        from ott.tools import unreg
-    except ImportError as error:
-        raise ImportError(
-            "`OptimalTransportCoupling` needs ott-jax, which could not be imported: "
-            f'{error}. Use `pip install "flowdiffrax[ot]"`.'
-        ) from error
+    names = "ott.geometry.geometry", "ott.solvers.linear", "ott.tools.unreg"
+    geometry, linear, unreg = (
+        import_extra(name, "ot", "OptimalTransportCoupling") for name in names
+    )
     return geometry.Geometry, linear.solve, unreg.hungarian
 
 
 def _same_label(args: Args, size: int) -> Bool[Array, "batch batch"]:
-    if num_rows(args, "Conditions") != size:
-        raise ValueError(
-            f"Conditions must have the batch's leading axis, {size}; got "
-            f"{eqx.tree_pformat(args)}."
-        )
     same = jnp.ones((size, size), bool)
     for leaf in jtu.tree_leaves(args):
         rows = jnp.reshape(leaf, (size, -1))

@@ -8,7 +8,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, PyTree, Real
 
-from .._check import check_callable
+from .._check import check_at_least, check_callable
 from .._time import real_dtype, time_dtype, times_like
 from .._tree import is_concrete, nan_where, num_rows, rows_not_finite, subtract
 from .._types import Args, State, Time, VectorField
@@ -101,8 +101,7 @@ def check_one_length(rows: Any) -> None:
     if len(lengths) > 1:
         raise ValueError(
             "All trajectories must be saved at the same number of times; got leading "
-            f"axes {lengths}. Cut long trajectories into several, or save each at the "
-            "same number of times; with `ts` of shape (pool, times), these may differ."
+            f"axes {lengths}. The times may differ, in `ts` of shape (pool, times)."
         )
 
 
@@ -156,12 +155,11 @@ def solve_trajectories(
     check_callable(vector_field, "vector_field", "vector_field(t, x, args)")
     batch_size = num_rows(x0, "`x0` is a batch of states: its leaves")
     check_one_length(ts)
-    if chunk_size < 1:
-        raise ValueError(f"`chunk_size` must be at least 1; got {chunk_size}.")
+    check_at_least(chunk_size, 1, "chunk_size")
     if jnp.ndim(ts) not in (1, 2) or jnp.shape(ts)[-1] < 2:
         raise ValueError(
-            "`ts` must have at least two times, in shape (times,), or (batch, times) "
-            f"with one row for each example; got shape {jnp.shape(ts)}."
+            "`ts` must have at least two times, in shape (times,) or (batch, times); "
+            f"got shape {jnp.shape(ts)}."
         )
     if is_concrete(ts):
         steps = np.diff(np.asarray(ts))
@@ -188,8 +186,7 @@ def _check_rows(name: str, tree: PyTree, batch_size: int) -> None:
     rows = [jnp.shape(leaf)[:1] for leaf in jtu.tree_leaves(tree)]
     if any(size != (batch_size,) for size in rows):
         raise ValueError(
-            f"`{name}` must have one row for each of the {batch_size} examples of `x0`; "
-            f"got leading axes {rows}."
+            f"`{name}` must have one row for each example, {batch_size}; got {rows}."
         )
 
 

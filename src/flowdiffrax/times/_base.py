@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, Key
 
+from .._check import check_at_least
+
 Times = Float[Array, " batch"]
 
 
@@ -51,5 +53,4 @@ class AbstractTimes(eqx.Module):
 
 def check_batch_size(batch_size: int) -> None:
     """**Raises:** `ValueError` if `batch_size` is below 1."""
-    if batch_size < 1:
-        raise ValueError(f"`batch_size` must be at least 1; got {batch_size}.")
+    check_at_least(batch_size, 1, "batch_size")

@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from .._check import check_at_least
 from .._tree import is_concrete
 from ._base import AbstractTimes, Times
 
@@ -24,8 +25,7 @@ class Dyadic(AbstractTimes):
     max_level: int = eqx.field(static=True, default=7)
 
     def __check_init__(self):
-        if self.max_level < 0:
-            raise ValueError(f"`max_level` must be at least 0; got {self.max_level}.")
+        check_at_least(self.max_level, 0, "max_level")
 
     def from_uniform(self, first: Times, second: Times) -> tuple[Times, Times]:
         level = jnp.floor(first * (self.max_level + 1))
@@ -93,10 +93,6 @@ class Neighbours(AbstractTimes):
 
 
 def _check_grid(ts: Array) -> None:
-    if jnp.ndim(ts) != 1 or jnp.shape(ts)[0] < 2:
-        raise ValueError(
-            "`ts` must be one-dimensional with at least two times; got shape "
-            f"{jnp.shape(ts)}."
-        )
-    if is_concrete(ts) and not np.all(np.diff(np.asarray(ts)) > 0):
-        raise ValueError(f"`ts` must rise; got {ts}.")
+    is_grid = jnp.ndim(ts) == 1 and jnp.size(ts) >= 2
+    if not is_grid or (is_concrete(ts) and not np.all(np.diff(np.asarray(ts)) > 0)):
+        raise ValueError(f"`ts` must be at least two times that rise; got {ts}.")

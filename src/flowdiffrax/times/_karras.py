@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Int
 
-from .._tree import is_concrete
+from .._check import check_at_least, check_between
 from ._base import AbstractTimes, Times
 
 
@@ -24,7 +24,8 @@ def karras_times(
 
     **Arguments:**
 
-    - `num_times`: the number of times, at least 2.
+    - `num_times`: the number of times, at least 2. For a number that is traced, use
+      [`flowdiffrax.times.KarrasNeighbours`][].
     - `sigma_min`, `sigma_max`: the lowest and the highest noise level, positive, in units
       of the data. The defaults are for data with a standard deviation of about 0.5.
     - `base_std`: the standard deviation of the base, in the same units.
@@ -32,18 +33,13 @@ def karras_times(
 
     **Returns:** increasing times of shape `(num_times,)`.
 
-    **Raises:** `ValueError` if `num_times` is below 2 or traced, or unless
+    **Raises:** `ValueError` if `num_times` is below 2, or unless
     $0 < \sigma_{\min} < \sigma_{\max}$.
 
     ??? cite "Reference"
 
         [arXiv:2206.00364](https://arxiv.org/abs/2206.00364), equation (5).
     """
-    if not is_concrete(num_times):
-        raise ValueError(
-            "`num_times` is the length of an array and cannot be traced. For a grid "
-            "that grows during training, use `KarrasNeighbours(num_times)`."
-        )
     _check_karras(num_times, sigma_min, sigma_max)
     share = np.linspace(0, 1, num_times)
     ts = _karras_time(share, sigma_min, sigma_max, base_std, power)
@@ -121,11 +117,8 @@ def doubling_schedule(
 
         iCT, [arXiv:2310.14189](https://arxiv.org/abs/2310.14189), section 3.4.
     """
-    if num_steps < 1 or not 1 <= first <= last:
-        raise ValueError(
-            "Expected at least one step and 1 <= first <= last; got "
-            f"{num_steps}, {first} and {last}."
-        )
+    check_at_least(num_steps, 1, "num_steps")
+    check_between(first, 1, last, "first")
     num_stages = math.log2(last // first) + 1
     steps_a_stage = max(math.floor(num_steps / num_stages), 1)
 
@@ -144,9 +137,5 @@ def _karras_time(share, sigma_min, sigma_max, base_std, power):
 
 
 def _check_karras(num_times: ArrayLike, sigma_min: float, sigma_max: float) -> None:
-    is_few = is_concrete(num_times) and bool(np.asarray(num_times) < 2)
-    if is_few or not 0 < sigma_min < sigma_max:
-        raise ValueError(
-            "Expected at least two times and 0 < sigma_min < sigma_max; got "
-            f"{num_times}, {sigma_min} and {sigma_max}."
-        )
+    check_at_least(num_times, 2, "num_times")
+    check_between(sigma_min, 0, sigma_max, "sigma_min", "()")

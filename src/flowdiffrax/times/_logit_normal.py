@@ -3,7 +3,7 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.special import ndtr, ndtri
 
-from .._tree import is_concrete
+from .._check import check_positive
 from ._base import AbstractTimes, Times
 
 
@@ -28,8 +28,7 @@ class LogitNormal(AbstractTimes):
     sort: bool = eqx.field(static=True, default=True)
 
     def __check_init__(self):
-        if is_concrete(self.std) and self.std <= 0:
-            raise ValueError(f"`std` must be positive; got {self.std}.")
+        check_positive(self.std, "std")
 
     def from_uniform(self, first: Times, second: Times) -> tuple[Times, Times]:
         logit = lambda u: self.mean + self.std * _quantile(u)
@@ -66,14 +65,10 @@ class LogitNormalGap(AbstractTimes):
     end_std: float | None = None
 
     def __check_init__(self):
-        stds = [self.std] if self.end_std is None else [self.std, self.end_std]
-        is_bad = is_concrete(stds) and not all(std > 0 for std in stds)
-        if is_bad or (self.end_mean is None) != (self.end_std is None):
-            raise ValueError(
-                "`std` and `end_std` must be positive, and `end_mean` and `end_std` must "
-                "be given together; got "
-                f"{self.std}, {self.end_mean} and {self.end_std}."
-            )
+        check_positive(self.std, "std")
+        check_positive(self.end_std, "end_std")
+        if (self.end_mean is None) != (self.end_std is None):
+            raise ValueError("`end_mean` and `end_std` must be given together.")
 
     def from_uniform(self, first: Times, second: Times) -> tuple[Times, Times]:
         gap = jax.nn.sigmoid(self.mean + self.std * _quantile(first))

@@ -1,6 +1,7 @@
 import equinox as eqx
 import jax.numpy as jnp
 
+from .._check import check_between
 from ._base import AbstractTimes, Times
 from ._shares import check_shares, split_by_shares
 from ._uniform import Diagonal
@@ -30,8 +31,7 @@ class DiagonalMixture(AbstractTimes):
     diagonal: Diagonal = Diagonal()
 
     def __check_init__(self):
-        if not 0 <= self.fraction <= 1:
-            raise ValueError(f"`fraction` must be in [0, 1]; got {self.fraction}.")
+        check_between(self.fraction, 0, 1, "fraction")
 
     def from_uniform(self, first: Times, second: Times) -> tuple[Times, Times]:
         cut = self.num_diagonal(first.shape[0])
@@ -45,8 +45,7 @@ class DiagonalMixture(AbstractTimes):
         if batch_size == 1 and 0 < self.fraction < 1:
             raise ValueError(
                 f"A batch of 1 has no room for a share of {self.fraction} on the "
-                "diagonal and the rest off it: use a batch of at least 2, or accumulate "
-                "gradients over several."
+                "diagonal and the rest off it. Use a larger batch."
             )
         # In a small batch, rounding must not drop a part that was asked for.
         least, most = int(self.fraction > 0), batch_size - int(self.fraction < 1)
@@ -72,7 +71,7 @@ class MixedTimes(AbstractTimes):
     shares: tuple[float, ...] = eqx.field(static=True)
 
     def __check_init__(self):
-        check_shares(self.shares, len(self.distributions), "distributions")
+        check_shares(self.shares, self.distributions)
 
     def from_uniform(self, first: Times, second: Times) -> tuple[Times, Times]:
         pairs = [

@@ -2,6 +2,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import ArrayLike
 
+from .._check import check_between
 from ._base import AbstractTimes, Times
 
 
@@ -13,13 +14,13 @@ class UniformTriangle(AbstractTimes):
     - `max_gap`: the longest jump $\tau$, in (0, 1]. It may be an array, so that a
       schedule can change it without recompilation.
 
-    **Raises:** `ValueError` if `max_gap` is a Python number outside (0, 1].
+    **Raises:** `ValueError` if `max_gap` is known and outside (0, 1].
     """
 
     max_gap: ArrayLike = 1.0
 
     def __check_init__(self):
-        _check_max_gap(self.max_gap)
+        check_between(self.max_gap, 0, 1, "max_gap", "(]")
 
     def from_uniform(self, first: Times, second: Times) -> tuple[Times, Times]:
         gap = _uniform_gap(first, self.max_gap)
@@ -40,7 +41,7 @@ class UniformSquare(AbstractTimes):
     max_gap: ArrayLike = 1.0
 
     def __check_init__(self):
-        _check_max_gap(self.max_gap)
+        check_between(self.max_gap, 0, 1, "max_gap", "(]")
 
     def from_uniform(self, first: Times, second: Times) -> tuple[Times, Times]:
         # The first half of the unit interval draws forward jumps, the second half
@@ -89,21 +90,16 @@ class LogUniformGap(AbstractTimes):
       $0 < \text{min} \le \text{max} \le 1$. They may be arrays, as in
       [`flowdiffrax.times.UniformTriangle`][].
 
-    **Raises:** `ValueError` if the gaps are Python numbers that violate this.
+    **Raises:** `ValueError` if the gaps are known and violate this.
     """
 
     min_gap: ArrayLike
     max_gap: ArrayLike = 1.0
 
     def __check_init__(self):
-        gaps = (self.min_gap, self.max_gap)
-        known = all(isinstance(gap, float | int) for gap in gaps)
-        if known and not 0 < self.min_gap <= self.max_gap <= 1:  # pyright: ignore
-            raise ValueError(
-                "Expected 0 < min_gap <= max_gap <= 1; got "
-                f"{self.min_gap} and {self.max_gap}. For an interval other than [0, 1], "
-                "use `OnInterval`."
-            )
+        # For times outside [0, 1], there is `OnInterval`.
+        check_between(self.max_gap, 0, 1, "max_gap", "(]")
+        check_between(self.min_gap, 0, self.max_gap, "min_gap", "(]")
 
     def from_uniform(self, first: Times, second: Times) -> tuple[Times, Times]:
         low, high = (
@@ -120,8 +116,3 @@ def _uniform_gap(u: Times, max_gap: ArrayLike) -> Times:
     tau = jnp.asarray(max_gap, u.dtype)
     gap = 1 - jnp.sqrt(1 - u * tau * (2 - tau))
     return jnp.clip(gap, 0, tau)
-
-
-def _check_max_gap(max_gap: ArrayLike) -> None:
-    if isinstance(max_gap, float | int) and not 0 < max_gap <= 1:
-        raise ValueError(f"`max_gap` must be in (0, 1]; got {max_gap}.")

@@ -2,7 +2,6 @@ import abc
 
 import equinox as eqx
 
-from .._tree import is_concrete
 from .._types import Scalar, Time
 
 
@@ -41,8 +40,3 @@ class WeightChain(AbstractWeight):
         for weight in self.weights:
             loss = weight(s, t, loss)
         return loss
-
-
-def check_positive(name: str, value: float) -> None:
-    if is_concrete(value) and value <= 0:
-        raise ValueError(f"`{name}` must be positive; got {value}.")

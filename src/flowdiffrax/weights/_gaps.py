@@ -3,12 +3,12 @@ import math
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from .._check import check_between, check_positive
 from .._time import at_least_float32
-from .._tree import is_concrete
 from .._types import Scalar, Time
 from ..paths._base import AbstractInterpolant
 from ..paths._interpolants import LinearInterpolant
-from ._base import AbstractWeight, check_positive
+from ._base import AbstractWeight
 
 
 class InverseGap(AbstractWeight):
@@ -32,8 +32,7 @@ class InverseGap(AbstractWeight):
     min_gap: float | None = None
 
     def __check_init__(self):
-        if self.min_gap is not None:
-            check_positive("min_gap", self.min_gap)
+        check_positive(self.min_gap, "min_gap")
 
     def __call__(self, s: Time, t: Time, squared_error: Scalar) -> Scalar:
         gap = jnp.abs(t - s)
@@ -72,7 +71,7 @@ class InverseNoiseGap(AbstractWeight):
     max_noise: float = 80.0
 
     def __check_init__(self):
-        check_positive("max_noise", self.max_noise)
+        check_positive(self.max_noise, "max_noise")
 
     def __call__(self, s: Time, t: Time, squared_error: Scalar) -> Scalar:
         gap = jnp.abs(self._noise(s) - self._noise(t))
@@ -124,8 +123,7 @@ class DataEndWeight(AbstractWeight):
     width: float = 0.1
 
     def __check_init__(self):
-        if is_concrete(self.width) and not 0 < self.width <= 1:
-            raise ValueError(f"`width` must be in (0, 1]; got {self.width}.")
+        check_between(self.width, 0, 1, "width", "(]")
 
     def __call__(self, s: Time, t: Time, squared_error: Scalar) -> Scalar:
         del s

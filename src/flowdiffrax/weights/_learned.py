@@ -3,8 +3,9 @@ import math
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from .._check import check_at_least, check_positive
 from .._types import Scalar, Time
-from ._base import AbstractWeight, check_positive
+from ._base import AbstractWeight
 
 
 class AbstractLearnedWeight(AbstractWeight):
@@ -41,11 +42,8 @@ class LearnedWeight(AbstractLearnedWeight):
     coefficients: Float[Array, "2 2 frequencies"]
 
     def __init__(self, num_frequencies: int = 8, dtype=None, *, scale: float = 1.0):
-        check_positive("scale", scale)
-        if num_frequencies < 1:
-            raise ValueError(
-                f"`num_frequencies` must be at least 1; got {num_frequencies}."
-            )
+        check_positive(scale, "scale")
+        check_at_least(num_frequencies, 1, "num_frequencies")
         dtype = jnp.result_type(float) if dtype is None else dtype
         zeros = jnp.zeros((2, 2, num_frequencies), dtype)
         # The cosine with zero periods is the constant function.

@@ -1,9 +1,9 @@
 import jax.numpy as jnp
 from jax import lax
 
-from .._tree import is_concrete
+from .._check import check_at_least, check_positive
 from .._types import Scalar, Time
-from ._base import AbstractWeight, check_positive
+from ._base import AbstractWeight
 
 
 class PowerWeight(AbstractWeight):
@@ -38,10 +38,9 @@ class PowerWeight(AbstractWeight):
     scale: float = 1.0
 
     def __check_init__(self):
-        check_positive("floor", self.floor)
-        check_positive("scale", self.scale)
-        if is_concrete(self.power) and self.power < 0:
-            raise ValueError(f"`power` must be at least 0; got {self.power}.")
+        check_positive(self.floor, "floor")
+        check_positive(self.scale, "scale")
+        check_at_least(self.power, 0, "power")
 
     def __call__(self, s: Time, t: Time, squared_error: Scalar) -> Scalar:
         del s, t
@@ -73,8 +72,8 @@ class NormalisedTangent(AbstractWeight):
     scale: float = 1.0
 
     def __check_init__(self):
-        check_positive("floor", self.floor)
-        check_positive("scale", self.scale)
+        check_positive(self.floor, "floor")
+        check_positive(self.scale, "scale")
 
     def __call__(self, s: Time, t: Time, squared_error: Scalar) -> Scalar:
         del s, t
@@ -104,8 +103,7 @@ class PseudoHuber(AbstractWeight):
     c: float = 0.0
 
     def __check_init__(self):
-        if is_concrete(self.c) and self.c < 0:
-            raise ValueError(f"`c` must be at least 0; got {self.c}.")
+        check_at_least(self.c, 0, "c")
 
     def __call__(self, s: Time, t: Time, squared_error: Scalar) -> Scalar:
         del s, t
