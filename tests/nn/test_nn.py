@@ -95,28 +95,6 @@ def test_layers_differ():
     assert max_abs(net.hidden[0].weight - net.hidden[1].weight) > 0
 
 
-@pytest.mark.parametrize("x", [jnp.ones(2), jnp.ones(4)])
-def test_wrong_state(x):
-    with pytest.raises(
-        ValueError, match=r"one state, an array of shape \(3,\).*`jax.vmap`"
-    ):
-        network()(S, T, x, None)
-
-
-@pytest.mark.parametrize("args", [None, jnp.ones(3), jnp.ones((1, 2))])
-def test_wrong_args(args):
-    with pytest.raises(ValueError, match=r"`args` of shape \(2,\)"):
-        network(args_size=2)(S, T, X, args)
-
-
-@pytest.mark.parametrize(
-    "args", [{"a": jnp.ones(1), "b": 1.0}, (jnp.ones(1), jnp.ones(2)), "ab", jr.key(0)]
-)
-def test_args_of_other_structure(args):
-    with pytest.raises(ValueError, match=r"`nn.Ravelled\(net\)`, with an `args_size`"):
-        network(args_size=2)(S, T, X, args)
-
-
 @pytest.mark.parametrize("number", [0.7, jnp.asarray(0.7), np.float32(0.7)])
 def test_args_that_are_a_number(number):
     net = shaken(network(args_size=1))
@@ -131,7 +109,26 @@ def test_args_that_are_a_list_of_traced_numbers():
     assert_close(jitted(0.7, 0.2), net(S, T, X, jnp.asarray([0.7, 0.2])), 1e-12)
 
 
-@pytest.mark.parametrize("sizes", [(0, 8, 2), (2, 0, 2), (2, 8, 0)])
-def test_bad_sizes(sizes):
-    with pytest.raises(ValueError, match="must be at least 1"):
-        fd.nn.MLP(*sizes, key=jr.key(0))
+def call(x=X, args=None):
+    return network(args_size=2)(S, T, x, args)
+
+
+ARGS = r"`args` of shape \(2,\); got .*`nn.Ravelled\(net\)`"
+
+
+@pytest.mark.parametrize(
+    "act, match",
+    [
+        (lambda: call(jnp.ones(2)), r"one state, an array of shape \(3,\).*`jax.vmap`"),
+        (lambda: call(args=None), ARGS),
+        (lambda: call(args=jnp.ones((1, 2))), ARGS),
+        (lambda: call(args={"a": jnp.ones(1), "b": 1.0}), ARGS),
+        (lambda: call(args=(jnp.ones(1), jnp.ones(2))), ARGS),
+        (lambda: call(args=jr.key(0)), ARGS),
+        (lambda: fd.nn.MLP(2, 0, 1, key=jr.key(0)), "`width` must be at least 1"),
+        (lambda: fd.nn.MLP(2, 8, 0, key=jr.key(0)), "`depth` must be at least 1"),
+    ],
+)
+def test_refusals(act, match):
+    with pytest.raises(ValueError, match=match):
+        act()

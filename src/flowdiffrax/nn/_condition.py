@@ -1,14 +1,13 @@
 """The conditioning of image networks: two times, a class label and a guidance scale."""
 
 import math
-from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, Integer, Key
 
-from .._tree import is_concrete
+from .._check import check_at_least, check_between, check_scalar
 from .._types import Args, GuidanceArgs, Time
 from ._embedding import MagnitudePreservingEmbedding, TwoTimeEmbedding, waves
 from ._layers import Linear
@@ -23,7 +22,7 @@ class Condition(eqx.Module):
     **Arguments:**
 
     - `size`, `num_features`, `two_times`, `max_frequency`: the settings of the time
-      embedding. The number of features is rounded up to an even one.
+      embedding.
     - `num_classes`: the number of classes; 0 for none.
     - `guidance`: whether the guidance scale is an input.
     - `preserving`: whether all layers preserve magnitudes.
@@ -46,13 +45,12 @@ class Condition(eqx.Module):
         preserving: bool = False,
         key: Key[Array, ""],
     ):
-        if num_classes < 0:
-            raise ValueError(f"`num_classes` must not be negative; got {num_classes}.")
+        check_at_least(num_classes, 0, "num_classes")
         time_key, class_key, guidance_key = jr.split(key, 3)
         embedding = MagnitudePreservingEmbedding if preserving else TwoTimeEmbedding
         self.times = embedding(
             size,
-            num_features + num_features % 2,
+            num_features,
             max_frequency=max_frequency,
             two_times=two_times,
             key=time_key,
@@ -69,12 +67,7 @@ class Condition(eqx.Module):
 
     def __call__(self, s: Time, t: Time, args: Args) -> Float[Array, " size"]:
         scale = None
-        if isinstance(args, GuidanceArgs):
-            if self.guidance is None:
-                raise TypeError(
-                    "This network does not take a guidance scale; got `GuidanceArgs`. "
-                    "Make it with `guidance=True`, or pass the condition alone."
-                )
+        if isinstance(args, GuidanceArgs) and self.guidance is not None:
             args, scale = args
         label = self._label(args)
         parts = [self.times(s, t)]
@@ -84,7 +77,9 @@ class Condition(eqx.Module):
         elif self.classes is not None:
             parts.append(_row(self.classes.astype(dtype), label))
         if self.guidance is not None:
-            scale = _scalar(1.0 if scale is None else scale, dtype)
+            scale = 1.0 if scale is None else scale
+            check_scalar(scale, "scale")
+            scale = jnp.asarray(scale).astype(dtype)
             # Scales span several orders of magnitude, and may be zero.
             features = waves(jnp.log1p(scale), self.times.num_features)
             parts.append(self.guidance(features))
@@ -96,31 +91,19 @@ class Condition(eqx.Module):
     def _label(self, args: Args) -> Integer[Array, ""]:
         if args is None:
             return jnp.asarray(self.num_classes)
-        if self.num_classes == 0:
+        if self.num_classes == 0 or isinstance(args, GuidanceArgs):
             raise ValueError(
-                "This network was made without classes, so `args` must be `None`; got "
-                f"{_kind(args)}. Make it with `num_classes`, or pass `None`."
+                f"This network cannot take {_kind(args)} as `args`. For labels, make it "
+                "with `num_classes`; for `GuidanceArgs`, with `guidance=True`."
             )
-        is_label = eqx.is_array_like(args) and jnp.issubdtype(
-            jnp.result_type(args), jnp.integer
-        )
-        if not is_label:
+        is_scalar = eqx.is_array_like(args) and jnp.shape(args) == ()
+        if not is_scalar or not jnp.issubdtype(jnp.result_type(args), jnp.integer):
             raise TypeError(
-                f"`args` must be a label, an integer from 0 to {self.num_classes} (which "
-                f"stands for no class), or `None`; got {_kind(args)}. Convert labels "
-                "with `.astype(int)`. From a dictionary, pick the label: "
-                "`FlowMap(lambda s, t, x, args: net(s, t, x, args['label']))`."
+                f"`args` must be one label, an integer, or `None`; got {_kind(args)}. "
+                "Pick it from a dictionary; for a batch of them, use `jax.vmap`."
             )
-        if jnp.shape(args) != ():
-            raise ValueError(
-                f"`args` must be one label; got {_kind(args)}. For a batch, use "
-                "`jax.vmap`."
-            )
-        if is_concrete(args) and not 0 <= int(args) <= self.num_classes:
-            raise ValueError(
-                f"Labels go from 0 to {self.num_classes}, which stands for no class; got "
-                f"{args}."
-            )
+        # The number of classes stands for no class.
+        check_between(args, 0, self.num_classes, "args")
         return jnp.asarray(args)
 
 
@@ -131,15 +114,6 @@ def _row(
     # training reports a loss that is not finite.
     label = jnp.where(label < 0, table.shape[0], label)
     return table.at[label].get(mode="fill", fill_value=jnp.nan)
-
-
-def _scalar(scale: Any, dtype: jnp.dtype) -> Float[Array, ""]:
-    if jnp.shape(scale) != ():
-        raise ValueError(
-            f"The guidance scale must be one number; got shape {jnp.shape(scale)}. For a "
-            "batch, use `jax.vmap`."
-        )
-    return jnp.asarray(scale).astype(dtype)
 
 
 def _kind(args: Args) -> str:

@@ -76,26 +76,18 @@ class DiT(AbstractImageNetwork):
         key: Key[Array, ""],
     ):
         super().__init__(shape, scale, dtype, remat, key)
-        height, image_width, channels = self.shape
-        if min(patch, width, depth, ratio) < 1 or width % 4 != 0:
-            raise ValueError(
-                "`patch`, `width`, `depth` and `ratio` must be at least 1, and `width` a "
-                f"multiple of 4; got {patch}, {width}, {depth}, {ratio}."
-            )
-        if height % patch != 0 or image_width % patch != 0:
-            raise ValueError(
-                f"Images of {height} by {image_width} cannot be cut into patches of "
-                f"{patch} by {patch}. Give a `patch` that divides both, or pad them."
-            )
+        if width % 4 != 0:
+            raise ValueError(f"`width` must be a multiple of 4; got {width}.")
         num_heads = num_heads_for(width, num_heads)
         first_key, condition_key, block_key = jr.split(key, 3)
         inputs = num_classes, guidance, two_times, max_frequency
         self.condition = Condition(width, 256, *inputs, key=condition_key)
-        self.first = Linear(patch**2 * channels, width, key=first_key)
+        size = patch**2 * self.shape[-1]
+        self.first = Linear(size, width, key=first_key)
         block = lambda key: _Block(width, num_heads, ratio, key=key)
         self.blocks = eqx.filter_vmap(block)(jr.split(block_key, depth))
         self.last_modulation = Linear(width, 2 * width, key=None)
-        self.last = Linear(width, patch**2 * channels, key=None)
+        self.last = Linear(width, size, key=None)
         self.patch = patch
 
     def normalised(self, x, vector):

@@ -10,6 +10,7 @@ import jax.random as jr
 import jax.tree_util as jtu
 from jaxtyping import Array, Float, Key, PyTree
 
+from .._check import check_positive
 from .._time import as_times, at_least_float32
 from .._types import Time
 from ._layers import Linear
@@ -36,14 +37,14 @@ class TwoTimeEmbedding(eqx.Module):
     **Arguments:**
 
     - `size`: the length of the vector.
-    - `num_features`: the length of $\phi$, an even number; `None` for `size`.
+    - `num_features`: the length of $\phi$, rounded up to an even number; `None` for
+      `size`.
     - `max_frequency`: the largest $\omega_k$. For times in [0, 5], use 1/5, for example.
     - `two_times`: `False` to embed the start time only, for a network that represents a
       velocity. [`flowdiffrax.nn.two_times`][] adds the end time later.
     - `key`: a random key for the initial weights.
 
-    **Raises:** `ValueError` for a size below 1, an odd number of features, or a frequency
-    that is not positive.
+    **Raises:** `ValueError` for a `max_frequency` that is not positive.
     """
 
     start: Linear
@@ -61,7 +62,8 @@ class TwoTimeEmbedding(eqx.Module):
         two_times: bool = True,
         key: Key[Array, ""],
     ):
-        num_features = _check_features(size, num_features, max_frequency)
+        check_positive(max_frequency, "max_frequency")
+        num_features = _even(size if num_features is None else num_features)
         start_key, gap_key, last_key = jr.split(key, 3)
         self.start = Linear(num_features, size, key=start_key)
         gap = Linear(num_features, size, bias=False, key=gap_key)
@@ -115,7 +117,8 @@ class MagnitudePreservingEmbedding(eqx.Module):
         two_times: bool = True,
         key: Key[Array, ""],
     ):
-        num_features = _check_features(size, num_features, max_frequency)
+        check_positive(max_frequency, "max_frequency")
+        num_features = _even(size if num_features is None else num_features)
         start_key, gap_key = jr.split(key)
         self.start = ForcedLinear(num_features, size, key=start_key)
         self.gap = ForcedLinear(num_features, size, key=gap_key) if two_times else None
@@ -166,8 +169,7 @@ def two_times(tree: _Tree, *, key: Key[Array, ""]) -> _Tree:
     if len(places) == 0:
         raise ValueError(
             "There is no embedding of one time to extend. Make the network of the "
-            "velocity with `two_times=False`. A network of two times that was trained at "
-            "`s == t` needs no conversion."
+            "velocity with `two_times=False`."
         )
     for place in places:
         nodes[place] = nodes[place].with_two_times(jr.fold_in(key, place))
@@ -195,13 +197,6 @@ def _precise(*times: Time) -> tuple[Float[Array, ""], ...]:
     return tuple(time.astype(at_least_float32(time.dtype)) for time in times)
 
 
-def _check_features(size: int, number: int | None, max_frequency: float) -> int:
-    number = size if number is None else number
-    if size < 1 or number < 2 or number % 2 != 0:
-        raise ValueError(
-            "`size` must be at least 1, and `num_features` (by default `size`) even, "
-            f"because it counts cosines and sines; got {size} and {number}."
-        )
-    if max_frequency <= 0:
-        raise ValueError(f"`max_frequency` must be positive; got {max_frequency}.")
-    return number
+def _even(number: int) -> int:
+    # Half are cosines, half sines.
+    return number + number % 2

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
-from .._check import check_key
+from .._check import check_at_least, check_key
 from .._time import time_dtype, times_like
 from .._types import Args, Time
 from ._condition import Condition
@@ -93,26 +93,19 @@ def levels(
 
     The blocks up begin with two at the lowest resolution, the first with attention.
     """
-    numbers = (channels, num_blocks, *multipliers)
-    if len(multipliers) == 0 or min(numbers) < 1:
-        raise ValueError(
-            "`channels`, `num_blocks` and `multipliers` must be at least 1, and there "
-            "must be a multiplier for each resolution; got "
-            f"{channels}, {num_blocks}, {tuple(multipliers)}."
-        )
+    check_at_least(channels, 1, "channels")
+    check_at_least(num_blocks, 1, "num_blocks")
     height, width, _ = shape
     factor = 2 ** (len(multipliers) - 1)
     if height % factor != 0 or width % factor != 0:
         raise ValueError(
-            f"{len(multipliers)} resolutions, each half of the one before, need images "
-            f"whose sides are multiples of {factor}; got {height} by {width}. Pad them, "
-            "or give fewer `multipliers`."
+            f"With {len(multipliers)} `multipliers`, images must have sides that are "
+            f"multiples of {factor}; got {height} by {width}."
         )
     heights = [height // 2**level for level in range(len(multipliers))]
     if not set(attention) <= set(heights):
         raise ValueError(
-            "`attention` must list image heights at which to attend, out of "
-            f"{heights}; got {tuple(attention)}."
+            f"`attention` must list heights out of {heights}; got {tuple(attention)}."
         )
     widths = [channels * multiplier for multiplier in multipliers]
     down, skips, now = [], [widths[0]], widths[0]
@@ -160,10 +153,7 @@ def num_heads_for(channels: int, num_heads: int | None) -> int:
     """
     number = max(1, channels // 64) if num_heads is None else num_heads
     if number < 1 or channels % number != 0:
-        raise ValueError(
-            f"{channels} channels cannot be divided among {number} heads. "
-            "Give a `num_heads` that divides them."
-        )
+        raise ValueError(f"`num_heads` must divide {channels} channels; got {number}.")
     return number
 
 
@@ -185,16 +175,11 @@ def check_dtype(dtype: Any) -> jnp.dtype | None:
 
 
 def check_image(x: Array, shape: Shape) -> None:
-    """**Raises:** `ValueError` for another shape, `TypeError` for another dtype."""
+    """**Raises:** `ValueError` for another shape."""
     if jnp.shape(x) != shape:
         raise ValueError(
             f"This network takes one image of shape {shape}, the channels last; got "
             f"{jnp.shape(x)}. For a batch, use `jax.vmap`."
-        )
-    if not jnp.issubdtype(jnp.result_type(x), jnp.floating):
-        raise TypeError(
-            f"This network takes floating-point images; got {jnp.result_type(x)}. For "
-            "8-bit values, see `images.from_uint8`."
         )
 
 

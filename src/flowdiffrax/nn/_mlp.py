@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, Key
 
-from .._check import check_key
+from .._check import check_at_least, check_key
 from .._time import times_like
 from .._types import Args, Time
 from ._describe import describe
@@ -42,8 +42,8 @@ class MLP(eqx.Module):
       the network in time lose half their gradient.
     - `key`: a random key for the initial weights.
 
-    **Raises:** `ValueError` for a size, width or depth below 1. When called, `ValueError`
-    for a state or a condition of another shape.
+    **Raises:** `ValueError` for a width or depth below 1. When called, `ValueError` for a
+    state or a condition of another shape.
     """
 
     is_network: ClassVar[bool] = True
@@ -71,11 +71,8 @@ class MLP(eqx.Module):
         activation: Callable[[Array], Array] = jax.nn.gelu,
         key: Key[Array, ""],
     ):
-        if min(size, width, depth) < 1:
-            raise ValueError(
-                "`size`, `width` and `depth` must be at least 1; got "
-                f"{size}, {width}, {depth}."
-            )
+        check_at_least(width, 1, "width")
+        check_at_least(depth, 1, "depth")
         check_key(key)
         first_key, hidden_key, last_key = jr.split(key, 3)
         num_inputs = size * (1 + 2 * len(frequencies))
@@ -134,8 +131,7 @@ class MLP(eqx.Module):
             if found != (self.args_size,):
                 raise ValueError(
                     f"This network takes `args` of shape ({self.args_size},); got "
-                    f"{found}. For a dictionary, or arrays of other shapes, wrap it: "
-                    "`nn.Ravelled(net)`, with an `args_size` that counts all entries."
+                    f"{found}. For other shapes or a dictionary, use `nn.Ravelled(net)`."
                 )
             features.append(vector)
         return jnp.concatenate(features)
