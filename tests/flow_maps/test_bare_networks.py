@@ -102,8 +102,3 @@ def test_flow_maps_and_functions_are_not_taken_for_networks(wrap):
     for flow_map in (fd.FlowMap(net), lambda s, t, x, args: x + (t - s) * net(s, t, x)):
         solver = fd.FlowMapSolver(wrap(flow_map))
         assert isinstance(solver, diffrax.AbstractSolver)
-
-
-def test_class_of_a_network_is_named_as_a_class():
-    with without_type_checks(), pytest.raises(TypeError, match="got the class MLP"):
-        fd.FlowMapSolver(fd.nn.MLP)

@@ -345,48 +345,67 @@ def test_learned_map_in_a_solve(learned):
 
 # --- refusals -----------------------------------------------------------------------
 
+TWO, POOL = jnp.arange(2.0), jnp.ones((2, 2))
+
 
 @pytest.mark.parametrize(
-    "make, match",
+    "act, error, match",
     [
-        (lambda: fd.Normalisation(0.0, 1.0, 7.0, 2.0), "`t0` must be less"),
-        (lambda: fd.Normalisation(0.0, 0.0), "`std` must be positive"),
-        (lambda: fd.Normalisation(0.0, {"a": 1.0}), "the same structure"),
-        (lambda: fd.Normalisation(0.0, 1.0, args_mean=1.0), "`args_mean`"),
-        (lambda: fd.Normalisation(0.0, 1.0, 0, 1, 1.0, -1.0), "`args_std` must be"),
-        (lambda: units().state(jnp.ones(2)), "the structure of its normalisation"),
+        (lambda: fd.Normalisation(0.0, 1.0, 7.0, 2.0), ValueError, "`t0` must be less"),
+        (lambda: fd.Normalisation(0.0, 0.0), ValueError, "`std` must be positive"),
+        (
+            lambda: fd.Normalisation(0.0, {"a": 1.0}),
+            ValueError,
+            "`mean` and `std` differ",
+        ),
+        (
+            lambda: fd.Normalisation(0.0, 1.0, args_mean=1.0),
+            ValueError,
+            "`args_mean` and `args_std` differ",
+        ),
+        (
+            lambda: fd.Normalisation(0.0, 1.0, 0, 1, 1.0, -1.0),
+            ValueError,
+            "`args_std` must be positive",
+        ),
+        (lambda: units().state(jnp.ones(2)), ValueError, "state differs in structure"),
         (
             lambda: units().state({"q": jnp.ones((5, 2)), "p": jnp.ones(5)}),
+            ValueError,
             r"normalisation, \(2,\); got \(5, 2\).*`jax.vmap`",
         ),
-        (lambda: fd.Normalisation.of(jnp.ones(3), jnp.ones((2, 4))), "with times"),
-        (lambda: fd.Normalisation.of(jnp.ones(2), jnp.ones((2, 2))), "`t0` must be less"),
         (
-            lambda: fd.Normalisation.of(jnp.arange(2.0), jnp.full((2, 2), jnp.nan)),
-            "not finite",
+            lambda: fd.Normalisation.of(jnp.ones(3), jnp.ones((2, 4))),
+            ValueError,
+            "with times",
         ),
         (
-            lambda: fd.Normalisation.of(jnp.arange(2.0), jnp.ones((2, 2)), jnp.ones(3)),
+            lambda: units().trajectories(jnp.ones(3), jnp.ones((2, 4))),
+            ValueError,
+            "with times",
+        ),
+        (lambda: fd.Normalisation.of(jnp.ones(2), POOL), ValueError, "`t0` must be less"),
+        (lambda: fd.Normalisation.of(TWO, jnp.nan * POOL), ValueError, "must be finite"),
+        (
+            lambda: fd.Normalisation.of(TWO, POOL, jnp.ones(3)),
+            ValueError,
             "common leading axis",
         ),
+        (lambda: fd.Normalisation.of(TWO, POOL.astype(int)), TypeError, "floating-point"),
         (
-            lambda: jax.jit(fd.Normalisation.of)(jnp.arange(2.0), jnp.ones((2, 2))),
-            "inside `jit`",
+            lambda: fd.Normalisation(0.0, 1.0).vector_field(3),
+            TypeError,
+            "must be a callable",
         ),
-        (lambda: units().trajectories(jnp.ones(3), jnp.ones((2, 4))), "with times"),
+        (
+            lambda: fd.Normalisation(0.0, 1.0).vector_field(lambda t, x, args: x[:1])(
+                0.0, jnp.ones(2)
+            ),
+            ValueError,
+            "`vector_field` must return the shape",
+        ),
     ],
 )
-def test_bad_units(make, match):
-    with pytest.raises(ValueError, match=match):
-        make()
-
-
-def test_bad_kinds():
-    with pytest.raises(TypeError, match="floating-point"):
-        fd.Normalisation.of(jnp.arange(2.0), jnp.ones((2, 2), int))
-    with pytest.raises(TypeError, match="must be a callable"):
-        with without_type_checks():
-            fd.Normalisation(0.0, 1.0).vector_field(3)
-    wrong = fd.Normalisation(jnp.zeros(2), 1.0).vector_field(lambda t, x, args: x[:1])
-    with pytest.raises(ValueError, match="`vector_field` must return the shape"):
-        wrong(0.0, jnp.ones(2))
+def test_refusals(act, error, match):
+    with without_type_checks(), pytest.raises(error, match=match):
+        act()

@@ -1,7 +1,7 @@
 import jax.numpy as jnp
 from jax import lax
 
-from .._check import check_like
+from .._check import check_instance, check_like
 from .._time import as_times, times_like
 from .._tree import nan_where
 from .._types import Args, Scalar, State, Time
@@ -44,9 +44,7 @@ class AutonomousFlowMap(AbstractFlowMap):
         time_range = getattr(self.flow_map, "time_range", None)
         if time_range is not None and not time_range[0] <= 0 <= time_range[1]:
             raise ValueError(
-                "The inner map starts at time 0, which its `time_range`, "
-                f"{time_range}, leaves out. It is a range of steps t - s: for steps up "
-                "to h in both directions, (-h, h)."
+                f"`time_range` is one of steps t - s, and must hold 0; got {time_range}."
             )
 
     def jump(self, s: Scalar, t: Scalar, x: State, args: Args) -> State:
@@ -92,8 +90,4 @@ class AutonomousFlowMap(AbstractFlowMap):
 def check_inner(flow_map: object) -> None:
     """**Raises:** `TypeError` unless it is an `AbstractFlowMap` that composes."""
     check_composable(flow_map)
-    if not isinstance(flow_map, AbstractFlowMap):
-        raise TypeError(
-            "`flow_map` must be an `AbstractFlowMap`, which has velocities too; got "
-            f"{type(flow_map).__name__}. Subclass it and define `jump`."
-        )
+    check_instance(flow_map, AbstractFlowMap, "flow_map")

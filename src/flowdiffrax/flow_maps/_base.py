@@ -183,8 +183,5 @@ def as_time_range(time_range: Any) -> tuple[float, float] | None:
             f"`time_range` must be two numbers, `(low, high)`; got {time_range}."
         ) from error
     if not low < high:
-        raise ValueError(
-            f"`time_range` must be `(low, high)` with low < high; got {time_range}. "
-            "A map serves both directions of time, so that no order is needed."
-        )
+        raise ValueError(f"`time_range` must have low < high; got {time_range}.")
     return low, high

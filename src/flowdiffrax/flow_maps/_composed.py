@@ -2,6 +2,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jax import lax
 
+from .._check import check_at_least
 from .._types import Args, Scalar, State, TwoTimeMap
 from ._base import AbstractFlowMap
 from ._inverse import check_composable
@@ -28,8 +29,7 @@ class ComposedFlowMap(AbstractFlowMap):
 
     def __check_init__(self):
         check_composable(self.flow_map)
-        if self.num_jumps < 1:
-            raise ValueError(f"`num_jumps` must be at least 1; got {self.num_jumps}.")
+        check_at_least(self.num_jumps, 1, "num_jumps")
 
     @property
     def time_range(self):

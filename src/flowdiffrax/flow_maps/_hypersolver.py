@@ -81,9 +81,7 @@ class HypersolverFlowMap(AbstractChordFlowMap):
             got = getattr(solver, "__name__", None) or type(solver).__name__
             raise TypeError(
                 "`solver` must be an explicit Runge-Kutta solver of Diffrax for ODEs, "
-                "such as `diffrax.Heun()`, `diffrax.Bosh3()` or `diffrax.Tsit5()`; got "
-                f"{got}. Implicit solvers solve equations, and multi-step and stochastic "
-                "solvers carry a state: their steps are not functions of the jump alone."
+                f"such as `diffrax.Heun()`; got {got}."
             )
         self.net = net
         self.frozen_field = Frozen(vector_field)

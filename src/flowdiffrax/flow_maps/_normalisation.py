@@ -7,9 +7,9 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Inexact, PyTree
 
-from .._check import check_callable, check_like
+from .._check import check_callable, check_like, check_positive
 from .._time import as_times, at_least_float32, real_dtype, times_like
-from .._tree import Frozen, is_concrete, num_rows, subtract
+from .._tree import Frozen, num_rows, subtract
 from .._types import Args, Scalar, State, Time, VectorField
 from ._autonomous import AutonomousFlowMap, check_inner
 from ._base import AbstractFlowMap, check_times
@@ -63,31 +63,21 @@ class Normalisation(eqx.Module):
 
     def __check_init__(self):
         if not self.t0 < self.t1:
-            raise ValueError(
-                f"`t0` must be less than `t1`; got {self.t0} and {self.t1}. A map jumps "
-                "in both directions of time within this interval."
-            )
+            raise ValueError(f"`t0` must be less than `t1`; got {self.t0}, {self.t1}.")
         pairs = {"": (self.mean, self.std), "args_": (self.args_mean, self.args_std)}
         for prefix, (mean, std) in pairs.items():
-            mean_structure, std_structure = map(jtu.tree_structure, (mean, std))
-            if mean_structure != std_structure:
-                raise ValueError(
-                    f"`{prefix}mean` and `{prefix}std` must have the same structure; got "
-                    f"{mean_structure} and {std_structure}."
-                )
+            if jtu.tree_structure(mean) != jtu.tree_structure(std):
+                raise ValueError(f"`{prefix}mean` and `{prefix}std` differ in structure.")
             for leaf in jtu.tree_leaves(std):
-                if is_concrete(leaf) and not np.all(np.asarray(leaf) > 0):
-                    raise ValueError(
-                        f"`{prefix}std` must be positive; got {leaf}. For an entry that "
-                        "does not vary, use any positive number, such as 1."
-                    )
+                check_positive(leaf, f"{prefix}std")
 
     @classmethod
     def of(cls, ts: Array | np.ndarray, ys: State, args: Args = None) -> "Normalisation":
         """Computes units in which each entry of a pool has mean 0 and variance 1.
 
         An entry that does not vary gets a `std` of 1. Integers in `args`, such as labels,
-        are unchanged: they get a mean of 0 and a `std` of 1.
+        are unchanged: they get a mean of 0 and a `std` of 1. Call it outside `jit`: the
+        range of the times must be known.
 
         **Arguments:**
 
@@ -97,22 +87,14 @@ class Normalisation(eqx.Module):
         - `args`: the conditions to normalise as well, one row for each trajectory; `None`
           to leave them unchanged.
 
-        **Raises:** `ValueError` inside `jit`, for shapes that do not match, or for
-        trajectories that are not finite; `TypeError` for integer trajectories.
+        **Raises:** `ValueError` for shapes that do not match, or for trajectories that
+        are not finite; `TypeError` for integer trajectories.
         """
-        if not is_concrete((ts, ys, args)):
-            raise ValueError(
-                "`Normalisation.of` reads the range of the times, which is unknown "
-                "inside `jit`. Call it outside `jit`."
-            )
         real_dtype(ys)
         _check_pool(ts, ys)
         mean, std = _statistics(ys, 2)
         if not all(np.isfinite(leaf).all() for leaf in jtu.tree_leaves((mean, std))):
-            raise ValueError(
-                "The trajectories are not finite, or too large to be squared. Remove the "
-                "solves that failed."
-            )
+            raise ValueError("Trajectories must be finite, and so must their squares.")
         args_mean, args_std = None, None
         if args is not None:
             num_rows((ys, args), "Trajectories and conditions")
@@ -326,19 +308,18 @@ def _undo(z, mean, std, name):
 
 
 def _map_units(one, x, mean, std, name):
-    got, expected = jtu.tree_structure(x), jtu.tree_structure(mean)
-    if got != expected:
-        raise ValueError(
-            f"The {name} must have the structure of its normalisation, {expected}; got "
-            f"{got}."
-        )
-    for leaf, unit in zip(jtu.tree_leaves(x), jtu.tree_leaves(mean), strict=True):
-        if jnp.shape(unit) not in ((), jnp.shape(leaf)):
+    def checked(leaf, mean, std):
+        # Broadcasting would accept a batch.
+        if jnp.shape(mean) not in ((), jnp.shape(leaf)):
             raise ValueError(
                 f"The {name} must have the shape of its normalisation, "
-                f"{jnp.shape(unit)}; got {jnp.shape(leaf)}. For a batch, use `jax.vmap`."
+                f"{jnp.shape(mean)}; got {jnp.shape(leaf)}. For a batch, use `jax.vmap`."
             )
-    return jtu.tree_map(one, x, mean, std)
+        return one(leaf, mean, std)
+
+    if jtu.tree_structure(x) != jtu.tree_structure(mean):
+        raise ValueError(f"The {name} differs in structure from its normalisation.")
+    return jtu.tree_map(checked, x, mean, std)
 
 
 def _check_pool(ts, ys) -> None:

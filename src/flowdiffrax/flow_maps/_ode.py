@@ -3,7 +3,7 @@ import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
 
-from .._check import check_callable
+from .._check import check_at_least, check_callable
 from .._time import at_least_float32
 from .._tree import add_scaled
 from .._types import Args, Scalar, State, VectorField
@@ -50,8 +50,7 @@ class ODEFlowMap(AbstractChordFlowMap):
 
     def __check_init__(self):
         check_callable(self.vector_field, "vector_field", "vector_field(t, x, args)")
-        if self.max_steps < 1:
-            raise ValueError(f"`max_steps` must be at least 1; got {self.max_steps}.")
+        check_at_least(self.max_steps, 1, "max_steps")
 
     def tangent(self, t: Scalar, x: State, args: Args) -> State:
         """Evaluates the vector field."""

@@ -5,7 +5,7 @@ from jax import lax
 from .._check import check_flow_map
 from .._tree import scale
 from .._types import Args, Scalar, State, TwoTimeMap
-from ..paths._base import AbstractInterpolant
+from ..paths._base import AbstractInterpolant, check_no_latent
 from ._base import AbstractFlowMap
 
 
@@ -44,11 +44,7 @@ class RescheduledFlowMap(AbstractFlowMap):
     def __check_init__(self):
         check_flow_map(self.flow_map)
         for interpolant in (self.source, self.target):
-            if interpolant.has_latent:
-                raise ValueError(
-                    "A change of schedule needs interpolants without latent; got "
-                    f"{type(interpolant).__name__} with one."
-                )
+            check_no_latent(interpolant)
 
     @property
     def time_range(self):

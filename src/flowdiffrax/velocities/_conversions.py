@@ -12,10 +12,11 @@ import enum
 import equinox as eqx
 import jax.numpy as jnp
 
+from .._check import check_at_least
 from .._time import times_like
-from .._tree import add_scaled, is_concrete, scale
+from .._tree import add_scaled, scale
 from .._types import Args, Scalar, State, Time, VectorField
-from ..paths._base import AbstractInterpolant
+from ..paths._base import AbstractInterpolant, check_no_latent
 
 
 class Prediction(enum.Enum):
@@ -64,11 +65,7 @@ def convert(
     **Raises:** `ValueError` if the interpolant has a latent, or for another prediction.
     """
     source, target = Prediction(source), Prediction(target)
-    if interpolant.has_latent:
-        raise ValueError(
-            "Noise, denoiser and score determine the velocity only for an interpolant "
-            f"without latent; got {type(interpolant).__name__} with one."
-        )
+    check_no_latent(interpolant)
     (t,) = times_like(x, t)
     alpha, beta, _ = interpolant.coefficients(t)
     # A score is a multiple of the noise. It is converted by way of it, since the multiple
@@ -109,8 +106,7 @@ class PredictedVelocity(eqx.Module):
     margin: float = 1e-3
 
     def __check_init__(self):
-        if is_concrete(self.margin) and self.margin < 0:
-            raise ValueError(f"`margin` must not be negative; got {self.margin}.")
+        check_at_least(self.margin, 0, "margin")
 
     def __call__(self, t: Time, x: State, args: Args = None) -> State:
         (t,) = times_like(x, t)

@@ -16,6 +16,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, PyTree
 
+from .._check import check_scalar
 from .._time import times_like
 from .._tree import add_scaled, scale, subtract
 from .._types import Args, GuidanceArgs, Scalar, State, Time, VectorField
@@ -136,10 +137,7 @@ class MeanFlowGuidance(eqx.Module):
     def __check_init__(self):
         _check_interval(self.interval)
         if isinstance(self.kappa, float | int) and self.kappa >= 1:
-            raise ValueError(
-                f"`kappa` must be below 1; got {self.kappa}. The effective scale is "
-                "omega / (1 - kappa): for scale a, set `kappa = 1 - omega / a`."
-            )
+            raise ValueError(f"`kappa` must be below 1; got {self.kappa}.")
 
     @property
     def effective_scale(self) -> Any:
@@ -182,9 +180,8 @@ def split_args(
         return args, own
     if not isinstance(args, GuidanceArgs):
         raise TypeError(
-            f"`{owner}` with `{field}=None` reads the scale from `args`, which must be "
-            f"`GuidanceArgs(condition, scale)`; got {type(args).__name__}. Pass "
-            f"`GuidanceArgs`, or give `{owner}` a `{field}`."
+            f"`{owner}` with `{field}=None` takes `args` that are "
+            f"`GuidanceArgs(condition, scale)`; got {type(args).__name__}."
         )
     return args.condition, args.scale
 
@@ -197,11 +194,7 @@ def at_scale_one(condition: Args, args: GuidanceArgs) -> GuidanceArgs:
 
 
 def as_scalar(factor: ArrayLike, name: str, x: State) -> Scalar:
-    if jnp.shape(factor) != ():
-        raise ValueError(
-            f"`{name}` must be a scalar; got shape {jnp.shape(factor)}. For a batch, use "
-            "`jax.vmap`."
-        )
+    check_scalar(factor, name)
     (factor,) = times_like(x, factor)
     return factor
 
@@ -224,7 +217,4 @@ def _equal(condition: PyTree, null: PyTree) -> Bool[Array, ""]:
 def _check_interval(interval: tuple[ArrayLike, ArrayLike]) -> None:
     low, high = interval
     if isinstance(low, float | int) and isinstance(high, float | int) and low > high:
-        raise ValueError(
-            f"`interval` must be `(low, high)` with low <= high; got {interval}. The "
-            "same interval applies in both directions of time."
-        )
+        raise ValueError(f"`interval` must have low <= high; got {interval}.")

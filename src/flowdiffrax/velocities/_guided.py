@@ -4,8 +4,8 @@ from jaxtyping import ArrayLike
 from .._check import check_callable
 from .._tree import add_scaled, subtract
 from .._types import Args, Scalar, State, Time, VectorField
+from ..flow_maps._autonomous import check_inner
 from ..flow_maps._base import AbstractChordFlowMap, AbstractFlowMap
-from ..flow_maps._inverse import check_composable
 from ._guidance import GuidanceRule, as_jax, as_scalar, split_args
 
 
@@ -101,13 +101,7 @@ class GuidedFlowMap(AbstractChordFlowMap):
     guidance: GuidanceRule
 
     def __check_init__(self):
-        check_composable(self.flow_map)
-        if not isinstance(self.flow_map, AbstractFlowMap):
-            raise TypeError(
-                "`flow_map` must be an `AbstractFlowMap`, whose average velocities are "
-                f"guided; got {type(self.flow_map).__name__}. Wrap a network in "
-                "`FlowMap(net)`, or subclass `AbstractFlowMap` and define `jump`."
-            )
+        check_inner(self.flow_map)
         check_callable(self.guidance, "guidance", "guidance(velocity, t, x, args)")
 
     @property

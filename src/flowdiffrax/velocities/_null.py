@@ -12,17 +12,15 @@ def null_like(null: PyTree, condition: PyTree) -> PyTree:
     got, expected = jtu.tree_structure(null), jtu.tree_structure(condition)
     if got != expected:
         raise ValueError(
-            f"`null` must have the PyTree structure of the condition, {expected}; got "
-            f"{got}. Pass the condition as `args`, and wrap it in `GuidanceArgs` only if "
-            "the scale is read from `args`."
+            f"`null` must have the structure of the condition, {expected}; got {got}. "
+            "Pass `GuidanceArgs` only if the scale is read from `args`."
         )
 
     def cast(leaf, like):
         if jnp.shape(leaf) != jnp.shape(like):
             raise ValueError(
                 f"`null` must have the shape of the condition, {jnp.shape(like)}; got "
-                f"{jnp.shape(leaf)}. It is the condition of one example; for a batch, "
-                "use `jax.vmap`."
+                f"{jnp.shape(leaf)}. For a batch, use `jax.vmap`."
             )
         dtype = jnp.result_type(like)
         is_exact = lambda dtype: not jnp.issubdtype(dtype, jnp.inexact)
