@@ -526,8 +526,3 @@ def test_finite_differences_call_no_forward_mode():
     assert_close(value, fd.LagrangianSelfDistillation()(smooth, None, PATH, S, T), 1e-8)
     with pytest.raises(TypeError, match="custom_vjp"):
         fd.LagrangianSelfDistillation()(fd.FlowMap(net), None, PATH, S, T)
-
-
-def test_finite_difference_needs_a_step():
-    with pytest.raises(ValueError, match="`step` must be positive; got 0"):
-        fd.objectives.FiniteDifference(0.0)

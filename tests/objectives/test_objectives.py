@@ -152,11 +152,6 @@ def test_trajectory_matching_compares_slopes():
     assert_close(made, jnp.sum((v_st - slope) ** 2), 1e-12)
 
 
-def test_progressive_needs_two_jumps():
-    with pytest.raises(ValueError, match="`num_jumps` must be at least 2; got 1"):
-        fd.objectives.ProgressiveFlowMapMatching(1)
-
-
 # --- gradients ----------------------------------------------------------------------
 
 
@@ -398,28 +393,6 @@ class Slanted(fd.weights.AbstractWeight):
         return (1 + s + 3 * t) * squared_error
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda: fd.weights.InverseGap(min_gap=0.0),
-        lambda: fd.weights.DataEndWeight(0.0),
-        lambda: fd.weights.DataEndWeight(1.5),
-        lambda: fd.weights.PowerWeight(-1.0),
-        lambda: fd.weights.PowerWeight(1.0, 0.0),
-        lambda: fd.weights.NormalisedTangent(0.0),
-        lambda: fd.weights.PseudoHuber(-0.1),
-        lambda: fd.weights.PowerWeight(scale=0.0),
-        lambda: fd.weights.NormalisedTangent(scale=-1.0),
-        lambda: fd.weights.LearnedWeight(scale=0.0),
-        lambda: fd.weights.InverseNoiseGap(max_noise=0.0),
-        lambda: fd.weights.LearnedWeight(0),
-    ],
-)
-def test_bad_weights(make):
-    with pytest.raises(ValueError):
-        make()
-
-
 # --- batches ------------------------------------------------------------------------
 
 
@@ -511,23 +484,6 @@ def test_mixture_of_two_teachers():
     both = (exact.velocity, exact)
     _, terms = fd.objectives.batch_loss(mixture, exact, both, batch(8), key=jr.key(0))
     assert max_abs(terms) < 1e-12
-    with pytest.raises(ValueError, match="3 teachers and 2 objectives"):
-        fd.objectives.batch_loss(mixture, exact, (*both, None), batch(8), key=jr.key(0))
-
-
-@pytest.mark.parametrize(
-    "objectives, shares, weights",
-    [(2, (1.0,), None), (0, (), None), (2, (1.0, 0.0), None), (2, (1.0, 1.0), (1.0,))],
-)
-def test_bad_mixtures(objectives, shares, weights):
-    with pytest.raises(ValueError):
-        fd.objectives.Mixture((fd.FlowMatching(),) * objectives, shares, weights)
-
-
-def test_batch_too_small_for_its_shares():
-    mixture = fd.objectives.Mixture((fd.FlowMatching(), fd.FlowMatching()), (1.0, 99.0))
-    with pytest.raises(ValueError, match="too small"):
-        fd.objectives.batch_loss(mixture, mlp_map(), None, batch(4), key=jr.key(0))
 
 
 def tree_net(s, t, x, args):
@@ -560,70 +516,200 @@ def test_objectives_with_pytrees(objective, dtype):
     assert np.isfinite(loss) and loss > 0
 
 
-@pytest.mark.parametrize(
-    "objective", [fd.LagrangianMapDistillation(), fd.objectives.VelocityDistillation()]
-)
-def test_missing_teacher_is_named(objective):
-    path = fd.LinearInterpolant()(jnp.zeros(2), jnp.ones(2))
-    with pytest.raises(TypeError, match="`teacher` must be a callable"):
-        objective(gaussian_map(), None, path, 0.2, 0.7)
-
-
 # --- mistakes -----------------------------------------------------------------------
 
-
-@pytest.mark.parametrize(
-    "make, match",
-    [
-        (
-            lambda: fd.objectives.MeanFlow(fd.weights.NoWeight()),
-            "`times` must be a distribution",
-        ),
-        (
-            lambda: fd.objectives.MeanFlow(weight=fd.times.UniformTriangle()),
-            "`weight` must be a callable",
-        ),
-        (
-            lambda: fd.objectives.Mixture([fd.FlowMatching], [1.0]),
-            "A mixture takes objectives",
-        ),
-        (
-            lambda: fd.objectives.Scheduled(fd.FlowMatching()),
-            "takes a function of the step",
-        ),
-        (lambda: fd.train.make_step(fd.FlowMatching, None), "must be an instance"),
-        (
-            lambda: fd.ComposedFlowMap(fd.nn.MLP(2, 8, 1, key=jr.key(0)), 2),
-            "bare network",
-        ),
-    ],
-)
-def test_mistaken_arguments(make, match):
-    with without_type_checks(), pytest.raises(TypeError, match=match):
-        make()
+NULL = jnp.zeros(2)
+SCALED = fd.velocities.GuidanceArgs(NULL, jnp.asarray(3.0))
+SHORT = lambda t, x, args: x[:1]
+RATES = fd.velocities.MeanFlowGuidance(NULL, 2.0)
+UNTOLD = "has no rule that gives the scale a meaning"
 
 
-@pytest.mark.parametrize(
-    "make, match",
-    [
-        (lambda: fd.LagrangianMapDistillation(stop_gradient=STOPS.TRANSPORT), "no deriv"),
-        (
-            lambda: fd.objectives.StopGradientEulerian(stop_gradient=STOPS.TEACHER),
-            "biased",
+def loss(objective, teacher=None, args=None):
+    return objective(mlp_map(), teacher, PATH, S, T, args, key=jr.key(0))
+
+
+def with_scale(objective):
+    flow_map = fd.FlowMap(lambda s, t, x, args: args.scale * x)
+    return objective(flow_map, None, PATH, S, T, SCALED, key=jr.key(0))
+
+
+def mean(objective, flow_map=None, args=None, teacher=None):
+    flow_map = mlp_map() if flow_map is None else flow_map
+    return fd.objectives.batch_loss(
+        objective, flow_map, teacher, batch(), args, key=jr.key(0)
+    )
+
+
+def pair(*args):
+    return fd.objectives.Mixture((fd.FlowMatching(),) * 2, *args)
+
+
+TYPES = {
+    "weight as times": (
+        lambda: fd.objectives.MeanFlow(fd.weights.NoWeight()),
+        "`times` must be an instance of `AbstractTimes`; got NoWeight",
+    ),
+    "class in a mixture": (
+        lambda: fd.objectives.Mixture([fd.FlowMatching], [1.0]),
+        "`objectives` must be an instance of `AbstractObjective`; got FlowMatching",
+    ),
+    "class of an objective": (
+        lambda: fd.train.make_step(fd.FlowMatching, None),
+        "must be an instance",
+    ),
+    "network": (
+        lambda: mean(fd.FlowMatching(), fd.nn.MLP(2, 4, 1, key=jr.key(0))),
+        r"as `FlowMap\(net\)`",
+    ),
+    "no teacher": (
+        lambda: loss(fd.LagrangianMapDistillation()),
+        "`teacher` must be a callable",
+    ),
+    "no teacher on the diagonal": (
+        lambda: loss(fd.objectives.VelocityDistillation()),
+        "`teacher` must be a callable",
+    ),
+    "map as a teacher": (
+        lambda: loss(fd.LagrangianMapDistillation(), mlp_map()),
+        "must be a velocity .* Pass its `.velocity`",
+    ),
+    "velocity as the own map": (
+        lambda: loss(fd.LagrangianSelfDistillation(), nonlinear_field),
+        "`teacher` must be an instance of `AbstractFlowMap`; got nonlinear_field",
+    ),
+    "rule for rates": (
+        lambda: loss(fd.LagrangianSelfDistillation(guidance=RATES), None, NULL),
+        "`guidance` must be a `ClassifierFreeGuidance`",
+    ),
+    "rule for velocities": (
+        lambda: loss(
+            fd.objectives.MeanFlow(
+                guidance=fd.velocities.ClassifierFreeGuidance(NULL, 2.0)
+            ),
+            None,
+            NULL,
         ),
-        (lambda: fd.objectives.ImprovedMeanFlow(stop_gradient=STOPS.NONE), "must be"),
-        (
-            lambda: fd.objectives.ProgressiveSelfDistillation(split=1.0),
-            "`split` must be in",
+        "`guidance` must be a `MeanFlowGuidance`",
+    ),
+}
+VALUES = {
+    "name of a stop": (
+        lambda: fd.LagrangianMapDistillation(stop_gradient="some"),
+        "is not a valid StopGradient",
+    ),
+    "stop without a term": (
+        lambda: fd.LagrangianMapDistillation(stop_gradient=STOPS.TRANSPORT),
+        "must be `StopGradient.NONE` or `StopGradient.TEACHER` or",
+    ),
+    "biased stop": (
+        lambda: fd.objectives.StopGradientEulerian(stop_gradient="none"),
+        "must be `StopGradient.TRANSPORT` or `StopGradient.DERIVATIVE` here",
+    ),
+    "other stop": (
+        lambda: fd.objectives.ImprovedMeanFlow(stop_gradient=STOPS.NONE),
+        "got `StopGradient.NONE`",
+    ),
+    "split": (
+        lambda: fd.objectives.ProgressiveSelfDistillation(split=1.0),
+        r"`split` must be in \(0, 1\)",
+    ),
+    "clip": (lambda: fd.objectives.Shortcut(clip=0.0), "`clip` must be positive"),
+    "alpha": (lambda: fd.objectives.AlphaFlow(alpha=1.5), r"`alpha` must be in \(0, 1\]"),
+    "epsilon": (lambda: fd.objectives.AlignYourFlowEMD(epsilon=0.0), "`epsilon` must"),
+    "epsilon at the end": (
+        lambda: fd.objectives.AlignYourFlowLMD(epsilon=1.5),
+        "`epsilon` must",
+    ),
+    "one jump": (
+        lambda: fd.objectives.ProgressiveFlowMapMatching(1),
+        "`num_jumps` must be at least 2; got 1",
+    ),
+    "step": (lambda: fd.objectives.FiniteDifference(0.0), "`step` must be positive"),
+    "margin": (
+        lambda: fd.velocities.PredictedVelocity(SHORT, None, "score", margin=-1.0),
+        "`margin` must be at least 0",
+    ),
+    "too few shares": (lambda: pair((1.0,)), "one share for each part; got 1 for 2"),
+    "no objectives": (lambda: fd.objectives.Mixture((), ()), "one share for each part"),
+    "share of nothing": (lambda: pair((1.0, 0.0)), "`shares` must be positive"),
+    "too few weights": (lambda: pair((1.0, 1.0), (1.0,)), "one weight for each part"),
+    "small batch": (lambda: mean(pair((1.0, 99.0))), "too small for the shares"),
+    "too many teachers": (
+        lambda: mean(pair((1.0, 1.0)), teacher=(None,) * 3),
+        "3 teachers and 2 objectives",
+    ),
+    "fewer conditions": (
+        lambda: mean(fd.FlowMatching(), args=jnp.zeros((7, 2))),
+        "Paths and conditions must be arrays with one",
+    ),
+    "rule beside a teacher": (
+        lambda: loss(fd.objectives.MeanFlow(guidance=RATES), nonlinear_field),
+        "Guide the teacher instead",
+    ),
+    "short teacher": (
+        lambda: loss(fd.objectives.ConsistencyDistillation(), SHORT),
+        "must return the shape",
+    ),
+    "short teacher of a quotient": (
+        lambda: loss(fd.objectives.AlignYourFlowLMD(epsilon=0.1), SHORT),
+        "second piece",
+    ),
+    "short rule": (
+        lambda: loss(
+            fd.objectives.ImprovedMeanFlow(guidance=lambda v, dI, t, x, args: dI[:1])
         ),
-        (lambda: fd.objectives.Shortcut(clip=0.0), "`clip` must be positive"),
-        (lambda: fd.objectives.AlphaFlow(alpha=1.5), "`alpha` must be in"),
-        (lambda: fd.objectives.AlignYourFlowEMD(epsilon=0.0), "`epsilon` must be in"),
-    ],
-)
-def test_mistaken_settings(make, match):
-    with pytest.raises(ValueError, match=match):
-        make()
+        "`guidance`",
+    ),
+    "weight of two numbers": (
+        lambda: loss(fd.FlowMatching(weight=lambda s, t, error: jnp.ones(2) * error)),
+        r"`weight\(s, t, squared_error\)` must be a scalar",
+    ),
+    "scale for LSD": (
+        lambda: with_scale(fd.LagrangianSelfDistillation()),
+        UNTOLD,
+    ),
+    "scale for ESD": (
+        lambda: with_scale(fd.objectives.EulerianSelfDistillation()),
+        UNTOLD,
+    ),
+    "scale for TVM": (
+        lambda: with_scale(fd.objectives.TerminalVelocityMatching()),
+        UNTOLD,
+    ),
+    "scale for PSD": (
+        lambda: with_scale(fd.objectives.ProgressiveSelfDistillation()),
+        UNTOLD,
+    ),
+    "gap of a weight": (lambda: fd.weights.InverseGap(min_gap=0.0), "`min_gap` must be"),
+    "width of the end": (lambda: fd.weights.DataEndWeight(1.5), r"`width` .* \(0, 1\]"),
+    "power": (lambda: fd.weights.PowerWeight(-1.0), "`power` must be at least 0"),
+    "floor": (lambda: fd.weights.PowerWeight(1.0, 0.0), "`floor` must be positive"),
+    "size": (lambda: fd.weights.PowerWeight(scale=0.0), "`scale` must be positive"),
+    "floor of a tangent": (lambda: fd.weights.NormalisedTangent(0.0), "`floor` must be"),
+    "size of a tangent": (
+        lambda: fd.weights.NormalisedTangent(scale=-1.0),
+        "`scale` must be positive",
+    ),
+    "c": (lambda: fd.weights.PseudoHuber(-0.1), "`c` must be at least 0"),
+    "size of an error": (
+        lambda: fd.weights.LearnedWeight(scale=0.0),
+        "`scale` must be positive",
+    ),
+    "frequencies": (lambda: fd.weights.LearnedWeight(0), "`num_frequencies` must be"),
+    "noise": (
+        lambda: fd.weights.InverseNoiseGap(max_noise=0.0),
+        "`max_noise` must be positive",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", [*TYPES, *VALUES])
+def test_refusals(name):
+    act, match = {**TYPES, **VALUES}[name]
+    error = TypeError if name in TYPES else ValueError
+    with without_type_checks(), pytest.raises(error, match=match):
+        act()
 
 
 @pytest.mark.parametrize(
@@ -632,33 +718,9 @@ def test_mistaken_settings(make, match):
 def test_self_distillation_without_a_diagonal(times):
     lonely = fd.LagrangianSelfDistillation(times)
     with pytest.raises(ValueError, match="puts no row there"):
-        fd.objectives.batch_loss(lonely, mlp_map(), None, batch(), key=jr.key(0))
+        mean(lonely)
     both = fd.objectives.Mixture((lonely, fd.FlowMatching()), (1.0, 1.0))
-    assert fd.objectives.batch_loss(both, mlp_map(), None, batch(), key=jr.key(0))[0] > 0
-
-
-def test_guidance_of_the_other_kind():
-    null = jnp.zeros(2)
-    velocities, rates = (
-        fd.velocities.ClassifierFreeGuidance(null, 2.0),
-        fd.velocities.MeanFlowGuidance(null),
-    )
-    for objective in (
-        fd.LagrangianSelfDistillation(guidance=rates),
-        fd.objectives.MeanFlow(guidance=velocities),
-    ):
-        with pytest.raises(TypeError, match="guided by a rule"):
-            objective(mlp_map(), None, PATH, S, T, null)
-
-
-def test_teacher_of_the_other_kind():
-    with pytest.raises(TypeError, match="is a velocity .* Pass its `.velocity`"):
-        fd.LagrangianMapDistillation()(mlp_map(), mlp_map(), PATH, S, T)
-    with pytest.raises(TypeError, match="learns from the map itself"):
-        fd.LagrangianSelfDistillation()(mlp_map(), nonlinear_field, PATH, S, T)
-    with pytest.raises(ValueError, match="must return the shape"):
-        short = lambda t, x, args: x[:1]
-        fd.objectives.ConsistencyDistillation()(mlp_map(), short, PATH, S, T)
+    assert mean(both)[0] > 0
 
 
 @pytest.mark.parametrize(
@@ -675,66 +737,6 @@ def test_teacher_of_the_other_kind():
 def test_stop_gradients_by_name(make, choice):
     with without_type_checks():
         assert make(stop_gradient=choice.value).stop_gradient is choice
-        with pytest.raises(ValueError, match="is not a valid StopGradient"):
-            make(stop_gradient="some")
-
-
-def test_biased_stop_gradient_by_name():
-    with without_type_checks(), pytest.raises(ValueError, match="biased|use"):
-        fd.objectives.StopGradientEulerian(stop_gradient="none")
-
-
-@pytest.mark.parametrize(
-    "objective",
-    [
-        fd.LagrangianSelfDistillation(),
-        fd.objectives.EulerianSelfDistillation(),
-        fd.objectives.TerminalVelocityMatching(),
-        fd.objectives.ProgressiveSelfDistillation(),
-        fd.objectives.Shortcut(),
-    ],
-    ids=lambda objective: type(objective).__name__,
-)
-def test_scale_of_guidance_without_a_rule(objective):
-    args = fd.velocities.GuidanceArgs(jnp.zeros(2), jnp.asarray(3.0))
-    flow_map = fd.FlowMap(lambda s, t, x, args: args.scale * x)
-    with pytest.raises(ValueError, match="has no rule that gives it a meaning"):
-        objective(flow_map, None, PATH, S, T, args, key=jr.key(0))
-
-
-def test_guidance_beside_a_teacher():
-    objective = fd.objectives.MeanFlow(
-        guidance=fd.velocities.MeanFlowGuidance(jnp.zeros(2), 2.0)
-    )
-    with pytest.raises(ValueError, match="Guide the teacher instead"):
-        objective(mlp_map(), nonlinear_field, PATH, S, T)
-
-
-def test_outputs_of_other_shapes():
-    short = lambda t, x, args: x[:1]
-    with pytest.raises(ValueError, match="second piece"):
-        fd.objectives.AlignYourFlowLMD(epsilon=0.1)(mlp_map(), short, PATH, S, T)
-    with pytest.raises(ValueError, match="`guidance`"):
-        rule = lambda velocity, dI_t, t, x, args: dI_t[:1]
-        fd.objectives.ImprovedMeanFlow(guidance=rule)(mlp_map(), None, PATH, S, T)
-    with without_type_checks(), pytest.raises(ValueError, match="must return a scalar"):
-        weight = lambda s, t, error: jnp.ones(2) * error
-        fd.FlowMatching(weight=weight)(mlp_map(), None, PATH, S, T)
-
-
-@pytest.mark.parametrize("rows", [7, 9])
-def test_conditions_of_another_batch(rows):
-    args = jnp.zeros((rows, 2))
-    with pytest.raises(ValueError, match="Paths and conditions must be arrays with one"):
-        fd.objectives.batch_loss(
-            fd.FlowMatching(), mlp_map(), None, batch(), args, key=jr.key(0)
-        )
-
-
-def test_network_in_the_place_of_a_map():
-    with without_type_checks(), pytest.raises(TypeError, match=r"as `FlowMap\(net\)`"):
-        net = fd.nn.MLP(2, 4, 1, key=jr.key(0))
-        fd.objectives.batch_loss(fd.FlowMatching(), net, None, batch(), key=jr.key(0))
 
 
 def test_teachers_at_the_end_where_they_are_infinite():
@@ -753,8 +755,6 @@ def test_teachers_at_the_end_where_they_are_infinite():
         assert_close(teacher(jnp.asarray(end), X0), velocity(end, X0), 1e-2, 1e-2)
     distillation, s = fd.objectives.ConsistencyDistillation(), jnp.asarray(0.98)
     assert distillation(exact, at_data, PATH, s, jnp.asarray(1.0)) < 1e-6
-    with pytest.raises(ValueError, match="`margin` must not be negative; got -1"):
-        fd.velocities.PredictedVelocity(noise, linear, "score", margin=-1.0)
 
 
 @pytest.mark.slow
@@ -833,8 +833,6 @@ def test_band_has_its_edge():
 
 def test_clip_of_any_positive_length():
     assert fd.objectives.Shortcut(clip=0.5).clip == 0.5
-    with pytest.raises(ValueError, match="clip"):
-        fd.objectives.Shortcut(clip=0.0)
 
 
 def test_each_part_of_a_mixture_draws_for_its_own_rows():

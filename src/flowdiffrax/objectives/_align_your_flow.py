@@ -2,6 +2,7 @@ import equinox as eqx
 import jax
 from jaxtyping import ArrayLike
 
+from .._check import check_between
 from .._derivative import Derivative
 from .._types import State, VectorField
 from ..identities import tangent_residual
@@ -12,7 +13,7 @@ from ._base import StopGradient
 from ._eulerian import AbstractEulerian
 from ._lagrangian import AbstractLagrangian
 from ._teaching import check_velocity, teacher_velocity
-from ._two_piece import check_share, eulerian_quotient, lagrangian_quotient
+from ._two_piece import eulerian_quotient, lagrangian_quotient
 
 
 class AlignYourFlowEMD(AbstractEulerian):
@@ -57,7 +58,7 @@ class AlignYourFlowEMD(AbstractEulerian):
     jvp: Derivative = jax.jvp
 
     def __check_init__(self):
-        check_share("epsilon", self.epsilon)
+        check_between(self.epsilon, 0, 1, "epsilon", "(]")
 
     def direction(self, flow_map, teacher, path, s, I_s, args) -> State:
         del flow_map, path
@@ -108,7 +109,7 @@ class AlignYourFlowLMD(AbstractLagrangian):
     jvp: Derivative = jax.jvp
 
     def __check_init__(self):
-        check_share("epsilon", self.epsilon)
+        check_between(self.epsilon, 0, 1, "epsilon", "(]")
 
     def followed(self, flow_map, teacher) -> VectorField:
         del flow_map

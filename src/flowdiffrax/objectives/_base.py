@@ -4,9 +4,9 @@ from typing import Any
 
 import diffrax
 import equinox as eqx
-import jax.numpy as jnp
 from jaxtyping import Array, Key
 
+from .._check import check_instance, check_scalar
 from .._tree import squared_norm
 from .._types import AbstractVar, Args, Scalar, State, Time
 from ..flow_maps._base import AbstractFlowMap
@@ -38,6 +38,13 @@ class StopGradient(enum.Enum):
     DERIVATIVE = "derivative"
 
 
+def check_stop_gradient(choice: StopGradient, *allowed: StopGradient) -> None:
+    """**Raises:** `ValueError` if a method is not meant for a choice."""
+    if choice not in allowed:
+        names = " or ".join(f"`{each}`" for each in allowed)
+        raise ValueError(f"`stop_gradient` must be {names} here; got `{choice}`.")
+
+
 def stop_gradient_field(default: StopGradient) -> Any:
     """A field for a `StopGradient`, which also accepts a name such as `"teacher"`."""
     # Static, because it decides in Python which terms are traced.
@@ -64,16 +71,7 @@ class AbstractObjective(eqx.Module):
     needs_diagonal = False
 
     def __check_init__(self):
-        if not isinstance(self.times, AbstractTimes):
-            raise TypeError(
-                "`times` must be a distribution such as `UniformTriangle()`; got "
-                f"{type(self.times).__name__}."
-            )
-        if isinstance(self.weight, AbstractTimes) or not callable(self.weight):
-            raise TypeError(
-                "`weight` must be a callable such as `NoWeight()`; got "
-                f"{type(self.weight).__name__}."
-            )
+        check_instance(self.times, AbstractTimes, "times")
 
     @abc.abstractmethod
     def __call__(
@@ -182,9 +180,5 @@ class AbstractResidualObjective(AbstractObjective):
 
     def _weighted(self, s: Time, t: Time, error: State) -> Scalar:
         loss = self.weight(s, t, squared_norm(error))
-        if jnp.shape(loss) != ():
-            raise ValueError(
-                "`weight` must return a scalar, the loss of one example; got shape "
-                f"{jnp.shape(loss)}."
-            )
+        check_scalar(loss, "weight(s, t, squared_error)")
         return loss

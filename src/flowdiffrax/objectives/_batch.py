@@ -14,6 +14,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
+from .._check import check_flow_map
 from .._tree import num_rows
 from .._types import Args, Scalar
 from ..flow_maps._base import AbstractFlowMap
@@ -87,8 +88,8 @@ def segments_of(mixture: Mixture, batch_size: int) -> list[Segment]:
         segment.on_diagonal for segment in segments
     ):
         raise ValueError(
-            "Self-distillation learns its velocity on the diagonal, and `times` puts no "
-            "row there. Use `DiagonalMixture(times)`, or mix it with `FlowMatching`."
+            "Self-distillation learns on the diagonal too, and `times` puts no row there."
+            " Use `DiagonalMixture(times)`, or mix it with `FlowMatching`."
         )
     return segments
 
@@ -196,17 +197,12 @@ def losses_of(
     `segments` and `drawn` describe the rows that are passed, in their order. `key` is the
     key of the whole batch.
     """
-    if not isinstance(flow_map, AbstractFlowMap):
-        raise TypeError(
-            f"Objectives train a flow map; got {type(flow_map).__name__}. Wrap a network "
-            "as `FlowMap(net)`."
-        )
+    check_flow_map(flow_map)
     num_objectives = len(mixture.objectives)
     teachers = teacher if isinstance(teacher, tuple) else (teacher,) * num_objectives
     if len(teachers) != num_objectives:
         raise ValueError(
-            "A tuple of teachers must have one for each objective; got "
-            f"{len(teachers)} teachers and {num_objectives} objectives."
+            f"There are {len(teachers)} teachers and {num_objectives} objectives."
         )
     examples, start = [], 0
     for index, on_diagonal, size in segments:

@@ -19,7 +19,12 @@ from ..times._mixtures import DiagonalMixture
 from ..times._uniform import UniformTriangle
 from ..velocities._guidance import GuidanceRule
 from ..weights._base import AbstractWeight, NoWeight
-from ._base import AbstractResidualObjective, StopGradient, stop_gradient_field
+from ._base import (
+    AbstractResidualObjective,
+    StopGradient,
+    check_stop_gradient,
+    stop_gradient_field,
+)
 from ._teaching import data_residual, own_velocity, teacher_velocity
 
 
@@ -175,12 +180,9 @@ class StopGradientEulerian(AbstractEulerian):
     jvp: Derivative = jax.jvp
 
     def __check_init__(self):
-        if self.stop_gradient in (StopGradient.NONE, StopGradient.TEACHER):
-            raise ValueError(
-                "Along the data, gradients through the derivative in space are biased: "
-                "use `StopGradient.TRANSPORT` or `DERIVATIVE`. `NaiveEulerian` shows "
-                "the bias."
-            )
+        # Along the data, gradients through the derivative in space are biased.
+        unbiased = StopGradient.TRANSPORT, StopGradient.DERIVATIVE
+        check_stop_gradient(self.stop_gradient, *unbiased)
 
     def direction(self, flow_map, teacher, path, s, I_s, args) -> State:
         del flow_map, teacher, I_s, args

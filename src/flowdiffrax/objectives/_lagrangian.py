@@ -22,6 +22,7 @@ from ._base import (
     AbstractObjective,
     AbstractResidualObjective,
     StopGradient,
+    check_stop_gradient,
     stop_gradient_field,
 )
 from ._teaching import check_velocity, data_residual, own_velocity
@@ -59,11 +60,9 @@ class AbstractLagrangian(AbstractResidualObjective):
     jvp: AbstractVar[Derivative]
 
     def __check_init__(self):
-        if self.stop_gradient is StopGradient.TRANSPORT:
-            raise ValueError(
-                "A Lagrangian objective has no derivative in space to hold fixed: use "
-                "`StopGradient.TEACHER` or `StopGradient.DERIVATIVE`."
-            )
+        # There is no derivative in space to hold fixed.
+        others = StopGradient.NONE, StopGradient.TEACHER, StopGradient.DERIVATIVE
+        check_stop_gradient(self.stop_gradient, *others)
 
     @abc.abstractmethod
     def followed(self, flow_map: AbstractFlowMap, teacher: Any) -> VectorField:

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Int
 
+from .._check import check_between
 from .._derivative import Derivative
 from .._time import times_like
 from .._tree import add_scaled, freeze, subtract
@@ -13,10 +14,15 @@ from ..times._base import AbstractTimes
 from ..times._mixtures import DiagonalMixture
 from ..times._uniform import UniformTriangle
 from ..weights._base import AbstractWeight, NoWeight
-from ._base import AbstractResidualObjective, StopGradient, stop_gradient_field
+from ._base import (
+    AbstractResidualObjective,
+    StopGradient,
+    check_stop_gradient,
+    stop_gradient_field,
+)
 from ._eulerian import AbstractEulerian
 from ._teaching import data_direction, own_map, teacher_velocity
-from ._two_piece import check_share, eulerian_quotient
+from ._two_piece import eulerian_quotient
 
 
 class MeanFlow(AbstractEulerian):
@@ -110,11 +116,8 @@ class ImprovedMeanFlow(AbstractResidualObjective):
     jvp: Derivative = jax.jvp
 
     def __check_init__(self):
-        if self.stop_gradient not in (StopGradient.TEACHER, StopGradient.DERIVATIVE):
-            raise ValueError(
-                "`stop_gradient` must be `StopGradient.TEACHER` or `DERIVATIVE`; got "
-                f"{self.stop_gradient}."
-            )
+        allowed = StopGradient.TEACHER, StopGradient.DERIVATIVE
+        check_stop_gradient(self.stop_gradient, *allowed)
 
     def residual(self, flow_map, teacher, path, s, t, args, key) -> State:
         del key
@@ -181,7 +184,7 @@ class AlphaFlow(AbstractResidualObjective):
     guidance: Callable | None = None
 
     def __check_init__(self):
-        check_share("alpha", self.alpha)
+        check_between(self.alpha, 0, 1, "alpha", "(]")
 
     def residual(self, flow_map, teacher, path, s, t, args, key) -> State:
         del teacher, key

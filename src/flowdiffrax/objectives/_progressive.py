@@ -6,8 +6,8 @@ import jax.random as jr
 import jax.tree_util as jtu
 from jaxtyping import Array, ArrayLike, Key
 
-from .._check import check_callable
-from .._tree import freeze, is_concrete, subtract
+from .._check import check_at_least, check_between, check_callable, check_positive
+from .._tree import freeze, subtract
 from .._types import State
 from ..flow_maps._composed import ComposedFlowMap
 from ..identities import two_piece_target
@@ -57,8 +57,7 @@ class ProgressiveFlowMapMatching(AbstractResidualObjective):
     weight: AbstractWeight = NoWeight()
 
     def __check_init__(self):
-        if self.num_jumps < 2:
-            raise ValueError(f"`num_jumps` must be at least 2; got {self.num_jumps}.")
+        check_at_least(self.num_jumps, 2, "num_jumps")
 
     def residual(self, flow_map, teacher, path, s, t, args, key) -> State:
         del key
@@ -119,8 +118,7 @@ class ProgressiveSelfDistillation(AbstractProgressiveSelfDistillation):
     The teacher is `None` to make the two jumps with the map itself, or a flow map to make
     them with, such as a moving average.
 
-    **Raises:** `ValueError` for a split outside (0, 1); when called, if `split` is `None`
-    and no key is given.
+    **Raises:** `ValueError` for a split outside (0, 1).
 
     ??? cite "Reference"
 
@@ -132,10 +130,10 @@ class ProgressiveSelfDistillation(AbstractProgressiveSelfDistillation):
     split: float | None = 0.5
 
     def __check_init__(self):
-        _check_split(self.split)
+        check_between(self.split, 0, 1, "split", "()")
 
     def share(self, key) -> ArrayLike:
-        return _draw_split(self.split, key)
+        return self.split if self.split is not None else jr.uniform(key)  # pyright: ignore
 
 
 def split_mean_flow(
@@ -194,8 +192,7 @@ class Shortcut(AbstractProgressiveSelfDistillation):
     clip: float | None = None
 
     def __check_init__(self):
-        if self.clip is not None and is_concrete(self.clip) and self.clip <= 0:
-            raise ValueError(f"`clip` must be positive or `None`; got {self.clip}.")
+        check_positive(self.clip, "clip")
 
     def share(self, key) -> ArrayLike:
         del key
@@ -207,19 +204,3 @@ class Shortcut(AbstractProgressiveSelfDistillation):
             return target
         # Clips the average of the two velocities; the paper clips each of them.
         return jtu.tree_map(lambda v: jnp.clip(v, -clip, clip), target)
-
-
-def _check_split(split: float | None) -> None:
-    if split is not None and is_concrete(split) and not 0 < split < 1:
-        raise ValueError(f"`split` must be in (0, 1), or `None`; got {split}.")
-
-
-def _draw_split(split: float | None, key: Key[Array, ""] | None) -> ArrayLike:
-    if split is not None:
-        return split
-    if key is None:
-        raise ValueError(
-            "`split=None` draws the split at random: pass a `key`, as `batch_loss` does, "
-            "or set `split`."
-        )
-    return jr.uniform(key)

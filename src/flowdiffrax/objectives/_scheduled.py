@@ -24,18 +24,9 @@ class Scheduled(eqx.Module):
     - `objective`: a function that takes the step number, a traced integer, and returns
       an objective or a [`flowdiffrax.objectives.Mixture`][]. Array values may depend on
       the step; the structure and static fields may not.
-
-    **Raises:** `TypeError` if `objective` is an objective or a mixture itself.
     """
 
     objective: Callable[[Int[Array, ""]], AbstractObjective | Mixture]
-
-    def __check_init__(self):
-        if isinstance(self.objective, AbstractObjective | Mixture):
-            raise TypeError(
-                "`Scheduled` takes a function of the step that returns an objective; got "
-                f"the objective {type(self.objective).__name__} itself."
-            )
 
     def at(self, step: Int[Array, ""]) -> AbstractObjective | Mixture:
         """Returns the objective at a step."""

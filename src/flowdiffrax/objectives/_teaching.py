@@ -5,7 +5,7 @@ from typing import Any
 
 import diffrax
 
-from .._check import check_callable, check_like
+from .._check import check_callable, check_instance, check_like
 from .._tree import freeze, subtract
 from .._types import Args, GuidanceArgs, State, Time, VectorField
 from ..flow_maps._base import AbstractFlowMap
@@ -35,12 +35,6 @@ def data_residual(
 
 def check_velocity(teacher: object) -> None:
     """**Raises:** `TypeError` if the teacher is not a velocity."""
-    if isinstance(teacher, AbstractFlowMap):
-        raise TypeError(
-            "The teacher of this objective is a velocity `teacher(t, x, args)`; got "
-            f"the flow map {type(teacher).__name__}. Pass its `.velocity`. (A moving "
-            "average by `teacher_decay` is for self-distillation only.)"
-        )
     check_callable(teacher, "teacher", "teacher(t, x, args)")
 
 
@@ -58,14 +52,11 @@ def own_map(flow_map: AbstractFlowMap, teacher: Any) -> AbstractFlowMap:
 
     **Raises:** `TypeError` if the teacher is neither `None` nor a flow map.
     """
-    if teacher is not None and not isinstance(teacher, AbstractFlowMap):
-        raise TypeError(
-            "Self-distillation learns from the map itself, `teacher=None`, or from a "
-            f"flow map such as its moving average; got {type(teacher).__name__}. To "
-            "learn from a velocity, use a distillation objective."
-        )
-    # The trained map is not frozen here: what is held fixed is the objective's choice.
-    return flow_map if teacher is None else freeze(teacher)
+    if teacher is None:
+        # Not frozen here: what is held fixed is the objective's choice.
+        return flow_map
+    check_instance(teacher, AbstractFlowMap, "teacher")
+    return freeze(teacher)
 
 
 def own_velocity(
@@ -77,12 +68,7 @@ def own_velocity(
     rule is for rates of the data. The velocity raises `ValueError` if it is called with
     a guidance scale but has no rule.
     """
-    if isinstance(guidance, MeanFlowGuidance):
-        raise TypeError(
-            "Self-distillation is guided by a rule for velocities, such as "
-            "`ClassifierFreeGuidance`; got `MeanFlowGuidance`, a rule for the rate of "
-            "the data."
-        )
+    _check_rule(guidance, ClassifierFreeGuidance, MeanFlowGuidance)
     own = own_map(flow_map, teacher).velocity
     if guidance is not None:
         return GuidedVelocity(own, guidance)
@@ -94,6 +80,14 @@ def own_velocity(
     return velocity
 
 
+def _check_rule(guidance: object, right: type, wrong: type) -> None:
+    # One rule is for velocities, the other for rates of the data.
+    if isinstance(guidance, wrong):
+        raise TypeError(
+            f"`guidance` must be a `{right.__name__}`; got `{wrong.__name__}`."
+        )
+
+
 def check_unguided(args: Args) -> None:
     """**Raises:** `ValueError` if `args` has a guidance scale.
 
@@ -101,9 +95,8 @@ def check_unguided(args: Args) -> None:
     """
     if isinstance(args, GuidanceArgs):
         raise ValueError(
-            "The conditions have a guidance scale (`GuidanceArgs`), but this objective "
-            "has no rule that gives it a meaning: set `guidance=ClassifierFreeGuidance"
-            "(...)` if the objective has that field, or train without scales."
+            "For `GuidanceArgs`, this objective has no rule that gives the scale a "
+            "meaning: set its `guidance`, if it has that field, or pass no scale."
         )
 
 
@@ -119,11 +112,7 @@ def data_direction(
     dI_t = check_like(path.derivative(t), I_t, "`path.derivative`")
     if guidance is None:
         return dI_t
-    if isinstance(guidance, ClassifierFreeGuidance):
-        raise TypeError(
-            "This objective is guided by a rule for the rate of the data, such as "
-            "`MeanFlowGuidance`; got `ClassifierFreeGuidance`, a rule for velocities."
-        )
+    _check_rule(guidance, MeanFlowGuidance, ClassifierFreeGuidance)
     # The guided rate depends on the map, but it is a target and is held fixed.
     guided = guidance(flow_map.velocity, dI_t, t, I_t, args)
     return freeze(check_like(guided, I_t, "`guidance`"))

@@ -70,9 +70,3 @@ def _quotient(v_st: State, target: State, share: ArrayLike) -> State:
     tangent = scale(1 / share, subtract(v_st, target))
     # The value is the tangent, the gradient that of v_st.
     return subtract(v_st, freeze(subtract(v_st, tangent)))
-
-
-def check_share(name: str, share: ArrayLike | None) -> None:
-    """**Raises:** `ValueError` if the share is a Python number outside (0, 1]."""
-    if isinstance(share, float | int) and not 0 < share <= 1:
-        raise ValueError(f"`{name}` must be in (0, 1]; got {share}.")
