@@ -199,4 +199,4 @@ def check_instance(value: object, kind: Any, name: str, what: str | None = None)
 def _kind(value: object) -> str:
     if inspect.isclass(value):
         return f"the class {value.__name__}, not an instance of it"
-    return type(value).__name__
+    return getattr(value, "__name__", type(value).__name__)

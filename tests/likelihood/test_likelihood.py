@@ -661,7 +661,7 @@ REFUSALS = {
     "map of states": (
         lambda: unit(fd.likelihood.LearnedLogDet()),
         TypeError,
-        "`flow_map` must be a `LogDensityFlowMap`; got LinearFlowMap",
+        "`flow_map` must be an instance of `LogDensityFlowMap`; got LinearFlowMap",
     ),
     "equal times": (lambda: density([0.0, 0.5, 0.5]), ValueError, "strictly"),
     "times outside": (lambda: density([0.0, 1.5]), ValueError, "leaves the time range"),
