@@ -552,7 +552,7 @@ TYPES = {
     ),
     "class in a mixture": (
         lambda: fd.objectives.Mixture([fd.FlowMatching], [1.0]),
-        "`objectives` must be an instance of `AbstractObjective`; got the class FlowMatching",
+        "`objectives` must be an instance of `AbstractObjective`; got the class Flow",
     ),
     "class of an objective": (
         lambda: fd.train.make_step(fd.FlowMatching, None),
