@@ -665,6 +665,10 @@ LABEL = "`args` must be one label, an integer, or `None`; got"
             ValueError,
             "`num_classes` must be at least 0",
         ),
+        (lambda: make(fd.nn.DiT, (8, 8, 1), 0), ValueError, "`patch` must be at least 1"),
+        (lambda: make(fd.nn.DiT, (8, 8, 1), 2, 0), ValueError, "`width` must be at lea"),
+        (lambda: make(fd.nn.DiT, (8, 8, 1), 2, 8, 0), ValueError, "`depth` must be at "),
+        (lambda: fresh("DiT", ratio=0), ValueError, "`ratio` must be at least 1; got 0"),
         (lambda: make(fd.nn.DiT, (8, 8, 1), 2, 6), ValueError, "`width` must be a mult"),
         (lambda: fresh("DiT", dtype=jnp.int32), TypeError, "`dtype` must be a floating"),
         (
