@@ -4,8 +4,10 @@ from ._dit import DiT as DiT
 from ._embedding import MagnitudePreservingEmbedding as MagnitudePreservingEmbedding
 from ._embedding import TwoTimeEmbedding as TwoTimeEmbedding
 from ._embedding import two_times as two_times
+from ._log_units import LogUnits as LogUnits
 from ._magnitude import normalise_weights as normalise_weights
 from ._magnitude_unet import MagnitudePreservingUNet as MagnitudePreservingUNet
 from ._mlp import MLP as MLP
 from ._ravelled import Ravelled as Ravelled
+from ._relaxation import RelaxationMLP as RelaxationMLP
 from ._unet import UNet as UNet

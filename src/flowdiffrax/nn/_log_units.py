@@ -1,0 +1,126 @@
+import equinox as eqx
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+
+class LogUnits(eqx.Module):
+    r"""Units in which positive entries are measured by their logarithms.
+
+    Concentrations span many orders of magnitude, and what matters about them is their
+    relative error. A positive entry is $z = (\log(x + f) - \mu) / \sigma$ in these units,
+    and any other entry, such as a temperature, is $z = (x - \mu) / \sigma$. Time is
+    measured by its logarithm too, since a stiff system has fast and slow parts.
+
+    Methods take one state; use `jax.vmap` for a batch.
+
+    **Arguments:**
+
+    - `is_positive`: which entries are positive.
+    - `floor`: the positive number $f$ below which an entry counts as zero.
+    - `mean`, `std`: the mean and the standard deviation, of the logarithm where an entry
+      is positive.
+    - `duration`: the longest jump.
+    - `shortest`: the shortest jump that matters, positive.
+    """
+
+    is_positive: Bool[Array, " size"]
+    floor: Float[Array, " size"]
+    mean: Float[Array, " size"]
+    std: Float[Array, " size"]
+    duration: Float[Array, ""]
+    shortest: Float[Array, ""]
+
+    @classmethod
+    def of(
+        cls,
+        ts: Array | np.ndarray,
+        ys: Array | np.ndarray,
+        is_positive: Array | np.ndarray | None = None,
+    ) -> "LogUnits":
+        """Computes the units of a pool of trajectories.
+
+        The floor is a ten-billionth of an entry's largest value.
+
+        **Arguments:**
+
+        - `ts`: increasing times, of shape `(times,)` or `(pool, times)`.
+        - `ys`: the states at these times, of shape `(pool, times, size)`.
+        - `is_positive`: which entries are positive; `None` for those that are never
+          negative in the pool.
+
+        **Raises:** `ValueError` if an entry that should be positive is negative.
+        """
+        ys = np.asarray(ys, np.float64)
+        ts = np.asarray(ts, np.float64)
+        least, largest = ys.min((0, 1)), np.abs(ys).max((0, 1))
+        never_negative = least >= 0
+        if is_positive is None:
+            is_positive = never_negative
+        wrong = np.flatnonzero(np.asarray(is_positive) & ~never_negative)
+        if wrong.size > 0:
+            raise ValueError(
+                f"Entries {wrong[:5].tolist()} should be positive, but the trajectories "
+                f"reach {least[wrong[:5]].tolist()}. Solve to a tighter absolute "
+                "tolerance, or leave these entries out of `is_positive`."
+            )
+        floor = np.where(largest > 0, 1e-10 * largest, 1.0)
+        values = np.where(is_positive, np.log(np.maximum(ys, 0) + floor), ys)
+        std = values.std((0, 1))
+        # An entry that does not vary would divide by zero.
+        varies = std > 1e-6 * (1 + np.abs(values).max((0, 1)))
+        gaps = np.diff(ts)
+        array = lambda x: jnp.asarray(x, jnp.result_type(float))
+        return cls(
+            jnp.asarray(is_positive),
+            array(floor),
+            array(values.mean((0, 1))),
+            array(np.where(varies, std, 1.0)),
+            array((ts[..., -1] - ts[..., 0]).max()),
+            array(gaps.min()),
+        )
+
+    def state(self, x: Float[Array, " size"]) -> Float[Array, " size"]:
+        """Returns the state in these units."""
+        floor, mean, std = self._like(x)
+        log = jnp.log(jnp.maximum(x, 0) + floor)
+        return (jnp.where(self.is_positive, log, x) - mean) / std
+
+    def undo_state(self, z: Float[Array, " size"]) -> Float[Array, " size"]:
+        """Returns the state whose logarithms are given, positive where it should be.
+
+        The floor is not subtracted, so this is the inverse of `state` to within it.
+        """
+        _, mean, std = self._like(z)
+        value = mean + std * z
+        # The other branch of `where` must not overflow.
+        log = jnp.where(self.is_positive, value, 0)
+        return jnp.where(self.is_positive, jnp.exp(log), value)
+
+    def saturation(self, x: Float[Array, " size"]) -> Float[Array, " size"]:
+        """Returns $x / (|x| + m)$ with the typical size $m$ of each entry."""
+        _, mean, std = self._like(x)
+        size = jnp.exp(jnp.where(self.is_positive, mean, 0))
+        size = jnp.where(self.is_positive, size, jnp.abs(mean) + std)
+        return x / (jnp.abs(x) + size)
+
+    def step(self, h: Float[Array, ""]) -> Float[Array, " 2"]:
+        """Returns the length of a jump in two units: its logarithm, and itself."""
+        duration = self.duration.astype(h.dtype)
+        shortest = self.shortest.astype(h.dtype) / duration
+        h = h / duration
+        # From -1 for the shortest to 1 for the longest jump.
+        log = 1 - 2 * jnp.log((h + shortest) / (1 + shortest)) / jnp.log(shortest)
+        return jnp.stack([log, h])
+
+    def difference(
+        self, x: Float[Array, " size"], y: Float[Array, " size"]
+    ) -> Float[Array, " size"]:
+        """Returns the relative error where an entry is positive, and else the error in
+        standard deviations.
+        """
+        _, _, std = self._like(x)
+        return jnp.where(self.is_positive, std, 1) * (self.state(x) - self.state(y))
+
+    def _like(self, x):
+        return tuple(a.astype(x.dtype) for a in (self.floor, self.mean, self.std))
