@@ -156,6 +156,14 @@ ERRORS = {
 }
 INNER = {
     "AutonomousFlowMap": (of_map(fd.AutonomousFlowMap(MAP)), {"map"}),
+    "flow_maps.RelaxationFlowMap": (
+        of_map(fd.flow_maps.RelaxationFlowMap(lambda *given: (net(*given), X))),
+        {"map"},
+    ),
+    "flow_maps.RavelledFlowMap": (
+        of_map(fd.flow_maps.RavelledFlowMap(fd.FlowMap(vector_net)), {"x": X}),
+        {"map"},
+    ),
     "ComposedFlowMap": (of_map(fd.ComposedFlowMap(MAP, 3)), {"map"}),
     "DefectCorrectedFlowMap": (
         of_map(fd.estimates.DefectCorrectedFlowMap(MAP, field)),
@@ -477,8 +485,11 @@ OTHERS = {
     *("exact.UniformBoxesVelocity", "testing.KnownField"),
     # `args` are inputs of the network: `test_nn.py`, `test_networks.py`.
     *("nn.MLP", "nn.DiT", "nn.UNet", "nn.MagnitudePreservingUNet"),
+    *("nn.RelaxationMLP", "nn.LogUnits"),
+    # From the vector field to a map of the same `args`: `tests/learn`.
+    *("advise", "learn_solver", "learn.export_jump"),
     # By the maps that use it, `ProjectedFlowMap` above.
-    "ConserveInvariants",
+    *("ConserveInvariants", "flow_maps.ConserveLinear"),
     # Abstract, or a result that quotes them.
     *("AbstractErrorEstimate", "AbstractLogDet", "AbstractObjective"),
     *("AbstractResidualObjective", "testing.Failure"),

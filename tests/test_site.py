@@ -46,6 +46,7 @@ SCRIPTS = {
     "error_estimates.png": "benchmarks/error_estimates.py",
     "images_digits.png": "benchmarks/images.py",
     "images_fashion.png": "benchmarks/images.py",
+    "learn_solver.png": "docs/tutorials/ode.md",
     "objectives.png": "examples/compare_objectives.py",
     "scaling.png": "benchmarks/scaling.py",
 }
@@ -61,4 +62,7 @@ def test_figure_has_script(path):
     script = path.with_suffix(".py")
     if path.name in SCRIPTS:
         script = ROOT / SCRIPTS[path.name]
-    assert script.exists() and any(script.name in page for page in pages)
+    assert script.exists()
+    # A page may draw the figure by its own code.
+    own = script.read_text() if script.suffix == ".md" else ""
+    assert any(script.name in page or page == own for page in pages)

@@ -13,6 +13,7 @@ from . import exact as exact
 from . import flow_maps as flow_maps
 from . import identities as identities
 from . import images as images
+from . import learn as learn
 from . import likelihood as likelihood
 from . import metrics as metrics
 from . import nn as nn
@@ -41,6 +42,8 @@ from .identities import inverse_residual as inverse_residual
 from .identities import lagrangian_residual as lagrangian_residual
 from .identities import semigroup_residual as semigroup_residual
 from .identities import tangent_residual as tangent_residual
+from .learn import advise as advise
+from .learn import learn_solver as learn_solver
 from .objectives import FlowMatching as FlowMatching
 from .objectives import LagrangianMapDistillation as LagrangianMapDistillation
 from .objectives import LagrangianSelfDistillation as LagrangianSelfDistillation
@@ -62,6 +65,7 @@ if not typing.TYPE_CHECKING:
     def __getattr__(name: str):
         rooms = [objectives, weights, times, paths, flow_maps, velocities, identities]
         rooms += [estimates, solvers, likelihood, nn, train, data, metrics, plot, exact]
+        rooms += [learn]
         text = f"module {__name__!r} has no attribute {name!r}"
         for room in [*rooms, images]:
             if not name.startswith("_") and hasattr(room, name):

@@ -13,6 +13,7 @@ from ._normalisation import NormalisedFlowMap as NormalisedFlowMap
 from ._ode import ODEFlowMap as ODEFlowMap
 from ._projected import ConserveInvariants as ConserveInvariants
 from ._projected import ProjectedFlowMap as ProjectedFlowMap
+from ._ravelled import RavelledFlowMap as RavelledFlowMap
 from ._relaxation import RelaxationFlowMap as RelaxationFlowMap
 from ._rescheduled import RescheduledFlowMap as RescheduledFlowMap
 from ._residual import FlowMap as FlowMap

@@ -22,6 +22,8 @@ class LogUnits(eqx.Module):
       is positive.
     - `duration`: the longest jump.
     - `shortest`: the shortest jump that matters, positive.
+    - `args`: the units of a vector `args`, in which times have no meaning; `None` to
+      leave it as it is.
     """
 
     is_positive: Bool[Array, " size"]
@@ -30,6 +32,7 @@ class LogUnits(eqx.Module):
     std: Float[Array, " size"]
     duration: Float[Array, ""]
     shortest: Float[Array, ""]
+    args: "LogUnits | None" = None
 
     @classmethod
     def of(
@@ -37,6 +40,7 @@ class LogUnits(eqx.Module):
         ts: Array | np.ndarray,
         ys: Array | np.ndarray,
         is_positive: Array | np.ndarray | None = None,
+        args: Array | np.ndarray | None = None,
     ) -> "LogUnits":
         """Computes the units of a pool of trajectories.
 
@@ -55,29 +59,36 @@ class LogUnits(eqx.Module):
         ts = np.asarray(ts, np.float64)
         least, largest = ys.min((0, 1)), np.abs(ys).max((0, 1))
         never_negative = least >= 0
-        if is_positive is None:
-            is_positive = never_negative
-        wrong = np.flatnonzero(np.asarray(is_positive) & ~never_negative)
+        positive = never_negative if is_positive is None else np.asarray(is_positive)
+        wrong = np.flatnonzero(positive & ~never_negative)
         if wrong.size > 0:
             raise ValueError(
                 f"Entries {wrong[:5].tolist()} should be positive, but the trajectories "
                 f"reach {least[wrong[:5]].tolist()}. Solve to a tighter absolute "
                 "tolerance, or leave these entries out of `is_positive`."
             )
-        floor = np.where(largest > 0, 1e-10 * largest, 1.0)
-        values = np.where(is_positive, np.log(np.maximum(ys, 0) + floor), ys)
+        # Not zero in float32.
+        floor = np.where(largest > 0, np.maximum(1e-10 * largest, 1e-36), 1.0)
+        values = np.where(positive, np.log(np.maximum(ys, 0) + floor), ys)
         std = values.std((0, 1))
         # An entry that does not vary would divide by zero.
         varies = std > 1e-6 * (1 + np.abs(values).max((0, 1)))
         gaps = np.diff(ts)
+        of_args = None
+        if args is not None:
+            rows = np.asarray(args, np.float64)
+            least, most = rows.min(0), rows.max(0)
+            spans_decades = (least > 0) & (most > 10 * least)
+            of_args = cls.of(ts, rows[:, None], spans_decades)
         array = lambda x: jnp.asarray(x, jnp.result_type(float))
         return cls(
-            jnp.asarray(is_positive),
+            jnp.asarray(positive),
             array(floor),
             array(values.mean((0, 1))),
             array(np.where(varies, std, 1.0)),
             array((ts[..., -1] - ts[..., 0]).max()),
             array(gaps.min()),
+            of_args,
         )
 
     def state(self, x: Float[Array, " size"]) -> Float[Array, " size"]:

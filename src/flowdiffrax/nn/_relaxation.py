@@ -1,3 +1,4 @@
+import math
 from collections.abc import Callable
 from typing import ClassVar
 
@@ -14,6 +15,8 @@ from .._types import Args, Time
 from ._describe import describe
 from ._log_units import LogUnits
 
+_TIME_FREQUENCIES = 1, 2, 4
+
 
 class RelaxationMLP(eqx.Module):
     r"""A network of rates and targets for a [`flowdiffrax.RelaxationFlowMap`][].
@@ -25,8 +28,8 @@ class RelaxationMLP(eqx.Module):
     with the shortest jump $h_0$ of the units: in a jump of any length, an entry may reach
     its target.
 
-    It depends on the times by their difference only: it is for an ODE whose vector field
-    does not depend on time.
+    Without `time_range`, it depends on the times by their difference only, which is right
+    for an ODE whose vector field does not depend on time.
 
     **Arguments:**
 
@@ -34,6 +37,8 @@ class RelaxationMLP(eqx.Module):
     - `width`, `depth`: the width and the number of hidden layers, each at least 1.
     - `args_size`: the length of the vector `args`, or 1 for a number. With 0, `args` is
       ignored.
+    - `time_range`: the interval `(low, high)` of times, if the vector field depends on
+      time.
     - `activation`: a smooth activation function.
     - `key`: a random key for the initial weights.
     """
@@ -45,6 +50,7 @@ class RelaxationMLP(eqx.Module):
     last: eqx.nn.Linear
     frozen_units: Frozen
     args_size: int = eqx.field(static=True)
+    time_range: tuple[float, float] | None = eqx.field(static=True)
     activation: Callable = eqx.field(static=True)
 
     def __init__(
@@ -54,6 +60,7 @@ class RelaxationMLP(eqx.Module):
         depth: int = 4,
         *,
         args_size: int = 0,
+        time_range: tuple[float, float] | None = None,
         activation: Callable[[Array], Array] = jax.nn.gelu,
         key: Key[Array, ""],
     ):
@@ -62,7 +69,9 @@ class RelaxationMLP(eqx.Module):
         check_key(key)
         size = units.mean.size
         first_key, hidden_key, last_key = jr.split(key, 3)
-        self.first = eqx.nn.Linear(2 * size + 2 + args_size, width, key=first_key)
+        num_times = 0 if time_range is None else 1 + len(_TIME_FREQUENCIES)
+        num_inputs = 2 * size + 2 + args_size + num_times
+        self.first = eqx.nn.Linear(num_inputs, width, key=first_key)
         self.hidden = [
             eqx.nn.Linear(width, width, key=jr.fold_in(hidden_key, index))
             for index in range(depth - 1)
@@ -70,6 +79,9 @@ class RelaxationMLP(eqx.Module):
         self.last = eqx.nn.Linear(width, 2 * size, key=last_key)
         self.frozen_units = Frozen(units)
         self.args_size = args_size
+        if time_range is not None:
+            time_range = float(time_range[0]), float(time_range[1])
+        self.time_range = time_range
         self.activation = activation
 
     @property
@@ -85,11 +97,19 @@ class RelaxationMLP(eqx.Module):
         h = (t - s).astype(x.dtype)
         features = [units.state(x), units.saturation(x), units.step(h)]
         if self.args_size > 0:
-            features.append(jnp.atleast_1d(jnp.asarray(args, x.dtype)))
-        out = self.activation(self.first(jnp.concatenate(features)))
+            vector = jnp.atleast_1d(jnp.asarray(args, x.dtype))
+            features.append(vector if units.args is None else units.args.state(vector))
+        if self.time_range is not None:
+            low, high = self.time_range
+            time = ((s - low) / (high - low)).astype(x.dtype)
+            waves = [jnp.cos(math.pi * k * time) for k in _TIME_FREQUENCIES]
+            features.append(jnp.stack([time, *waves]))
+        # Weights may be of lower precision than states and times.
+        inputs = jnp.concatenate(features).astype(self.first.weight.dtype)
+        out = self.activation(self.first(inputs))
         for layer in self.hidden:
             out = out + self.activation(layer(out))
-        rate, target = jnp.split(self.last(out), 2)
+        rate, target = jnp.split(self.last(out).astype(x.dtype), 2)
         # Exponentials must not overflow, nor a target be far from all that was seen.
         target = jnp.where(units.is_positive, 8 * jnp.tanh(target / 8), target)
         per_jump = 3 * jax.nn.softplus(rate)
@@ -97,5 +117,5 @@ class RelaxationMLP(eqx.Module):
 
     def __pdoc__(self, **kwargs):
         depth = len(self.hidden) + 1
-        size = self.last.out_features // 2
+        size = self.units.mean.size
         return describe(self, f"{size}, width={self.first.out_features}, depth={depth}")

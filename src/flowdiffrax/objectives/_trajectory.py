@@ -1,5 +1,8 @@
+from collections.abc import Callable
+
 import equinox as eqx
 
+from .._check import check_callable
 from .._tree import subtract
 from .._types import Scalar, State
 from ..paths._base import InterpolantPath
@@ -29,6 +32,9 @@ class TrajectoryMatching(AbstractResidualObjective):
       times, from 0 for the first to 1 for the last, rounded to the nearest saved time.
       Use it if trajectories do not share their times. For pairs of end points, use
       `TrajectoryMatching(GridTimes([0.0, 1.0]), positions=True)`.
+    - `difference`: a function `(x, y)` of the map's state and the trajectory's, whose
+      squared norm is the error. For relative errors of positive entries, use the
+      `difference` of [`flowdiffrax.nn.LogUnits`][].
 
     The teacher is not used. Paths come from [`flowdiffrax.solve_trajectories`][].
 
@@ -42,6 +48,10 @@ class TrajectoryMatching(AbstractResidualObjective):
     times: AbstractTimes = UniformTriangle()
     weight: AbstractWeight = InverseGap()
     positions: bool = eqx.field(static=True, default=False)
+    difference: Callable[[State, State], State] = subtract
+
+    def __check_init__(self):
+        check_callable(self.difference, "difference", "difference(x, y)")
 
     def __call__(self, flow_map, teacher, path, s, t, args=None, *, key=None) -> Scalar:
         if self.positions:
@@ -57,7 +67,7 @@ class TrajectoryMatching(AbstractResidualObjective):
         if isinstance(path, InterpolantPath | StatePath):
             raise TypeError(_wrong_path(path))
         x_s, x_t = path.evaluate(s), path.evaluate(t)
-        return subtract(flow_map(s, t, x_s, args), x_t)
+        return self.difference(flow_map(s, t, x_s, args), x_t)
 
 
 def _wrong_path(path: object) -> str:

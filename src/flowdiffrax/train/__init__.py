@@ -5,6 +5,7 @@ from ._checkpoint import save as save
 from ._fingerprint import fingerprint as fingerprint
 from ._fit import TrainingDiverged as TrainingDiverged
 from ._fit import fit as fit
+from ._optimisers import muon_and_adam as muon_and_adam
 from ._parallel import DataParallel as DataParallel
 from ._reports import LossByTimes as LossByTimes
 from ._reports import TensorBoard as TensorBoard

@@ -1,0 +1,123 @@
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+from jaxtyping import Array, Key
+
+from ..data import TrajectoryBatches
+from ..flow_maps._autonomous import AutonomousFlowMap
+from ..flow_maps._base import AbstractFlowMap
+from ..flow_maps._conserve_linear import ConserveLinear
+from ..flow_maps._normalisation import Normalisation
+from ..flow_maps._projected import ConserveInvariants, ProjectedFlowMap
+from ..flow_maps._ravelled import RavelledFlowMap
+from ..flow_maps._relaxation import RelaxationFlowMap
+from ..flow_maps._residual import FlowMap
+from ..nn import MLP, LogUnits, RelaxationMLP
+from ..objectives._trajectory import TrajectoryMatching
+from ..times import GridTimes, MixedTimes, StartAt
+from ..weights import InverseGap, NoWeight
+from ._plan import Plan
+from ._pool import Pool
+from ._problem import Rows
+from ._robust import RobustDifference
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """What is trained, and on what.
+
+    **Attributes:**
+
+    - `flow_map`: the map in training.
+    - `objective`: a [`flowdiffrax.TrajectoryMatching`][].
+    - `batches`: a [`flowdiffrax.data.TrajectoryBatches`][].
+    - `finish`: turns the map in training into one of the user's states and times.
+    """
+
+    flow_map: AbstractFlowMap
+    objective: TrajectoryMatching
+    batches: TrajectoryBatches
+    finish: Callable[[AbstractFlowMap], AbstractFlowMap]
+
+
+def build(plan: Plan, pool: Pool, key: Key[Array, ""]) -> Parts:
+    """Builds the map, the objective and the batches that a plan describes."""
+    make = {"relaxation": _relaxation, "residual": _residual}[plan.form]
+    flow_map, objective, batches, in_user_units = make(plan, pool, key)
+
+    def finish(flow_map: AbstractFlowMap) -> AbstractFlowMap:
+        flow_map = in_user_units(flow_map)
+        if len(plan.invariants) > 0:
+            flow_map = ProjectedFlowMap(flow_map, _projection(plan))
+        return flow_map if plan.is_vector else RavelledFlowMap(flow_map)
+
+    return Parts(flow_map, objective, batches, finish)
+
+
+def _relaxation(plan: Plan, pool: Pool, key: Any) -> tuple:
+    ts = pool.ts - pool.ts[0] if plan.is_autonomous else pool.ts
+    time_range = float(ts[0]), float(ts[-1])
+    units = _all_single(LogUnits.of(ts, pool.ys, plan.is_positive, pool.args))
+    net = RelaxationMLP(
+        units,
+        plan.width,
+        plan.depth,
+        args_size=plan.args_size,
+        time_range=None if plan.is_autonomous else time_range,
+        key=key,
+    )
+    flow_map = RelaxationFlowMap(_all_single(net), time_range)
+    if plan.is_autonomous:
+        flow_map = AutonomousFlowMap(flow_map)
+    grid = _single(ts)
+    pairs = GridTimes(grid)
+    # The fast part of a stiff solution is at the start only.
+    times = MixedTimes((pairs, StartAt(pairs, time_range[0])), (2, 1))
+    difference = RobustDifference(units)
+    objective = TrajectoryMatching(times, NoWeight(), difference=difference)
+    args = None if pool.args is None else _single(pool.args)
+    batches = TrajectoryBatches(grid, _single(pool.ys), plan.batch_size, args)
+    return flow_map, objective, batches, lambda flow_map: flow_map
+
+
+def _residual(plan: Plan, pool: Pool, key: Any) -> tuple:
+    units = Normalisation.of(pool.ts, jnp.asarray(pool.ys), _as_jax(pool.args))
+    net = MLP(plan.size, plan.width, plan.depth, args_size=plan.args_size, key=key)
+    flow_map = FlowMap(net)
+    if plan.is_autonomous:
+        ends = (-1.0, 1.0) if plan.both_directions else (0.0, 1.0)
+        flow_map = AutonomousFlowMap(FlowMap(net, time_range=ends))
+    ts, ys = units.trajectories(jnp.asarray(pool.ts), jnp.asarray(pool.ys))
+    objective = TrajectoryMatching(GridTimes(ts, plan.both_directions), InverseGap(1.0))
+    args = None if pool.args is None else jax.vmap(units.args)(_as_jax(pool.args))
+    batches = TrajectoryBatches(ts, ys, plan.batch_size, args)
+    return flow_map, objective, batches, units.flow_map
+
+
+def _projection(plan: Plan) -> Any:
+    matrix = plan.invariants
+    # A sum of positive entries is kept without making any of them negative.
+    if plan.is_positive[np.abs(matrix).max(0) > 1e-12].all():
+        return ConserveLinear(matrix)
+    rows = jnp.asarray(matrix)
+    return ConserveInvariants(lambda x, args: rows.astype(x.dtype) @ x, num_iterations=1)
+
+
+def _as_jax(args: Rows | None) -> Any:
+    return None if args is None else jnp.asarray(args)
+
+
+def _all_single(tree: Any) -> Any:
+    # Training gains nothing from float64, and takes twice as long.
+    cast = lambda leaf: _single(leaf) if eqx.is_inexact_array(leaf) else leaf
+    return jtu.tree_map(cast, tree)
+
+
+def _single(values: Any) -> Array:
+    return jnp.asarray(values, jnp.float32)

@@ -1,0 +1,75 @@
+"""How far a map is from exact solutions, and what a jump costs beside a solve."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool, Float
+
+from ._problem import Problem
+
+# The quantiles of errors that are reported.
+QUANTILES = 0.5, 0.9, 1.0
+
+
+class Jumps:
+    """Evaluates maps of a problem from its start, on batches of vectors in NumPy."""
+
+    def __init__(self, problem: Problem):
+        self._problem = problem
+
+        def run(flow_map, times, x, args):
+            one = lambda s, t, x, args: flow_map(s, t, x, args)
+            jump = jax.vmap(one, (None, None, 0, None if args is None else 0))
+            move = lambda x, ends: (jump(ends[0], ends[1], x, args), None)
+            return jax.lax.scan(move, x, (times[:-1], times[1:]))[0]
+
+        self._run = eqx.filter_jit(run)
+
+    def __call__(self, flow_map: Any, times: Any, x0: Any, args: Any) -> np.ndarray:
+        """The states at the last of the times, jumping from each to the next."""
+        user = self._problem.to_user(x0, args)
+        ends = self._run(flow_map, jnp.asarray(times, jnp.float32), *user)
+        leaves = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(ends)]
+        return np.concatenate([leaf.reshape(len(x0), -1) for leaf in leaves], axis=1)
+
+
+def scaled_errors(
+    ys: Float[np.ndarray, "rows size"],
+    exact: Float[np.ndarray, "rows size"],
+    is_positive: Bool[np.ndarray, " size"],
+    scale: Float[np.ndarray, " size"],
+    std: Float[np.ndarray, " size"],
+) -> Float[np.ndarray, "rows size"]:
+    """Relative errors of positive entries, and others in standard deviations."""
+    size = np.where(is_positive, np.abs(exact) + 1e-10 * scale, std)
+    return np.nan_to_num(np.abs(ys - exact) / size, nan=np.inf)
+
+
+def seconds_of(call: Callable[[], Any], at_least: float = 0.2, most: int = 50) -> float:
+    """The shortest of several times that a call takes, after one that compiles."""
+    call()
+    best, spent, count = np.inf, 0.0, 0
+    while spent < at_least and count < most:
+        begin = time.perf_counter()
+        call()
+        best = min(best, time.perf_counter() - begin)
+        spent, count = spent + time.perf_counter() - begin, count + 1
+    return float(best)
+
+
+def flops_of(function: Callable, *given: Any) -> float:
+    """The floating-point operations of a call, as XLA counts them."""
+    dynamic, static = eqx.partition((function, given), eqx.is_array)
+
+    def call(dynamic):
+        function, given = eqx.combine(dynamic, static)
+        return function(*given)
+
+    analysis = jax.jit(call).lower(dynamic).compile().cost_analysis()
+    analysis = analysis[0] if isinstance(analysis, list) else analysis
+    return float((analysis or {}).get("flops", float("nan")))

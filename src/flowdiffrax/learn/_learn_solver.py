@@ -1,0 +1,170 @@
+import dataclasses
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import diffrax
+import jax.random as jr
+from jaxtyping import Array, Key
+
+from .._check import check_instance, check_key, check_positive
+from .._types import Args, State, VectorField
+from ._advise import warnings_of
+from ._build import build
+from ._folder import Folder, describe_run
+from ._learned import LearnedSolver, evaluate
+from ._plan import make_plan
+from ._pool import PoolMaker
+from ._probe import probe, scale_of
+from ._problem import make_problem
+from ._training import steps_until, train_map
+
+# Shares of the time: until trajectories are solved, if there are enough or if there are
+# few, and for what follows the training.
+_POOL_SHARES, _LAST_SHARE = (0.35, 0.5), 0.12
+_NUM_VALIDATION = 256
+# What a map reaches in a few minutes, about.
+_USUAL_ERROR = 1e-2
+
+
+def learn_solver(
+    vector_field: VectorField,
+    x0: State | Callable[[Any], State],
+    t0: float,
+    t1: float,
+    args: Args | Callable[[Any], Args] = None,
+    *,
+    args_per_example: bool = False,
+    minutes: float = 3.0,
+    key: Key[Array, ""] | None = None,
+    solver: diffrax.AbstractSolver | None = None,
+    ts: Any = None,
+    form: str | None = None,
+    is_positive: Any = None,
+    invariants: Any = None,
+    width: int | None = None,
+    depth: int | None = None,
+    pool_size: int | None = None,
+    batch_size: int | None = None,
+    num_steps: int | None = None,
+    both_directions: bool = False,
+    run: str | os.PathLike | None = None,
+    progress: bool = True,
+) -> LearnedSolver:
+    """Learns a flow map of an ODE, from the vector field to a validated solver.
+
+    It solves some initial states, and chooses from the solutions the teacher, the times,
+    the form of the map and its network. It then solves as many as time allows, trains
+    the map on these trajectories, and compares it with fresh ones. Everything is float64
+    but for the training, whatever JAX is set to, and states may be in any units.
+
+    ```python
+    learned = fd.learn_solver(vector_field, lambda key: ..., t0=0.0, t1=10.0, minutes=3)
+    print(learned.report("report.png"))
+    solver = fd.FlowMapSolver(learned.flow_map)
+    ```
+
+    Choices are printed, and each can be given instead. The result has the objects that
+    were used. Ctrl-C during the training returns the best map so far.
+
+    **Arguments:**
+
+    - `vector_field`: a callable `(t, x, args) -> dx/dt` for one state.
+    - `x0`: initial states, with a leading axis of at least 32, of which a fifth is held
+      out for the validation; or a function of a random key that draws one. The map is
+      good for states like these, and for those that their trajectories pass through.
+    - `t0`, `t1`: the time interval, `t0 < t1`.
+    - `args`: passed to the vector field, the same for all; or a function of a key that
+      draws one.
+    - `args_per_example`: whether `args` has one row for each row of `x0` instead.
+    - `minutes`: the time for everything, positive.
+    - `key`: a random key; `None` uses `jax.random.key(0)`.
+    - `solver`: the Diffrax solver whose trajectories are learned. `None` takes the faster
+      of Tsit5 and Kvaerno5.
+    - `ts`: the times to save trajectories at, from `t0` to `t1`. `None` takes 33 uniform
+      times, or for stiff problems 41 of which the gaps grow in proportion.
+    - `form`: `"relaxation"` or `"residual"`, see [`flowdiffrax.learn.Plan`][].
+    - `is_positive`: which entries of the state stay positive, as one vector; `None` finds
+      this from the vector field. Positive entries are learned by their relative errors.
+    - `invariants`: linear combinations of the entries that are conserved, of shape
+      `(invariants, size)`; `None` finds them from the vector field. For none, pass
+      `numpy.zeros((0, size))`.
+    - `width`, `depth`: the width and the number of hidden layers of the network.
+    - `pool_size`: the number of trajectories to learn from.
+    - `batch_size`, `num_steps`: of the training.
+    - `both_directions`: whether to learn backward jumps as well. Backwards, a system that
+      forgets its initial state is ill-posed: see [`flowdiffrax.advise`][].
+    - `run`: a folder, in which the trajectories and the training are kept. The same call
+      resumes there.
+    - `progress`: whether to print choices and progress, to standard error.
+
+    **Returns:** a [`flowdiffrax.learn.LearnedSolver`][].
+
+    **Raises:** `ValueError` for times that do not rise, initial states that are not
+    finite or too few, a vector field with values that are not finite or unlike the state,
+    a teacher that fails on most initial states, too little time to train, or settings
+    that do not fit together; `TypeError` for states that are not real arrays, or
+    functions with other arguments.
+    """
+    begin = time.perf_counter()
+    check_positive(minutes, "minutes")
+    check_instance(solver, diffrax.AbstractSolver | None, "solver", "a Diffrax solver")
+    key = jr.key(0) if key is None else key
+    check_key(key)
+    say = _Progress(begin, 60 * minutes, progress)
+    problem = make_problem(vector_field, x0, t0, t1, args, args_per_example)
+    probe_key, pool_key, fresh_key, net_key, fit_key = jr.split(key, 5)
+    say("looking at a few solutions")
+    facts = probe(problem, probe_key, is_positive, solver)
+    given = dict(ts=ts, form=form, invariants=invariants, width=width, depth=depth)
+    given |= dict(pool_size=pool_size, batch_size=batch_size, num_steps=num_steps)
+    given |= dict(both_directions=both_directions)
+    plan = make_plan(problem, facts, minutes, given)
+    say(f"chosen:\n{plan}")
+    for text in warnings_of(facts, _USUAL_ERROR, both_directions):
+        say(f"warning: {text}")
+    folder = None if run is None else Folder(run, describe_run(problem, plan))
+    pools = folder and folder.pools()
+    if pools is None:
+        scale = scale_of(facts.ys)
+        make = PoolMaker(problem, plan, facts.solves, scale, say)
+        fresh = make(fresh_key, _NUM_VALIDATION, held_out=True)
+        ends = [begin + share * 60 * minutes for share in _POOL_SHARES]
+        pool = make(pool_key, plan.pool_size, ends=(ends[0], ends[1]))
+        pools = pool, fresh
+        if folder:
+            folder.keep_pools(pools)
+    pool, fresh = pools
+    parts = build(plan, pool, net_key)
+    num_steps = plan.num_steps or (folder and folder.num_steps())
+    if num_steps is None:
+        end = begin + (1 - _LAST_SHARE) * 60 * minutes
+        num_steps = steps_until(end, parts, jr.clone(fit_key))
+    if folder:
+        folder.keep_num_steps(num_steps)
+    plan = dataclasses.replace(plan, num_steps=num_steps)
+    training = folder and folder.training()
+    trained = train_map(problem, plan, parts, fresh, fit_key, training, say)
+    say("comparing with the teacher")
+    learned = evaluate(problem, plan, facts.is_stiff, pool, fresh, trained, begin)
+    say("done")
+    return learned
+
+
+class _Progress:
+    """Prints lines with the time so far."""
+
+    def __init__(self, begin: float, seconds: float, active: bool):
+        self._begin, self._seconds, self._active = begin, seconds, active
+
+    def __call__(self, line: str) -> None:
+        if self._active:
+            now = _clock(time.perf_counter() - self._begin)
+            line = f"[{now} of {_clock(self._seconds)}] {line}"
+            print(line, file=sys.stderr, flush=True)
+
+
+def _clock(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02}"

@@ -1,0 +1,122 @@
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from ..train import Run, TrainState, fit, make_step, muon_and_adam
+from ._build import Parts
+from ._errors import Jumps, scaled_errors
+from ._plan import Plan
+from ._pool import Pool
+from ._probe import scale_of
+from ._problem import Problem
+
+_FEWEST_STEPS = 100
+
+
+def steps_until(end: float, parts: Parts, key: Any) -> int:
+    """How many training steps can be made until then."""
+    optim = muon_and_adam(parts.flow_map, 1000)
+    state = TrainState.create(parts.flow_map, optim, key=key, objective=parts.objective)
+    step = make_step(parts.objective, optim)
+    begin = time.perf_counter()
+    state, info = step(state, parts.batches, None)
+    jax.block_until_ready(info.loss)
+    compiling = time.perf_counter() - begin
+    begin, count = time.perf_counter(), 0
+    while time.perf_counter() - begin < 1.0:
+        state, info = step(state, parts.batches, None)
+        jax.block_until_ready(info.loss)
+        count += 1
+    now = time.perf_counter()
+    # `fit` compiles once more.
+    num_steps = int((end - now - compiling) / ((now - begin) / count))
+    if num_steps < _FEWEST_STEPS:
+        raise ValueError(
+            f"There is no time left to train: {max(end - now, 0):.0f} s for steps of "
+            f"{1e3 * (now - begin) / count:.0f} ms, after {compiling:.0f} s to compile. "
+            "Raise `minutes`, or lower `pool_size`, `width` or `batch_size`."
+        )
+    return num_steps
+
+
+@dataclasses.dataclass
+class Trained:
+    """The best map of a training, in the user's units, and how it got there."""
+
+    flow_map: Any
+    parts: Parts
+    optim: Any
+    state: TrainState
+    history: tuple[dict[str, float], ...]
+
+
+def train_map(
+    problem: Problem,
+    plan: Plan,
+    parts: Parts,
+    fresh: Pool,
+    key: Any,
+    run: Run | None,
+    say: Callable[[str], None],
+) -> Trained:
+    """Trains, and keeps the map with the least error on fresh trajectories."""
+    num_steps = plan.num_steps or _FEWEST_STEPS
+    optim = muon_and_adam(parts.flow_map, num_steps)
+    jumps = Jumps(problem)
+    history: list[dict[str, float]] = []
+    best: dict[str, Any] = {"error": np.inf}
+    scale = scale_of(fresh.ys)
+    std = np.maximum(fresh.ys.std((0, 1)), 1e-12 * scale)
+    some = np.linspace(0, len(fresh.ts) - 1, 5).astype(int)[1:]
+
+    def report(state: TrainState, numbers: dict[str, Any]) -> dict[str, float]:
+        flow_map = parts.finish(state.ema_map)
+        errors = []
+        for index in some:
+            ys = jumps(flow_map, fresh.ts[[0, index]], fresh.ys[:, 0], fresh.args)
+            exact = fresh.ys[:, index]
+            errors.append(scaled_errors(ys, exact, plan.is_positive, scale, std))
+        median, most = np.quantile(errors, (0.5, 0.9))
+        # Large errors are cut off: how large they are says little.
+        error = float(np.minimum(errors, 1).mean())
+        if error < best["error"]:
+            best.update(error=error, flow_map=flow_map, state=state)
+        row = {"error": error, "median": float(median), "most": float(most)}
+        history.append({name: numbers[name] for name in ("step", "loss")} | row)
+        say(
+            f"step {numbers['step']:,} of {num_steps:,}, loss {numbers['loss']:.3g}, "
+            f"error {median:.2%} (median), {most:.2%} (90 %)"
+        )
+        return row
+
+    try:
+        state = fit(
+            parts.flow_map,
+            parts.objective,
+            parts.batches,
+            optim,
+            num_steps=num_steps,
+            key=key,
+            # Averages the last twentieth.
+            ema_decay=min(0.9995, 1 - 20 / max(num_steps, 40)),
+            run=run,
+            report_every=max(num_steps // 20, 1),
+            on_report=report,
+            progress=False,
+        )
+    except KeyboardInterrupt:
+        if "flow_map" not in best:
+            raise
+        say("stopped; this is the best map so far")
+    else:
+        if "flow_map" not in best:
+            # A run that had ended already reports nothing.
+            best.update(flow_map=parts.finish(state.ema_map), state=state)
+    if run is not None:
+        names = "step", "loss", "error", "median", "most"
+        history = [{name: row[name] for name in names} for row in run.metrics()]
+    return Trained(best["flow_map"], parts, optim, best["state"], tuple(history))

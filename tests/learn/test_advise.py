@@ -1,0 +1,66 @@
+"""What is said before any training, beside what then happens."""
+
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+
+import flowdiffrax as fd
+
+
+def box(low, high, size):
+    return lambda key: jr.uniform(key, (size,), minval=low, maxval=high)
+
+
+def test_a_cheap_field_cannot_be_beaten():
+    advice = fd.advise(lambda t, x, args: -x, box(0.5, 2.0, 1), 0.0, 1.0)
+    assert not advice.is_stiff and advice.is_autonomous
+    assert advice.best_speedup < 2 and "faster" in str(advice)
+    assert advice.field_flops <= 2
+    # Shrinks to exp(-1) of the largest size.
+    np.testing.assert_allclose(advice.growth, np.exp(-1.0), rtol=1e-2)
+    assert advice.solve.median <= 1e-2 and advice.solve.batch_size == 1024
+
+
+def kinetics(t, x, args):
+    fast = 1e5 * x[0] * x[1] - 1e4 * x[2]
+    slow = args[0] * x[2]
+    return jnp.stack([-fast, slow - fast, fast - slow])
+
+
+def test_stiff_kinetics_can():
+    args = lambda key: jr.uniform(key, (1,), minval=0.5)
+    advice = fd.advise(kinetics, box(0.1, 1.0, 3), 0.0, 20.0, args, batch_size=64)
+    assert advice.is_stiff and advice.solve.solver.startswith("Kvaerno")
+    assert advice.best_speedup > 5 and advice.network is not None
+    flops = [row.flops for row in advice.networks]
+    assert flops == sorted(flops)
+    # The hidden matrices alone.
+    for row in advice.networks:
+        hidden = 2 * (row.depth - 1) * row.width**2
+        assert hidden < row.flops < 4 * hidden + 20_000
+    assert "can be" in str(advice)
+
+
+@pytest.mark.parametrize(
+    "rate, t1, settings, word",
+    [
+        (-20.0, 1.0, dict(both_directions=True), "ill-posed"),
+        (6.0, 1.0, {}, "grows"),
+        (-1.0, 1.0, dict(tol=1e-6), "out of reach"),
+    ],
+)
+def test_warnings(rate, t1, settings, word):
+    # The starts shrink with the growth, so that the largest size is that of the end.
+    field = lambda t, x, args: rate * x
+    advice = fd.advise(field, box(0.5, 1.0, 2), 0.0, t1, batch_size=32, **settings)
+    assert any(word in text for text in advice.warnings)
+    assert word in str(advice)
+    quiet = fd.advise(lambda t, x, args: -x, box(0.5, 1.0, 2), 0.0, t1, batch_size=32)
+    assert quiet.warnings == ()
+
+
+def test_bad_settings():
+    for settings in (dict(tol=0.0), dict(batch_size=0)):
+        with pytest.raises(ValueError, match=next(iter(settings))):
+            fd.advise(lambda t, x, args: -x, box(0.5, 1.0, 1), 0.0, 1.0, **settings)

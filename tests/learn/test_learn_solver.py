@@ -1,0 +1,410 @@
+"""From a vector field to a validated map, in one call."""
+
+import _thread
+import subprocess
+import sys
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+
+import flowdiffrax as fd
+from flowdiffrax.learn import LearnedSolver, learn_solver
+from flowdiffrax.learn._autonomous import depends_on_time
+from flowdiffrax.learn._probe import probe
+from flowdiffrax.learn._problem import make_problem
+
+# A quick training, so that only compilation takes time.
+QUICK = dict(minutes=10, num_steps=300, pool_size=512, width=16, depth=2, progress=False)
+
+
+def decay(t, x, args):
+    """Two concentrations, one of which becomes the other, at a rate of `args`."""
+    gone = args[0] * x[0]
+    return jnp.stack([-gone, gone])
+
+
+def draw(key):
+    return jr.uniform(key, (2,), minval=0.5, maxval=2.0)
+
+
+def draw_args(key):
+    return jr.uniform(key, (1,), minval=0.5, maxval=1.5)
+
+
+def exact_decay(h, x, args):
+    left = x[..., :1] * np.exp(-h * args)
+    return np.concatenate([left, x.sum(-1, keepdims=True) - left], axis=-1)
+
+
+def pendulum(t, x, args):
+    return {"angle": x["speed"], "speed": -jnp.sin(x["angle"]) + args["drive"] * t}
+
+
+def draw_pendulum(key):
+    angle, speed = jr.uniform(key, (2,), minval=-1.0)
+    return {"angle": angle, "speed": speed}
+
+
+@pytest.fixture(scope="module")
+def learned():
+    return learn_solver(decay, draw, 0.0, 2.0, draw_args, **QUICK)
+
+
+@pytest.fixture(scope="module")
+def fresh():
+    keys = jr.split(jr.key(99), 128)
+    return jax.vmap(draw)(keys), jax.vmap(draw_args)(jr.split(jr.key(98), 128))
+
+
+# --- what comes out -------------------------------------------------------------------
+
+
+def test_the_map_is_close_to_the_closed_form(learned, fresh):
+    x, args = fresh
+    ends = jax.vmap(learned.flow_map, (None, None, 0, 0))(0.0, 2.0, x, args)
+    error = np.abs(ends / exact_decay(2.0, np.asarray(x), np.asarray(args)) - 1)
+    assert np.quantile(error, 0.9) < 0.05
+    # The validation was on other states, but from the same distribution.
+    reported = learned.errors[0]
+    assert 0.5 < np.quantile(error, 0.5) / reported.median < 2
+    assert reported.median < reported.most < reported.worst
+
+
+def test_it_runs_in_diffrax_from_any_time(learned):
+    x, args = jnp.asarray([1.0, 1.0]), jnp.asarray([1.0])
+    solution = diffrax.diffeqsolve(
+        diffrax.ODETerm(decay), fd.FlowMapSolver(learned.flow_map), 5.0, 6.0, 0.5, x, args
+    )
+    np.testing.assert_allclose(
+        solution.ys[-1], exact_decay(1.0, np.asarray(x), np.asarray(args)), rtol=0.05
+    )
+    with pytest.raises(ValueError, match="time_range"):
+        learned.flow_map(0.0, 3.0, x, args)
+
+
+def test_choices_follow_the_problem(learned):
+    plan = learned.plan
+    assert plan.form == "relaxation" and plan.solver == "Tsit5"
+    assert plan.is_autonomous and plan.is_positive.tolist() == [True, True]
+    # The total is conserved, and by the map to rounding.
+    ratio = plan.invariants[0, 0] / plan.invariants[0, 1]
+    assert plan.invariants.shape == (1, 2) and abs(ratio - 1) < 1e-9
+    x = jnp.asarray([1.3, 0.4])
+    end = learned.flow_map(0.0, 1.7, x, jnp.asarray([0.9]))
+    assert abs(end.sum() - 1.7) < 1e-14
+
+
+def test_table(learned):
+    text = str(learned)
+    assert f"{learned.errors[0].median:.3%}" in text and "kFLOP a jump" in text
+    assert "512 trajectories" in text and learned.num_dropped == 0
+    assert [cost.batch_size for cost in learned.costs] == [64, 1024]
+    assert len(learned.history) == 20 and learned.history[-1]["step"] == 300
+    # An early error is larger than the last.
+    assert learned.history[0]["error"] > 2 * learned.history[-1]["error"]
+    # At least the multiplications of two layers and of the hidden one.
+    num_inputs = learned.parts.flow_map.flow_map.net.first.in_features
+    assert 2 * 16 * (num_inputs + 16 + 4) < learned.flops < 10_000
+
+
+def test_solves_are_classical(learned):
+    tight = [row for row in learned.solves if row.rtol <= 1e-4]
+    assert all(row.median < 1e-3 for row in tight)
+    assert {row.solver for row in learned.solves} == {"Bosh3", "Tsit5"}
+    for cost in learned.costs:
+        assert cost.solve.median <= learned.errors[0].median
+
+
+def test_save_and_load(learned, fresh, tmp_path):
+    path = tmp_path / "map.safetensors"
+    learned.save(path)
+    loaded = LearnedSolver.load(path)
+    assert str(loaded) == str(learned) and str(loaded.plan) == str(learned.plan)
+    given = 0.1, 0.9, fresh[0][0], fresh[1][0]
+    assert (loaded.flow_map(*given) == learned.flow_map(*given)).all()
+    np.testing.assert_array_equal(loaded.fresh["exact"], learned.fresh["exact"])
+    assert loaded.parts is None
+
+
+def test_report_draws_one_figure(learned, tmp_path):
+    pytest.importorskip("matplotlib").use("Agg")
+    path = tmp_path / "out" / "report.png"
+    assert learned.report(path) == learned.report() == str(learned)
+    assert path.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_exported_jump_runs_in_another_process(learned, fresh, tmp_path):
+    pytest.importorskip("flatbuffers")
+    x, args = fresh[0][:8], fresh[1][:8]
+    path = tmp_path / "jump.bin"
+    fd.learn.export_jump(learned.flow_map, x[0], args[0], batch_size=8, path=path)
+    np.savez(tmp_path / "given.npz", x=x, args=args)
+    code = (
+        "import jax, sys; jax.config.update('jax_enable_x64', True);"
+        "import numpy as np; from jax import export;"
+        "jump = export.deserialize(open('jump.bin', 'rb').read()).call;"
+        "given = np.load('given.npz');"
+        "np.save('ends.npy', jump(0.0, 2.0, given['x'], given['args']));"
+        "assert 'flowdiffrax' not in sys.modules and 'equinox' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+    ends = jax.vmap(learned.flow_map, (None, None, 0, 0))(0.0, 2.0, x, args)
+    np.testing.assert_allclose(np.load(tmp_path / "ends.npy"), ends, rtol=1e-6)
+
+
+def test_states_of_any_structure_and_time(fresh):
+    learned = learn_solver(
+        pendulum,
+        draw_pendulum,
+        1.0,
+        2.0,
+        lambda key: {"drive": jr.uniform(key)},
+        **QUICK | dict(num_steps=200),
+    )
+    assert not learned.plan.is_autonomous and not learned.plan.is_positive.any()
+    x = {"angle": jnp.asarray(0.3), "speed": jnp.asarray(-0.2)}
+    args = {"drive": jnp.asarray(0.5)}
+    end = learned.flow_map(1.0, 2.0, x, args)
+    exact = fd.ODEFlowMap(pendulum)(1.0, 2.0, x, args)
+    assert abs(end["angle"] - exact["angle"]) < 0.1
+    assert abs(end["speed"] - exact["speed"]) < 0.1
+    with pytest.raises(ValueError, match="time_range"):
+        learned.flow_map(0.0, 1.5, x, args)
+
+
+def test_residual_form_goes_both_ways():
+    rotate = lambda t, x, args: jnp.stack([x[1], -x[0]])
+    learned = learn_solver(
+        rotate,
+        np.asarray(jr.normal(jr.key(0), (300, 2))),
+        0.0,
+        1.5,
+        both_directions=True,
+        **QUICK,
+    )
+    assert learned.plan.form == "residual" and learned.num_trajectories == 240
+    x = jnp.asarray([0.6, -0.3])
+    for h in (1.2, -1.2):
+        turned = jnp.asarray(
+            [jnp.cos(h) * x[0] + jnp.sin(h) * x[1], jnp.cos(h) * x[1] - jnp.sin(h) * x[0]]
+        )
+        np.testing.assert_allclose(learned.flow_map(0.0, h, x), turned, atol=0.1)
+
+
+def test_what_is_given_is_taken():
+    ts = np.asarray([0.0, 0.1, 0.5, 2.0])
+    given = dict(ts=ts, is_positive=False, invariants=np.zeros((0, 2)), batch_size=64)
+    given |= dict(solver=diffrax.Dopri8(), form="residual")
+    learned = learn_solver(decay, draw, 0.0, 2.0, draw_args, **QUICK | given)
+    plan = learned.plan
+    assert plan.solver == "Dopri8" and plan.form == "residual"
+    assert plan.ts.tolist() == ts.tolist() and not plan.is_positive.any()
+    assert plan.invariants.shape == (0, 2) and plan.batch_size == 64
+    assert plan.reasons["width"] == plan.reasons["form"] == "given"
+    assert "given" in str(plan)
+    assert isinstance(learned.flow_map, fd.NormalisedFlowMap)
+
+
+# --- interruption ---------------------------------------------------------------------
+
+
+class Interrupting:
+    """A stream that presses Ctrl-C at a certain line."""
+
+    def __init__(self, at):
+        self.at, self.lines = at, []
+
+    def write(self, text):
+        self.lines.append(text)
+        if self.at in text:
+            self.at = "never again"
+            _thread.interrupt_main()
+
+    def flush(self):
+        pass
+
+
+@pytest.mark.parametrize("with_run", [False, True])
+def test_interrupted_and_resumed(learned, tmp_path, monkeypatch, with_run):
+    settings = QUICK | dict(progress=True, run=tmp_path if with_run else None)
+    stream = Interrupting("step 150")
+    monkeypatch.setattr(sys, "stderr", stream)
+    stopped = learn_solver(decay, draw, 0.0, 2.0, draw_args, **settings)
+    assert any("stopped" in line for line in stream.lines)
+    assert 150 <= stopped.history[-1]["step"] < 300
+    # The map of the last report, or a better one before.
+    errors = [row["error"] for row in stopped.history]
+    assert np.isclose(stopped.errors[0].median, min(errors), rtol=2)
+    if with_run:
+        before = len(stream.lines)
+        resumed = learn_solver(decay, draw, 0.0, 2.0, draw_args, **settings)
+        # Only the rest is trained, but its history is whole.
+        assert not any("step 15 of" in line for line in stream.lines[before:])
+        assert len(resumed.history) == 20
+        x, args = jnp.asarray([1.0, 0.7]), jnp.asarray([1.2])
+        # As if it had never been stopped.
+        for part in (resumed, learned):
+            assert part.history[-1]["step"] == 300
+        assert (
+            resumed.flow_map(0.0, 1.0, x, args) == learned.flow_map(0.0, 1.0, x, args)
+        ).all()
+        with pytest.raises(ValueError, match=r"another problem.*'t1'"):
+            learn_solver(decay, draw, 0.0, 1.0, draw_args, **settings)
+
+
+# --- what is found out ----------------------------------------------------------------
+
+
+def kinetics(t, x, args):
+    """Stiff: a fast equilibrium, and a slow loss."""
+    fast = 1e6 * (x[0] - x[1])
+    return jnp.stack([-fast, fast - x[1], x[1]])
+
+
+@pytest.mark.parametrize(
+    "field, size, positive, stiff",
+    [
+        (lambda t, x, a: jnp.stack([x[1], -x[0]]), 2, [False, False], False),
+        # The second is negative where the first is large.
+        (lambda t, x, a: jnp.stack([-x[0], 1 - x[0]]), 2, [True, False], False),
+        (kinetics, 3, [True, True, True], True),
+    ],
+)
+def test_positive_and_stiff(field, size, positive, stiff):
+    x0 = lambda key: jr.uniform(key, (size,), minval=0.1, maxval=3.0)
+    facts = probe(make_problem(field, x0, 0.0, 5.0, None, False), jr.key(0))
+    assert facts.is_positive.tolist() == positive
+    assert facts.is_stiff is stiff and facts.is_autonomous
+
+
+def test_growth_and_contraction():
+    # x grows by exp(2), y shrinks by exp(-3): the singular values, in units of the
+    # largest sizes, which for both are those of a square.
+    field = lambda t, x, args: jnp.stack([x[1] + 0 * x[0], -x[0] + 0 * x[1]])
+    x0 = lambda key: jr.uniform(key, (2,), minval=-1.0)
+    facts = probe(make_problem(field, x0, 0.0, 1.0, None, False), jr.key(0))
+    assert 0.7 < facts.contraction <= facts.growth < 1.4
+    field = lambda t, x, args: jnp.asarray([2.0, -3.0]) * x
+    facts = probe(make_problem(field, x0, 0.0, 1.0, None, False), jr.key(0))
+    # In units of their largest sizes, which the first takes at the end.
+    largest = facts.scale
+    np.testing.assert_allclose(facts.growth, np.exp(2.0), rtol=1e-2)
+    np.testing.assert_allclose(facts.contraction, np.exp(-3.0), rtol=2e-2)
+    assert largest[0] > 3 and largest[1] <= 1
+
+
+@pytest.mark.parametrize(
+    "field, depends",
+    [
+        (lambda t, x, args: -x, False),
+        (lambda t, x, args: -x * t, True),
+        # A pulse that no look at a few times would find.
+        (lambda t, x, args: jnp.where(jnp.abs(t - 0.1234) < 1e-9, x, -x), True),
+        (lambda t, x, args: jax.jit(lambda t, x: -x)(t, x), False),
+        (lambda t, x, args: jax.jit(lambda t, x: -x * t)(t, x), True),
+        (lambda t, x, args: jnp.sin(t) * 0 + t - t + x, True),
+        (lambda t, x, args: jax.lax.fori_loop(0, 3, lambda i, y: y * 0.5, x), False),
+        (lambda t, x, args: jax.lax.fori_loop(0, 3, lambda i, y: y * t, x), True),
+        (eqx.filter_jit(lambda t, x, args: x), False),
+    ],
+)
+def test_depends_on_time(field, depends):
+    problem = make_problem(field, lambda key: jr.normal(key, (2,)), 0.0, 1.0, None, False)
+    assert depends_on_time(problem) is depends
+
+
+def test_args_are_shared_or_one_for_each():
+    x0 = jr.uniform(jr.key(0), (40, 2), minval=0.5)
+    rates = jr.uniform(jr.key(1), (40, 1))
+    shared = make_problem(decay, x0, 0.0, 1.0, rates[0], False)
+    assert shared.args_size == 0
+    each = make_problem(decay, x0, 0.0, 1.0, rates, True)
+    x, args = each.draw(jr.key(2), 10)
+    # Rows stay together.
+    index = [int(np.argmin(np.abs(np.asarray(x0) - row).sum(1))) for row in x]
+    np.testing.assert_allclose(args, rates[jnp.asarray(index)])
+    assert len(set(index)) == 10
+    # What is held out is never trained on.
+    x, _ = each.draw(jr.key(2), 100)
+    held_out, _ = each.draw(jr.key(2), 100, held_out=True)
+    assert len(x) == 32 and len(held_out) == 8
+    assert not set(map(tuple, x)) & set(map(tuple, held_out))
+
+
+# --- what is refused ------------------------------------------------------------------
+
+
+def unlike(t, x, args):
+    return x[:1]
+
+
+def not_finite(t, x, args):
+    return jnp.log(x - 10)
+
+
+def cast(t, x, args):
+    return x.astype(jnp.float32)
+
+
+def explode(t, x, args):
+    return 1e3 * x**2
+
+
+def sinking(t, x, args):
+    return -2 - x
+
+
+ROWS = np.ones((40, 2))
+
+
+@pytest.mark.parametrize(
+    "changed, error, match",
+    [
+        (dict(vector_field=unlike), ValueError, r"`vector_field` must return the shape"),
+        (dict(vector_field=cast), TypeError, r"`vector_field` must return the dtype"),
+        (dict(vector_field=lambda x: x), TypeError, r"vector_field\(t, x, args\)"),
+        (dict(vector_field=not_finite), ValueError, "must be finite; it is not at 32 of"),
+        (dict(vector_field=explode), ValueError, "can solve this problem"),
+        (dict(t1=0.0), ValueError, "`t0` must be less than `t1`"),
+        (dict(t1=float("nan")), ValueError, "both finite"),
+        (dict(x0=np.full((40, 2), np.nan)), ValueError, "must be finite; 32 of 32"),
+        (dict(x0=np.ones((1, 2))), ValueError, "1 initial states, which is too few"),
+        (dict(x0=np.ones((40, 2), int)), TypeError, "int"),
+        (dict(x0=lambda: 1), TypeError, r"x0\(key\)"),
+        (dict(args=None, args_per_example=True), ValueError, "needs `args`"),
+        (dict(args=np.ones((3, 1)), args_per_example=True), ValueError, "each of the 40"),
+        (dict(minutes=0), ValueError, "`minutes`"),
+        (dict(form="other"), ValueError, "must be one of"),
+        (dict(form="relaxation", both_directions=True), ValueError, "forward jumps"),
+        (dict(ts=[0.0, 2.0]), ValueError, "rise from `t0` = 0 to `t1` = 1"),
+        (dict(invariants=np.ones((1, 3))), ValueError, r"shape \(invariants, 2\)"),
+        (dict(width=0), ValueError, "`width`"),
+        (dict(solver="Tsit5"), TypeError, "solver"),
+        (
+            dict(is_positive=True, vector_field=lambda t, x, a: -1 - x),
+            ValueError,
+            "posit",
+        ),
+        (dict(minutes=0.01, num_steps=None), ValueError, "no time left to train"),
+    ],
+)
+def test_bad_input(changed, error, match):
+    given = dict(vector_field=lambda t, x, a: -x, x0=ROWS, t0=0.0, t1=1.0)
+    with pytest.raises(error, match=match):
+        learn_solver(**given | QUICK | changed)
+
+
+def test_a_few_failed_solves_are_dropped(capsys):
+    # One in twenty starts blows up.
+    def field(t, x, args):
+        return jnp.where(x > 1.9, x**3, -x)
+
+    x0 = jr.uniform(jr.key(0), (400, 1), minval=0.5, maxval=2.0)
+    learned = learn_solver(field, x0, 0.0, 1.0, **QUICK | dict(progress=True))
+    assert 0 < learned.num_dropped < 60
+    assert f"dropped {learned.num_dropped} of" in capsys.readouterr().err

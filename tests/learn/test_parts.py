@@ -1,0 +1,125 @@
+"""The parts that `learn_solver` is made of."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import optax
+import pytest
+
+import flowdiffrax as fd
+
+
+def units():
+    ts = np.linspace(0.0, 2.0, 5)
+    ys = np.exp(np.asarray(jr.normal(jr.key(0), (50, 5, 2)))) * [1.0, 1e-6]
+    return fd.nn.LogUnits.of(ts, ys, np.asarray([True, True]))
+
+
+def test_robust_difference_is_the_error_where_it_is_small():
+    difference = fd.learn.RobustDifference(units(), 0.02)
+    x = jnp.asarray([0.7, 2e-6])
+    small = difference(x * (1 + 1e-5), x)
+    # Relative errors; the sum of squares is their mean.
+    np.testing.assert_allclose(small, 1e-5 / np.sqrt(2) * np.ones(2), rtol=1e-3)
+
+
+def test_robust_difference_grows_like_a_root_where_it_is_large():
+    difference = fd.learn.RobustDifference(units(), 0.02)
+    x = jnp.asarray([0.7, 2e-6])
+    for factor in (1e2, 1e4):
+        large = difference(x * factor, x)
+        expected = 2 * 0.02 * np.log(factor) / 2
+        # Asymptotically the absolute error, less c.
+        np.testing.assert_allclose(large**2, expected, rtol=0.02)
+    with pytest.raises(ValueError, match="width"):
+        fd.learn.RobustDifference(units(), 0.0)
+
+
+def test_difference_of_trajectory_matching():
+    path = fd.paths.TrajectoryPath(jnp.asarray([0.0, 1.0]), jnp.asarray([[2.0], [6.0]]))
+    identity = fd.FlowMap(lambda s, t, x, args: 0 * x)
+    loss = fd.TrajectoryMatching(
+        weight=fd.weights.NoWeight(), difference=lambda x, y: jnp.log(x) - jnp.log(y)
+    )(identity, None, path, 0.0, 1.0)
+    np.testing.assert_allclose(loss, np.log(3.0) ** 2)
+    with pytest.raises(TypeError, match="difference"):
+        fd.TrajectoryMatching(difference=1.0)
+
+
+def test_muon_orthogonalises_hidden_matrices_only():
+    flow_map = fd.FlowMap(fd.nn.MLP(2, 8, 3, key=jr.key(0)))
+    optim = fd.train.muon_and_adam(flow_map, 100, muon_rate=0.1, adam_rate=0.01)
+    params = eqx.filter(flow_map, eqx.is_inexact_array)
+    leaves = jax.tree_util.tree_leaves(params)
+    keys = jr.split(jr.key(1), len(leaves))
+    grads = [jr.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)]
+    grads = jax.tree_util.tree_structure(params).unflatten(grads)
+    state = optim.init(params)
+    for _ in range(3):  # the first rate of a warm-up is zero
+        updates, state = optim.update(grads, state, params)
+    for layer in updates.net.hidden:
+        values = np.linalg.svd(layer.weight, compute_uv=False)
+        assert values.max() / values.min() < 2.5
+        assert np.abs(layer.bias).std() / np.abs(layer.bias).mean() < 1e-3  # Adam's signs
+    first = np.linalg.svd(updates.net.first.weight, compute_uv=False)
+    assert first.max() / first.min() > 2.5
+    with pytest.raises(ValueError, match="muon_rate"):
+        fd.train.muon_and_adam(flow_map, 100, muon_rate=0.0)
+    with pytest.raises(TypeError, match="flow_map"):
+        fd.train.muon_and_adam(optax.adam(1e-3), 100)
+
+
+def test_rates_rise_and_fall():
+    flow_map = fd.FlowMap(fd.nn.MLP(2, 4, 1, key=jr.key(0)))
+    params = eqx.filter(flow_map, eqx.is_inexact_array)
+    optim = fd.train.muon_and_adam(flow_map, 100, adam_rate=0.01)
+    ones = jax.tree_util.tree_map(jnp.ones_like, params)
+    state, sizes = optim.init(params), []
+    for _ in range(101):
+        updates, state = optim.update(ones, state, params)
+        sizes.append(float(jnp.abs(updates.net.last.bias).max()))
+    assert sizes[0] == 0 and np.argmax(sizes) == 2
+    np.testing.assert_allclose(max(sizes), 0.01, rtol=1e-3)
+    # Halfway down the cosine, and at its end.
+    np.testing.assert_allclose(sizes[51], 0.005, rtol=1e-3)
+    assert sizes[100] < 1e-8
+
+
+def test_ravelled_map_is_the_map_of_vectors():
+    matrix = jnp.asarray([[0.0, 1.0], [-1.0, 0.0]])
+    inner = fd.exact.LinearFlowMap(matrix)
+    flow_map = fd.flow_maps.RavelledFlowMap(inner)
+    x = {"a": jnp.asarray(0.3), "b": jnp.asarray([-0.8])}
+    end = flow_map(0.2, 1.0, x)
+    vector = inner(0.2, 1.0, jnp.asarray([0.3, -0.8]))
+    np.testing.assert_allclose(jnp.append(end["a"], end["b"]), vector, rtol=1e-12)
+    assert flow_map.time_range == inner.time_range
+    np.testing.assert_allclose(
+        flow_map.velocity(0.3, x)["b"], inner.velocity(0.3, jnp.asarray([0.3, -0.8]))[1:]
+    )
+    with pytest.raises(TypeError, match="AbstractFlowMap"):
+        fd.flow_maps.RavelledFlowMap(lambda s, t, x, args: x)
+
+
+def test_args_in_units_of_their_own():
+    ts = np.linspace(0.0, 1.0, 3)
+    ys = np.asarray(jr.normal(jr.key(0), (500, 3, 1)))
+    args = np.stack([10 ** np.linspace(-3, 3, 500), np.linspace(4.0, 6.0, 500)], axis=1)
+    found = fd.nn.LogUnits.of(ts, ys, args=args).args
+    # Over decades by the logarithm, and else by the standard deviation.
+    assert found.is_positive.tolist() == [True, False]
+    z = jax.vmap(found.state)(jnp.asarray(args))
+    np.testing.assert_allclose(z.mean(0), 0, atol=1e-6)
+    np.testing.assert_allclose(z.std(0), 1, rtol=1e-6)
+    np.testing.assert_allclose(jnp.diff(z[:, 0]), jnp.diff(z[:, 0])[0], rtol=1e-3)
+
+
+def test_relaxation_net_with_a_time():
+    net = fd.nn.RelaxationMLP(units(), 8, 2, time_range=(1.0, 3.0), key=jr.key(0))
+    x = jnp.asarray([0.5, 1e-6])
+    early, late = net(1.0, 1.5, x), net(2.0, 2.5, x)
+    assert not np.allclose(early[0], late[0])
+    still = fd.nn.RelaxationMLP(units(), 8, 2, key=jr.key(0))
+    np.testing.assert_allclose(still(1.0, 1.5, x)[0], still(2.0, 2.5, x)[0], rtol=1e-12)
