@@ -1,3 +1,4 @@
+import gc
 import os
 import pathlib
 
@@ -10,8 +11,9 @@ import pytest
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# No key is used twice. Before JAX 0.8 the check takes `keys[-1]` for a second use.
-jax.config.update("jax_debug_key_reuse", jax.__version_info__ >= (0, 8))
+# Tracing makes millions of objects that live on, and looking through them for garbage as
+# often as Python does by default takes a twentieth of the time.
+gc.set_threshold(100_000, 50, 100)
 # Tests compile far more than they compute. XLA's older emitters take half the time, but
 # XLA does not start with a flag that it does not know, so name the versions that do.
 jax.config.update("jax_disable_most_optimizations", True)
@@ -35,6 +37,20 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 
 
+# Folders of tests of code that draws nothing, with one exception. Looking for keys that
+# are used twice there would only take time, a tenth of it.
+WITHOUT_KEYS = {"estimates", "exact", "flow_maps", "solvers"}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_key_is_used_twice(request):
+    draws = request.path.parent.name not in WITHOUT_KEYS
+    draws |= request.path.name == "test_sample.py"
+    # Before JAX 0.8 the check takes `keys[-1]` for a second use.
+    with jax.debug_key_reuse(draws and jax.__version_info__ >= (0, 8)):
+        yield
+
+
 @pytest.fixture(autouse=True, scope="module")
 def forget_what_is_compiled():
     """Keeps a process below the number of memory maps that Linux allows, 65,530.
@@ -44,5 +60,5 @@ def forget_what_is_compiled():
     """
     yield
     maps = pathlib.Path("/proc/self/maps")
-    if maps.exists() and maps.read_bytes().count(b"\n") > 20_000:
+    if maps.exists() and maps.read_bytes().count(b"\n") > 40_000:
         jax.clear_caches()

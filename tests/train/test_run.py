@@ -41,9 +41,12 @@ def numbers(run):
     return [{k: v for k, v in line.items() if k not in clock} for line in run.metrics()]
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def leave_nothing_open():
-    """Not for tests of other files to stumble over."""
+    """Not for tests of other files to stumble over.
+
+    Once, because a process that has run many tests takes seconds to collect garbage.
+    """
     yield
     gc.collect()
 
