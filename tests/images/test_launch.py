@@ -17,6 +17,7 @@ import jax
 import jax.random as jr
 import numpy as np
 import pytest
+from run_small import small
 
 import flowdiffrax as fd
 from flowdiffrax.images import command
@@ -141,7 +142,7 @@ def write_imagenet32(folder):
     made = imagenet32.presets()
     options = command.parse("imagenet32", "", made, "class-teacher", words)
     recipe = _presets.with_options(made["class-teacher"](), options)
-    teacher = fd.FlowMap(recipe.network(key=jr.key(0)), time_range=(0.0, 1.0))
+    teacher = fd.FlowMap(small(recipe, key=jr.key(0)), time_range=(0.0, 1.0))
     # The tests have float64, and the scripts have not.
     single = lambda x: x.astype("float32") if eqx.is_inexact_array(x) else x
     fd.train.save(
@@ -165,14 +166,15 @@ def free_job():
 
 
 class Cluster:
-    """A folder in which the page's commands run as they stand there."""
+    """A folder in which the page's commands run as they stand there, on small networks."""
 
     def __init__(self, folder, data):
         self.folder = folder
         (folder / "examples").symlink_to(ROOT / "examples")
         tools = folder / "tools"
         tools.mkdir()
-        python = f'#!/bin/bash\nexec {shlex.quote(sys.executable)} "$@"\n'
+        words = shlex.join([sys.executable, str(ROOT / "tests/images/run_small.py")])
+        python = f'#!/bin/bash\nexec {words} "$@"\n'
         for name, text in (("srun", SRUN), ("python", python)):
             (tools / name).write_text(text)
             (tools / name).chmod(0o755)
