@@ -19,6 +19,9 @@ import optax
 import flowdiffrax as fd
 
 
+OPTIM = optax.adam(1e-2)
+
+
 def digest(tree):
     """A hash of all arrays of a tree."""
     whole = hashlib.sha256()
@@ -49,7 +52,7 @@ def train(
         begin(width) if flow_map is None else flow_map,
         fd.FlowMatching(),
         source if batches is None else batches,
-        optax.adam(1e-2) if optim is None else optim,
+        OPTIM if optim is None else optim,
         num_steps=num_steps,
         key=jr.key(key) if isinstance(key, int) else key,
         run=run,

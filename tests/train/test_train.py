@@ -24,7 +24,7 @@ import flowdiffrax as fd
 from flowdiffrax._tree import all_finite
 
 TEACHER = linear_map()
-OPTIM = optax.adam(3e-3)
+OPTIM, FAST, STILL = optax.adam(3e-3), optax.adam(1e-2), optax.sgd(0.0)
 
 
 def small_map(seed=0, dtype=float, **kwargs):
@@ -100,7 +100,7 @@ def test_loss_falls(name):
         num_steps=60,
         report_every=1,
         on_report=lambda state, report: losses.append(report["loss"]),
-        optim=optax.adam(1e-2),
+        optim=FAST,
     )
     first, last = np.mean(losses[:5]), np.mean(losses[-5:])
     # Flow matching keeps its floor, the variance of the data's velocities.
@@ -145,7 +145,7 @@ def test_every_step_draws_anew():
     # Without learning, only the draws tell one step's loss from another's.
     losses = []
     run(
-        optim=optax.sgd(0.0),
+        optim=STILL,
         report_every=1,
         on_report=lambda state, report: losses.append(report["loss"]),
     )
@@ -183,7 +183,7 @@ def test_float32_stays_float32():
 
 
 def test_average_of_constant_weights():
-    state = run(optim=optax.sgd(0.0), num_steps=3, ema_decay=0.9)
+    state = run(optim=STILL, num_steps=3, ema_decay=0.9)
     assert_close(state.ema_map.net.first.weight, small_map().net.first.weight, 1e-15)
 
 
@@ -330,7 +330,7 @@ def test_accumulated_batches_are_others():
         losses = []
         run(
             source=batches(4),
-            optim=optax.sgd(0.0),
+            optim=STILL,
             num_steps=60,
             accumulate=accumulate,
             report_every=1,
@@ -513,7 +513,7 @@ def test_conditions_are_learned():
     flow_map = small_map(args_size=1)
     state = run(
         fd.FlowMatching(), flow_map, source, num_steps=80, teacher=None, ema_decay=0.0,
-        optim=optax.adam(1e-2),
+        optim=FAST,
     )  # fmt: skip
     velocity = lambda label: state.ema_map.velocity(
         0.3, jnp.zeros(2), jnp.asarray([label])
