@@ -166,7 +166,7 @@ def free_job():
 
 
 class Cluster:
-    """A folder in which the page's commands run as they stand there, on small networks."""
+    """A folder in which the page's commands run as they stand, on small networks."""
 
     def __init__(self, folder, data):
         self.folder = folder

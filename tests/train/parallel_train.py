@@ -1,11 +1,13 @@
 """Runs of a small training, printed for `test_parallel.py`: `jax` must not have started.
 
     python tests/train/parallel_train.py 8                # simulated devices
-    python tests/train/parallel_train.py 2 localhost:1234 2 0 FOLDER  # one of two
+    python tests/train/parallel_train.py 8 more
+    python tests/train/parallel_train.py 2 localhost:1234 2 0         # one of two
+    python tests/train/parallel_train.py 2 localhost:1234 2 0 FOLDER
 
-Prints the loss and some weights after each of a few steps, for each way to train. Two
-processes then begin a run with a folder, which the first of them is told to end, or
-finish the one that is there.
+Prints the loss and some weights after each of a few steps, for each way to train; `more`
+is for those that slow tests need. With a folder, two processes begin a run in it, which
+the first of them is told to end, or finish the one that is there.
 """
 
 import json
@@ -49,7 +51,7 @@ def train(parallel, *, num_steps=4, end_at=None, **settings):
             time.sleep(0.1)
 
     state = fd.train.fit(
-        fd.FlowMap(fd.nn.MLP(2, 64, 3, key=jr.key(0))),
+        fd.FlowMap(fd.nn.MLP(2, 64, 2, key=jr.key(0))),
         fd.LagrangianSelfDistillation(),
         fd.data.InterpolantBatches(fd.LinearInterpolant(), data, 32),
         optax.adam(1e-2),
@@ -71,32 +73,33 @@ def summary(run):
 
 
 if __name__ == "__main__":
-    *arguments, folder = sys.argv[1:] if len(sys.argv) > 2 else (*sys.argv[1:], None)
-    begin(*arguments)
+    devices, *joined = sys.argv[1:]
+    is_more, joined = joined == ["more"], joined[:3] if len(joined) > 1 else []
+    begin(devices, *joined)
     everywhere, in_parts = fd.train.DataParallel(), fd.train.DataParallel(None, True)
-    run = None if folder is None else fd.train.Run(folder, save_every=100)
-    if run is not None and run.steps:
-        found = {"resumed": summary(train(in_parts, num_steps=LONG, run=run))}
-    else:
-        found = {
-            "whole": summary(train(everywhere)),
-            "parts": summary(split := train(in_parts)),
-        }
-        weight = split[1].flow_map.net.hidden[0].weight
-        found["share"] = weight.addressable_shards[0].data.size / weight.size
-    if run is None:
-        found["accumulated"] = summary(train(everywhere, accumulate=2))
-        found["alone"] = summary(train(None))
-        found["alone, long"] = summary(train(None, num_steps=LONG))
-        found["alone, accumulated"] = summary(train(None, accumulate=2))
-        devices = jax.devices()[:3]
-        try:
-            train(fd.train.DataParallel(devices))
-        except ValueError as error:
-            found["error"] = str(error)
-    print(json.dumps(found), flush=True)
-    if run is not None:
-        if not run.steps:
+    found = {}
+    if len(sys.argv) == 6:
+        run = fd.train.Run(sys.argv[5], save_every=100)
+        if run.steps:
+            found["resumed"] = summary(train(in_parts, num_steps=LONG, run=run))
+        else:
             end_at = 2 if jax.process_index() == 0 else None
             train(in_parts, num_steps=LONG, run=run, end_at=end_at)
+    elif is_more:
+        found["alone, long"] = summary(train(None, num_steps=LONG))
+        found["accumulated"] = summary(train(everywhere, accumulate=2))
+        found["alone, accumulated"] = summary(train(None, accumulate=2))
+    else:
+        found["whole"] = summary(train(everywhere))
+        found["parts"] = summary(split := train(in_parts))
+        weight = split[1].flow_map.net.hidden[0].weight
+        found["share"] = weight.addressable_shards[0].data.size / weight.size
+        if not joined:
+            found["alone"] = summary(train(None))
+            try:
+                train(fd.train.DataParallel(jax.devices()[:3]))
+            except ValueError as error:
+                found["error"] = str(error)
+    print(json.dumps(found), flush=True)
+    if joined:
         jax.distributed.shutdown()

@@ -18,7 +18,6 @@ import optax
 
 import flowdiffrax as fd
 
-
 OPTIM = optax.adam(1e-2)
 
 
