@@ -276,20 +276,29 @@ def error_in_kaps(wild, off, tol, estimate=None):
     return error, (state.num_learned, state.num_classical)
 
 
-SHORTCUTS = {
-    "fast": lambda h, x: (x + 0.1 * jnp.tanh(10 * h)) * jnp.exp(-h),
-    "faster": lambda h, x: (x + 0.1 * jnp.tanh(50 * h)) * jnp.exp(-h),
-    "no identity": lambda h, x: (x + 0.1) * jnp.exp(-h),
-}
+class Shortcut(eqx.Module):
+    """Follows x' = -x from soon after the start on, a tenth off."""
+
+    rate: jax.Array
+    offset: jax.Array
+
+    def __call__(self, s, t, x, args):
+        h = t - s
+        return (x + 0.1 * jnp.tanh(self.rate * h) + self.offset) * jnp.exp(-h)
+
+
+SHORTCUTS = {"fast": (10.0, 0.0), "faster": (50.0, 0.0), "no identity": (0.0, 0.1)}
+
+
+def downwards(t, x, args):
+    return -x
 
 
 @pytest.mark.parametrize("size", [1, 40])
 @pytest.mark.parametrize("name", SHORTCUTS)
 def test_wrong_from_the_start(name, size):
-    # They follow x' = -x from soon after the start on, a tenth off.
-    flow_map = lambda s, t, x, args: SHORTCUTS[name](t - s, x)
-    field = lambda t, x, args: -x
-    sol = solve(flow_map, 0.0, 2.0, jnp.ones(size), field=field, tol=1e-4)
+    flow_map = Shortcut(*map(jnp.asarray, SHORTCUTS[name]))
+    sol = solve(flow_map, 0.0, 2.0, jnp.ones(size), field=downwards, tol=1e-4)
     assert_close(sol.ys[0], np.full(size, np.exp(-2.0)), 1e-3)
 
 
@@ -315,10 +324,18 @@ def test_layer_with_a_wrong_effect():
     assert_close(sol.ys[0], np.asarray([0.0, end]), 1e-3)
 
 
+class Off(eqx.Module):
+    """The exact map, with an error."""
+
+    size: jax.Array
+
+    def __call__(self, s, t, x, args):
+        return EXACT(s, t, x) + self.size * jnp.sin(t - s)
+
+
 @pytest.mark.parametrize("size, learned", [(1e-7, True), (1e-2, False)])
 def test_error_of_the_map_decides(size, learned):
-    off = lambda s, t, x, args: EXACT(s, t, x) + size * jnp.sin(t - s)
-    sol = solve(off, tol=1e-4)
+    sol = solve(Off(jnp.asarray(size)), tol=1e-4)
     assert (counts(sol)[0] > 0) == learned
     assert max_abs(sol.ys[0] - EXACT(0.1, 0.9, X)) < 1e-3
 
