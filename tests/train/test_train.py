@@ -119,7 +119,7 @@ def test_step_compiles_once():
     source = batches()
     for _ in range(3):
         state, _ = step(state, source, counted)
-    assert int(state.step) == 3
+    assert int(state.step) == int(state.opt_state[0].count) == 3
 
 
 def test_resumed_run_is_the_unbroken_run(tmp_path):
