@@ -460,7 +460,7 @@ def command_line(parser, run_one, report, draw):
         (name,) = options.problems
         given = {"num_steps": options.steps, "pool": options.pool}
         given = {key: value for key, value in given.items() if value is not None}
-        numbers = run_one(name, options, lambda example: example.learn(**given))
+        numbers = run_one(name, options, lambda example: example.learn(**given).flow_map)
         path(name).write_text(json.dumps(numbers, indent=1))
         return
     results = {}

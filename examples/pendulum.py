@@ -20,7 +20,6 @@ import jax.numpy as jnp
 import jax.random as jr
 import matplotlib.pyplot as plt
 import numpy as np
-import optax
 
 import flowdiffrax as fd
 
@@ -37,29 +36,11 @@ def draw(key, n):
     return jr.uniform(key, (n, 2), minval=-1, maxval=1) * jnp.array([1.5, 1.0])
 
 
-def learn(num_steps=16_000, seed=0, pool=32_768):
-    """The flow map, from trajectories that Diffrax solves."""
-    net_key, pool_key, fit_key = jr.split(jr.key(seed), 3)
-    ts = jnp.linspace(T0, T1, 33)
-    ys = fd.solve_trajectories(vector_field, draw(pool_key, pool), ts)
-    units = fd.Normalisation.of(ts, ys)
-    grid, zs = units.trajectories(ts, ys)
-    net = fd.nn.MLP(2, 64, 4, activation=jax.nn.silu, key=net_key)
-    # A third of the jumps start at the beginning, and half of those end at the end.
-    times = fd.times.GridTimes(grid)
-    start = fd.times.StartAt(times, 0.0)
-    times = fd.times.MixedTimes((times, start, fd.times.EndAt(start, 1.0)), (4, 1, 1))
-    # A hybrid solver tests whether the map's end moves with the field.
-    objectives = fd.TrajectoryMatching(times), fd.LagrangianMapDistillation()
-    objective = fd.objectives.Mixture(objectives, shares=(3, 1), weights=(1.0, 0.1))
-    batches = fd.data.TrajectoryBatches(grid, zs, batch_size=2048)
-    rate = optax.warmup_cosine_decay_schedule(0, 0.02, num_steps // 30, num_steps)
-    state = fd.train.fit(
-        fd.FlowMap(net, time_range=(0.0, 1.0)), objective, batches,
-        optax.contrib.muon(rate), num_steps=num_steps,
-        teacher=units.vector_field(vector_field), key=fit_key,
-    )  # fmt: skip
-    return units.flow_map(state.ema_map)
+def learn(num_steps=20_000, seed=0, pool=32_768):
+    """A learned solver, from the equations and the initial states of interest."""
+    one = lambda key: draw(key, 1)[0]
+    how = {"num_steps": num_steps, "pool_size": pool, "key": jr.key(seed)}
+    return fd.learn_solver(vector_field, one, T0, T1, minutes=5, **how)
 
 
 def evaluate(solver, controller, x0, truth):
@@ -109,11 +90,13 @@ def draw_figure(path, flow_map, rows, x0):
     plt.savefig(path, dpi=110)
 
 
-def main(*, steps=16_000, pool=32_768, num_samples=4096, settings=9, out="out/pendulum"):
+def main(*, steps=20_000, pool=32_768, num_samples=4096, settings=9, out="out/pendulum"):
     """Learns, compares and draws, with at most `settings` settings of each method."""
     out, x0, rows = pathlib.Path(out), draw(jr.key(1), num_samples), []
-    flow_map = learn(num_steps=steps, pool=pool)
-    fd.train.save(out / "map.safetensors", {"steps": steps, "pool": pool}, flow_map)
+    learned = learn(num_steps=steps, pool=pool)
+    print(learned.report(out / "report.png"))
+    learned.save(out / "map.safetensors")
+    flow_map = learned.flow_map
     even = lambda *ns: {n: diffrax.StepTo(jnp.linspace(T0, T1, n + 1)) for n in ns}
     to = lambda *tols: {tol: diffrax.PIDController(tol, tol) for tol in tols}
     jump, hybrid = fd.FlowMapSolver(flow_map), fd.HybridSolver(flow_map)

@@ -138,7 +138,8 @@ def make_plan(problem: Problem, facts: Facts, minutes: float, given: dict) -> Pl
     choose("is_positive", facts.is_positive, "an entry at zero can only rise")
     choose("invariants", _invariants(problem, facts), "found from the rates")
     # A network much larger than a solve could not be faster, and is hardly more exact.
-    level = 3 if problem.size > 64 else 2 if facts.solve_flops > 1e5 else 1
+    by_size = int(np.searchsorted([0, 6, 32], problem.size))
+    level = max(by_size, 2 if facts.solve_flops > 1e5 else 1)
     width, depth = NETWORKS[level]
     reason = f"{problem.size} entries; a solve has {facts.solve_flops / 1e3:.3g} kFLOP"
     choose("width", width, reason)
