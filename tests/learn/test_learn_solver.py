@@ -177,37 +177,27 @@ def test_states_of_any_structure_and_time(fresh):
         learned.flow_map(0.0, 1.5, x, args)
 
 
-def test_residual_form_goes_both_ways():
+def test_what_is_given_is_taken():
     rotate = lambda t, x, args: jnp.stack([x[1], -x[0]])
-    learned = learn_solver(
-        rotate,
-        np.asarray(jr.normal(jr.key(0), (300, 2))),
-        0.0,
-        1.5,
-        both_directions=True,
-        **QUICK,
-    )
-    assert learned.plan.form == "residual" and learned.num_trajectories == 240
+    ts = np.asarray([0.0, 0.1, 0.4, 0.8, 1.2, 1.5])
+    given = dict(ts=ts, is_positive=False, batch_size=256, both_directions=True)
+    given |= dict(solver=diffrax.Dopri8(), invariants=np.zeros((0, 2)))
+    x0 = np.asarray(jr.normal(jr.key(0), (300, 2)))
+    learned = learn_solver(rotate, x0, 0.0, 1.5, **QUICK | given | dict(num_steps=900))
+    plan = learned.plan
+    # A fifth is held out.
+    assert learned.num_trajectories == 240
+    assert plan.solver == "Dopri8" and plan.form == "residual"
+    assert plan.ts.tolist() == ts.tolist() and plan.batch_size == 256
+    assert plan.reasons["width"] == plan.reasons["batch_size"] == "given"
+    assert "given" in str(plan)
+    assert isinstance(learned.flow_map, fd.NormalisedFlowMap)
     x = jnp.asarray([0.6, -0.3])
     for h in (1.2, -1.2):
         turned = jnp.asarray(
             [jnp.cos(h) * x[0] + jnp.sin(h) * x[1], jnp.cos(h) * x[1] - jnp.sin(h) * x[0]]
         )
         np.testing.assert_allclose(learned.flow_map(0.0, h, x), turned, atol=0.1)
-
-
-def test_what_is_given_is_taken():
-    ts = np.asarray([0.0, 0.1, 0.5, 2.0])
-    given = dict(ts=ts, is_positive=False, invariants=np.zeros((0, 2)), batch_size=64)
-    given |= dict(solver=diffrax.Dopri8(), form="residual")
-    learned = learn_solver(decay, draw, 0.0, 2.0, draw_args, **QUICK | given)
-    plan = learned.plan
-    assert plan.solver == "Dopri8" and plan.form == "residual"
-    assert plan.ts.tolist() == ts.tolist() and not plan.is_positive.any()
-    assert plan.invariants.shape == (0, 2) and plan.batch_size == 64
-    assert plan.reasons["width"] == plan.reasons["form"] == "given"
-    assert "given" in str(plan)
-    assert isinstance(learned.flow_map, fd.NormalisedFlowMap)
 
 
 # --- interruption ---------------------------------------------------------------------
@@ -229,32 +219,40 @@ class Interrupting:
         pass
 
 
-@pytest.mark.parametrize("with_run", [False, True])
-def test_interrupted_and_resumed(learned, tmp_path, monkeypatch, with_run):
-    settings = QUICK | dict(progress=True, run=tmp_path if with_run else None)
+def test_interrupted_and_resumed(learned, tmp_path, monkeypatch):
+    settings = QUICK | dict(progress=True, run=tmp_path)
     stream = Interrupting("step 150")
     monkeypatch.setattr(sys, "stderr", stream)
     stopped = learn_solver(decay, draw, 0.0, 2.0, draw_args, **settings)
     assert any("stopped" in line for line in stream.lines)
     assert 150 <= stopped.history[-1]["step"] < 300
-    # The map of the last report, or a better one before.
-    errors = [row["error"] for row in stopped.history]
-    assert np.isclose(stopped.errors[0].median, min(errors), rtol=2)
-    if with_run:
-        before = len(stream.lines)
-        resumed = learn_solver(decay, draw, 0.0, 2.0, draw_args, **settings)
-        # Only the rest is trained, but its history is whole.
-        assert not any("step 15 of" in line for line in stream.lines[before:])
-        assert len(resumed.history) == 20
-        x, args = jnp.asarray([1.0, 0.7]), jnp.asarray([1.2])
-        # As if it had never been stopped.
-        for part in (resumed, learned):
-            assert part.history[-1]["step"] == 300
-        assert (
-            resumed.flow_map(0.0, 1.0, x, args) == learned.flow_map(0.0, 1.0, x, args)
-        ).all()
-        with pytest.raises(ValueError, match=r"another problem.*'t1'"):
-            learn_solver(decay, draw, 0.0, 1.0, draw_args, **settings)
+    before = len(stream.lines)
+    resumed = learn_solver(decay, draw, 0.0, 2.0, draw_args, **settings)
+    # Only the rest is trained, but its history is whole.
+    assert not any("step 15 of" in line for line in stream.lines[before:])
+    assert len(resumed.history) == 20
+    # As if it had never been stopped.
+    given = 0.0, 1.0, jnp.asarray([1.0, 0.7]), jnp.asarray([1.2])
+    assert (resumed.flow_map(*given) == learned.flow_map(*given)).all()
+    with pytest.raises(ValueError, match=r"another problem.*'t1'"):
+        learn_solver(decay, draw, 0.0, 1.0, draw_args, **settings)
+
+
+def test_interrupted_without_a_run(monkeypatch):
+    # One start in twenty blows up.
+    def field(t, x, args):
+        return jnp.where(x > 1.9, x**3, -x)
+
+    stream = Interrupting("step 150")
+    monkeypatch.setattr(sys, "stderr", stream)
+    x0 = jr.uniform(jr.key(0), (400, 1), minval=0.5, maxval=2.0)
+    stopped = learn_solver(field, x0, 0.0, 1.0, **QUICK | dict(progress=True))
+    assert 150 <= stopped.history[-1]["step"] < 300
+    # The map with the least error so far.
+    best = min(stopped.history, key=lambda row: row["error"])
+    assert 0.2 < stopped.errors[0].median / best["median"] < 5
+    assert 0 < stopped.num_dropped < 60
+    assert any(f"dropped {stopped.num_dropped} of" in line for line in stream.lines)
 
 
 # --- what is found out ----------------------------------------------------------------
@@ -397,14 +395,3 @@ def test_bad_input(changed, error, match):
     given = dict(vector_field=lambda t, x, a: -x, x0=ROWS, t0=0.0, t1=1.0)
     with pytest.raises(error, match=match):
         learn_solver(**given | QUICK | changed)
-
-
-def test_a_few_failed_solves_are_dropped(capsys):
-    # One in twenty starts blows up.
-    def field(t, x, args):
-        return jnp.where(x > 1.9, x**3, -x)
-
-    x0 = jr.uniform(jr.key(0), (400, 1), minval=0.5, maxval=2.0)
-    learned = learn_solver(field, x0, 0.0, 1.0, **QUICK | dict(progress=True))
-    assert 0 < learned.num_dropped < 60
-    assert f"dropped {learned.num_dropped} of" in capsys.readouterr().err
