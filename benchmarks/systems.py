@@ -4,13 +4,16 @@ Each is a vector field, a draw of initial states and parameters, and a time inte
 the units of its literature.
 """
 
+import collections
 import dataclasses
+import itertools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import numpy as np
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,6 +21,7 @@ class System:
     """An ODE with the starts and parameters for which it is to be solved.
 
     `x0(key)` draws one initial state. `args(key)` draws its parameters, or is `None`.
+    `conserved` has a row for each sum over entries that is known to be conserved.
     """
 
     vector_field: Callable
@@ -25,6 +29,7 @@ class System:
     t1: float
     args: Callable | None = None
     kind: str = ""
+    conserved: Any = None
 
     def problem(self) -> dict[str, Any]:
         """The arguments of `flowdiffrax.learn_solver`."""
@@ -265,8 +270,89 @@ def pollu(t, x, args):
     return _POLLU_MECHANISM(t, x, factors)
 
 
-_POLLU_START = jnp.zeros(20).at[jnp.array([1, 3, 6, 7, 8, 16])]
-_POLLU_START = _POLLU_START.set(jnp.array([0.2, 0.04, 0.1, 0.3, 0.01, 0.007]))
+# Nitrogen and sulphur.
+_POLLU_ATOMS = np.zeros((2, 20))
+_POLLU_ATOMS[0, [0, 1, 12, 14, 18, 19]] = 1, 1, 1, 1, 1, 2
+_POLLU_ATOMS[1, [16, 17]] = 1
+
+POLLU_START = jnp.zeros(20).at[jnp.array([1, 3, 6, 7, 8, 16])]
+POLLU_START = POLLU_START.set(jnp.array([0.2, 0.04, 0.1, 0.3, 0.01, 0.007]))
+
+
+def random_mechanism(num_species: int = 60, seed: int = 0) -> System:
+    """A closed mechanism of species made of four elements, from 280 to 320 K.
+
+    Species are distinct molecules of one to six atoms, and `conserved` has their numbers
+    of atoms. Each step turns one or two molecules into one or two others with the same
+    atoms, and goes both ways: the rate constants at 300 K are spread over eight decades,
+    and their ratio is that of an equilibrium at which every species is present. `args` is
+    the temperature. Three in four species are absent at first.
+    """
+    rng = np.random.default_rng(seed)
+    atoms = _molecules(rng, num_species)
+    steps = _balanced_steps(rng, atoms)
+    energy = rng.normal(0.0, 1.0, num_species)  # Gibbs', in units of kT
+    reactions = []
+    for left, right in steps:
+        # The two constants differ by `exp(drop)`, and stay in the eight decades mostly.
+        drop = energy[left].sum() - energy[right].sum()
+        middle = 10 ** rng.uniform(-5.0, 3.0)
+        reactions.append((middle * np.exp(drop / 2), left, right))
+        reactions.append((middle * np.exp(-drop / 2), right, left))
+    mechanism = MassAction(reactions, num_species)
+    # Both ways of a step are activated alike, which leaves the equilibrium where it is.
+    activation = np.repeat(rng.uniform(0.0, 8000.0, len(steps)), 2)
+
+    def field(t, x, args):
+        inverse = 1 / args[0] - 1 / 300
+        return mechanism(t, x, jnp.exp(-jnp.asarray(activation, x.dtype) * inverse))
+
+    start = np.zeros(num_species)
+    present = rng.choice(num_species, num_species // 4, replace=False)
+    start[present] = 10 ** rng.uniform(-1.0, 0.0, len(present))
+    return System(
+        field,
+        _around(start, 0.5),
+        10.0,
+        _box([280.0], [320.0]),
+        "stiff kinetics",
+        atoms.T,
+    )
+
+
+def _molecules(rng, num_species):
+    """Different numbers of atoms of four elements, in a row for each molecule."""
+    numbers = np.array(list(itertools.product(range(4), repeat=4)))
+    numbers = numbers[(numbers.sum(1) >= 1) & (numbers.sum(1) <= 6)]
+    # The elements themselves keep the four sums apart.
+    is_single = numbers.sum(1) == 1
+    others = rng.choice(numbers[~is_single], num_species - 4, replace=False)
+    return np.concatenate([numbers[is_single], others]).astype(float)
+
+
+def _balanced_steps(rng, atoms):
+    """For each species, two steps of it, and one in which a molecule splits."""
+    species = range(len(atoms))
+    sides = [[i] for i in species]
+    sides += [list(pair) for pair in itertools.combinations_with_replacement(species, 2)]
+    same_atoms = collections.defaultdict(list)
+    for side in sides:
+        same_atoms[tuple(atoms[side].sum(0))].append(side)
+    possible = [
+        pair
+        for group in same_atoms.values()
+        for pair in itertools.combinations(group, 2)
+        if not set(pair[0]) & set(pair[1])
+    ]
+    order = [possible[i] for i in rng.permutation(len(possible))]
+    splits = [pair for pair in order if len(pair[0]) == 1]
+    steps = []
+    for i in species:
+        for among, num in ((order, 2), (splits, 1)):
+            own = (pair for pair in among if i in pair[0] or i in pair[1])
+            steps += itertools.islice(own, num)
+    return [pair for i, pair in enumerate(steps) if pair not in steps[:i]]
+
 
 SYSTEMS = {
     "van_der_pol": System(
@@ -347,23 +433,27 @@ SYSTEMS = {
         _box([50, 2], [150, 4]),
         "kinetics",
     ),
-    "robertson": System(robertson, _robertson_start, 1e5, None, "stiff kinetics"),
+    "robertson": System(
+        robertson, _robertson_start, 1e5, None, "stiff kinetics", np.ones((1, 3))
+    ),
     "hires": System(
         hires,
         _around(jnp.zeros(8).at[jnp.array([0, 7])].set(jnp.array([1, 0.0057])), 0.3),
         321.8,
         None,
         "stiff kinetics",
+        np.eye(8)[[6]] + np.eye(8)[[7]],
     ),
     "oregonator": System(
         oregonator, _around([1.0, 2.0, 3.0], 0.3), 30.0, None, "stiff kinetics"
     ),
     "pollu": System(
         pollu,
-        _around(_POLLU_START, 0.3),
+        _around(POLLU_START, 0.3),
         60.0,
         lambda key: 10 ** jr.uniform(key, (1,), minval=-0.3, maxval=0.3),
         "stiff kinetics",
+        _POLLU_ATOMS,
     ),
 }
 

@@ -1,0 +1,121 @@
+"""The systems of the benchmarks: `benchmarks/systems.py`."""
+
+import importlib.util
+import pathlib
+
+import diffrax
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+
+PATH = pathlib.Path(__file__).parents[1] / "benchmarks" / "systems.py"
+SPEC = importlib.util.spec_from_file_location("benchmark_systems", PATH)
+assert SPEC is not None and SPEC.loader is not None
+systems = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(systems)
+
+MECHANISM = systems.random_mechanism()
+ALL = {**systems.SYSTEMS, "mechanism": MECHANISM}
+
+
+@pytest.fixture(autouse=True)
+def without_strict_promotion():
+    # Benchmarks are scripts, and run with JAX's own settings.
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+def rates(system, num=4):
+    """Starts, and rates at states around them none of whose entries is zero."""
+
+    def evaluate(key):
+        x0, args = systems.draw(system, key, num)
+        x = x0 + jr.uniform(jr.fold_in(key, 2), x0.shape) * jnp.abs(x0).max()
+        axes = 0, None if args is None else 0
+        return x0, jax.vmap(lambda *row: system.vector_field(0.0, *row), axes)(x, args)
+
+    return map(np.asarray, jax.jit(evaluate)(jr.key(0)))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_rates_are_finite(name):
+    x0, x_rates = rates(ALL[name])
+    assert x0.shape == x_rates.shape
+    assert np.isfinite(x0).all() and np.isfinite(x_rates).all()
+
+
+@pytest.mark.parametrize("name", [n for n in ALL if ALL[n].conserved is not None])
+def test_totals_are_conserved(name):
+    (_, x_rates), matrix = rates(ALL[name]), ALL[name].conserved
+    assert (matrix >= 0).all() and (matrix.sum(1) > 0).all()
+    change = matrix @ x_rates.T
+    assert (abs(change) <= 1e-13 * (matrix @ abs(x_rates).T)).all()
+
+
+def test_mass_action_of_robertson():
+    reactions = [(0.04, [0], [1]), (1e4, [1, 2], [0, 2]), (3e7, [1, 1], [1, 2])]
+    field = systems.MassAction(reactions, 3)
+    x = jnp.array([0.9, 2e-5, 0.1])
+    expected = systems.robertson(0.0, x, None)
+    assert jnp.allclose(field(0.0, x, jnp.ones(3)), expected, rtol=1e-12)
+
+
+def test_pollu_reaches_the_published_state():
+    # Mazzia and Magherini, test set for IVP solvers, at t = 60.
+    published = {
+        0: 0.5646255480022769e-1,
+        1: 0.1342484130422339,
+        3: 0.5523140207484359e-2,
+    }
+    solution = diffrax.diffeqsolve(
+        diffrax.ODETerm(systems.pollu),
+        diffrax.Kvaerno5(),
+        0.0,
+        60.0,
+        None,
+        systems.POLLU_START,
+        jnp.ones(1),
+        stepsize_controller=diffrax.PIDController(rtol=1e-6, atol=1e-10),
+    )
+    ends = solution.ys[0]
+    assert all(abs(ends[i] / value - 1) < 1e-5 for i, value in published.items())
+
+
+def test_mechanism_is_stiff():
+    """It takes Tsit5 more than ten times the steps of Kvaerno5."""
+    x0, args = (leaf[0] for leaf in systems.draw(MECHANISM, jr.key(0), 1))
+    assert (x0 == 0).sum() >= 40 and x0.max() > 0
+
+    def solve(solver, max_steps):
+        return diffrax.diffeqsolve(
+            diffrax.ODETerm(MECHANISM.vector_field),
+            solver,
+            0.0,
+            MECHANISM.t1,
+            None,
+            x0,
+            args,
+            stepsize_controller=diffrax.PIDController(rtol=1e-2, atol=1e-4),
+            max_steps=max_steps,
+            throw=False,
+        )
+
+    implicit = solve(diffrax.Kvaerno5(), 4096)
+    assert implicit.result == diffrax.RESULTS.successful
+    ends = implicit.ys[0]
+    # An atom of each species is in the totals, which bound it.
+    assert ends.min() > -1e-3 and ends.max() < (MECHANISM.conserved @ x0).max()
+    most = 10 * int(implicit.stats["num_steps"])
+    explicit = solve(diffrax.Tsit5(), most)
+    assert explicit.result == diffrax.RESULTS.max_steps_reached
+
+
+@pytest.mark.parametrize("size", [30, 60])
+def test_only_elements_are_conserved(size):
+    mechanism = systems.random_mechanism(size, seed=1)
+    assert mechanism.conserved.shape == (4, size)
+    _, x_rates = rates(mechanism, 4 * size)
+    values = np.linalg.svd(x_rates, compute_uv=False)
+    assert (values > 1e-10 * values[0]).sum() == size - 4
