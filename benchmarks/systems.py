@@ -313,7 +313,7 @@ def random_mechanism(num_species: int = 60, seed: int = 0) -> System:
     return System(
         field,
         _around(start, 0.5),
-        10.0,
+        30.0,
         _box([280.0], [320.0]),
         "stiff kinetics",
         atoms.T,
@@ -331,7 +331,10 @@ def _molecules(rng, num_species):
 
 
 def _balanced_steps(rng, atoms):
-    """For each species, two steps of it, and one in which a molecule splits."""
+    """For each species, one step of any kind, and one in which a molecule splits.
+
+    More are added where something besides the elements would be conserved.
+    """
     species = range(len(atoms))
     sides = [[i] for i in species]
     sides += [list(pair) for pair in itertools.combinations_with_replacement(species, 2)]
@@ -348,10 +351,26 @@ def _balanced_steps(rng, atoms):
     splits = [pair for pair in order if len(pair[0]) == 1]
     steps = []
     for i in species:
-        for among, num in ((order, 2), (splits, 1)):
+        for among in (order, splits):
             own = (pair for pair in among if i in pair[0] or i in pair[1])
-            steps += itertools.islice(own, num)
-    return [pair for i, pair in enumerate(steps) if pair not in steps[:i]]
+            steps += itertools.islice(own, 1)
+    steps = [pair for i, pair in enumerate(steps) if pair not in steps[:i]]
+    for pair in order:
+        rank = _rank(steps, len(atoms))
+        if rank == len(atoms) - atoms.shape[1]:
+            break
+        if _rank([*steps, pair], len(atoms)) > rank:
+            steps.append(pair)
+    return steps
+
+
+def _rank(steps, num_species):
+    """The number of independent changes of the state."""
+    change = np.zeros((len(steps), num_species))
+    for row, (left, right) in zip(change, steps, strict=True):
+        np.add.at(row, left, -1)
+        np.add.at(row, right, 1)
+    return np.linalg.matrix_rank(change)
 
 
 SYSTEMS = {
