@@ -105,7 +105,8 @@ class Starts:
         """The median and the 90 % quantile of errors of the first of the ends."""
         exact = self.exact[: len(ys)]
         error = abs(ys - exact) / (abs(exact) + 1e-12 * self.scale)
-        return np.quantile(np.nan_to_num(error, nan=np.inf), (0.5, 0.9)).tolist()
+        error = np.nan_to_num(error, nan=np.inf)
+        return np.quantile(error, (0.5, 0.9), method="higher").tolist()
 
 
 # --- compiled peers -------------------------------------------------------------------
