@@ -12,8 +12,8 @@ from ._problem import Problem
 FORMS = "relaxation", "residual"
 # Widths and depths of networks, from about 10 to 700 kFLOP a jump.
 NETWORKS = (32, 3), (64, 3), (128, 4), (256, 4)
-# Trajectories per pool: more are worth it where they cost little.
-_LARGEST_POOL = 32_768
+# Trajectories per pool, and numbers: more are worth it where they cost little.
+_LARGEST_POOL, _MOST_NUMBERS = 32_768, 2**26
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +145,9 @@ def make_plan(problem: Problem, facts: Facts, minutes: float, given: dict) -> Pl
     choose("width", width, reason)
     choose("depth", depth, reason)
     reasons["network"] = reasons["width"]
-    choose("pool_size", _LARGEST_POOL, "or as many as a third of the time allows")
+    most = _MOST_NUMBERS // (problem.size * len(chosen["ts"]))
+    pool_size = max(min(_LARGEST_POOL, most), 256)
+    choose("pool_size", pool_size, "or as many as a third of the time allows")
     choose("batch_size", 512, "")
     choose("num_steps", None, f"{minutes:g} minutes for everything")
     _check(problem, chosen)

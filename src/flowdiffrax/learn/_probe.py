@@ -43,8 +43,8 @@ class Facts:
       `t1` at most, and shrinks at most; the median over initial states, with entries in
       units of their scale.
     - `num_failed`: how many of the solves failed.
-    - `rtol`: the relative tolerance of the solves.
-    - `ts`, `xs`, `ys`, `args`: the solutions.
+    - `rtol`: the relative tolerance of the trajectories to learn from.
+    - `ts`, `ys`, `args`: the solutions.
     """
 
     is_autonomous: bool
