@@ -41,10 +41,9 @@ class LogUnits(eqx.Module):
         ys: Array | np.ndarray,
         is_positive: Array | np.ndarray | None = None,
         args: Array | np.ndarray | None = None,
+        floor: Array | np.ndarray | float = 0.0,
     ) -> "LogUnits":
         """Computes the units of a pool of trajectories.
-
-        The floor is a ten-billionth of an entry's largest value.
 
         **Arguments:**
 
@@ -52,6 +51,10 @@ class LogUnits(eqx.Module):
         - `ys`: the states at these times, of shape `(pool, times, size)`.
         - `is_positive`: which entries are positive; `None` for those that are never
           negative in the pool.
+        - `args`: vectors `args`, of shape `(pool, args_size)`, whose units are computed
+          as well: by the logarithm if an entry spans more than a decade.
+        - `floor`: the number below which an entry counts as zero, or one for each; at
+          least a ten-billionth of its largest value.
 
         **Raises:** `ValueError` if an entry that should be positive is negative.
         """
@@ -68,7 +71,8 @@ class LogUnits(eqx.Module):
                 "tolerance, or leave these entries out of `is_positive`."
             )
         # Not zero in float32.
-        floor = np.where(largest > 0, np.maximum(1e-10 * largest, 1e-36), 1.0)
+        least = np.maximum(np.maximum(1e-10 * largest, 1e-36), floor)
+        floor = np.where(largest > 0, least, 1.0)
         values = np.where(positive, np.log(np.maximum(ys, 0) + floor), ys)
         std = values.std((0, 1))
         # An entry that does not vary would divide by zero.

@@ -54,12 +54,15 @@ class TrajectoryMatching(AbstractResidualObjective):
         check_callable(self.difference, "difference", "difference(x, y)")
 
     def __call__(self, flow_map, teacher, path, s, t, args=None, *, key=None) -> Scalar:
-        if self.positions:
-            if not isinstance(path, TrajectoryPath):
-                raise TypeError(_wrong_path(path))
-            # Converted before the weight, which needs the gap in time.
-            s, t = path.saved_time(s), path.saved_time(t)
-        return super().__call__(flow_map, teacher, path, s, t, args, key=key)
+        if not self.positions:
+            return super().__call__(flow_map, teacher, path, s, t, args, key=key)
+        if not isinstance(path, TrajectoryPath):
+            raise TypeError(_wrong_path(path))
+        x_s, x_t = path.saved_state(s), path.saved_state(t)
+        # Converted before the weight, which needs the gap in time.
+        s, t = path.saved_time(s), path.saved_time(t)
+        error = self.difference(flow_map(s, t, x_s, args), x_t)
+        return self._weighted(s, t, error)
 
     def residual(self, flow_map, teacher, path, s, t, args, key) -> State:
         del teacher, key

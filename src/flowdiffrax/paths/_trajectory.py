@@ -67,8 +67,16 @@ class TrajectoryPath(diffrax.AbstractPath):
     def saved_time(self, position: Time) -> Float[Array, ""]:
         """The saved time nearest to a position, where 0 is the first and 1 the last."""
         (position,) = times_like(self.ys, position)
+        return self.ts[self._nearest(position)].astype(position.dtype)
+
+    def saved_state(self, position: Time) -> State:
+        """The state at `saved_time`, without interpolation: others may be NaN."""
+        index = self._nearest(*times_like(self.ys, position))
+        return jtu.tree_map(lambda leaf: leaf[index], self.ys)
+
+    def _nearest(self, position: Array) -> Array:
         index = jnp.round(position * (self.ts.size - 1)).astype(jnp.int32)
-        return self.ts[jnp.clip(index, 0, self.ts.size - 1)].astype(position.dtype)
+        return jnp.clip(index, 0, self.ts.size - 1)
 
     def evaluate(self, t0: Time, t1: Time | None = None, left: bool = True) -> State:
         """The state at `t0`, or the increment to `t1` if `t1` is given."""
