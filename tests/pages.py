@@ -139,8 +139,8 @@ def difference(block, out, *, short):
 
 def _words(text):
     text = NUMBER.sub("#", FINGERPRINT.sub("fingerprint", text))
-    # The columns of an array move with its signs.
-    return re.sub(r"\[ ", "[", " ".join(text.split()))
+    # The columns of an array move with its signs and its digits.
+    return re.sub(r"(?<=\[) | (?=\])", "", " ".join(text.split()))
 
 
 def _numbers(text):

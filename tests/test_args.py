@@ -487,7 +487,7 @@ OTHERS = {
     *("nn.MLP", "nn.DiT", "nn.UNet", "nn.MagnitudePreservingUNet"),
     *("nn.RelaxationMLP", "nn.LogUnits"),
     # From the vector field to a map of the same `args`: `tests/learn`.
-    *("advise", "learn_solver", "learn.export_jump"),
+    *("advise", "learn_solver", "learn.export_jump", "learn.learn_from_data"),
     # By the maps that use it, `ProjectedFlowMap` above.
     *("ConserveInvariants", "flow_maps.ConserveLinear"),
     # Abstract, or a result that quotes them.

@@ -6,8 +6,9 @@ from ._advise import advise as advise
 from ._costs import Cost as Cost
 from ._costs import Solve as Solve
 from ._export import export_jump as export_jump
+from ._learn_from_data import learn_from_data as learn_from_data
 from ._learn_solver import learn_solver as learn_solver
-from ._learned import JumpErrors as JumpErrors
 from ._learned import LearnedSolver as LearnedSolver
 from ._plan import Plan as Plan
 from ._robust import RobustDifference as RobustDifference
+from ._validation import JumpErrors as JumpErrors

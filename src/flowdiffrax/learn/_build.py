@@ -22,6 +22,7 @@ from ..nn import MLP, LogUnits, RelaxationMLP
 from ..objectives._trajectory import TrajectoryMatching
 from ..times import GridTimes, MixedTimes, StartAt
 from ..weights import InverseGap, NoWeight
+from ._observed import Observed, PairBatches
 from ._plan import Plan
 from ._pool import Pool
 from ._problem import Rows
@@ -36,20 +37,26 @@ class Parts:
 
     - `flow_map`: the map in training.
     - `objective`: a [`flowdiffrax.TrajectoryMatching`][].
-    - `batches`: a [`flowdiffrax.data.TrajectoryBatches`][].
+    - `batches`: a [`flowdiffrax.data.TrajectoryBatches`][], or a function of a key that
+      draws pairs of observations.
     - `finish`: turns the map in training into one of the user's states and times.
     """
 
     flow_map: AbstractFlowMap
     objective: TrajectoryMatching
-    batches: TrajectoryBatches
+    batches: Callable[[Any], Any]
     finish: Callable[[AbstractFlowMap], AbstractFlowMap]
 
 
-def build(plan: Plan, pool: Pool, key: Key[Array, ""]) -> Parts:
-    """Builds the map, the objective and the batches that a plan describes."""
+def build(
+    plan: Plan, pool: Pool, key: Key[Array, ""], observed: Observed | None = None
+) -> Parts:
+    """Builds the map, the objective and the batches that a plan describes.
+
+    The pool shows the units. If `observed` is given, it is what the map learns from.
+    """
     make = {"relaxation": _relaxation, "residual": _residual}[plan.form]
-    flow_map, objective, batches, in_user_units = make(plan, pool, key)
+    flow_map, objective, batches, in_user_units = make(plan, pool, key, observed)
 
     def finish(flow_map: AbstractFlowMap) -> AbstractFlowMap:
         flow_map = in_user_units(flow_map)
@@ -60,10 +67,11 @@ def build(plan: Plan, pool: Pool, key: Key[Array, ""]) -> Parts:
     return Parts(flow_map, objective, batches, finish)
 
 
-def _relaxation(plan: Plan, pool: Pool, key: Any) -> tuple:
+def _relaxation(plan: Plan, pool: Pool, key: Any, observed: Any) -> tuple:
     ts = pool.ts - pool.ts[0] if plan.is_autonomous else pool.ts
     time_range = float(ts[0]), float(ts[-1])
-    units = _all_single(LogUnits.of(ts, pool.ys, plan.is_positive, pool.args))
+    floor = 0.0 if plan.noise is None else plan.noise
+    units = _all_single(LogUnits.of(ts, pool.ys, plan.is_positive, pool.args, floor))
     net = RelaxationMLP(
         units,
         plan.width,
@@ -75,18 +83,22 @@ def _relaxation(plan: Plan, pool: Pool, key: Any) -> tuple:
     flow_map = RelaxationFlowMap(_all_single(net), time_range)
     if plan.is_autonomous:
         flow_map = AutonomousFlowMap(flow_map)
+    args = None if pool.args is None else _single(pool.args)
+    if observed is not None:
+        single = observed.convert(lambda ts, ys: (_single(ts), _single(ys)))
+        learned = _from_observations(plan, units, plan.noise, single, args)
+        return flow_map, *learned, lambda flow_map: flow_map
     grid = _single(ts)
     pairs = GridTimes(grid)
     # The fast part of a stiff solution is at the start only.
     times = MixedTimes((pairs, StartAt(pairs, time_range[0])), (2, 1))
     difference = RobustDifference(units)
     objective = TrajectoryMatching(times, NoWeight(), difference=difference)
-    args = None if pool.args is None else _single(pool.args)
     batches = TrajectoryBatches(grid, _single(pool.ys), plan.batch_size, args)
     return flow_map, objective, batches, lambda flow_map: flow_map
 
 
-def _residual(plan: Plan, pool: Pool, key: Any) -> tuple:
+def _residual(plan: Plan, pool: Pool, key: Any, observed: Any) -> tuple:
     units = Normalisation.of(pool.ts, jnp.asarray(pool.ys), _as_jax(pool.args))
     net = MLP(plan.size, plan.width, plan.depth, args_size=plan.args_size, key=key)
     flow_map = FlowMap(net)
@@ -94,10 +106,33 @@ def _residual(plan: Plan, pool: Pool, key: Any) -> tuple:
         ends = (-1.0, 1.0) if plan.both_directions else (0.0, 1.0)
         flow_map = AutonomousFlowMap(FlowMap(net, time_range=ends))
     ts, ys = units.trajectories(jnp.asarray(pool.ts), jnp.asarray(pool.ys))
-    objective = TrajectoryMatching(GridTimes(ts, plan.both_directions), InverseGap(1.0))
     args = None if pool.args is None else jax.vmap(units.args)(_as_jax(pool.args))
+    if observed is not None:
+        log_units = LogUnits.of(ts, ys, np.zeros(plan.size, bool))
+        noise = None if plan.noise is None else plan.noise / np.asarray(units.std)
+        learned = _from_observations(
+            plan, log_units, noise, observed.convert(units.trajectories), args
+        )
+        return flow_map, *learned, units.flow_map
+    objective = TrajectoryMatching(GridTimes(ts, plan.both_directions), InverseGap(1.0))
     batches = TrajectoryBatches(ts, ys, plan.batch_size, args)
     return flow_map, objective, batches, units.flow_map
+
+
+def _from_observations(
+    plan: Plan, units: LogUnits, noise: Any, observed: Observed, args: Any
+) -> tuple[TrajectoryMatching, PairBatches]:
+    """Each batch is of pairs, with a time of their own at both ends."""
+    objective = TrajectoryMatching(
+        GridTimes([0.0, 1.0]),
+        NoWeight(),
+        positions=True,
+        difference=RobustDifference(units, noise=noise),
+    )
+    # The fast part of a stiff solution is at the start only, but where states are
+    # smoothed, those at the start are the least certain.
+    first_share = 1 / 3 if plan.noise is None else 0.0
+    return objective, PairBatches.of(observed, args, plan.batch_size, first_share)
 
 
 def _projection(plan: Plan) -> Any:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ._errors import flops_of, seconds_of
-from ._problem import Problem, Rows, double_precision
+from ._problem import Domain, Problem, Rows, double_precision
 
 TOLERANCES = 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7
 
@@ -66,7 +66,7 @@ class Cost:
     def __str__(self) -> str:
         text = f"batch of {self.batch_size}: a jump takes {_ms(self.jump_seconds)}"
         if self.solve is None:
-            return f"{text}; no solver that was tried is as exact"
+            return text
         solve = self.solve
         return (
             f"{text}; {solve.solver} to rtol {solve.rtol:g}, no less exact, "
@@ -171,11 +171,11 @@ def fastest(solves: list[Solve], median: float, most: float) -> Solve | None:
     return min(good, key=lambda row: row.seconds, default=None)
 
 
-def jump_seconds(problem: Problem, flow_map: Any, x0: Rows, args: Rows | None) -> float:
+def jump_seconds(domain: Domain, flow_map: Any, x0: Rows, args: Rows | None) -> float:
     """The seconds of one jump of a batch over the whole interval."""
-    user = problem.to_user(x0, args)
+    user = domain.to_user(x0, args)
     axis = None if args is None else 0
-    times = jnp.float32(problem.t0), jnp.float32(problem.t1)
+    times = jnp.float32(domain.t0), jnp.float32(domain.t1)
     jump = lambda flow_map, *given: jax.vmap(
         lambda x, args: flow_map(*times, x, args), (0, axis)
     )(*given)
@@ -183,9 +183,7 @@ def jump_seconds(problem: Problem, flow_map: Any, x0: Rows, args: Rows | None) -
     return seconds_of(lambda: jax.block_until_ready(run(flow_map, *user)))
 
 
-def jump_flops(problem: Problem, flow_map: Any) -> float:
+def jump_flops(domain: Domain, flow_map: Any) -> float:
     """The floating-point operations of one jump of one state."""
-    times = jnp.float32(problem.t0), jnp.float32(problem.t1)
-    return flops_of(
-        lambda f, *given: f(*given), flow_map, *times, problem.x, problem.args
-    )
+    times = jnp.float32(domain.t0), jnp.float32(domain.t1)
+    return flops_of(lambda f, *given: f(*given), flow_map, *times, domain.x, domain.args)

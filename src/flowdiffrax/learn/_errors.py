@@ -10,29 +10,34 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float
 
-from ._problem import Problem
+from ._problem import Domain
 
 # The quantiles of errors that are reported.
 QUANTILES = 0.5, 0.9, 1.0
 
 
 class Jumps:
-    """Evaluates maps of a problem from its start, on batches of vectors in NumPy."""
+    """Evaluates maps on batches of vectors in NumPy."""
 
-    def __init__(self, problem: Problem):
-        self._problem = problem
+    def __init__(self, domain: Domain):
+        self._domain = domain
 
         def run(flow_map, times, x, args):
             one = lambda s, t, x, args: flow_map(s, t, x, args)
-            jump = jax.vmap(one, (None, None, 0, None if args is None else 0))
+            jump = jax.vmap(one, (0, 0, 0, None if args is None else 0))
             move = lambda x, ends: (jump(ends[0], ends[1], x, args), None)
             return jax.lax.scan(move, x, (times[:-1], times[1:]))[0]
 
         self._run = eqx.filter_jit(run)
 
     def __call__(self, flow_map: Any, times: Any, x0: Any, args: Any) -> np.ndarray:
-        """The states at the last of the times, jumping from each to the next."""
-        user = self._problem.to_user(x0, args)
+        """The states at the last of the times, jumping from each to the next.
+
+        Times are the same for all states, or have one column for each.
+        """
+        user = self._domain.to_user(x0, args)
+        columns = np.reshape(times, (len(times), -1))
+        times = np.broadcast_to(columns, (len(times), len(x0)))
         ends = self._run(flow_map, jnp.asarray(times, jnp.float32), *user)
         leaves = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(ends)]
         return np.concatenate([leaf.reshape(len(x0), -1) for leaf in leaves], axis=1)
@@ -44,9 +49,13 @@ def scaled_errors(
     is_positive: Bool[np.ndarray, " size"],
     scale: Float[np.ndarray, " size"],
     std: Float[np.ndarray, " size"],
+    noise: Any = 0.0,
 ) -> Float[np.ndarray, "rows size"]:
-    """Relative errors of positive entries, and others in standard deviations."""
-    size = np.where(is_positive, np.abs(exact) + 1e-10 * scale, std)
+    """Relative errors of positive entries, and others in standard deviations.
+
+    With `noise`, errors are relative to no less than this.
+    """
+    size = np.where(is_positive, np.abs(exact) + 1e-10 * scale + noise, std)
     return np.nan_to_num(np.abs(ys - exact) / size, nan=np.inf)
 
 

@@ -10,11 +10,15 @@ from .._io import import_extra
 def draw_report(learned: Any, path: str | os.PathLike) -> None:
     """Draws the errors, the work, some trajectories and the training into one figure."""
     plt = import_extra("matplotlib.pyplot", "plot", "A report's figure")
-    figure, axes = plt.subplots(2, 2, figsize=(11, 8), layout="constrained")
-    _draw_errors(axes[0, 0], learned)
-    _draw_work(axes[0, 1], learned)
-    _draw_trajectories(axes[1, 0], learned)
-    _draw_training(axes[1, 1], learned)
+    draws = [_draw_errors, _draw_work, _draw_trajectories, _draw_training]
+    size = {"figsize": (11, 8), "layout": "constrained"}
+    if learned.solves:
+        figure, axes = plt.subplots(2, 2, **size)
+    else:
+        draws.remove(_draw_work)
+        figure, axes = plt.subplots(1, 3, **size | {"figsize": (15, 4)})
+    for draw, axis in zip(draws, axes.flat, strict=True):
+        draw(axis, learned)
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
@@ -54,19 +58,22 @@ def _draw_trajectories(axes: Any, learned: Any) -> None:
     fresh = learned.fresh
     exact, ours = fresh["exact"], fresh["learned"]
     # The entries that move most, in their own units, of the first start.
-    size = np.abs(exact).max((0, 1)) + 1e-300
-    moved = np.ptp(exact[0], axis=0) / size
-    is_log = fresh["ts"][1] - fresh["ts"][0] < 1e-2 * (fresh["ts"][-1] - fresh["ts"][0])
-    ts = fresh["ts"] - fresh["ts"][0] if is_log else fresh["ts"]
+    size = np.nanmax(np.abs(exact), (0, 1)) + 1e-300
+    moved = (np.nanmax(exact[0], 0) - np.nanmin(exact[0], 0)) / size
+    ts = np.broadcast_to(fresh["ts"], exact.shape[:2])
+    is_log = ts[0, 1] - ts[0, 0] < 1e-2 * (np.nanmax(ts[0]) - ts[0, 0])
+    ts = ts - ts[:, :1] if is_log else ts
     first = 1 if is_log else 0
     for color, entry in enumerate(np.argsort(-moved)[:4]):
         scale = size[entry] if len(size) > 1 else 1.0
         for start in range(min(len(exact), 2)):
             style = {"color": f"C{color}", "alpha": 1.0 if start == 0 else 0.5}
             label = f"entry {entry}" if start == 0 else None
-            axes.plot(ts[first:], exact[start, first:, entry] / scale, lw=1, **style)
+            values = exact[start, first:, entry] / scale
+            seen = np.isfinite(values)
+            axes.plot(ts[start, first:][seen], values[seen], lw=1, **style)
             values = ours[start, first:, entry] / scale
-            axes.plot(ts[first:], values, ".", label=label, **style)
+            axes.plot(ts[start, first:], values, ".", label=label, **style)
     axes.set(
         xlabel="time since the start" if is_log else "time",
         xscale="log" if is_log else "linear",

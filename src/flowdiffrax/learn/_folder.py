@@ -10,7 +10,7 @@ from .._io import write_whole
 from ..train import Run
 from ._plan import Plan
 from ._pool import Pool
-from ._problem import Problem
+from ._problem import Domain
 
 
 class Folder:
@@ -71,9 +71,9 @@ class Folder:
         return Run(self._folder / "training", self._config, best_by="error")
 
 
-def describe_run(problem: Problem, plan: Plan) -> dict[str, Any]:
-    shown = {"t0": problem.t0, "t1": problem.t1, "size": problem.size}
-    shown |= {"args_size": problem.args_size, "ts": plan.ts.tolist()}
+def describe_run(domain: Domain, plan: Plan) -> dict[str, Any]:
+    shown = {"t0": domain.t0, "t1": domain.t1, "size": domain.size}
+    shown |= {"args_size": domain.args_size, "ts": plan.ts.tolist()}
     names = "solver", "form", "is_autonomous", "width", "depth", "batch_size"
     shown |= {name: getattr(plan, name) for name in (*names, "both_directions")}
     return shown | {"minutes": plan.minutes, "pool_size": plan.pool_size}

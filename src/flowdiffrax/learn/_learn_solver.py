@@ -12,19 +12,20 @@ from jaxtyping import Array, Key
 from .._check import check_instance, check_key, check_positive
 from .._types import Args, State, VectorField
 from ._advise import warnings_of
-from ._build import build
+from ._build import Parts, build
 from ._folder import Folder, describe_run
 from ._learned import LearnedSolver, evaluate
-from ._plan import make_plan
+from ._plan import Plan, make_plan
 from ._pool import PoolMaker
 from ._probe import probe, scale_of
 from ._problem import make_problem
-from ._training import steps_until, train_map
+from ._training import Trained, steps_until, train_map
+from ._validation import Validation
 
 # Shares of the time: until trajectories are solved, if there are enough or if there are
 # few, and for what follows the training.
 _POOL_SHARES, _LAST_SHARE = (0.35, 0.5), 0.12
-_NUM_VALIDATION = 256
+NUM_VALIDATION = 256
 # What a map reaches in a few minutes, about.
 _USUAL_ERROR = 1e-2
 
@@ -113,7 +114,7 @@ def learn_solver(
     check_instance(solver, diffrax.AbstractSolver | None, "solver", "a Diffrax solver")
     key = jr.key(0) if key is None else key
     check_key(key)
-    say = _Progress(begin, 60 * minutes, progress)
+    say = Progress(begin, 60 * minutes, progress)
     problem = make_problem(vector_field, x0, t0, t1, args, args_per_example)
     probe_key, pool_key, fresh_key, net_key, fit_key = jr.split(key, 5)
     say("looking at a few solutions")
@@ -130,7 +131,7 @@ def learn_solver(
     if pools is None:
         scale = scale_of(facts.ys)
         make = PoolMaker(problem, plan, facts.solves, scale, say)
-        fresh = make(fresh_key, _NUM_VALIDATION, held_out=True)
+        fresh = make(fresh_key, NUM_VALIDATION, held_out=True)
         ends = [begin + share * 60 * minutes for share in _POOL_SHARES]
         pool = make(pool_key, plan.pool_size, ends=(ends[0], ends[1]))
         pools = pool, fresh
@@ -138,31 +139,47 @@ def learn_solver(
             folder.keep_pools(pools)
     pool, fresh = pools
     parts = build(plan, pool, net_key)
-    num_steps = plan.num_steps or (folder and folder.num_steps())
-    if num_steps is None:
-        end = begin + (1 - _LAST_SHARE) * 60 * minutes
-        num_steps = steps_until(end, parts, jr.clone(fit_key))
-    if folder:
-        folder.keep_num_steps(num_steps)
-    plan = dataclasses.replace(plan, num_steps=num_steps)
-    training = folder and folder.training()
-    trained = train_map(problem, plan, parts, fresh, fit_key, training, say)
+    validation = Validation(problem, plan, fresh)
+    plan, trained = train_in_time(plan, parts, validation, fit_key, folder, say)
     say("comparing with the teacher")
-    learned = evaluate(problem, plan, facts.is_stiff, pool, fresh, trained, begin)
+    numbers = len(pool.ys), pool.num_dropped
+    learned = evaluate(
+        problem, plan, validation, trained, numbers, begin, is_stiff=facts.is_stiff
+    )
     say("done")
     return learned
 
 
-class _Progress:
+def train_in_time(
+    plan: Plan,
+    parts: Parts,
+    validation: Validation,
+    key: Any,
+    folder: Folder | None,
+    say: "Progress",
+) -> tuple[Plan, Trained]:
+    """Trains as many steps as are given, or as time allows."""
+    num_steps = plan.num_steps or (folder and folder.num_steps())
+    if num_steps is None:
+        end = say.begin + (1 - _LAST_SHARE) * say.seconds
+        num_steps = steps_until(end, parts, jr.clone(key))
+    if folder:
+        folder.keep_num_steps(num_steps)
+    plan = dataclasses.replace(plan, num_steps=num_steps)
+    training = folder and folder.training()
+    return plan, train_map(plan, parts, validation, key, training, say)
+
+
+class Progress:
     """Prints lines with the time so far."""
 
     def __init__(self, begin: float, seconds: float, active: bool):
-        self._begin, self._seconds, self._active = begin, seconds, active
+        self.begin, self.seconds, self._active = begin, seconds, active
 
     def __call__(self, line: str) -> None:
         if self._active:
-            now = _clock(time.perf_counter() - self._begin)
-            line = f"[{now} of {_clock(self._seconds)}] {line}"
+            now = _clock(time.perf_counter() - self.begin)
+            line = f"[{now} of {_clock(self.seconds)}] {line}"
             print(line, file=sys.stderr, flush=True)
 
 

@@ -1,6 +1,7 @@
 import dataclasses
 import os
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax.random as jr
@@ -18,41 +19,20 @@ from ._costs import (
     jump_seconds,
     scan_tolerances,
 )
-from ._errors import QUANTILES, Jumps, scaled_errors
 from ._figure import draw_report
 from ._plan import Plan
-from ._pool import Pool, empty_pool
-from ._probe import scale_of
-from ._problem import Problem
+from ._pool import empty_pool
+from ._problem import Domain, Problem, Rows
+from ._validation import JumpErrors, Validation
 
 _NUM_JUMPS = 1, 2, 4, 8
 _BATCHES = 64, 1024
 
 
 @dataclasses.dataclass(frozen=True)
-class JumpErrors:
-    """The errors of a map at `t1`, on fresh trajectories.
-
-    Errors are relative for positive entries, and in standard deviations of the
-    trajectories for the others. Quantiles are over initial states and entries.
-
-    **Attributes:**
-
-    - `num_jumps`: the number of jumps, of equal length.
-    - `median`, `most`, `worst`: the 50 %, 90 % and 100 % quantiles.
-    - `num_negative`: how many positive entries came out negative.
-    """
-
-    num_jumps: int
-    median: float
-    most: float
-    worst: float
-    num_negative: int
-
-
-@dataclasses.dataclass(frozen=True)
 class LearnedSolver:
-    """A learned flow map with its validation, from [`flowdiffrax.learn_solver`][].
+    """A learned flow map with its validation, from [`flowdiffrax.learn_solver`][] or
+    [`flowdiffrax.learn.learn_from_data`][].
 
     **Attributes:**
 
@@ -63,10 +43,10 @@ class LearnedSolver:
     - `errors`: a [`flowdiffrax.learn.JumpErrors`][] for each number of jumps.
     - `costs`: a [`flowdiffrax.learn.Cost`][] for each batch size.
     - `solves`: a [`flowdiffrax.learn.Solve`][] for each classical solver and tolerance
-      that was tried.
+      that was tried; none from observations alone.
     - `flops`: the floating-point operations of one jump of one state.
     - `num_trajectories`, `num_dropped`: how many trajectories the map learned from, and
-      how many were dropped because their solve failed.
+      how many were dropped because their solve failed, or too little was observed.
     - `minutes`: the time that everything took.
     - `history`: the loss and the error on fresh trajectories during the training.
     - `fresh`: some of the fresh trajectories, with the map's states at the same times.
@@ -96,6 +76,8 @@ class LearnedSolver:
             quantiles = f"{row.median:>13.3%} {row.most:>9.3%} {row.worst:>9.3%}"
             lines.append(f"{row.num_jumps:>5}  {quantiles} {row.num_negative:>9}")
         lines += ["", *map(str, self.costs)]
+        if self.solves and self.costs[0].solve is None:
+            lines.append("No classical solver that was tried is as exact.")
         lines.append(
             f"{self.flops / 1e3:.3g} kFLOP a jump; learned from "
             f"{self.num_trajectories:,} trajectories in {self.minutes:.1f} minutes"
@@ -188,64 +170,69 @@ def _shapes(arrays: dict[str, np.ndarray]) -> dict[str, list[int]]:
 
 
 def evaluate(
-    problem: Problem,
+    domain: Domain,
     plan: Plan,
-    is_stiff: bool,
-    pool: Pool,
-    fresh: Pool,
+    validation: Validation,
     trained: Any,
+    numbers: tuple[int, int],
     begin: float,
+    *,
+    is_stiff: bool | None = None,
+    num_jumps: tuple[int, ...] = _NUM_JUMPS,
 ) -> LearnedSolver:
-    """Compares a trained map with fresh trajectories and with classical solvers."""
-    jumps, flow_map = Jumps(problem), trained.flow_map
-    scale = scale_of(fresh.ys)
-    std = np.maximum(fresh.ys.std((0, 1)), 1e-12 * scale)
-    x0, exact = fresh.ys[:, 0], fresh.ys[:, -1]
-    measure = lambda ys: scaled_errors(ys, exact, plan.is_positive, scale, std)
-    rows = []
-    for num in _NUM_JUMPS:
-        times = np.linspace(problem.t0, problem.t1, num + 1)
-        ys = jumps(flow_map, times, x0, fresh.args)
-        median, most, worst = map(float, np.quantile(measure(ys), QUANTILES))
-        num_negative = int((ys < 0)[:, plan.is_positive].sum())
-        rows.append(JumpErrors(num, median, most, worst, num_negative))
-    some = slice(0, 4)
-    args = None if fresh.args is None else fresh.args[some]
-    at = [jumps(flow_map, [fresh.ts[0], t], x0[some], args) for t in fresh.ts[1:]]
-    shown = {"ts": fresh.ts, "exact": fresh.ys[some]}
-    shown["learned"] = np.stack([x0[some], *at], axis=1)
-    # The work of classical solvers is measured on fewer states: a stiff solve is slow.
-    few = slice(0, _BATCHES[0])
-    few_args = None if fresh.args is None else fresh.args[few]
-    few_errors = lambda ys: scaled_errors(ys, exact[few], plan.is_positive, scale, std)
-    best = rows[0]
-    classical = ClassicalSolves(problem, is_stiff, scale)
-    scanned = scan_tolerances(
-        classical, x0[few], few_args, few_errors, (best.median, best.most)
-    )
+    """Compares a trained map with fresh trajectories, and with classical solvers.
+
+    `numbers` are of trajectories learned from, and dropped. There are classical solvers
+    if the domain is that of a `Problem`.
+    """
+    flow_map = trained.flow_map
+    errors = validation.by_num_jumps(flow_map, num_jumps)
+    solves, solve_for = [], lambda *batch: None
+    if isinstance(domain, Problem):
+        solves, solve_for = _classical(domain, bool(is_stiff), validation, errors[0])
+    x0, args = validation.fresh.ys[:, 0], validation.fresh.args
     costs = []
     for batch_size in _BATCHES:
         index = np.resize(np.arange(len(x0)), batch_size)
-        batch = x0[index], None if fresh.args is None else fresh.args[index]
-        solve = fastest(scanned, best.median, best.most)
-        if solve is not None and batch_size != solve.batch_size:
-            seconds = classical.seconds(solve.solver, *batch, solve.rtol)
-            solve = dataclasses.replace(solve, batch_size=batch_size, seconds=seconds)
-        costs.append(Cost(batch_size, jump_seconds(problem, flow_map, *batch), solve))
+        batch = x0[index], None if args is None else args[index]
+        seconds = jump_seconds(domain, flow_map, *batch)
+        costs.append(Cost(batch_size, seconds, solve_for(*batch)))
     return LearnedSolver(
         flow_map=flow_map,
         trained=trained.state.ema_map,
         plan=plan,
-        errors=tuple(rows),
+        errors=errors,
         costs=tuple(costs),
-        solves=tuple(scanned),
-        flops=jump_flops(problem, flow_map),
-        num_trajectories=len(pool.ys),
-        num_dropped=pool.num_dropped,
+        solves=tuple(solves),
+        flops=jump_flops(domain, flow_map),
+        num_trajectories=numbers[0],
+        num_dropped=numbers[1],
         minutes=(time.perf_counter() - begin) / 60,
         history=trained.history,
-        fresh=shown,
+        fresh=validation.shown(flow_map),
         parts=trained.parts,
         optim=trained.optim,
         state=trained.state,
     )
+
+
+def _classical(
+    problem: Problem, is_stiff: bool, validation: Validation, aim: JumpErrors
+) -> tuple[list[Solve], Callable[..., Solve | None]]:
+    """Solves at many tolerances, and the fastest of them that is as exact, timed anew."""
+    # Measured on few states: a stiff solve is slow.
+    few, fresh = slice(0, _BATCHES[0]), validation.fresh
+    args = None if fresh.args is None else fresh.args[few]
+    errors_of = lambda ys: validation.measure(ys, fresh.ys[few, -1])
+    classical = ClassicalSolves(problem, is_stiff, validation.scale)
+    aims = aim.median, aim.most
+    scanned = scan_tolerances(classical, fresh.ys[few, 0], args, errors_of, aims)
+    best = fastest(scanned, *aims)
+
+    def solve_for(x0: Rows, args: Rows | None) -> Solve | None:
+        if best is None or len(x0) == best.batch_size:
+            return best
+        seconds = classical.seconds(best.solver, x0, args, best.rtol)
+        return dataclasses.replace(best, batch_size=len(x0), seconds=seconds)
+
+    return scanned, solve_for

@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float
 from .._check import check_at_least, check_positive
 from ..flow_maps._conserve_linear import find_linear_invariants
 from ._probe import Facts
-from ._problem import Problem
+from ._problem import Domain, Problem
 
 FORMS = "relaxation", "residual"
 # Widths and depths of networks, from about 10 to 700 kFLOP a jump.
@@ -41,10 +41,14 @@ class Plan:
     - `is_vector`: whether the user's states and `args` are vectors already.
     - `minutes`: the time for everything.
     - `reasons`: why each of these was chosen.
+    - `noise`: the standard deviation of the errors of observations, for each entry;
+      `None` if states are exact.
+
+    From observations alone there is no solver, and `solver` and `rtol` are `None`.
     """
 
-    solver: str
-    rtol: float
+    solver: str | None
+    rtol: float | None
     ts: Float[np.ndarray, " times"]
     form: str
     is_autonomous: bool
@@ -60,11 +64,16 @@ class Plan:
     is_vector: bool
     minutes: float
     reasons: dict[str, str]
+    noise: Float[np.ndarray, " size"] | None = None
 
     @property
     def size(self) -> int:
         """The number of entries of the state."""
         return len(self.is_positive)
+
+    @property
+    def _teacher(self) -> str:
+        return f"{self.solver}, rtol {self.rtol:g}"
 
     def to_json(self) -> dict[str, Any]:
         """All of it as numbers, strings and lists."""
@@ -79,12 +88,14 @@ class Plan:
         is_positive = np.asarray(values["is_positive"], bool)
         # No invariants are an empty list, without their second axis.
         matrix = np.asarray(values["invariants"], float).reshape(-1, len(is_positive))
-        arrays = {"is_positive": is_positive, "invariants": matrix}
+        arrays: dict[str, Any] = {"is_positive": is_positive, "invariants": matrix}
+        if values["noise"] is not None:
+            arrays["noise"] = np.asarray(values["noise"], float)
         return cls(**{**values, **arrays, "ts": np.asarray(values["ts"], float)})
 
     def __str__(self) -> str:
-        shown = {
-            "solver": f"{self.solver}, rtol {self.rtol:g}",
+        shown = {} if self.solver is None else {"solver": self._teacher}
+        shown |= {
             "times": f"{len(self.ts)}, first gap {self.ts[1] - self.ts[0]:.3g}",
             "form": self.form,
             "is_autonomous": str(self.is_autonomous),
@@ -95,6 +106,8 @@ class Plan:
             "batch_size": f"{self.batch_size:,}",
             "num_steps": f"{self.num_steps or 'as many as time allows'}",
         }
+        if self.noise is not None:
+            shown["noise"] = f"up to {self.noise.max():.3g}"
         rows = [
             (name, value, self.reasons.get(name, "")) for name, value in shown.items()
         ]
@@ -150,7 +163,7 @@ def make_plan(problem: Problem, facts: Facts, minutes: float, given: dict) -> Pl
     choose("pool_size", pool_size, "or as many as a third of the time allows")
     choose("batch_size", 512, "")
     choose("num_steps", None, f"{minutes:g} minutes for everything")
-    _check(problem, chosen)
+    check_choices(problem, chosen)
     chosen["ts"] = np.asarray(chosen["ts"], np.float64)
     chosen["invariants"] = np.asarray(chosen["invariants"], np.float64)
     chosen |= {"args_size": problem.args_size, "is_vector": problem.is_vector}
@@ -186,7 +199,8 @@ def _invariants(problem: Problem, facts: Facts) -> Float[np.ndarray, "invariants
     return find_linear_invariants(rates)
 
 
-def _check(problem: Problem, chosen: dict) -> None:
+def check_choices(domain: Domain, chosen: dict) -> None:
+    """**Raises:** `ValueError` for choices that do not fit together."""
     form = chosen["form"]
     if form not in FORMS:
         raise ValueError(f"`form` must be one of {FORMS}; got {form!r}.")
@@ -197,14 +211,14 @@ def _check(problem: Problem, chosen: dict) -> None:
         )
     ts = np.asarray(chosen["ts"], np.float64)
     good = ts.ndim == 1 and len(ts) >= 2 and bool((np.diff(ts) > 0).all())
-    if not good or (ts[0], ts[-1]) != (problem.t0, problem.t1):
+    if not good or (ts[0], ts[-1]) != (domain.t0, domain.t1):
         raise ValueError(
-            f"`ts` must be times that rise from `t0` = {problem.t0:g} to "
-            f"`t1` = {problem.t1:g}; got {ts}."
+            f"`ts` must be times that rise from `t0` = {domain.t0:g} to "
+            f"`t1` = {domain.t1:g}; got {ts}."
         )
     matrix = np.shape(chosen["invariants"])
-    if len(matrix) != 2 or matrix[1] != problem.size:
+    if len(matrix) != 2 or matrix[1] != domain.size:
         raise ValueError(
-            f"`invariants` must have shape (invariants, {problem.size}), a column for "
+            f"`invariants` must have shape (invariants, {domain.size}), a column for "
             f"each entry of the state; got {matrix}."
         )

@@ -19,13 +19,13 @@ class Pool:
 
     **Attributes:**
 
-    - `ts`: the times, of shape `(times,)`.
+    - `ts`: the times, of shape `(times,)`, or `(trajectories, times)`.
     - `ys`: the states, of shape `(trajectories, times, size)`, in float64.
     - `args`: the parameters, of shape `(trajectories, args_size)`, or `None`.
     - `num_dropped`: how many trajectories were dropped because their solve failed.
     """
 
-    ts: Float[np.ndarray, " times"]
+    ts: Float[np.ndarray, "*trajectories times"]
     ys: Float[np.ndarray, "trajectories times size"]
     args: Rows | None
     num_dropped: int = 0
@@ -55,6 +55,7 @@ class PoolMaker:
         held_out: bool = False,
     ) -> Pool:
         problem, plan = self._problem, self._plan
+        assert plan.rtol is not None
         x0, args = problem.draw(key, num, held_out)
         chunk = min(256, len(x0))
         found, last = [], time.perf_counter()

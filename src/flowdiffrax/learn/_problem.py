@@ -36,29 +36,25 @@ def double_precision() -> Iterator[None]:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Problem:
-    """An ODE on vectors, with its initial states and its parameters.
+class Domain:
+    """The times, states and parameters that a map is for.
 
     The user's states and parameters may be any PyTrees of real arrays. Here they are
     vectors in float64.
 
     **Attributes:**
 
-    - `vector_field`: a callable `(t, x, args) -> dx/dt` of vectors.
     - `t0`, `t1`: the time interval.
     - `x`, `args`: one state of the user's, and one `args`; `None` if nothing varies.
-    - `num_rows`: how many initial states there are; `None` if any number can be drawn.
+    - `size`, `args_size`: the number of their entries.
     """
 
-    vector_field: VectorField
     t0: float
     t1: float
     x: State
     args: Args
-    num_rows: int | None
     size: int
     args_size: int
-    _draw: Callable[[Any, int, bool], tuple[Rows, Rows | None]]
 
     @property
     def is_vector(self) -> bool:
@@ -66,6 +62,29 @@ class Problem:
         plain = isinstance(self.x, Array) and jnp.ndim(self.x) == 1
         few = self.args is None or isinstance(self.args, Array) and self.args.ndim <= 1
         return plain and few
+
+    def to_user(self, x: Rows, args: Rows | None) -> tuple[State, Args]:
+        """Batches of the user's states and parameters, in the user's precision."""
+        cast = lambda rows, leaf: jnp.asarray(rows, jnp.result_type(leaf))
+        states = jtu.tree_map(cast, _unravel(x, self.x), self.x)
+        if args is None:
+            return states, None
+        return states, jtu.tree_map(cast, _unravel(args, self.args), self.args)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Problem(Domain):
+    """An ODE on vectors, with its initial states and its parameters.
+
+    **Attributes:** those of a `Domain`, and
+
+    - `vector_field`: a callable `(t, x, args) -> dx/dt` of vectors.
+    - `num_rows`: how many initial states there are; `None` if any number can be drawn.
+    """
+
+    vector_field: VectorField
+    num_rows: int | None
+    _draw: Callable[[Any, int, bool], tuple[Rows, Rows | None]]
 
     @functools.cached_property
     def _rates(self) -> Callable:
@@ -76,14 +95,6 @@ class Problem:
         """The vector field at a batch of times, states and parameters."""
         with double_precision():
             return np.asarray(self._rates(*map(in_double, (ts, xs, args))))
-
-    def to_user(self, x: Rows, args: Rows | None) -> tuple[State, Args]:
-        """Batches of the user's states and parameters, in the user's precision."""
-        cast = lambda rows, leaf: jnp.asarray(rows, jnp.result_type(leaf))
-        states = jtu.tree_map(cast, _unravel(x, self.x), self.x)
-        if args is None:
-            return states, None
-        return states, jtu.tree_map(cast, _unravel(args, self.args), self.args)
 
     def draw(
         self, key: Key[Array, ""], num: int, held_out: bool = False
@@ -160,7 +171,7 @@ def make_problem(
         conditions = _draw(args, draws_args, args_key, index, num) if varies else None
         return drawn, conditions
 
-    return Problem(field, t0, t1, x, own_args, rows, size, num_args, draw)
+    return Problem(t0, t1, x, own_args, size, num_args, field, rows, draw)
 
 
 def check_field(problem: Problem, x0: Rows, args: Rows | None) -> None:

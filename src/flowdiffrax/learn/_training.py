@@ -8,11 +8,8 @@ import numpy as np
 
 from ..train import Run, TrainState, fit, make_step, muon_and_adam
 from ._build import Parts
-from ._errors import Jumps, scaled_errors
 from ._plan import Plan
-from ._pool import Pool
-from ._probe import scale_of
-from ._problem import Problem
+from ._validation import Validation
 
 _FEWEST_STEPS = 100
 
@@ -55,10 +52,9 @@ class Trained:
 
 
 def train_map(
-    problem: Problem,
     plan: Plan,
     parts: Parts,
-    fresh: Pool,
+    validation: Validation,
     key: Any,
     run: Run | None,
     say: Callable[[str], None],
@@ -66,20 +62,15 @@ def train_map(
     """Trains, and keeps the map with the least error on fresh trajectories."""
     num_steps = plan.num_steps or _FEWEST_STEPS
     optim = muon_and_adam(parts.flow_map, num_steps)
-    jumps = Jumps(problem)
     history: list[dict[str, float]] = []
     best: dict[str, Any] = {"error": np.inf}
-    scale = scale_of(fresh.ys)
-    std = np.maximum(fresh.ys.std((0, 1)), 1e-12 * scale)
-    some = np.linspace(0, len(fresh.ts) - 1, 5).astype(int)[1:]
 
     def report(state: TrainState, numbers: dict[str, Any]) -> dict[str, float]:
         flow_map = parts.finish(state.ema_map)
-        errors = []
-        for index in some:
-            ys = jumps(flow_map, fresh.ts[[0, index]], fresh.ys[:, 0], fresh.args)
-            exact = fresh.ys[:, index]
-            errors.append(scaled_errors(ys, exact, plan.is_positive, scale, std))
+        shares = 0.25, 0.5, 0.75, 1.0
+        errors = np.concatenate(
+            [validation.errors(flow_map, share=share)[0] for share in shares]
+        )
         median, most = np.quantile(errors, (0.5, 0.9))
         # Large errors are cut off: how large they are says little.
         error = float(np.minimum(errors, 1).mean())

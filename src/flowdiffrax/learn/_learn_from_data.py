@@ -1,0 +1,250 @@
+import dataclasses
+import os
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+from jaxtyping import Array, ArrayLike, Bool, Float, Key
+
+from .._check import check_at_least, check_key, check_positive
+from ..train import fingerprint
+from ._build import build
+from ._folder import Folder, describe_run
+from ._learn_solver import NUM_VALIDATION, Progress, train_in_time
+from ._learned import LearnedSolver, evaluate
+from ._observed import Observed, observe
+from ._plan import NETWORKS, Plan, check_choices
+from ._problem import Domain
+from ._smooth import smooth
+from ._validation import Validation
+
+_NUM_TIMES = 33
+# With fewer observed states, a larger network would only learn them by heart.
+_MANY_STATES = 100_000
+
+
+def learn_from_data(
+    ts: ArrayLike | Sequence[ArrayLike],
+    ys: ArrayLike | Sequence[ArrayLike],
+    args: ArrayLike | None = None,
+    *,
+    mask: ArrayLike | Sequence[ArrayLike] | None = None,
+    noise: ArrayLike | None = None,
+    is_autonomous: bool = True,
+    minutes: float = 3.0,
+    key: Key[Array, ""] | None = None,
+    form: str | None = None,
+    is_positive: Any = None,
+    invariants: Any = None,
+    width: int | None = None,
+    depth: int | None = None,
+    batch_size: int | None = None,
+    num_steps: int | None = None,
+    run: str | os.PathLike | None = None,
+    progress: bool = True,
+) -> LearnedSolver:
+    """Learns a flow map from observed trajectories alone, without a vector field.
+
+    Trajectories may have different lengths and irregular times, and states may be
+    observed in part. A map jumps from a state that is known in full, so the earlier state
+    of a pair is one that was observed in full. Its later state may be observed in part.
+
+    ```python
+    learned = fd.learn.learn_from_data(ts, ys, args, noise=0.05, minutes=3)
+    print(learned.report("report.png"))
+    ```
+
+    A fifth of the trajectories is held out. The reported errors are those of a jump from
+    the first to the last observed state of these, and of 2 and 4 jumps.
+
+    !!! info "Noise"
+
+        With `noise`, the loss is the likelihood of the later states, and errors smaller
+        than the noise hardly count. Errors of the earlier states are another matter: a
+        map that was fitted to them would be too flat. They are therefore replaced by
+        smoothing splines of their trajectories, whose smoothness is found from the data.
+        This needs trajectories with several times for each feature of the solution.
+
+    **Arguments:**
+
+    - `ts`: the times, of shape `(times,)` or `(trajectories, times)`, or a list of
+      arrays, one for each trajectory. They rise within each trajectory.
+    - `ys`: the states, which are vectors, of shape `(trajectories, times, size)`, or a
+      list of arrays of shape `(times, size)`. NaN is not observed.
+    - `args`: the parameters, one row for each trajectory, or `None`.
+    - `mask`: true where `ys` is observed, in the same shape; `None` if NaN tells.
+    - `noise`: the standard deviation of the errors of observation, one number or one for
+      each entry; `None` if states are exact.
+    - `is_autonomous`: whether the system depends on differences of times only.
+    - `minutes`, `key`, `width`, `depth`, `batch_size`, `num_steps`, `run`, `progress`: as
+      in [`flowdiffrax.learn_solver`][].
+    - `form`: `"relaxation"` or `"residual"`, see [`flowdiffrax.learn.Plan`][].
+    - `is_positive`: which entries of the state stay positive, as one vector; `None` for
+      those that are never negative, up to four times the noise.
+    - `invariants`: linear combinations of the entries that are conserved, of shape
+      `(invariants, size)`; `None` for none.
+
+    **Returns:** a [`flowdiffrax.learn.LearnedSolver`][] without classical solves.
+    Trajectories that had to be dropped are counted in `num_dropped`: those with fewer
+    than two times, no state in full before the last, or `args` that are not finite.
+
+    **Raises:** `ValueError` for shapes that do not match, times that do not rise or are
+    not finite, infinite states, fewer than ten trajectories that can be used, or settings
+    that do not fit together; `TypeError` for values that are not real numbers.
+    """
+    begin = time.perf_counter()
+    check_positive(minutes, "minutes")
+    key = jr.key(0) if key is None else key
+    check_key(key)
+    say = Progress(begin, 60 * minutes, progress)
+    observed, one_args = observe(ts, ys, args, mask)
+    noise = _as_noise(noise, observed.ys.shape[2])
+    print_of_data = fingerprint((observed.ts, observed.ys, observed.args))
+    if is_autonomous:
+        observed = dataclasses.replace(observed, ts=observed.ts - observed.ts[:, :1])
+    say(_describe(observed))
+    domain = _domain(observed, one_args)
+    given = dict(form=form, is_positive=is_positive, invariants=invariants, width=width)
+    given |= dict(depth=depth, batch_size=batch_size, num_steps=num_steps)
+    plan = _make_plan(domain, observed, noise, is_autonomous, minutes, given)
+    say(f"chosen:\n{plan}")
+    if noise is not None:
+        smoothed = smooth(observed.ts, observed.ys, noise)
+        starts = np.where(np.isnan(observed.ys), np.nan, smoothed)
+        starts = np.where(plan.is_positive, np.maximum(starts, 0), starts)
+        moved = np.sqrt(np.nanmean(((starts - observed.ys) / noise) ** 2))
+        say(f"smoothing moved the states by {moved:.2f} times the noise")
+        observed = dataclasses.replace(observed, starts=starts)
+    folder = None
+    if run is not None:
+        described = describe_run(domain, plan)
+        folder = Folder(run, described | {"data": print_of_data, "noise": str(noise)})
+    split_key, net_key, fit_key = jr.split(key, 3)
+    order = np.asarray(jr.permutation(split_key, len(observed.ts)))
+    held_out, rest = np.split(order, [len(order) // 5])
+    learned_from, fresh = observed.take(rest), observed.take(held_out[:NUM_VALIDATION])
+    pool = learned_from.as_pool(plan.ts, plan.is_positive)
+    parts = build(plan, pool, net_key, learned_from)
+    validation = Validation(domain, plan, fresh.from_first_start())
+    plan, trained = train_in_time(plan, parts, validation, fit_key, folder, say)
+    numbers = len(rest), observed.num_dropped
+    learned = evaluate(
+        domain, plan, validation, trained, numbers, begin, num_jumps=(1, 2, 4)
+    )
+    say("done")
+    return learned
+
+
+def _as_noise(noise: Any, size: int) -> Float[np.ndarray, " size"] | None:
+    if noise is None:
+        return None
+    noise = np.asarray(noise, np.float64)
+    if noise.shape not in ((), (size,)):
+        raise ValueError(
+            f"`noise` must be one number, or one for each of the {size} entries; got "
+            f"shape {noise.shape}."
+        )
+    check_positive(noise, "noise")
+    return np.broadcast_to(noise, (size,)).copy()
+
+
+def _describe(observed: Observed) -> str:
+    lengths = observed.lengths
+    seen = np.isfinite(observed.ys[np.isfinite(observed.ts)]).mean()
+    text = (
+        f"{len(lengths):,} trajectories with {lengths.min()} to {lengths.max()} times, "
+        f"{seen:.0%} of their entries observed"
+    )
+    if observed.num_dropped > 0:
+        text += f"; dropped {observed.num_dropped} that cannot be used"
+    return text
+
+
+def _domain(observed: Observed, one_args: np.ndarray | None) -> Domain:
+    ends = float(np.nanmin(observed.ts)), float(np.nanmax(observed.ts))
+    example = lambda row: None if row is None else jnp.asarray(row, float)
+    x, args = example(observed.starts[0, 0]), example(one_args)
+    args_size = 0 if observed.args is None else observed.args.shape[1]
+    return Domain(*ends, x, args, observed.ys.shape[2], args_size)
+
+
+def _make_plan(
+    domain: Domain,
+    observed: Observed,
+    noise: Float[np.ndarray, " size"] | None,
+    is_autonomous: bool,
+    minutes: float,
+    given: dict[str, Any],
+) -> Plan:
+    """Chooses everything that is not given."""
+    given = {name: value for name, value in given.items() if value is not None}
+    for name in ("width", "depth", "batch_size", "num_steps"):
+        if name in given:
+            check_at_least(given[name], 1, name)
+    num_states = int(np.isfinite(observed.ys).all(2).sum())
+    level = 3 if domain.size > 64 else 2 if num_states > _MANY_STATES else 1
+    width, depth = NETWORKS[level]
+    size = f"{domain.size} entries, {num_states:,} states observed in full"
+    choices = {
+        "form": ("relaxation", "forward jumps, also over many time scales"),
+        "is_positive": (_never_negative(observed, noise), "never negative"),
+        "invariants": (np.zeros((0, domain.size)), "none are given"),
+        "width": (width, size),
+        "depth": (depth, size),
+        "batch_size": (512, ""),
+        "num_steps": (None, f"{minutes:g} minutes for everything"),
+    }
+    chosen = {name: given.get(name, value) for name, (value, _) in choices.items()}
+    reasons = {
+        name: "given" if name in given else reason
+        for name, (_, reason) in choices.items()
+    }
+    reasons |= {"network": reasons["width"], "is_autonomous": "given", "noise": "given"}
+    ts, reasons["times"] = _times(observed)
+    chosen["is_positive"] = _positive(chosen["is_positive"], observed, noise)
+    check_choices(domain, chosen | {"both_directions": False, "ts": ts})
+    chosen["invariants"] = np.asarray(chosen["invariants"], np.float64)
+    return Plan(
+        **chosen,
+        ts=ts,
+        solver=None,
+        rtol=None,
+        is_autonomous=is_autonomous,
+        pool_size=len(observed.ts),
+        both_directions=False,
+        args_size=domain.args_size,
+        is_vector=domain.is_vector,
+        minutes=minutes,
+        reasons=reasons | {"pool_size": "a fifth of them is held out"},
+        noise=noise,
+    )
+
+
+def _times(observed: Observed) -> tuple[Float[np.ndarray, " times"], str]:
+    """All times if trajectories share a few, or else some that are as dense."""
+    own = np.unique(observed.ts[np.isfinite(observed.ts)])
+    if len(own) <= 2 * _NUM_TIMES:
+        return own, "as observed"
+    return np.quantile(own, np.linspace(0, 1, _NUM_TIMES)), "as dense as observed"
+
+
+def _never_negative(observed: Observed, noise: Any) -> Bool[np.ndarray, " size"]:
+    least = np.nanmin(observed.ys, (0, 1))
+    return least >= (0 if noise is None else -4 * noise)
+
+
+def _positive(given: Any, observed: Observed, noise: Any) -> Bool[np.ndarray, " size"]:
+    """**Raises:** `ValueError` for entries that should be positive, and are negative."""
+    size = observed.ys.shape[2]
+    given = np.broadcast_to(np.asarray(given, bool), (size,)).copy()
+    wrong = np.flatnonzero(given & ~_never_negative(observed, noise))
+    if wrong.size > 0:
+        raise ValueError(
+            f"Entries {wrong[:5].tolist()} should be positive, but observations reach "
+            f"{np.nanmin(observed.ys, (0, 1))[wrong[:5]].tolist()}. Leave them out of "
+            "`is_positive`, or state the `noise` of the observations."
+        )
+    return given
