@@ -78,7 +78,8 @@ def _draw_trajectories(axes: Any, learned: Any) -> None:
         xlabel="time since the start" if is_log else "time",
         xscale="log" if is_log else "linear",
     )
-    axes.set(title="Exact (lines), and one jump to each time (dots)")
+    truth = "Exact" if learned.solves else "Observed"
+    axes.set(title=f"{truth} (lines), and one jump to each time (dots)")
     axes.set(ylabel="state / its largest size")
     axes.legend()
 
