@@ -47,7 +47,6 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import matplotlib.pyplot as plt
-import numba
 import numpy as np
 import scipy.integrate
 import systems
@@ -141,6 +140,8 @@ def terms_of(system, args, size):
 
 def compile_field(pattern, size):
     """Compiles the field and its Jacobian: they fill the array that is given last."""
+    import numba
+
     entries, *factors = pattern
     pairs, which = np.unique(np.stack(factors, 1), axis=0, return_inverse=True)
     left, right = pairs.T.copy()
@@ -180,6 +181,8 @@ class Peers:
     """LSODA and CVODE, one start at a time."""
 
     def __init__(self, system, starts):
+        import numba
+
         size = starts.x0.shape[1]
         self.t1 = system.t1
         pattern, self.coefficients = terms_of(system, starts.args, size)

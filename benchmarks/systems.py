@@ -38,13 +38,14 @@ class System:
 
 
 def _box(low, high):
-    low, high = jnp.asarray(low), jnp.asarray(high)
+    # NumPy, since an array of JAX would start it when this file is imported.
+    low, high = np.asarray(low, float), np.asarray(high, float)
     return lambda key: jr.uniform(key, low.shape, minval=low, maxval=high)
 
 
 def _around(base, decades):
     """Each entry of `base` times a power of ten between minus and plus `decades`."""
-    base = jnp.asarray(base)
+    base = np.asarray(base, float)
     spread = lambda key: jr.uniform(key, base.shape, minval=-decades, maxval=decades)
     return lambda key: base * 10 ** spread(key)
 
@@ -231,7 +232,7 @@ _POLLU = [
     (3.12, [20], [19, 1]),
 ]
 # Reactions that need light.
-_PHOTOLYSES = jnp.array([0, 3, 4, 6, 15, 16])
+_PHOTOLYSES = np.array([0, 3, 4, 6, 15, 16])
 
 
 class MassAction:
@@ -275,8 +276,8 @@ _POLLU_ATOMS = np.zeros((2, 20))
 _POLLU_ATOMS[0, [0, 1, 12, 14, 18, 19]] = 1, 1, 1, 1, 1, 2
 _POLLU_ATOMS[1, [16, 17]] = 1
 
-POLLU_START = jnp.zeros(20).at[jnp.array([1, 3, 6, 7, 8, 16])]
-POLLU_START = POLLU_START.set(jnp.array([0.2, 0.04, 0.1, 0.3, 0.01, 0.007]))
+POLLU_START = np.zeros(20)
+POLLU_START[[1, 3, 6, 7, 8, 16]] = 0.2, 0.04, 0.1, 0.3, 0.01, 0.007
 
 
 def random_mechanism(num_species: int = 60, seed: int = 0) -> System:
@@ -457,7 +458,7 @@ SYSTEMS = {
     ),
     "hires": System(
         hires,
-        _around(jnp.zeros(8).at[jnp.array([0, 7])].set(jnp.array([1, 0.0057])), 0.3),
+        _around([1.0, 0, 0, 0, 0, 0, 0, 0.0057], 0.3),
         321.8,
         None,
         "stiff kinetics",
