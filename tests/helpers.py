@@ -1,5 +1,6 @@
 """Oracles and comparisons that several test files share."""
 
+import _thread
 import contextlib
 import functools
 
@@ -164,3 +165,19 @@ def without_type_checks():
         yield
     finally:
         jaxtyping.config.update("jaxtyping_disable", False)
+
+
+class Interrupting:
+    """A stream that presses Ctrl-C at a certain line."""
+
+    def __init__(self, at):
+        self.at, self.lines = at, []
+
+    def write(self, text):
+        self.lines.append(text)
+        if self.at in text:
+            self.at = "never again"
+            _thread.interrupt_main()
+
+    def flush(self):
+        pass

@@ -18,7 +18,6 @@ def box(low, high, size):
 def test_a_cheap_field_cannot_be_beaten():
     advice = fd.advise(lambda t, x, args: -x, box(0.5, 2.0, 1), 0.0, 1.0)
     assert not advice.is_stiff and advice.is_autonomous
-    assert advice.best_speedup < 2 and "faster" in str(advice)
     assert advice.field_flops <= 2 and advice.warnings == ()
     # Shrinks to exp(-1) of the largest size.
     np.testing.assert_allclose(advice.growth, np.exp(-1.0), rtol=1e-2)
@@ -35,14 +34,12 @@ def test_stiff_kinetics_can():
     args = lambda key: jr.uniform(key, (1,), minval=0.5)
     advice = fd.advise(kinetics, box(0.1, 1.0, 3), 0.0, 20.0, args, batch_size=64)
     assert advice.is_stiff and advice.solve.solver.startswith("Kvaerno")
-    assert advice.best_speedup > 5 and advice.network is not None
     flops = [row.flops for row in advice.networks]
     assert flops == sorted(flops)
     # The hidden matrices alone.
     for row in advice.networks:
         hidden = 2 * (row.depth - 1) * row.width**2
         assert hidden < row.flops < 4 * hidden + 20_000
-    assert "can be" in str(advice)
 
 
 @pytest.mark.parametrize(
@@ -61,6 +58,34 @@ def test_warnings(rate, settings, word):
     warnings = warnings_of(probe(problem, jr.key(0)), **settings)
     assert len(warnings) == (word is not None)
     assert all(word in text for text in warnings)
+
+
+@pytest.mark.parametrize(
+    "speedups, network, words",
+    [
+        ((0.9, 0.4), None, "cannot be faster here"),
+        ((1.9, 0.9), None, "can hardly be faster"),
+        ((5.0, 2.5), (64, 3), "can be 2.5 times faster, with 3 hidden layers of 64"),
+        # The largest network with which a jump is ten times faster.
+        ((40.0, 4.0), (32, 3), "can be 40 times faster"),
+        ((40.0, 11.0), (64, 3), "can be 11 times faster"),
+        ((float("nan"), float("nan")), None, "nothing that a jump could be compared"),
+    ],
+)
+def test_verdict(speedups, network, words):
+    sizes = (32, 3), (64, 3)
+    networks = [
+        fd.learn.NetworkCost(*size, 1e3 * size[0], 1.0, speedup)
+        for size, speedup in zip(sizes, speedups, strict=True)
+    ]
+    solve = fd.learn.Solve("Tsit5", 1e-3, 64, 1.0, 20.0, 1e-3, 1e-2)
+    solve = None if np.isnan(speedups[0]) else solve
+    advice = fd.learn.Advice(
+        1e-2, 64, False, True, solve, 10.0, tuple(networks), 1.0, 1.0, ("a warning",)
+    )
+    found = advice.network
+    assert (found and (found.width, found.depth)) == network
+    assert words in str(advice) and "Warning: a warning" in str(advice)
 
 
 def test_bad_settings():

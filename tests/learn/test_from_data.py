@@ -1,6 +1,5 @@
 """From observed trajectories to a validated map, without a vector field."""
 
-import _thread
 import sys
 
 import jax
@@ -8,6 +7,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
+from helpers import Interrupting
 
 import flowdiffrax as fd
 from flowdiffrax.learn import LearnedSolver, learn_from_data
@@ -246,22 +246,6 @@ def test_bad_trajectories_are_dropped_and_counted():
     assert observed.num_dropped == 4
     kept = np.delete(args, [3, 10, 20, 30], axis=0)
     np.testing.assert_array_equal(observed.args, kept)
-
-
-class Interrupting:
-    """A stream that presses Ctrl-C at a certain line."""
-
-    def __init__(self, at):
-        self.at, self.lines = at, []
-
-    def write(self, text):
-        self.lines.append(text)
-        if self.at in text:
-            self.at = "never again"
-            _thread.interrupt_main()
-
-    def flush(self):
-        pass
 
 
 def test_interrupted_and_resumed(learned, tmp_path, monkeypatch):

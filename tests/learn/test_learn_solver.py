@@ -1,6 +1,5 @@
 """From a vector field to a validated map, in one call."""
 
-import _thread
 import subprocess
 import sys
 
@@ -11,6 +10,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
+from helpers import Interrupting
 
 import flowdiffrax as fd
 from flowdiffrax.learn import LearnedSolver, learn_solver
@@ -203,22 +203,6 @@ def test_what_is_given_is_taken():
 # --- interruption ---------------------------------------------------------------------
 
 
-class Interrupting:
-    """A stream that presses Ctrl-C at a certain line."""
-
-    def __init__(self, at):
-        self.at, self.lines = at, []
-
-    def write(self, text):
-        self.lines.append(text)
-        if self.at in text:
-            self.at = "never again"
-            _thread.interrupt_main()
-
-    def flush(self):
-        pass
-
-
 def test_interrupted_and_resumed(learned, tmp_path, monkeypatch):
     settings = QUICK | dict(progress=True, run=tmp_path)
     stream = Interrupting("step 150")
@@ -228,14 +212,30 @@ def test_interrupted_and_resumed(learned, tmp_path, monkeypatch):
     assert 150 <= stopped.history[-1]["step"] < 300
     before = len(stream.lines)
     resumed = learn_solver(decay, draw, 0.0, 2.0, draw_args, **settings)
-    # Only the rest is trained, but its history is whole.
-    assert not any("step 15 of" in line for line in stream.lines[before:])
+    # Only the rest is trained, but its history is whole. Choices that depend on measured
+    # seconds are not made again.
+    again = "".join(stream.lines[before:])
+    assert "step 15 of" not in again and "looking at" not in again
+    assert "chosen before" in again and str(resumed.plan) == str(stopped.plan)
     assert len(resumed.history) == 20
     # As if it had never been stopped.
     given = 0.0, 1.0, jnp.asarray([1.0, 0.7]), jnp.asarray([1.2])
     assert (resumed.flow_map(*given) == learned.flow_map(*given)).all()
-    with pytest.raises(ValueError, match=r"another problem.*'t1'"):
+    with pytest.raises(ValueError, match=r"another problem.*\['t1'\]"):
         learn_solver(decay, draw, 0.0, 1.0, draw_args, **settings)
+    with pytest.raises(ValueError, match=r"another problem.*\['rates'\]"):
+        learn_solver(
+            lambda *given: 2 * decay(*given), draw, 0.0, 2.0, draw_args, **settings
+        )
+    with pytest.raises(ValueError, match=r"\['num_steps'\]"):
+        learn_solver(decay, draw, 0.0, 2.0, draw_args, **settings | dict(num_steps=9))
+    for name in ("trajectories.npz", "problem.json"):
+        path = tmp_path / name
+        whole = path.read_bytes()
+        path.write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(ValueError, match=rf"{name} is damaged. Delete its folder"):
+            learn_solver(decay, draw, 0.0, 2.0, draw_args, **settings)
+        path.write_bytes(whole)
 
 
 def test_interrupted_without_a_run(monkeypatch):

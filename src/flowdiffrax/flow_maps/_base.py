@@ -169,6 +169,13 @@ def check_times(flow_map: object, s: Time, t: Time) -> None:
         raise ValueError(f"{out_of_range_message(flow_map)} Got s={s}, t={t}.")
 
 
+def times_as_given(flow_map: Any, s: Time, t: Time) -> tuple[Scalar, Scalar]:
+    """Checks the times of a wrapper, and keeps their precision for the inner map."""
+    check_times(flow_map, s, t)
+    s, t = as_times(s, t)
+    return s, t
+
+
 def as_time_range(time_range: Any) -> tuple[float, float] | None:
     """Converts a time range to two Python numbers, as a static field needs; or `None`.
 

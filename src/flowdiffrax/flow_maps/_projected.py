@@ -6,11 +6,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from .._check import check_at_least, check_callable, check_like
-from .._time import as_times, at_least_float32
+from .._time import at_least_float32
 from .._tree import Frozen, ravel
 from .._types import Args, Scalar, State, Time
 from ._autonomous import check_inner
-from ._base import AbstractFlowMap, check_times
+from ._base import AbstractFlowMap, times_as_given
 
 
 class ProjectedFlowMap(AbstractFlowMap):
@@ -46,10 +46,7 @@ class ProjectedFlowMap(AbstractFlowMap):
         return self.flow_map.time_range
 
     def _times(self, s: Time, t: Time, x: State) -> tuple[Scalar, Scalar]:
-        """Keeps the precision of the times, which the inner map may need."""
-        check_times(self, s, t)
-        s, t = as_times(s, t)
-        return s, t
+        return times_as_given(self, s, t)
 
     def jump(self, s: Scalar, t: Scalar, x: State, args: Args) -> State:
         """Jumps with the inner map, and corrects the end."""

@@ -1,10 +1,9 @@
 import jax.numpy as jnp
 
-from .._time import as_times
 from .._tree import ravel
 from .._types import Args, Scalar, State, Time
 from ._autonomous import check_inner
-from ._base import AbstractFlowMap, check_times
+from ._base import AbstractFlowMap, times_as_given
 
 
 class RavelledFlowMap(AbstractFlowMap):
@@ -31,10 +30,7 @@ class RavelledFlowMap(AbstractFlowMap):
         return self.flow_map.time_range
 
     def _times(self, s: Time, t: Time, x: State) -> tuple[Scalar, Scalar]:
-        """Keeps the precision of the times, which the inner map may need."""
-        check_times(self, s, t)
-        s, t = as_times(s, t)
-        return s, t
+        return times_as_given(self, s, t)
 
     def jump(self, s: Scalar, t: Scalar, x: State, args: Args) -> State:
         """Jumps with the inner map."""

@@ -107,7 +107,9 @@ class Advice:
                 f"{f'{row.width}x{row.depth}':<7} {row.flops / 1e3:>13.3g} "
                 f"{1e3 * row.seconds:>7.3g} {row.speedup:>15.3g}"
             )
-        if not self.best_speedup >= 1:
+        if self.solve is None:
+            lines.append("There is nothing that a jump could be compared with.")
+        elif self.best_speedup < 1:
             lines.append(
                 "A learned solver cannot be faster here: the field is so cheap that a "
                 "whole solve costs less than one jump. It may still save evaluations in "

@@ -12,7 +12,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Key
 from .._check import check_at_least, check_key, check_positive
 from ..train import fingerprint
 from ._build import build
-from ._folder import Folder, describe_run
+from ._folder import Folder, as_config
 from ._learn_solver import NUM_VALIDATION, Progress, train_in_time
 from ._learned import LearnedSolver, evaluate
 from ._observed import Observed, observe
@@ -120,8 +120,9 @@ def learn_from_data(
         observed = dataclasses.replace(observed, starts=starts)
     folder = None
     if run is not None:
-        described = describe_run(domain, plan)
-        folder = Folder(run, described | {"data": print_of_data, "noise": str(noise)})
+        stated = as_config(noise=noise, minutes=minutes, **given)
+        stated |= {"data": print_of_data, "is_autonomous": is_autonomous}
+        folder = Folder(run, stated)
     split_key, net_key, fit_key = jr.split(key, 3)
     order = np.asarray(jr.permutation(split_key, len(observed.ts)))
     held_out, rest = np.split(order, [len(order) // 5])
@@ -211,6 +212,7 @@ def _make_plan(
         **chosen,
         ts=ts,
         solver=None,
+        is_stiff=False,
         rtol=None,
         is_autonomous=is_autonomous,
         pool_size=len(observed.ts),

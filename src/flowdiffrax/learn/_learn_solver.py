@@ -7,18 +7,19 @@ from typing import Any
 
 import diffrax
 import jax.random as jr
+import numpy as np
 from jaxtyping import Array, Key
 
 from .._check import check_instance, check_key, check_positive
 from .._types import Args, State, VectorField
 from ._advise import warnings_of
 from ._build import Parts, build
-from ._folder import Folder, describe_run
+from ._folder import Folder, as_config
 from ._learned import LearnedSolver, evaluate
 from ._plan import Plan, make_plan
 from ._pool import PoolMaker
 from ._probe import probe, scale_of
-from ._problem import make_problem
+from ._problem import Problem, check_field, make_problem
 from ._training import Trained, steps_until, train_map
 from ._validation import Validation
 
@@ -116,38 +117,50 @@ def learn_solver(
     check_key(key)
     say = Progress(begin, 60 * minutes, progress)
     problem = make_problem(vector_field, x0, t0, t1, args, args_per_example)
-    probe_key, pool_key, fresh_key, net_key, fit_key = jr.split(key, 5)
-    say("looking at a few solutions")
-    facts = probe(problem, probe_key, is_positive, solver)
+    keys = jr.split(key, 6)
     given = dict(ts=ts, form=form, invariants=invariants, width=width, depth=depth)
     given |= dict(pool_size=pool_size, batch_size=batch_size, num_steps=num_steps)
     given |= dict(both_directions=both_directions)
-    plan = make_plan(problem, facts, minutes, given)
-    say(f"chosen:\n{plan}")
-    for text in warnings_of(facts, _USUAL_ERROR, both_directions):
-        say(f"warning: {text}")
-    folder = None if run is None else Folder(run, describe_run(problem, plan))
-    pools = folder and folder.pools()
-    if pools is None:
-        scale = scale_of(facts.ys)
-        make = PoolMaker(problem, plan, facts.solves, scale, say)
-        fresh = make(fresh_key, NUM_VALIDATION, held_out=True)
+    folder = None
+    if run is not None:
+        choices = as_config(is_positive=is_positive, solver=solver, **given)
+        folder = Folder(run, {**_identify(problem, keys[0], minutes), **choices})
+    kept = folder and folder.kept()
+    if kept is None:
+        say("looking at a few solutions")
+        facts = probe(problem, keys[1], is_positive, solver)
+        plan = make_plan(problem, facts, minutes, given)
+        say(f"chosen:\n{plan}")
+        for text in warnings_of(facts, _USUAL_ERROR, both_directions):
+            say(f"warning: {text}")
+        make = PoolMaker(problem, plan, facts.solves, scale_of(facts.ys), say)
+        fresh = make(keys[2], NUM_VALIDATION, held_out=True)
         ends = [begin + share * 60 * minutes for share in _POOL_SHARES]
-        pool = make(pool_key, plan.pool_size, ends=(ends[0], ends[1]))
-        pools = pool, fresh
+        kept = plan, make(keys[3], plan.pool_size, ends=(ends[0], ends[1])), fresh
         if folder:
-            folder.keep_pools(pools)
-    pool, fresh = pools
-    parts = build(plan, pool, net_key)
+            folder.keep(*kept)
+    else:
+        say(f"chosen before:\n{kept[0]}")
+    plan, pool, fresh = kept
+    parts = build(plan, pool, keys[4])
     validation = Validation(problem, plan, fresh)
-    plan, trained = train_in_time(plan, parts, validation, fit_key, folder, say)
+    plan, trained = train_in_time(plan, parts, validation, keys[5], folder, say)
     say("comparing with the teacher")
     numbers = len(pool.ys), pool.num_dropped
-    learned = evaluate(
-        problem, plan, validation, trained, numbers, begin, is_stiff=facts.is_stiff
-    )
+    learned = evaluate(problem, plan, validation, trained, numbers, begin)
     say("done")
     return learned
+
+
+def _identify(problem: Problem, key: Any, minutes: float) -> dict[str, Any]:
+    """Numbers by which a problem can be told from another."""
+    x0, args = problem.draw(key, 32)
+    check_field(problem, x0, args)
+    rates = problem.rates(np.full(len(x0), problem.t0), x0, args)
+    size = lambda rows: np.sqrt(np.mean(rows**2, axis=0)).tolist()
+    shown = {"t0": problem.t0, "t1": problem.t1, "minutes": minutes}
+    shown |= {"states": size(x0), "rates": size(rates)}
+    return shown | {"args": None if args is None else size(args)}
 
 
 def train_in_time(

@@ -177,7 +177,6 @@ def evaluate(
     numbers: tuple[int, int],
     begin: float,
     *,
-    is_stiff: bool | None = None,
     num_jumps: tuple[int, ...] = _NUM_JUMPS,
 ) -> LearnedSolver:
     """Compares a trained map with fresh trajectories, and with classical solvers.
@@ -189,7 +188,7 @@ def evaluate(
     errors = validation.by_num_jumps(flow_map, num_jumps)
     solves, solve_for = [], lambda *batch: None
     if isinstance(domain, Problem):
-        solves, solve_for = _classical(domain, bool(is_stiff), validation, errors[0])
+        solves, solve_for = _classical(domain, plan, validation, errors[0])
     x0, args = validation.fresh.ys[:, 0], validation.fresh.args
     costs = []
     for batch_size in _BATCHES:
@@ -217,14 +216,14 @@ def evaluate(
 
 
 def _classical(
-    problem: Problem, is_stiff: bool, validation: Validation, aim: JumpErrors
+    problem: Problem, plan: Plan, validation: Validation, aim: JumpErrors
 ) -> tuple[list[Solve], Callable[..., Solve | None]]:
     """Solves at many tolerances, and the fastest of them that is as exact, timed anew."""
     # Measured on few states: a stiff solve is slow.
     few, fresh = slice(0, _BATCHES[0]), validation.fresh
     args = None if fresh.args is None else fresh.args[few]
     errors_of = lambda ys: validation.measure(ys, fresh.ys[few, -1])
-    classical = ClassicalSolves(problem, is_stiff, validation.scale)
+    classical = ClassicalSolves(problem, plan.is_stiff, validation.scale)
     aims = aim.median, aim.most
     scanned = scan_tolerances(classical, fresh.ys[few, 0], args, errors_of, aims)
     best = fastest(scanned, *aims)

@@ -25,6 +25,7 @@ class Plan:
     **Attributes:**
 
     - `solver`: the name of the Diffrax solver whose trajectories are learned.
+    - `is_stiff`: whether that solver is an implicit one.
     - `rtol`: its relative tolerance.
     - `ts`: the times at which trajectories are saved.
     - `form`: `"relaxation"` for a [`flowdiffrax.flow_maps.RelaxationFlowMap`][], or
@@ -48,6 +49,7 @@ class Plan:
     """
 
     solver: str | None
+    is_stiff: bool
     rtol: float | None
     ts: Float[np.ndarray, " times"]
     form: str
@@ -138,6 +140,7 @@ def make_plan(problem: Problem, facts: Facts, minutes: float, given: dict) -> Pl
     solver = type(facts.solves.solver).__name__
     steps = f"{facts.num_steps:.0f} steps, {1e3 * facts.solve_seconds:.2g} ms a solve"
     choose("solver", solver, f"{'stiff' if facts.is_stiff else 'not stiff'}: {steps}")
+    choose("is_stiff", facts.is_stiff, "")
     choose("rtol", facts.rtol, "")
     ts, reason = _times(problem, facts)
     choose("ts", ts, reason)
