@@ -232,7 +232,7 @@ _POLLU = [
     (3.12, [20], [19, 1]),
 ]
 # Reactions that need light.
-_PHOTOLYSES = np.array([0, 3, 4, 6, 15, 16])
+_IS_PHOTOLYSIS = np.isin(np.arange(len(_POLLU)), [0, 3, 4, 6, 15, 16])
 
 
 class MassAction:
@@ -267,7 +267,7 @@ _POLLU_MECHANISM = MassAction(
 
 def pollu(t, x, args):
     """Air pollution; `args` is the brightness of the light."""
-    factors = jnp.ones(len(_POLLU), x.dtype).at[_PHOTOLYSES].set(args[0])
+    factors = jnp.where(_IS_PHOTOLYSIS, args[0], 1.0).astype(x.dtype)
     return _POLLU_MECHANISM(t, x, factors)
 
 

@@ -1,5 +1,9 @@
 """The parts that `learn_solver` is made of."""
 
+import os
+import subprocess
+import sys
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -123,3 +127,32 @@ def test_relaxation_net_with_a_time():
     assert not np.allclose(early[0], late[0])
     still = fd.nn.RelaxationMLP(units(), 8, 2, key=jr.key(0))
     np.testing.assert_allclose(still(1.0, 1.5, x)[0], still(2.0, 2.5, x)[0], rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "compiled",
+    [
+        "",
+        "jax.jit(field)(0.0, x0[0], None)",
+        "field = jax.jit(field); field(0.0, x0[0], None)",
+    ],
+)
+def test_a_field_that_indexes_by_numpy_arrays_without_float64(compiled):
+    code = f"""
+import jax, jax.numpy as jnp, numpy as np
+from flowdiffrax.learn._problem import make_problem
+
+index = np.array([1, 0])
+field = lambda t, x, args: x[index]
+x0 = jnp.ones((60, 2)) * jnp.array([1.0, 3.0])
+{compiled}
+problem = make_problem(field, x0, 0.0, 1.0, None, False)
+x, _ = problem.draw(jax.random.key(0), 2)
+assert problem.rates(np.zeros(len(x)), x, None).tolist() == [[3.0, 1.0]] * len(x)
+problem.give_back()
+one = jnp.array([1.0, 3.0])
+assert field(0.0, one, None).tolist() == [3.0, 1.0]
+assert jax.jit(field)(0.0, one, None).dtype == jnp.float32
+"""
+    environment = os.environ | {"JAX_ENABLE_X64": "0"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)

@@ -2,8 +2,6 @@ import functools
 
 import pytest
 
-from flowdiffrax.train import _fit
-
 
 @pytest.fixture(autouse=True, scope="module")
 def compile_a_step_once():
@@ -12,6 +10,9 @@ def compile_a_step_once():
     Each call of `fit` makes a step of its own, and compiling it is most of what the tests
     here do.
     """
+    # Not above: a package that pytest imports by itself is not checked by jaxtyping.
+    from flowdiffrax.train import _fit
+
     make = _fit.make_step
     shared = functools.cache(make)
 

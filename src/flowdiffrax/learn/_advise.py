@@ -183,6 +183,7 @@ def advise(
         speedup = float("nan") if solve is None else solve.seconds / seconds
         flops = jump_flops(problem, flow_map)
         networks.append(NetworkCost(width, depth, flops, seconds, speedup))
+    problem.give_back()
     return Advice(
         tol=tol,
         batch_size=batch_size,

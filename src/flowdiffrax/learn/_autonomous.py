@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
-from ._problem import Problem
+from ._problem import Problem, call_afresh
 
 _LOOPS = "scan", "while", "cond"
 
@@ -15,9 +15,8 @@ def depends_on_time(problem: Problem) -> bool:
 
     Values would miss a pulse between the times at which one looks.
     """
-    closed = jax.make_jaxpr(problem.vector_field)(
-        jnp.zeros(()), jnp.zeros(problem.size), jnp.zeros(problem.args_size)
-    )
+    at = jnp.zeros(()), jnp.zeros(problem.size), jnp.zeros(problem.args_size)
+    closed = call_afresh(jax.make_jaxpr(problem.vector_field), *at)
     inputs = [True] + [False] * (len(closed.jaxpr.invars) - 1)
     return any(_reaches(closed.jaxpr, inputs))
 

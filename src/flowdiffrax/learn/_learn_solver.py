@@ -148,6 +148,7 @@ def learn_solver(
     say("comparing with the teacher")
     numbers = len(pool.ys), pool.num_dropped
     learned = evaluate(problem, plan, validation, trained, numbers, begin)
+    problem.give_back()
     say("done")
     return learned
 

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Key
 
 from ._autonomous import depends_on_time
 from ._errors import flops_of
-from ._problem import Problem, Rows, check_field, double_precision, in_double
+from ._problem import Problem, Rows, call_afresh, check_field, double_precision, in_double
 
 # A solve that takes more steps with an explicit solver than this is given up.
 _MAX_STEPS = 8192
@@ -203,7 +203,8 @@ class Solves:
     ) -> tuple[Float[np.ndarray, "rows times size"], Any]:
         """Solutions at the given times, and the number of steps of each."""
         with double_precision():
-            ys, num_steps = self._solve(*map(in_double, (x0, args, ts, rtol, scale)))
+            given = map(in_double, (x0, args, ts, rtol, scale))
+            ys, num_steps = call_afresh(self._solve, *given)
             return np.asarray(ys), np.asarray(num_steps)
 
 
@@ -219,7 +220,7 @@ def _solve_flops(problem: Problem, is_stiff: bool, num_steps: float) -> float:
 def field_flops(problem: Problem) -> float:
     """The floating-point operations of one evaluation of the vector field."""
     vectors = jnp.zeros(problem.size), jnp.zeros(problem.args_size)
-    return flops_of(problem.vector_field, jnp.zeros(()), *vectors)
+    return call_afresh(flops_of, problem.vector_field, jnp.zeros(()), *vectors)
 
 
 def _are_positive(problem, ts, ys, args, scale, given) -> Bool[np.ndarray, " size"]:

@@ -2,6 +2,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib
+import inspect
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -33,6 +34,19 @@ def double_precision() -> Iterator[None]:
         enable = importlib.import_module("jax.experimental").enable_x64
     with enable(True):
         yield
+
+
+def call_afresh(function: Callable, *args: Any) -> Any:
+    """Calls a function that traces the user's, and once more if JAX mixes up precisions.
+
+    What indexes by a NumPy array and was traced in one precision can fail to be traced in
+    the other, with a `TypeError`, until JAX's caches are empty.
+    """
+    try:
+        return function(*args)
+    except TypeError:
+        jax.clear_caches()
+        return function(*args)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -94,7 +108,14 @@ class Problem(Domain):
     def rates(self, ts: Any, xs: Rows, args: Rows | None) -> Rows:
         """The vector field at a batch of times, states and parameters."""
         with double_precision():
-            return np.asarray(self._rates(*map(in_double, (ts, xs, args))))
+            given = map(in_double, (ts, xs, args))
+            return np.asarray(call_afresh(self._rates, *given))
+
+    def give_back(self) -> None:
+        """Leaves JAX able to trace the user's vector field in the user's precision."""
+        shapes = (), (self.size,), (self.args_size,)
+        at = [jax.ShapeDtypeStruct(shape, float) for shape in shapes]
+        call_afresh(jax.eval_shape, lambda *at: self.vector_field(*at), *at)
 
     def draw(
         self, key: Key[Array, ""], num: int, held_out: bool = False
@@ -149,7 +170,8 @@ def make_problem(
     if varies:
         own_args = _first(args, draws_args)
     given = own_args if varies else args
-    out = jax.eval_shape(vector_field, _number(t0), x, given)
+    vector_field = _without_jit(vector_field)
+    out = jax.eval_shape(lambda *at: vector_field(*at), _number(t0), x, given)
     check_like(out, x, "`vector_field`")
     size = sum(jnp.size(leaf) for leaf in jtu.tree_leaves(x))
     num_args = sum(jnp.size(leaf) for leaf in jtu.tree_leaves(own_args))
@@ -172,6 +194,12 @@ def make_problem(
         return drawn, conditions
 
     return Problem(t0, t1, x, own_args, size, num_args, field, rows, draw)
+
+
+def _without_jit(vector_field: VectorField) -> VectorField:
+    if isinstance(vector_field, type(jax.jit(lambda: None))):
+        return inspect.unwrap(vector_field)
+    return vector_field
 
 
 def check_field(problem: Problem, x0: Rows, args: Rows | None) -> None:
