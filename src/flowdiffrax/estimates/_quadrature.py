@@ -92,11 +92,15 @@ def radau(num_nodes: int) -> tuple[np.ndarray, ...]:
     left = np.sort(np.real(np.polynomial.legendre.legroots(series)))
     nodes = np.sort(1 - left) / 2
     nodes[-1] = 1.0
-    powers = np.arange(num_nodes)
-    # The rules are exact for all polynomials of the degree that the nodes determine.
-    values = nodes[:, None] ** powers
-    whole = 1 / (powers + 1)
-    to_end = (1 - nodes[:, None] ** (powers + 1)) / (powers + 1)
-    rules = np.stack([whole, 0.0**powers, *to_end], axis=1)
-    weights, at_start, *ends = np.linalg.solve(values.T, rules).T
+    # The rules are exact for all polynomials of the degree that the nodes determine. In
+    # terms of Legendre's, that can be solved for any number of nodes.
+    legendre = np.polynomial.legendre.legvander(2 * nodes - 1, num_nodes)
+    degrees = np.arange(num_nodes)
+    whole = np.where(degrees == 0, 1.0, 0.0)
+    lower = np.concatenate([np.ones((num_nodes, 1)), legendre[:, :-2]], axis=1)
+    to_end = (lower - legendre[:, 1:]) / (2 * (2 * degrees + 1))
+    # The integral of the first one, a constant.
+    to_end[:, 0] = 1 - nodes
+    rules = np.stack([whole, (-1.0) ** degrees, *to_end], axis=1)
+    weights, at_start, *ends = np.linalg.solve(legendre[:, :-1].T, rules).T
     return nodes, weights, np.stack(ends), at_start

@@ -12,6 +12,7 @@ from ._build import Pool, build
 from ._costs import (
     ClassicalSolves,
     Solve,
+    at_batch,
     fastest,
     jump_flops,
     jump_seconds,
@@ -21,9 +22,6 @@ from ._errors import scaled_errors
 from ._plan import NETWORKS, make_plan
 from ._probe import Facts, field_flops, probe
 from ._problem import Problem, make_problem
-
-# A solve that would take longer is timed on fewer states.
-_LONGEST = 3.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,7 +172,7 @@ def advise(
     solve = fastest(scanned, tol, np.inf)
     index = np.resize(np.arange(len(x0_rows)), batch_size)
     if solve is not None:
-        solve = _at_batch(solves, solve, x0_rows, rows, batch_size)
+        solve = at_batch(solves, solve, x0_rows, rows, batch_size)
     batch = x0_rows[index], None if rows is None else rows[index]
     networks = []
     for width, depth in NETWORKS:
@@ -224,21 +222,6 @@ def warnings_of(facts: Facts, tol: float, both_directions: bool) -> list[str]:
             f"{facts.num_failed} of {facts.num_failed + len(facts.ys)} solves failed."
         )
     return warnings
-
-
-def _at_batch(
-    solves: ClassicalSolves, solve: Solve, x0: Any, args: Any, batch_size: int
-) -> Solve:
-    """The same solve with its seconds for a batch of another size."""
-    num = int(batch_size * min(1, _LONGEST * len(x0) / (batch_size * solve.seconds)))
-    # All states step together until the last is done, so small batches cost less each.
-    num = max(num, min(len(x0), batch_size))
-    index = np.resize(np.arange(len(x0)), num)
-    some = None if args is None else args[index]
-    seconds = solves.seconds(solve.solver, x0[index], some, solve.rtol)
-    return dataclasses.replace(
-        solve, batch_size=batch_size, seconds=seconds * batch_size / num
-    )
 
 
 def _untrained(

@@ -12,9 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ._errors import flops_of, seconds_of
+from ._errors import flops_of, seconds_of, timed
 from ._problem import Domain, Problem, Rows, call_afresh, double_precision
 
+# A solve that would take longer is timed on fewer states.
+_LONGEST = 3.0
 TOLERANCES = 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7
 
 
@@ -26,7 +28,8 @@ class Solve:
 
     - `solver`, `rtol`: the name of the Diffrax solver, and its relative tolerance.
     - `batch_size`: the number of initial states.
-    - `seconds`: the seconds for the batch.
+    - `seconds`: the seconds for the batch. Where it would take more than five, they are
+      extrapolated from a smaller batch.
     - `num_steps`: the mean number of steps.
     - `median`, `most`: the median and the 90 % quantile of its errors at `t1`.
     """
@@ -119,14 +122,10 @@ class ClassicalSolves:
         }
 
     def __call__(self, name: str, x0: Rows, args: Rows | None, rtol: float) -> tuple:
-        """The states at `t1` and the numbers of steps; what fails is not finite."""
-        return self._prepared(name, x0, args, rtol)()
+        """The states at `t1`, the numbers of steps, and the seconds of the batch.
 
-    def seconds(self, name: str, x0: Rows, args: Rows | None, rtol: float) -> float:
-        """The seconds that a solve of the batch takes."""
-        return seconds_of(self._prepared(name, x0, args, rtol), 0.1)
-
-    def _prepared(self, name: str, x0: Any, args: Any, rtol: float) -> Callable:
+        What fails is not finite. The first call for a batch of some size compiles.
+        """
         with self._context():
             as_jax = lambda rows: jnp.asarray(rows, self._dtype)
             given = as_jax(x0), None if args is None else as_jax(args), as_jax(rtol)
@@ -136,7 +135,8 @@ class ClassicalSolves:
                 ys, num_steps = call_afresh(self._solves[name], *given)
                 return np.asarray(ys, np.float64), np.asarray(num_steps)
 
-        return run
+        (ys, num_steps), seconds = timed(run, 0.1)
+        return ys, num_steps, seconds
 
 
 def scan_tolerances(
@@ -152,10 +152,10 @@ def scan_tolerances(
     """
     found = []
     for name in solves.names:
+        solves(name, x0, args, TOLERANCES[0])  # compiles
         for rtol in TOLERANCES:
-            ys, num_steps = solves(name, x0, args, rtol)
+            ys, num_steps, seconds = solves(name, x0, args, rtol)
             median, most = np.quantile(errors_of(ys), (0.5, 0.9))
-            seconds = solves.seconds(name, x0, args, rtol)
             row = Solve(
                 name, rtol, len(x0), seconds, float(num_steps.mean()), median, most
             )
@@ -169,6 +169,20 @@ def fastest(solves: list[Solve], median: float, most: float) -> Solve | None:
     """The fastest of those whose errors are no larger."""
     good = [row for row in solves if row.median <= median and row.most <= most]
     return min(good, key=lambda row: row.seconds, default=None)
+
+
+def at_batch(
+    solves: ClassicalSolves, solve: Solve, x0: Rows, args: Rows | None, batch_size: int
+) -> Solve:
+    """The same solve with its seconds for a batch of another size."""
+    num = int(batch_size * min(1, _LONGEST * len(x0) / (batch_size * solve.seconds)))
+    # All states step together until the last is done, so small batches cost less each.
+    num = max(num, min(len(x0), batch_size))
+    index = np.resize(np.arange(len(x0)), num)
+    given = solve.solver, x0[index], None if args is None else args[index], solve.rtol
+    solves(*given)  # compiles
+    seconds = solves(*given)[2] * batch_size / num
+    return dataclasses.replace(solve, batch_size=batch_size, seconds=seconds)
 
 
 def jump_seconds(domain: Domain, flow_map: Any, x0: Rows, args: Rows | None) -> float:

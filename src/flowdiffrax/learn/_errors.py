@@ -62,13 +62,23 @@ def scaled_errors(
 def seconds_of(call: Callable[[], Any], at_least: float = 0.2, most: int = 50) -> float:
     """The shortest of several times that a call takes, after one that compiles."""
     call()
-    best, spent, count = np.inf, 0.0, 0
+    return timed(call, at_least, most)[1]
+
+
+def timed(
+    call: Callable[[], Any], at_least: float = 0.2, most: int = 50
+) -> tuple[Any, float]:
+    """What a call returns, and the shortest of several times that it takes.
+
+    There is one only if that takes `at_least` so many seconds.
+    """
+    best, spent, count, result = np.inf, 0.0, 0, None
     while spent < at_least and count < most:
         begin = time.perf_counter()
-        call()
+        result = call()
         best = min(best, time.perf_counter() - begin)
         spent, count = spent + time.perf_counter() - begin, count + 1
-    return float(best)
+    return result, float(best)
 
 
 def flops_of(function: Callable, *given: Any) -> float:

@@ -20,6 +20,7 @@ from ._plan import Plan, make_plan
 from ._pool import PoolMaker
 from ._probe import probe, scale_of
 from ._problem import Problem, check_field, make_problem
+from ._teacher import cheaper_teacher
 from ._training import Trained, steps_until, train_map
 from ._validation import Validation
 
@@ -84,7 +85,8 @@ def learn_solver(
     - `minutes`: the time for everything, positive.
     - `key`: a random key; `None` uses `jax.random.key(0)`.
     - `solver`: the Diffrax solver whose trajectories are learned. `None` takes the faster
-      of Tsit5 and Kvaerno5.
+      of Tsit5 and Kvaerno5, at rtol 1e-5; or where too few trajectories could be solved
+      so, the faster of these and Kvaerno3 at rtol 1e-3, if that is exact enough.
     - `ts`: the times to save trajectories at, from `t0` to `t1`. `None` takes 33 uniform
       times, or for stiff problems 41 of which the gaps grow in proportion.
     - `form`: `"relaxation"` or `"residual"`, see [`flowdiffrax.learn.Plan`][].
@@ -129,6 +131,8 @@ def learn_solver(
     if kept is None:
         say("looking at a few solutions")
         facts = probe(problem, keys[1], is_positive, solver)
+        for_pool = begin + _POOL_SHARES[0] * 60 * minutes - time.perf_counter()
+        facts = cheaper_teacher(problem, facts, for_pool, solver is not None)
         plan = make_plan(problem, facts, minutes, given)
         say(f"chosen:\n{plan}")
         for text in warnings_of(facts, _USUAL_ERROR, both_directions):

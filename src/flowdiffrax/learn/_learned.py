@@ -14,6 +14,7 @@ from ._costs import (
     ClassicalSolves,
     Cost,
     Solve,
+    at_batch,
     fastest,
     jump_flops,
     jump_seconds,
@@ -22,7 +23,7 @@ from ._costs import (
 from ._figure import draw_report
 from ._plan import Plan
 from ._pool import empty_pool
-from ._problem import Domain, Problem, Rows
+from ._problem import Domain, Problem
 from ._validation import JumpErrors, Validation
 
 _NUM_JUMPS = 1, 2, 4, 8
@@ -186,7 +187,7 @@ def evaluate(
     """
     flow_map = trained.flow_map
     errors = validation.by_num_jumps(flow_map, num_jumps)
-    solves, solve_for = [], lambda *batch: None
+    solves, solve_for = [], lambda batch_size: None
     if isinstance(domain, Problem):
         solves, solve_for = _classical(domain, plan, validation, errors[0])
     x0, args = validation.fresh.ys[:, 0], validation.fresh.args
@@ -195,7 +196,7 @@ def evaluate(
         index = np.resize(np.arange(len(x0)), batch_size)
         batch = x0[index], None if args is None else args[index]
         seconds = jump_seconds(domain, flow_map, *batch)
-        costs.append(Cost(batch_size, seconds, solve_for(*batch)))
+        costs.append(Cost(batch_size, seconds, solve_for(batch_size)))
     return LearnedSolver(
         flow_map=flow_map,
         trained=trained.state.ema_map,
@@ -217,7 +218,7 @@ def evaluate(
 
 def _classical(
     problem: Problem, plan: Plan, validation: Validation, aim: JumpErrors
-) -> tuple[list[Solve], Callable[..., Solve | None]]:
+) -> tuple[list[Solve], Callable[[int], Solve | None]]:
     """Solves at many tolerances, and the fastest of them that is as exact, timed anew."""
     # Measured on few states: a stiff solve is slow.
     few, fresh = slice(0, _BATCHES[0]), validation.fresh
@@ -228,10 +229,9 @@ def _classical(
     scanned = scan_tolerances(classical, fresh.ys[few, 0], args, errors_of, aims)
     best = fastest(scanned, *aims)
 
-    def solve_for(x0: Rows, args: Rows | None) -> Solve | None:
-        if best is None or len(x0) == best.batch_size:
+    def solve_for(batch_size: int) -> Solve | None:
+        if best is None or batch_size == best.batch_size:
             return best
-        seconds = classical.seconds(best.solver, x0, args, best.rtol)
-        return dataclasses.replace(best, batch_size=len(x0), seconds=seconds)
+        return at_batch(classical, best, fresh.ys[:, 0], fresh.args, batch_size)
 
     return scanned, solve_for

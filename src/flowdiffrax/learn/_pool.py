@@ -57,7 +57,9 @@ class PoolMaker:
         problem, plan = self._problem, self._plan
         assert plan.rtol is not None
         x0, args = problem.draw(key, num, held_out)
-        chunk = min(256, len(x0))
+        # All solves of a chunk step together until its last one is done, and the matrices
+        # of many large stiff ones do not fit into a cache.
+        chunk = min(32 if plan.is_stiff and problem.size > 16 else 256, len(x0))
         found, last = [], time.perf_counter()
         for start in range(0, len(x0), chunk):
             # Too small a pool costs more than the time that it saves.

@@ -101,7 +101,9 @@ def probe(
     is_stiff = isinstance(solves.solver, diffrax.AbstractImplicitSolver)
     ys, args = ys[good], None if args is None else args[good]
     scale = scale_of(ys)
-    growth, contraction = _sensitivity(problem, solves, ys[:4, 0], args, scale)
+    growth, contraction = _sensitivity(
+        problem, solves, ys[:, 0], args, ts, scale, len(x0)
+    )
     return Facts(
         is_autonomous=not depends_on_time(problem),
         is_positive=_are_positive(problem, ts, ys, args, scale, is_positive),
@@ -262,21 +264,27 @@ def _shortest(ts, ys, scale) -> float:
     return float(np.clip(0.3 * quarter, 1e-9 * ts[-1], 1e-2 * ts[-1]))
 
 
-def _sensitivity(problem, solves, x0, args, scale) -> tuple[float, float]:
-    """The largest and the smallest singular value of the Jacobian of the flow."""
+def _sensitivity(problem, solves, x0, args, ts, scale, num_rows) -> tuple[float, float]:
+    """The largest and the smallest singular value of the Jacobian of the flow.
+
+    All solves are made in one batch of `num_rows`, for which they are compiled already.
+    """
     size = 1e-3
-    num = min(problem.size, 16)
+    num = min(problem.size, num_rows // 2 - 1)
     directions = np.eye(problem.size)
     if num < problem.size:
         random = np.asarray(jr.normal(jr.key(0), (problem.size, num)))
         directions = np.linalg.qr(random)[0].T
+    x0 = x0[: num_rows // (num + 1)]
     # A positive entry that is zero must not become negative.
     towards = np.where(x0[:, None] > 0, -1, 1) * size * scale * directions
     starts = np.concatenate([x0[:, None], x0[:, None] + towards], axis=1)
-    rows = None if args is None else np.repeat(args[: len(x0)], num + 1, 0)
     starts = starts.reshape(-1, problem.size)
-    ends, _ = solves(starts, rows, [problem.t0, problem.t1], TEACHER_RTOL, scale)
-    ends = ends[:, -1].reshape(len(x0), num + 1, problem.size) / scale
+    rows = None if args is None else np.repeat(args[: len(x0)], num + 1, 0)
+    index = np.arange(num_rows) % len(starts)
+    rows = None if rows is None else rows[index]
+    ends, _ = solves(starts[index], rows, ts, TEACHER_RTOL, scale)
+    ends = ends[: len(starts), -1].reshape(len(x0), num + 1, problem.size) / scale
     jacobian = (ends[:, 1:] - ends[:, :1]) / size
     jacobian = jacobian[np.isfinite(jacobian).all((1, 2))]
     if len(jacobian) == 0:
