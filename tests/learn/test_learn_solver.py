@@ -395,3 +395,20 @@ def test_bad_input(changed, error, match):
     given = dict(vector_field=lambda t, x, a: -x, x0=ROWS, t0=0.0, t1=1.0)
     with pytest.raises(error, match=match):
         learn_solver(**given | QUICK | changed)
+
+
+# --- awkward units --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("centre, size", [(1e6, 1.0), (-300.0, 1e-3)])
+def test_the_teacher_resolves_entries_that_vary_little(centre, size):
+    def field(t, x, args):
+        angle, speed = (x - centre) / size
+        return size * jnp.stack([speed, -angle])
+
+    draw = lambda key: centre + size * jr.uniform(key, (2,), minval=-1.0)
+    facts = probe(make_problem(field, draw, 0.0, 3.0, None, False), jr.key(0))
+    start, end = (facts.ys[:, [0, -1]].swapaxes(0, 1) - centre) / size
+    exact = start @ np.asarray([[np.cos(3), -np.sin(3)], [np.sin(3), np.cos(3)]])
+    np.testing.assert_allclose(end, exact, atol=1e-3)
+    assert abs(facts.growth - 1) < 1e-3 and abs(facts.contraction - 1) < 1e-3

@@ -18,7 +18,7 @@ from ._folder import Folder, as_config
 from ._learned import LearnedSolver, evaluate
 from ._plan import Plan, make_plan
 from ._pool import PoolMaker
-from ._probe import probe, scale_of
+from ._probe import probe
 from ._problem import Problem, check_field, make_problem
 from ._teacher import cheaper_teacher
 from ._training import Trained, steps_until, train_map
@@ -137,7 +137,7 @@ def learn_solver(
         say(f"chosen:\n{plan}")
         for text in warnings_of(facts, _USUAL_ERROR, both_directions):
             say(f"warning: {text}")
-        make = PoolMaker(problem, plan, facts.solves, scale_of(facts.ys), say)
+        make = PoolMaker(problem, plan, facts.solves, facts.ranges, say)
         fresh = make(keys[2], NUM_VALIDATION, held_out=True)
         ends = [begin + share * 60 * minutes for share in _POOL_SHARES]
         kept = plan, make(keys[3], plan.pool_size, ends=(ends[0], ends[1])), fresh

@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Float
 
 from ._plan import Plan
-from ._probe import Solves
+from ._probe import Ranges, Solves
 from ._problem import Problem, Rows
 
 # Of these, how many there must be at least, and how many are enough to stop early.
@@ -42,10 +42,10 @@ class PoolMaker:
     """Solves initial states in chunks, until there are enough or time is over."""
 
     def __init__(
-        self, problem: Problem, plan: Plan, solves: Solves, scale: Any, say: Any
+        self, problem: Problem, plan: Plan, solves: Solves, ranges: Ranges, say: Any
     ):
         self._problem, self._plan, self._solves = problem, plan, solves
-        self._scale, self._say = scale, say
+        self._ranges, self._say = ranges, say
 
     def __call__(
         self,
@@ -71,7 +71,7 @@ class PoolMaker:
             index = np.arange(len(x0))[rows]
             padded = np.resize(index, chunk)
             some = None if args is None else args[padded]
-            ys, _ = self._solves(x0[padded], some, plan.ts, plan.rtol, self._scale)
+            ys, _ = self._solves(x0[padded], some, plan.ts, plan.rtol, self._ranges)
             found.append(ys[: len(index)])
             if time.perf_counter() - last > 5:
                 last = time.perf_counter()

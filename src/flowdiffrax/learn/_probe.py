@@ -1,6 +1,6 @@
 import dataclasses
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import diffrax
 import jax
@@ -37,6 +37,7 @@ class Facts:
     - `num_steps`: the mean number of its steps, at the tolerance of the teacher.
     - `solve_seconds`: the seconds that one solve takes in a batch.
     - `scale`: the largest size of each entry.
+    - `ranges`: the units in which states are solved.
     - `shortest`: the time in which the first entries begin to change.
     - `solve_flops`: about how many floating-point operations one solve has.
     - `growth`, `contraction`: by how much an error in the initial state grows until
@@ -54,6 +55,7 @@ class Facts:
     num_steps: float
     solve_seconds: float
     scale: Float[np.ndarray, " size"]
+    ranges: "Ranges"
     shortest: float
     solve_flops: float
     growth: float
@@ -100,9 +102,9 @@ def probe(
     good = np.isfinite(ys).all((1, 2))
     is_stiff = isinstance(solves.solver, diffrax.AbstractImplicitSolver)
     ys, args = ys[good], None if args is None else args[good]
-    scale = scale_of(ys)
+    scale, ranges = scale_of(ys), Ranges.of(ys)
     growth, contraction = _sensitivity(
-        problem, solves, ys[:, 0], args, ts, scale, len(x0)
+        problem, solves, ys[:, 0], args, ts, ranges, len(x0)
     )
     return Facts(
         is_autonomous=not depends_on_time(problem),
@@ -112,7 +114,8 @@ def probe(
         num_steps=float(num_steps[good].mean()),
         solve_seconds=seconds / len(x0),
         scale=scale,
-        shortest=_shortest(ts - problem.t0, ys, scale),
+        ranges=ranges,
+        shortest=_shortest(ts - problem.t0, ys, ranges.scale),
         solve_flops=_solve_flops(problem, is_stiff, float(num_steps[good].mean())),
         growth=growth,
         contraction=contraction,
@@ -124,29 +127,30 @@ def probe(
     )
 
 
-def _rough_scale(problem, x0, args) -> Float[np.ndarray, " size"]:
+def _rough_ranges(problem, x0, args) -> "Ranges":
     """A guess at the size of each entry: that of its start, or else a small one."""
     rates = np.abs(problem.rates(np.full(len(x0), problem.t0), x0, args)).max(0)
     size = np.abs(x0).max(0)
     largest = max(size.max(), 1e-300)
     early = 1e-6 * rates * (problem.t1 - problem.t0)
-    return np.where(size > 0, size, np.clip(early, 1e-12 * largest, largest))
+    scale = np.where(size > 0, size, np.clip(early, 1e-12 * largest, largest))
+    return Ranges(np.zeros(problem.size), scale)
 
 
 def _try_solvers(problem, x0, args, ts, solver) -> list[tuple]:
     """Seconds, solver, solutions and numbers of steps, for each solver that works."""
     candidates = [solver] if solver else [diffrax.Tsit5(), diffrax.Kvaerno5()]
-    rough = _rough_scale(problem, x0, args)
+    rough = _rough_ranges(problem, x0, args)
     found = []
     for candidate in candidates:
         solves = Solves(problem, candidate)
         # With a scale that is too small, this is slower than it need be, but right.
-        ys, _ = solves(x0, args, ts, 1e-2, scale=rough)
+        ys, _ = solves(x0, args, ts, 1e-2, rough)
         if np.isfinite(ys).all((1, 2)).mean() < 0.5:
             continue
-        scale = scale_of(ys)
+        ranges = Ranges.of(ys)
         begin = time.perf_counter()
-        ys, num_steps = solves(x0, args, ts, TEACHER_RTOL, scale=scale)
+        ys, num_steps = solves(x0, args, ts, TEACHER_RTOL, ranges)
         seconds = time.perf_counter() - begin
         if np.isfinite(ys).all((1, 2)).mean() < 0.5:
             continue
@@ -162,10 +166,35 @@ def scale_of(ys: Float[np.ndarray, "rows times size"]) -> Float[np.ndarray, " si
     return np.where(scale > 0, scale, 1.0)
 
 
+class Ranges(NamedTuple):
+    """Units in which each entry is of order one, and its tolerances are relative.
+
+    An entry that varies by much less than its size, such as a temperature of 300 to 301
+    kelvin, is measured from `centre`: an error relative to its size could be as large as
+    all that happens to it.
+    """
+
+    centre: Float[np.ndarray, " size"]
+    scale: Float[np.ndarray, " size"]
+
+    @classmethod
+    def of(cls, ys: Float[np.ndarray, "rows times size"]) -> "Ranges":
+        """The units of solutions, of which those that failed are NaN."""
+        size = scale_of(ys)
+        low, high = np.nanmin(ys, (0, 1)), np.nanmax(ys, (0, 1))
+        spread = (high - low) / 2
+        # Rounding errors must stay far below the tolerances.
+        narrow = np.maximum(spread, 1e-5 * size)
+        is_narrow = spread < 0.1 * np.maximum(np.abs(low), np.abs(high))
+        # Not from the middle, where an error relative to the distance would be absurd.
+        centre = np.where(is_narrow, low - narrow, 0)
+        return cls(centre, np.where(is_narrow, narrow, size))
+
+
 class Solves:
     """Solves batches of a problem, at any tolerance without compiling anew.
 
-    Entries are measured in units of `scale`. What fails is NaN.
+    Entries are measured in units of their ranges. What fails is NaN.
     """
 
     def __init__(
@@ -177,8 +206,10 @@ class Solves:
         self.solver = solver
         axis = None if problem.args_size == 0 else 0
 
-        def solve(x0, args, ts, rtol, scale):
-            field = lambda t, z, args: problem.vector_field(t, z * scale, args) / scale
+        def solve(x0, args, ts, rtol, ranges):
+            centre, scale = ranges
+            at = lambda z: centre + z * scale
+            field = lambda t, z, args: problem.vector_field(t, at(z), args) / scale
             # Small concentrations matter as much as large ones.
             controller = diffrax.PIDController(rtol=rtol, atol=1e-4 * rtol)
             solution = diffrax.diffeqsolve(
@@ -187,7 +218,7 @@ class Solves:
                 ts[0],
                 ts[-1],
                 None,
-                x0 / scale,
+                (x0 - centre) / scale,
                 args,
                 saveat=diffrax.SaveAt(ts=ts),
                 stepsize_controller=controller,
@@ -195,17 +226,17 @@ class Solves:
                 throw=False,
             )
             is_good = solution.result == diffrax.RESULTS.successful
-            ys = jnp.where(is_good, solution.ys * scale[None], jnp.nan)
+            ys = jnp.where(is_good, jax.vmap(at)(solution.ys), jnp.nan)
             return ys, solution.stats["num_steps"]
 
         self._solve = jax.jit(jax.vmap(solve, (0, axis, None, None, None)))
 
     def __call__(
-        self, x0: Rows, args: Rows | None, ts: Any, rtol: float, scale: Any
+        self, x0: Rows, args: Rows | None, ts: Any, rtol: float, ranges: Ranges
     ) -> tuple[Float[np.ndarray, "rows times size"], Any]:
         """Solutions at the given times, and the number of steps of each."""
         with double_precision():
-            given = map(in_double, (x0, args, ts, rtol, scale))
+            given = map(in_double, (x0, args, ts, rtol, ranges))
             ys, num_steps = call_afresh(self._solve, *given)
             return np.asarray(ys), np.asarray(num_steps)
 
@@ -264,12 +295,12 @@ def _shortest(ts, ys, scale) -> float:
     return float(np.clip(0.3 * quarter, 1e-9 * ts[-1], 1e-2 * ts[-1]))
 
 
-def _sensitivity(problem, solves, x0, args, ts, scale, num_rows) -> tuple[float, float]:
+def _sensitivity(problem, solves, x0, args, ts, ranges, num_rows) -> tuple[float, float]:
     """The largest and the smallest singular value of the Jacobian of the flow.
 
     All solves are made in one batch of `num_rows`, for which they are compiled already.
     """
-    size = 1e-3
+    size, scale = 1e-3, ranges.scale
     num = min(problem.size, num_rows // 2 - 1)
     directions = np.eye(problem.size)
     if num < problem.size:
@@ -283,7 +314,7 @@ def _sensitivity(problem, solves, x0, args, ts, scale, num_rows) -> tuple[float,
     rows = None if args is None else np.repeat(args[: len(x0)], num + 1, 0)
     index = np.arange(num_rows) % len(starts)
     rows = None if rows is None else rows[index]
-    ends, _ = solves(starts[index], rows, ts, TEACHER_RTOL, scale)
+    ends, _ = solves(starts[index], rows, ts, TEACHER_RTOL, ranges)
     ends = ends[: len(starts), -1].reshape(len(x0), num + 1, problem.size) / scale
     jacobian = (ends[:, 1:] - ends[:, :1]) / size
     jacobian = jacobian[np.isfinite(jacobian).all((1, 2))]
