@@ -162,10 +162,32 @@ def test_units_of_a_pool():
 
 
 def test_units_of_entries_that_are_zero_or_constant():
-    ys = np.ones((5, 3, 2)) * [0.0, 2.0]
+    ys = np.ones((5, 3, 3)) * [0.0, 2.0, -2.0]
     units = fd.nn.LogUnits.of(np.arange(3.0), ys)
-    assert jnp.all(jnp.isfinite(units.state(jnp.asarray([0.0, 2.0]))))
-    assert jnp.all(units.std == 1)
+    np.testing.assert_allclose(units.state(jnp.asarray([0.0, 2.0, -2.0])), 0, atol=1e-6)
+    # Whatever a network makes of them, they stay where they are.
+    end = units.undo_state(jnp.ones(3))
+    np.testing.assert_allclose(end, [0.0, 2.0, -2.0], rtol=1e-5, atol=1e-30)
+    # A parameter that never varies means little.
+    of_args = fd.nn.LogUnits.of(np.arange(3.0), ys, args=np.ones((5, 1)) * 3.0).args
+    np.testing.assert_allclose(of_args.state(jnp.asarray([3.3])), 0.1, rtol=1e-6)
+
+
+@pytest.mark.parametrize("centre, size", [(1e4, 1.0), (-1e4, 1.0), (0.0, 1e-9)])
+def test_single_precision_resolves_entries_that_vary_little(centre, size):
+    ys = centre + size * np.linspace(-1, 1, 300).reshape(20, 5, 3)
+    units = fd.nn.LogUnits.of(np.arange(5.0), ys)
+    exact = np.stack([units.state(jnp.asarray(x)) for x in ys[:, 0]])
+    units = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), units)
+    x = jnp.asarray(ys[:, 0], jnp.float32)
+    z = jax.vmap(units.state)(x)
+    np.testing.assert_allclose(z, exact, atol=1e-2)
+    ends = jax.vmap(units.undo_state)(z)
+    np.testing.assert_allclose(ends, x, rtol=3e-7, atol=1e-6 * size)
+    # Errors count as if the entry varied by a tenth of its size, at least.
+    found = units.difference(x[-1], x[0])
+    weight = jnp.where(units.is_positive, 0.1, 1.0)
+    np.testing.assert_allclose(found, weight * (z[-1] - z[0]), rtol=1e-5)
 
 
 def test_entries_that_should_be_positive():

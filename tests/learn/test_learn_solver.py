@@ -15,6 +15,7 @@ from helpers import Interrupting
 import flowdiffrax as fd
 from flowdiffrax.learn import LearnedSolver, learn_solver
 from flowdiffrax.learn._autonomous import depends_on_time
+from flowdiffrax.learn._errors import scaled_errors
 from flowdiffrax.learn._probe import probe
 from flowdiffrax.learn._problem import make_problem
 
@@ -370,6 +371,7 @@ ROWS = np.ones((40, 2))
         (dict(vector_field=explode), ValueError, "can solve this problem"),
         (dict(t1=0.0), ValueError, "`t0` must be less than `t1`"),
         (dict(t1=float("nan")), ValueError, "both finite"),
+        (dict(t0=2e9, t1=2e9 + 100), ValueError, "`t0=0` and `t1=100`, and add 2000"),
         (dict(x0=np.full((40, 2), np.nan)), ValueError, "must be finite; 32 of 32"),
         (dict(x0=np.ones((1, 2))), ValueError, "1 initial states, which is too few"),
         (dict(x0=np.ones((40, 2), int)), TypeError, "int"),
@@ -412,3 +414,24 @@ def test_the_teacher_resolves_entries_that_vary_little(centre, size):
     exact = start @ np.asarray([[np.cos(3), -np.sin(3)], [np.sin(3), np.cos(3)]])
     np.testing.assert_allclose(end, exact, atol=1e-3)
     assert abs(facts.growth - 1) < 1e-3 and abs(facts.contraction - 1) < 1e-3
+
+
+def test_entries_that_vary_little_or_not_at_all():
+    def field(t, x, args):
+        return jnp.stack([1e5 - x[0], 0 * x[1], 0 * x[2], -x[3]])
+
+    def draw(key):
+        near, other = jr.uniform(key, (2,), minval=0.5, maxval=1.5)
+        return jnp.stack([1e5 + near, 1.5, 0.0, other])
+
+    learned = learn_solver(field, draw, 0.0, 2.0, **QUICK)
+    assert learned.plan.is_positive.all()
+    x = jax.vmap(draw)(jr.split(jr.key(9), 64))
+    ends = jax.vmap(learned.flow_map, (None, None, 0))(0.0, 2.0, x)
+    np.testing.assert_allclose(ends[:, 0] - 1e5, (x[:, 0] - 1e5) * np.exp(-2), atol=0.1)
+    np.testing.assert_allclose(ends[:, 1:3] + 0 * x[:, 1:3], x[:, 1:3], atol=1e-4)
+    # A map of 1e5 to 1e5 is no success: errors are in units of what varies.
+    exact = np.full((4, 1), 1e5) + np.linspace(-1, 1, 4)[:, None]
+    given = np.ones(1, bool), np.full(1, 1e5), np.ones(1)
+    assert scaled_errors(np.full((4, 1), 1e5), exact, *given).max() > 0.05
+    assert learned.errors[0].most < 0.1

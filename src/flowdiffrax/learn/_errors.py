@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float
 
+from ..nn._log_units import LEAST_SPREAD
 from ._problem import Domain
 
 # The quantiles of errors that are reported.
@@ -53,9 +54,15 @@ def scaled_errors(
 ) -> Float[np.ndarray, "rows size"]:
     """Relative errors of positive entries, and others in standard deviations.
 
+    Errors of positive entries that vary little are relative to ten standard deviations.
     With `noise`, errors are relative to no less than this.
     """
-    size = np.where(is_positive, np.abs(exact) + 1e-10 * scale + noise, std)
+    size = np.abs(exact) + 1e-10 * scale
+    # An entry that does not vary at all cannot be known better than to single precision.
+    least = np.maximum(std, 1e-5 * scale) / LEAST_SPREAD
+    varies_little = np.nanmin(np.abs(exact), 0, initial=np.inf) > 0.5 * scale
+    size = np.where(varies_little, np.minimum(size, least), size)
+    size = np.where(is_positive, size + noise, std)
     return np.nan_to_num(np.abs(ys - exact) / size, nan=np.inf)
 
 

@@ -223,7 +223,19 @@ def _as_times(t0: Any, t1: Any) -> tuple[float, float]:
             f"`t0` must be less than `t1`, and both finite; got {t0:g} and {t1:g}. To "
             "learn backward jumps as well, use `both_directions=True`."
         )
+    check_resolved(t0, t1)
     return t0, t1
+
+
+def check_resolved(t0: float, t1: float) -> None:
+    """**Raises:** `ValueError` if single precision can hardly tell the times apart."""
+    latest = max(abs(t0), abs(t1))
+    if t1 - t0 < 1e3 * np.finfo(np.float32).eps * latest:
+        raise ValueError(
+            f"Times from {t0!r} to {t1!r} can hardly be told apart in single precision, "
+            f"which a map is trained in. Measure time from the start: use `t0=0` and "
+            f"`t1={t1 - t0:g}`, and add {t0!r} inside the vector field."
+        )
 
 
 def _num_states(x0: State) -> int:

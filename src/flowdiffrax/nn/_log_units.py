@@ -1,7 +1,12 @@
+import dataclasses
+
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
+
+# An error is relative to an entry that varies by at least this share of its size.
+LEAST_SPREAD = 0.1
 
 
 class LogUnits(eqx.Module):
@@ -71,12 +76,13 @@ class LogUnits(eqx.Module):
                 "tolerance, or leave these entries out of `is_positive`."
             )
         # Not zero in float32.
-        least = np.maximum(np.maximum(1e-10 * largest, 1e-36), floor)
-        floor = np.where(largest > 0, least, 1.0)
+        floor = np.maximum(np.maximum(1e-10 * largest, 1e-36), floor)
         values = np.where(positive, np.log(np.maximum(ys, 0) + floor), ys)
-        std = values.std((0, 1))
-        # An entry that does not vary would divide by zero.
-        varies = std > 1e-6 * (1 + np.abs(values).max((0, 1)))
+        mean, std = values.mean((0, 1)), values.std((0, 1))
+        # An entry that does not vary would divide by zero, and keeps its value to the
+        # precision of float32 instead.
+        least = 1e-6 * np.where(positive, 1.0, np.abs(mean))
+        std = np.where(largest > 0, np.maximum(std, least), 1.0)
         gaps = np.diff(ts)
         of_args = None
         if args is not None:
@@ -84,12 +90,18 @@ class LogUnits(eqx.Module):
             least, most = rows.min(0), rows.max(0)
             spans_decades = (least > 0) & (most > 10 * least)
             of_args = cls.of(ts, rows[:, None], spans_decades)
+            # Nothing is known about a parameter that never varies, and little must follow
+            # from another value.
+            size = np.maximum(np.abs(rows).max(0), 1e-36)
+            wide = np.where(most - least > 1e-6 * size, np.asarray(of_args.std), size)
+            wide = jnp.asarray(wide, of_args.std.dtype)
+            of_args = dataclasses.replace(of_args, std=wide)
         array = lambda x: jnp.asarray(x, jnp.result_type(float))
         return cls(
             jnp.asarray(positive),
             array(floor),
-            array(values.mean((0, 1))),
-            array(np.where(varies, std, 1.0)),
+            array(mean),
+            array(std),
             array((ts[..., -1] - ts[..., 0]).max()),
             array(gaps.min()),
             of_args,
@@ -98,8 +110,14 @@ class LogUnits(eqx.Module):
     def state(self, x: Float[Array, " size"]) -> Float[Array, " size"]:
         """Returns the state in these units."""
         floor, mean, std = self._like(x)
-        log = jnp.log(jnp.maximum(x, 0) + floor)
-        return (jnp.where(self.is_positive, log, x) - mean) / std
+        size = self._size(mean)
+        # A sum of logarithms would round off what an entry of 1e6 +- 1 does.
+        away = jnp.maximum(x, 0) + (floor - size)
+        is_near = jnp.abs(away) < size / 2
+        near = jnp.log1p(jnp.where(is_near, away / size, 0))
+        log = jnp.log(jnp.where(is_near, size, jnp.maximum(x, 0) + floor)) - mean
+        log = jnp.where(is_near, near, log)
+        return jnp.where(self.is_positive, log, x - mean) / std
 
     def undo_state(self, z: Float[Array, " size"]) -> Float[Array, " size"]:
         """Returns the state whose logarithms are given, positive where it should be.
@@ -107,16 +125,15 @@ class LogUnits(eqx.Module):
         The floor is not subtracted, so this is the inverse of `state` to within it.
         """
         _, mean, std = self._like(z)
-        value = mean + std * z
-        # The other branch of `where` must not overflow.
-        log = jnp.where(self.is_positive, value, 0)
-        return jnp.where(self.is_positive, jnp.exp(log), value)
+        away = std * z
+        # The other branch of `where` must not overflow, nor the factor on its own.
+        root = jnp.exp(jnp.where(self.is_positive, away, 0) / 2)
+        return jnp.where(self.is_positive, self._size(mean) * root * root, mean + away)
 
     def saturation(self, x: Float[Array, " size"]) -> Float[Array, " size"]:
         """Returns $x / (|x| + m)$ with the typical size $m$ of each entry."""
         _, mean, std = self._like(x)
-        size = jnp.exp(jnp.where(self.is_positive, mean, 0))
-        size = jnp.where(self.is_positive, size, jnp.abs(mean) + std)
+        size = jnp.where(self.is_positive, self._size(mean), jnp.abs(mean) + std)
         return x / (jnp.abs(x) + size)
 
     def step(self, h: Float[Array, ""]) -> Float[Array, " 2"]:
@@ -133,9 +150,17 @@ class LogUnits(eqx.Module):
     ) -> Float[Array, " size"]:
         """Returns the relative error where an entry is positive, and else the error in
         standard deviations.
+
+        For an entry that varies by less than a tenth of its size, the error is relative
+        to ten standard deviations instead.
         """
         _, _, std = self._like(x)
-        return jnp.where(self.is_positive, std, 1) * (self.state(x) - self.state(y))
+        weight = jnp.where(self.is_positive, jnp.maximum(std, LEAST_SPREAD), 1)
+        return weight * (self.state(x) - self.state(y))
+
+    def _size(self, mean):
+        """The geometric mean of each positive entry, and 1 for the others."""
+        return jnp.exp(jnp.where(self.is_positive, mean, 0))
 
     def _like(self, x):
         return tuple(a.astype(x.dtype) for a in (self.floor, self.mean, self.std))
