@@ -178,7 +178,7 @@ def test_states_of_any_structure_and_time(fresh):
         learned.flow_map(0.0, 1.5, x, args)
 
 
-def test_what_is_given_is_taken():
+def test_what_is_given_is_taken(tmp_path):
     rotate = lambda t, x, args: jnp.stack([x[1], -x[0]])
     ts = np.asarray([0.0, 0.1, 0.4, 0.8, 1.2, 1.5])
     given = dict(ts=ts, is_positive=False, batch_size=256, both_directions=True)
@@ -199,6 +199,17 @@ def test_what_is_given_is_taken():
             [jnp.cos(h) * x[0] + jnp.sin(h) * x[1], jnp.cos(h) * x[1] - jnp.sin(h) * x[0]]
         )
         np.testing.assert_allclose(learned.flow_map(0.0, h, x), turned, atol=0.1)
+    # Its units are saved as well, and can be read in another precision.
+    learned.save(tmp_path / "map.safetensors")
+    given = 0.1, 0.9, x.astype(jnp.float32)
+    with jax.enable_x64(False):
+        loaded = LearnedSolver.load(tmp_path / "map.safetensors")
+        ends = loaded.flow_map(*given), loaded.trained(*given)
+    np.testing.assert_allclose(ends[0], learned.flow_map(*given), rtol=1e-5)
+    np.testing.assert_allclose(ends[1], learned.trained(*given), rtol=1e-5)
+    fd.train.save(tmp_path / "other", {}, x)
+    with pytest.raises(ValueError, match="not one of a learned solver"):
+        LearnedSolver.load(tmp_path / "other")
 
 
 # --- interruption ---------------------------------------------------------------------

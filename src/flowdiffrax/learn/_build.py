@@ -39,13 +39,19 @@ class Parts:
     - `objective`: a [`flowdiffrax.TrajectoryMatching`][].
     - `batches`: a [`flowdiffrax.data.TrajectoryBatches`][], or a function of a key that
       draws pairs of observations.
-    - `finish`: turns the map in training into one of the user's states and times.
+    - `in_user_units`: turns the map in training into one of vectors in the user's units.
+    - `restore`: adds the invariants to that, and the user's structure of states.
     """
 
     flow_map: AbstractFlowMap
     objective: TrajectoryMatching
     batches: Callable[[Any], Any]
-    finish: Callable[[AbstractFlowMap], AbstractFlowMap]
+    in_user_units: Callable[[AbstractFlowMap], AbstractFlowMap]
+    restore: Callable[[AbstractFlowMap], AbstractFlowMap]
+
+    def finish(self, flow_map: AbstractFlowMap) -> AbstractFlowMap:
+        """Turns the map in training into one of the user's states and times."""
+        return self.restore(self.in_user_units(flow_map))
 
 
 def build(
@@ -58,13 +64,12 @@ def build(
     make = {"relaxation": _relaxation, "residual": _residual}[plan.form]
     flow_map, objective, batches, in_user_units = make(plan, pool, key, observed)
 
-    def finish(flow_map: AbstractFlowMap) -> AbstractFlowMap:
-        flow_map = in_user_units(flow_map)
+    def restore(flow_map: AbstractFlowMap) -> AbstractFlowMap:
         if len(plan.invariants) > 0:
             flow_map = ProjectedFlowMap(flow_map, _projection(plan))
         return flow_map if plan.is_vector else RavelledFlowMap(flow_map)
 
-    return Parts(flow_map, objective, batches, finish)
+    return Parts(flow_map, objective, batches, in_user_units, restore)
 
 
 def _relaxation(plan: Plan, pool: Pool, key: Any, observed: Any) -> tuple:
@@ -99,19 +104,24 @@ def _relaxation(plan: Plan, pool: Pool, key: Any, observed: Any) -> tuple:
 
 
 def _residual(plan: Plan, pool: Pool, key: Any, observed: Any) -> tuple:
-    units = Normalisation.of(pool.ts, jnp.asarray(pool.ys), _as_jax(pool.args))
+    given = jnp.asarray(pool.ys), _as_jax(pool.args)
+    units = _all_single(Normalisation.of(pool.ts, *given))
     net = MLP(plan.size, plan.width, plan.depth, args_size=plan.args_size, key=key)
+    net = _all_single(net)
     flow_map = FlowMap(net)
     if plan.is_autonomous:
         ends = (-1.0, 1.0) if plan.both_directions else (0.0, 1.0)
         flow_map = AutonomousFlowMap(FlowMap(net, time_range=ends))
-    ts, ys = units.trajectories(jnp.asarray(pool.ts), jnp.asarray(pool.ys))
+    convert = lambda ts, ys: tuple(map(_single, units.trajectories(*as_jax(ts, ys))))
+    as_jax = lambda *arrays: map(jnp.asarray, arrays)
+    ts, ys = convert(pool.ts, pool.ys)
     args = None if pool.args is None else jax.vmap(units.args)(_as_jax(pool.args))
+    args = None if args is None else _single(args)
     if observed is not None:
-        log_units = LogUnits.of(ts, ys, np.zeros(plan.size, bool))
+        log_units = _all_single(LogUnits.of(ts, ys, np.zeros(plan.size, bool)))
         noise = None if plan.noise is None else plan.noise / np.asarray(units.std)
         learned = _from_observations(
-            plan, log_units, noise, observed.convert(units.trajectories), args
+            plan, log_units, noise, observed.convert(convert), args
         )
         return flow_map, *learned, units.flow_map
     objective = TrajectoryMatching(GridTimes(ts, plan.both_directions), InverseGap(1.0))

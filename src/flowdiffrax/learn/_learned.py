@@ -39,7 +39,7 @@ class LearnedSolver:
 
     - `flow_map`: the map, of the user's states, times and `args`. Run it in Diffrax with
       [`flowdiffrax.FlowMapSolver`][].
-    - `trained`: the map of vectors as it was trained, before invariants are restored.
+    - `trained`: the map of vectors in the user's units, before invariants are restored.
     - `plan`: what was chosen, a [`flowdiffrax.learn.Plan`][].
     - `errors`: a [`flowdiffrax.learn.JumpErrors`][] for each number of jumps.
     - `costs`: a [`flowdiffrax.learn.Cost`][] for each batch size.
@@ -133,15 +133,20 @@ class LearnedSolver:
         """
 
         def make(config: dict[str, Any]) -> Any:
+            if "plan" not in config:
+                raise ValueError(
+                    f"{path} is a checkpoint, but not one of a learned solver. Read it "
+                    "with `flowdiffrax.train.load`."
+                )
             plan = Plan.from_json(config["plan"])
             parts = build(plan, empty_pool(plan), jr.key(0))
             shapes = config["shapes"].items()
             fresh = {name: np.zeros(shape) for name, shape in shapes}
-            return parts.flow_map, fresh
+            return parts.in_user_units(parts.flow_map), fresh
 
         config, (trained, fresh) = load(path, make)
         plan = Plan.from_json(config["plan"])
-        finish = build(plan, empty_pool(plan), jr.key(0)).finish
+        restore = build(plan, empty_pool(plan), jr.key(0)).restore
         costs = [
             Cost(
                 row["batch_size"],
@@ -151,7 +156,7 @@ class LearnedSolver:
             for row in config["costs"]
         ]
         return cls(
-            flow_map=finish(trained),
+            flow_map=restore(trained),
             trained=trained,
             plan=plan,
             errors=tuple(JumpErrors(**row) for row in config["errors"]),
@@ -199,7 +204,7 @@ def evaluate(
         costs.append(Cost(batch_size, seconds, solve_for(batch_size)))
     return LearnedSolver(
         flow_map=flow_map,
-        trained=trained.state.ema_map,
+        trained=trained.parts.in_user_units(trained.state.ema_map),
         plan=plan,
         errors=errors,
         costs=tuple(costs),

@@ -1,6 +1,6 @@
 import math
 from collections.abc import Callable, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
@@ -95,17 +95,13 @@ class MLP(eqx.Module):
     def __call__(
         self, s: Time, t: Time, x: Float[Array, " size"], args: Args = None
     ) -> Float[Array, " size"]:
-        found = getattr(x, "shape", type(x).__name__)
-        if found != (self.size,):
-            raise ValueError(
-                f"This network takes one state, an array of shape ({self.size},); got "
-                f"{found}. For a batch, use `jax.vmap`; for a PyTree, `nn.Ravelled`."
-            )
-        h = self._features(s, t, x, args)
+        check_state(x, self.size)
+        # Weights may be of lower precision than states and times.
+        h = self._features(s, t, x, args).astype(self.first.weight.dtype)
         h = self.activation(self.first(h))
         for layer in self.hidden:
             h = h + self.activation(layer(h))
-        return self.scale * self.last(h)
+        return self.scale * self.last(h).astype(x.dtype)
 
     def __pdoc__(self, **kwargs):
         depth = len(self.hidden) + 1
@@ -123,15 +119,30 @@ class MLP(eqx.Module):
         for frequency in self.time_frequencies:
             features.append(jnp.cos(math.pi * frequency * times).astype(x.dtype))
         if self.args_size > 0:
-            try:
-                vector = jnp.atleast_1d(jnp.asarray(args, x.dtype))
-                found = vector.shape
-            except (TypeError, ValueError):  # a dictionary, or rows of different lengths
-                vector, found = x, type(args).__name__
-            if found != (self.args_size,):
-                raise ValueError(
-                    f"This network takes `args` of shape ({self.args_size},); got "
-                    f"{found}. For other shapes or a dictionary, use `nn.Ravelled(net)`."
-                )
-            features.append(vector)
+            features.append(as_vector(args, self.args_size, x.dtype))
         return jnp.concatenate(features)
+
+
+def check_state(x: Any, size: int) -> None:
+    """**Raises:** `ValueError` unless `x` is a vector of the right length."""
+    found = getattr(x, "shape", type(x).__name__)
+    if found != (size,):
+        raise ValueError(
+            f"This network takes one state, an array of shape ({size},); got {found}. "
+            "For a batch, use `jax.vmap`; for a PyTree, `nn.Ravelled`."
+        )
+
+
+def as_vector(args: Args, size: int, dtype: Any) -> Float[Array, " args_size"]:
+    """**Raises:** `ValueError` unless `args` is a vector of the right length."""
+    try:
+        vector = jnp.atleast_1d(jnp.asarray(args, dtype))
+        found = vector.shape
+    except (TypeError, ValueError):  # a dictionary, or rows of different lengths
+        vector, found = None, type(args).__name__
+    if vector is None or found != (size,):
+        raise ValueError(
+            f"This network takes `args` of shape ({size},); got {found}. For other shapes "
+            "or a dictionary, use `nn.Ravelled(net)`."
+        )
+    return vector
