@@ -198,6 +198,18 @@ def test_entries_that_should_be_positive():
     assert units.is_positive.tolist() == [True, False, False]
 
 
+def test_what_a_network_of_rates_refuses():
+    flow_map = make(args_size=2)
+    x = jnp.asarray([1.0, 1e-5, 0.0])
+    for args in (None, jnp.ones(3), {"rate": 1.0}):
+        with pytest.raises(ValueError, match=r"takes `args` of shape \(2,\)"):
+            flow_map(0.0, 0.5, x, args)
+    with pytest.raises(ValueError, match=r"one state, an array of shape \(3,\)"):
+        flow_map(0.0, 0.5, jnp.ones(4), jnp.ones(2))
+    with pytest.raises(ValueError, match="forward jumps only"):
+        flow_map(0.5, 0.0, x, jnp.ones(2))
+
+
 def test_conditions_reach_the_network():
     flow_map = make(args_size=1)
     x = jnp.asarray([1.0, 1e-5, 0.0])

@@ -118,6 +118,20 @@ def test_residual_form_with_times_of_its_own():
         np.testing.assert_allclose(end, 0.4 + (t**2 - s**2) / 2, atol=0.1)
 
 
+def test_pairs_of_two_times():
+    rng = np.random.default_rng(0)
+    x0 = rng.uniform(0.5, 2.0, (200, 2))
+    ys = np.stack([x0, x0 * np.exp([-1.0, -2.0])], axis=1)
+    learned = learn_from_data(np.asarray([3.0, 5.0]), ys, **QUICK)
+    assert learned.errors[0].most < 0.1
+
+
+def test_noise_too_small_to_matter():
+    ts = np.broadcast_to(np.linspace(0, 2, 12), (20, 12))
+    ys = np.exp(-ts)[..., None] * np.asarray([1.0, 2.0])
+    np.testing.assert_allclose(smooth(ts, ys, np.full(2, 1e-12)), ys, rtol=1e-4)
+
+
 def test_scalar_args_and_what_is_given(capsys):
     ts, ys, args = decays(61)
     args[7] = np.nan

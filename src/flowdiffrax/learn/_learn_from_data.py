@@ -17,7 +17,7 @@ from ._learn_solver import NUM_VALIDATION, Progress, train_in_time
 from ._learned import LearnedSolver, evaluate
 from ._observed import Observed, observe
 from ._plan import NETWORKS, Plan, check_choices
-from ._problem import Domain
+from ._problem import Domain, check_resolved
 from ._smooth import smooth
 from ._validation import Validation
 
@@ -103,7 +103,9 @@ def learn_from_data(
     observed, one_args = observe(ts, ys, args, mask)
     noise = _as_noise(noise, observed.ys.shape[2])
     print_of_data = fingerprint((observed.ts, observed.ys, observed.args))
-    if is_autonomous:
+    if not is_autonomous:
+        check_resolved(float(np.nanmin(observed.ts)), float(np.nanmax(observed.ts)))
+    else:
         observed = dataclasses.replace(observed, ts=observed.ts - observed.ts[:, :1])
     say(_describe(observed))
     domain = _domain(observed, one_args)

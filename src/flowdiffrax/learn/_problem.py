@@ -233,8 +233,8 @@ def check_resolved(t0: float, t1: float) -> None:
     if t1 - t0 < 1e3 * np.finfo(np.float32).eps * latest:
         raise ValueError(
             f"Times from {t0!r} to {t1!r} can hardly be told apart in single precision, "
-            f"which a map is trained in. Measure time from the start: use `t0=0` and "
-            f"`t1={t1 - t0:g}`, and add {t0!r} inside the vector field."
+            f"which a map is trained in. Measure time from the start, as `t0=0` and "
+            f"`t1={t1 - t0:g}`, and add {t0!r} inside a vector field."
         )
 
 

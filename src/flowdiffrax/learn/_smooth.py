@@ -25,6 +25,8 @@ def smooth(
 
     Trajectories that are shorter are filled up with NaN, also as times.
     """
+    # Less noise than that changes nothing, and its squares would be rounded off.
+    noise = np.maximum(noise, 1e-6 * np.nanmax(np.abs(ys), axis=(0, 1)))
     ts = np.fmax.accumulate(ts, axis=1)
     span = np.ptp(ts, axis=1).max()
     ts, ys = ts / span, ys / noise

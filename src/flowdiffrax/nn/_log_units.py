@@ -26,7 +26,7 @@ class LogUnits(eqx.Module):
     - `mean`, `std`: the mean and the standard deviation, of the logarithm where an entry
       is positive.
     - `duration`: the longest jump.
-    - `shortest`: the shortest jump that matters, positive.
+    - `shortest`: the shortest jump that matters, positive and less than `duration`.
     - `args`: the units of a vector `args`, in which times have no meaning; `None` to
       leave it as it is.
     """
@@ -83,7 +83,7 @@ class LogUnits(eqx.Module):
         # precision of float32 instead.
         least = 1e-6 * np.where(positive, 1.0, np.abs(mean))
         std = np.where(largest > 0, np.maximum(std, least), 1.0)
-        gaps = np.diff(ts)
+        gaps, duration = np.diff(ts), (ts[..., -1] - ts[..., 0]).max()
         of_args = None
         if args is not None:
             rows = np.asarray(args, np.float64)
@@ -102,8 +102,8 @@ class LogUnits(eqx.Module):
             array(floor),
             array(mean),
             array(std),
-            array((ts[..., -1] - ts[..., 0]).max()),
-            array(gaps.min()),
+            array(duration),
+            array(np.minimum(gaps.min(), duration / 2)),
             of_args,
         )
 

@@ -10,10 +10,11 @@ from jaxtyping import Array, Float, Key
 
 from .._check import check_at_least, check_key
 from .._time import times_like
-from .._tree import Frozen
+from .._tree import Frozen, is_concrete
 from .._types import Args, Time
 from ._describe import describe
 from ._log_units import LogUnits
+from ._mlp import as_vector, check_state
 
 _TIME_FREQUENCIES = 1, 2, 4
 
@@ -93,11 +94,17 @@ class RelaxationMLP(eqx.Module):
         self, s: Time, t: Time, x: Float[Array, " size"], args: Args = None
     ) -> tuple[Float[Array, " size"], Float[Array, " size"]]:
         units = self.units
+        check_state(x, units.mean.size)
         s, t = times_like(x, s, t)
+        if is_concrete((s, t)) and t < s:
+            raise ValueError(
+                f"This network knows forward jumps only; got s={s}, t={t}. For backward "
+                'jumps, learn a map of the form `"residual"`, with `both_directions=True`.'
+            )
         h = (t - s).astype(x.dtype)
         features = [units.state(x), units.saturation(x), units.step(h)]
         if self.args_size > 0:
-            vector = jnp.atleast_1d(jnp.asarray(args, x.dtype))
+            vector = as_vector(args, self.args_size, x.dtype)
             features.append(vector if units.args is None else units.args.state(vector))
         if self.time_range is not None:
             low, high = self.time_range
