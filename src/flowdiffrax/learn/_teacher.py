@@ -38,9 +38,9 @@ def cheaper_teacher(
     best = facts
     for solves in solvers:
         given = facts.ys[:, 0], facts.args, facts.ts
-        solves(*given, _LOOSE, facts.scale)  # compiles
+        solves(*given, _LOOSE, facts.ranges)  # compiles
         begin = time.perf_counter()
-        ys, num_steps = solves(*given, _LOOSE, facts.scale)
+        ys, num_steps = solves(*given, _LOOSE, facts.ranges)
         each = (time.perf_counter() - begin) / len(ys)
         as_rows = lambda ys: ys.reshape(-1, problem.size)
         scales = facts.is_positive, facts.scale, facts.std

@@ -142,7 +142,7 @@ def as_vector(args: Args, size: int, dtype: Any) -> Float[Array, " args_size"]:
         vector, found = None, type(args).__name__
     if vector is None or found != (size,):
         raise ValueError(
-            f"This network takes `args` of shape ({size},); got {found}. For other shapes "
-            "or a dictionary, use `nn.Ravelled(net)`."
+            f"This network takes `args` of shape ({size},); got {found}. For other "
+            "shapes or a dictionary, use `nn.Ravelled(net)`."
         )
     return vector

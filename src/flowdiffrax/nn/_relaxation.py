@@ -99,7 +99,7 @@ class RelaxationMLP(eqx.Module):
         if is_concrete((s, t)) and t < s:
             raise ValueError(
                 f"This network knows forward jumps only; got s={s}, t={t}. For backward "
-                'jumps, learn a map of the form `"residual"`, with `both_directions=True`.'
+                "jumps, learn a map with `both_directions=True`."
             )
         h = (t - s).astype(x.dtype)
         features = [units.state(x), units.saturation(x), units.step(h)]
