@@ -156,3 +156,13 @@ assert jax.jit(field)(0.0, one, None).dtype == jnp.float32
 """
     environment = os.environ | {"JAX_ENABLE_X64": "0"}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+
+
+def test_exported_jump_does_not_extrapolate(tmp_path):
+    net = lambda s, t, x, args: (jnp.ones_like(x), jnp.zeros_like(x))
+    flow_map = fd.flow_maps.RelaxationFlowMap(net, time_range=(0.0, 1.0))
+    path = tmp_path / "jump.bin"
+    fd.learn.export_jump(flow_map, jnp.ones(2), batch_size=3, path=path)
+    jump = jax.export.deserialize(bytearray(path.read_bytes())).call
+    np.testing.assert_allclose(jump(0.2, 1.0, jnp.ones((3, 2))), np.exp(-0.8), rtol=1e-6)
+    assert jnp.isnan(jump(0.2, 1.1, jnp.ones((3, 2)))).all()

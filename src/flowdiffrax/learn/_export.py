@@ -10,8 +10,9 @@ from jax import export
 
 from .._check import check_at_least
 from .._io import write_whole
+from .._tree import nan_where
 from .._types import Args, State
-from ..flow_maps._base import AbstractFlowMap
+from ..flow_maps._base import AbstractFlowMap, times_out_of_range
 
 
 def export_jump(
@@ -24,7 +25,8 @@ def export_jump(
 ) -> None:
     """Writes a jump of a batch as a compiled function, for programs without this library.
 
-    The file holds the weights as well. A program needs JAX alone to call it:
+    The file holds the weights as well. A program needs only JAX and `flatbuffers` to call
+    it. States are NaN if a time is outside the map's `time_range`.
 
     ```python
     jump = jax.export.deserialize(open("jump.bin", "rb").read()).call
@@ -51,7 +53,9 @@ def export_jump(
     flow_map = eqx.tree_inference(flow_map, True)
 
     def jump(s: Any, t: Any, *batch: Any) -> Any:
-        return jax.vmap(lambda *one: flow_map(s, t, *one))(*batch)
+        ends = jax.vmap(lambda *one: flow_map(s, t, *one))(*batch)
+        outside = times_out_of_range(flow_map, s, t)
+        return ends if outside is None else nan_where(outside, ends)
 
     exported = export.export(jax.jit(jump))(time, time, *batches)
     write_whole(pathlib.Path(path), bytes(exported.serialize()))

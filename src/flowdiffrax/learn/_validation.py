@@ -18,7 +18,9 @@ class JumpErrors:
     """The errors of a map at the end of fresh trajectories.
 
     Errors are relative for positive entries, and in standard deviations of the
-    trajectories for the others. Quantiles are over trajectories and entries.
+    trajectories for the others. For positive entries that vary by less than a tenth of
+    their size, they are relative to ten standard deviations. Quantiles are over
+    trajectories and entries.
 
     **Attributes:**
 
