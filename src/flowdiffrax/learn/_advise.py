@@ -20,7 +20,7 @@ from ._costs import (
 )
 from ._errors import scaled_errors
 from ._plan import NETWORKS, make_plan
-from ._probe import Facts, field_flops, probe
+from ._probe import PERTURBATION, Facts, field_flops, probe
 from ._problem import Problem, make_problem
 
 
@@ -206,11 +206,13 @@ def warnings_of(facts: Facts, tol: float, both_directions: bool) -> list[str]:
             "inverse of that, and no backward map can be exact."
         )
     if facts.growth * tol > 1:
+        # The small difference that shows it cannot grow beyond the size of the solutions.
+        least = "at least " if facts.growth * PERTURBATION > 0.1 else ""
         warnings.append(
-            f"an error in the initial state grows {facts.growth:.2g} times until `t1`, "
-            f"as in chaotic systems. For an error of {tol:g} at the end, a map would "
-            f"have to be exact to {tol / facts.growth:.1g} at the start: learn a shorter "
-            "interval."
+            f"an error in the initial state grows {least}{facts.growth:.2g} times until "
+            f"`t1`, as in chaotic systems. For an error of {tol:g} at the end, a map "
+            f"would have to be exact to {tol / facts.growth:.1g} at the start, or "
+            "better: learn a shorter interval."
         )
     if tol < 1e-4:
         warnings.append(

@@ -19,6 +19,8 @@ _MAX_STEPS = 8192
 _FEW_STEPS = 200
 # Of the trajectories that a map learns from.
 TEACHER_RTOL = 1e-5
+# Of initial states, in units of their ranges, to find how errors grow.
+PERTURBATION = 1e-3
 _NUM_STARTS = 32
 _NUM_TIMES = 64
 
@@ -300,7 +302,7 @@ def _sensitivity(problem, solves, x0, args, ts, ranges, num_rows) -> tuple[float
 
     All solves are made in one batch of `num_rows`, for which they are compiled already.
     """
-    size, scale = 1e-3, ranges.scale
+    size, scale = PERTURBATION, ranges.scale
     num = min(problem.size, num_rows // 2 - 1)
     directions = np.eye(problem.size)
     if num < problem.size:
