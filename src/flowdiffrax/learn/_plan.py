@@ -154,7 +154,8 @@ def make_plan(problem: Problem, facts: Facts, minutes: float, given: dict) -> Pl
     choose("is_positive", facts.is_positive, "an entry at zero can only rise")
     choose("invariants", _invariants(problem, facts), "found from the rates")
     # A network much larger than a solve could not be faster, and is hardly more exact.
-    by_size = int(np.searchsorted([0, 6, 32], problem.size))
+    # The largest one learns too few steps in minutes to be more exact.
+    by_size = int(np.searchsorted([0, 6], problem.size))
     level = max(by_size, 2 if facts.solve_flops > 1e5 else 1)
     width, depth = NETWORKS[level]
     reason = f"{problem.size} entries; a solve has {facts.solve_flops / 1e3:.3g} kFLOP"
