@@ -175,9 +175,9 @@ def at_batch(
     solves: ClassicalSolves, solve: Solve, x0: Rows, args: Rows | None, batch_size: int
 ) -> Solve:
     """The same solve with its seconds for a batch of another size."""
-    num = int(batch_size * min(1, _LONGEST * len(x0) / (batch_size * solve.seconds)))
+    num = min(batch_size, int(_LONGEST * solve.batch_size / solve.seconds))
     # All states step together until the last is done, so small batches cost less each.
-    num = max(num, min(len(x0), batch_size))
+    num = max(num, min(solve.batch_size, batch_size))
     index = np.resize(np.arange(len(x0)), num)
     given = solve.solver, x0[index], None if args is None else args[index], solve.rtol
     solves(*given)  # compiles

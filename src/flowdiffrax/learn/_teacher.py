@@ -21,9 +21,9 @@ def cheaper_teacher(
 ) -> Facts:
     """Takes a looser tolerance where exact trajectories would be too few.
 
-    A map of an expensive system learns more from many trajectories with errors of a few tenths
-    of a percent at most than from a few hundred exact ones. A method of order 3 can be
-    the faster one there.
+    A map of an expensive system learns more from many trajectories with errors of a few
+    tenths of a percent at most than from a few hundred exact ones. A method of order 3
+    can be the faster one there.
 
     **Arguments:**
 
