@@ -1,4 +1,4 @@
-"""The systems of the benchmarks: `benchmarks/systems.py`."""
+"""Parts of the benchmarks: `benchmarks/systems.py` and `benchmarks/surrogates.py`."""
 
 import importlib.util
 import pathlib
@@ -10,12 +10,19 @@ import jax.random as jr
 import numpy as np
 import pytest
 
-PATH = pathlib.Path(__file__).parents[1] / "benchmarks" / "systems.py"
-SPEC = importlib.util.spec_from_file_location("benchmark_systems", PATH)
-assert SPEC is not None and SPEC.loader is not None
-systems = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(systems)
+FOLDER = pathlib.Path(__file__).parents[1] / "benchmarks"
 
+
+def load(name):
+    path = FOLDER / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+systems, surrogates = load("systems"), load("surrogates")
 MECHANISM = systems.random_mechanism()
 ALL = {**systems.SYSTEMS, "mechanism": MECHANISM}
 
@@ -119,3 +126,58 @@ def test_only_elements_are_conserved(size):
     _, x_rates = rates(mechanism, 4 * size)
     values = np.linalg.svd(x_rates, compute_uv=False)
     assert (values > 1e-10 * values[0]).sum() == size - 4
+
+
+def test_errors_in_decades():
+    exact = np.log10([[1.0, 2.0], [3.0, 4.0]])
+    errors = surrogates.errors_of(exact + 1, exact, log=True)
+    assert np.isclose(errors["mae"], 1) and np.isclose(errors["p99"], 1)
+    assert np.isclose(errors["relative"], 9) and np.isclose(errors["median_relative"], 9)
+
+
+def test_errors_in_units_of_the_state():
+    errors = surrogates.errors_of([[0.0, 2.5]], [[0.0, 2.0]], log=False)
+    assert errors["mae"] == 0.25 and errors["relative"] == 0.125
+
+
+def test_no_jump_is_longer_than_was_learned():
+    ts, longest = np.linspace(5, 105, 101), 49.0
+
+    def flow_map(s, t, x, args):
+        good = t - s <= longest * (1 + 1e-6)
+        return jnp.where(good, x * jnp.exp(-0.01 * args * (t - s)), jnp.nan)
+
+    counts = surrogates.num_jumps(ts, longest)
+    assert set(counts) == {1, 2, 3}
+    x0, args = jnp.array([[1.0, 2.0], [3.0, 4.0]]), jnp.array([1.0, 2.0])
+    given = jnp.asarray(ts), jnp.asarray(counts), x0, args, int(counts.max())
+    ys = surrogates.predict(flow_map, *given)
+    decay = np.exp(-0.01 * np.outer(args, ts - 5))
+    assert np.allclose(ys, decay[..., None] * np.asarray(x0)[:, None], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "setting, shape",
+    [
+        ("main", (8, 101, 2)),
+        ("interpolation", (8, 26, 2)),
+        ("extrapolation", (8, 50, 2)),
+        ("sparse", (2, 101, 2)),
+    ],
+)
+def test_what_a_setting_learns_from(setting, shape):
+    ys = {part: np.zeros((8, 101, 2)) for part in surrogates.PARTS}
+    params = {part: np.zeros((8, 1)) for part in surrogates.PARTS}
+    data = surrogates.Data(np.arange(101.0), ys, params)
+    known = surrogates.subset(data, setting)
+    assert known.ys["train"].shape == shape and len(known.ts) == shape[1]
+    assert len(known.params["test"]) == shape[0]
+
+
+def test_summary_compares_with_the_best_surrogate():
+    row = {"set": "simple_ode", "setting": "main", "us": 2.0}
+    errors = {"flowdiffrax": 0.01, "FullyConnected": 0.03, "MultiONet": 0.02}
+    rows = [row | {"method": name, "mae": mae} for name, mae in errors.items()]
+    rows.append(row | {"method": "LatentPoly"})  # too slow to train
+    last = surrogates.summary(rows).splitlines()[-1]
+    assert "simple_ode | 0.01, 0.02 (MultiONet) | 2, 2" in last
