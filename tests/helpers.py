@@ -3,6 +3,7 @@
 import _thread
 import contextlib
 import functools
+import signal
 
 import diffrax
 import equinox as eqx
@@ -177,6 +178,9 @@ class Interrupting:
         self.lines.append(text)
         if self.at in text:
             self.at = "never again"
+            if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+                # As that would, but never in a destructor, where it would be lost.
+                raise KeyboardInterrupt
             _thread.interrupt_main()
 
     def flush(self):
