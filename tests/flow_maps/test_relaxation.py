@@ -208,6 +208,10 @@ def test_what_a_network_of_rates_refuses():
         flow_map(0.0, 0.5, jnp.ones(4), jnp.ones(2))
     with pytest.raises(ValueError, match="forward jumps only"):
         flow_map(0.5, 0.0, x, jnp.ones(2))
+    # Times that are constants of a compiled function.
+    times = jnp.asarray(0.0), jnp.asarray(0.5)
+    jump = lambda x: flow_map(*times, x, jnp.ones(2))
+    np.testing.assert_allclose(jax.jit(jump)(x), jump(x), rtol=1e-6)
 
 
 def test_conditions_reach_the_network():

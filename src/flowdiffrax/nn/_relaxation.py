@@ -6,6 +6,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import numpy as np
 from jaxtyping import Array, Float, Key
 
 from .._check import check_at_least, check_key
@@ -96,7 +97,8 @@ class RelaxationMLP(eqx.Module):
         units = self.units
         check_state(x, units.mean.size)
         s, t = times_like(x, s, t)
-        if is_concrete((s, t)) and t < s:
+        # In NumPy, since under `jit` a comparison by JAX would be traced.
+        if is_concrete((s, t)) and np.asarray(t) < np.asarray(s):
             raise ValueError(
                 f"This network knows forward jumps only; got s={s}, t={t}. For backward "
                 "jumps, learn a map with `both_directions=True`."
