@@ -155,7 +155,8 @@ assert field(0.0, one, None).tolist() == [3.0, 1.0]
 assert jax.jit(field)(0.0, one, None).dtype == jnp.float32
 """
     environment = os.environ | {"JAX_ENABLE_X64": "0"}
-    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+    command = [sys.executable, "-W", "error", "-c", code]
+    subprocess.run(command, check=True, env=environment)
 
 
 def test_exported_jump_does_not_extrapolate(tmp_path):

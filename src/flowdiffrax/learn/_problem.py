@@ -114,7 +114,8 @@ class Problem(Domain):
     def give_back(self) -> None:
         """Leaves JAX able to trace the user's vector field in the user's precision."""
         shapes = (), (self.size,), (self.args_size,)
-        at = [jax.ShapeDtypeStruct(shape, float) for shape in shapes]
+        dtype = jnp.result_type(float)
+        at = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
         call_afresh(jax.eval_shape, lambda *at: self.vector_field(*at), *at)
 
     def draw(
