@@ -178,8 +178,10 @@ class Interrupting:
         self.lines.append(text)
         if self.at in text:
             self.at = "never again"
-            if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-                # As that would, but never in a destructor, where it would be lost.
+            unhandled = signal.default_int_handler, signal.SIG_IGN
+            if signal.getsignal(signal.SIGINT) in unhandled:
+                # As the first would, but never in a destructor, where it would be lost.
+                # A job in the background ignores the signal.
                 raise KeyboardInterrupt
             _thread.interrupt_main()
 

@@ -160,6 +160,7 @@ assert jax.jit(field)(0.0, one, None).dtype == jnp.float32
 
 
 def test_exported_jump_does_not_extrapolate(tmp_path):
+    pytest.importorskip("flatbuffers")
     net = lambda s, t, x, args: (jnp.ones_like(x), jnp.zeros_like(x))
     flow_map = fd.flow_maps.RelaxationFlowMap(net, time_range=(0.0, 1.0))
     path = tmp_path / "jump.bin"
