@@ -1,6 +1,6 @@
 """Stiff kinetics: learned solvers against Diffrax, CVODE and LSODA at equal error.
 
-    pip install scikit-sundae numba
+    pip install scikit-sundae numba flatbuffers
     python benchmarks/kinetics.py                    # five systems, an hour on two cores
     python benchmarks/kinetics.py --systems pollu --minutes 2
 
@@ -39,6 +39,7 @@ import importlib.util
 import itertools
 import json
 import pathlib
+import tempfile
 import time
 
 import diffrax
@@ -489,6 +490,20 @@ def gradient_seconds(solves, weights, batch, rtol, atol):
     return float("nan")
 
 
+def exported_seconds(flow_map, system, starts):
+    """The seconds of one jump of one start, by the function that `export_jump` writes."""
+    x0, args = as_single(starts.rows(1))
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder) / "jump.bin"
+        given = jnp.asarray(x0[0]), None if args is None else jnp.asarray(args[0])
+        fd.learn.export_jump(flow_map, *given, batch_size=1, path=path)
+        jump = jax.jit(jax.export.deserialize(bytearray(path.read_bytes())).call)
+    batch = (np.asarray(x0),) if args is None else (np.asarray(x0), np.asarray(args))
+    call = lambda: jax.block_until_ready(jump(0.0, system.t1, *batch))
+    call()  # compiles
+    return timed(call)[1]
+
+
 def run_one(name, options):
     """All numbers of one system."""
     system = SYSTEMS[name]
@@ -507,6 +522,7 @@ def run_one(name, options):
     numbers = {"minutes": learned.minutes, "flops": learned.flops, "map": map_rows}
     numbers |= {"size": len(starts.scale), "classical": rows}
     numbers["trajectories"] = learned.num_trajectories
+    numbers["exported"] = exported_seconds(learned.flow_map, system, starts)
     numbers["gradients"] = measure_gradients(jumps, solves, rows, map_rows, starts)
     return numbers
 
@@ -520,7 +536,8 @@ def report(name, numbers):
         f"\n## {name}\n",
         f"{numbers['size']} species; learned in {numbers['minutes']:.1f} minutes from "
         f"{numbers['trajectories']:,} trajectories; {numbers['flops'] / 1e3:.3g} kFLOP a "
-        "jump.\n",
+        f"jump. As `export_jump` writes it, a jump of one start takes "
+        f"{milliseconds(numbers['exported'])} ms.\n",
         "| jumps | median error | 90 % | negative | kept, float32 | float64 | gradient: "
         "error | ms for 16 | Kvaerno5 |",
         "| --- " * 9 + "|",

@@ -309,7 +309,7 @@ def test_bad_number_of_nodes(make):
         make(0)
 
 
-@pytest.mark.parametrize("num_nodes", [1, 2, 3, 6])
+@pytest.mark.parametrize("num_nodes", [1, 2, 3, 6, 12, 24])
 def test_radau_quadrature_has_its_degree(num_nodes):
     nodes, weights, to_end, _ = _quadrature.radau(num_nodes)
     assert nodes[-1] == 1 and (np.diff(nodes) > 0).all() and nodes[0] > 0

@@ -13,7 +13,7 @@ import pytest
 from helpers import Interrupting
 
 import flowdiffrax as fd
-from flowdiffrax.learn import LearnedSolver, learn_solver
+from flowdiffrax.learn import LearnedSolver, _learned, learn_solver
 from flowdiffrax.learn._autonomous import depends_on_time
 from flowdiffrax.learn._errors import scaled_errors
 from flowdiffrax.learn._probe import probe
@@ -265,6 +265,16 @@ def test_interrupted_without_a_run(monkeypatch):
     assert 0.2 < stopped.errors[0].median / best["median"] < 5
     assert 0 < stopped.num_dropped < 60
     assert any(f"dropped {stopped.num_dropped} of" in line for line in stream.lines)
+
+
+def test_interrupted_in_the_comparison(monkeypatch):
+    def press(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(_learned, "scan_tolerances", press)
+    learned = learn_solver(decay, draw, 0.0, 2.0, draw_args, **QUICK)
+    assert learned.solves == () and {cost.solve for cost in learned.costs} == {None}
+    assert learned.errors[0].median < 0.1 and "1 " in learned.report()
 
 
 # --- what is found out ----------------------------------------------------------------

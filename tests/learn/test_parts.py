@@ -1,5 +1,6 @@
 """The parts that `learn_solver` is made of."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -13,6 +14,9 @@ import optax
 import pytest
 
 import flowdiffrax as fd
+from flowdiffrax.learn._probe import TEACHER_RTOL, probe
+from flowdiffrax.learn._problem import make_problem
+from flowdiffrax.learn._teacher import cheaper_teacher
 
 
 def units():
@@ -168,3 +172,28 @@ def test_exported_jump_does_not_extrapolate(tmp_path):
     jump = jax.export.deserialize(bytearray(path.read_bytes())).call
     np.testing.assert_allclose(jump(0.2, 1.0, jnp.ones((3, 2))), np.exp(-0.8), rtol=1e-6)
     assert jnp.isnan(jump(0.2, 1.1, jnp.ones((3, 2)))).all()
+
+
+@pytest.mark.parametrize("only_solver", [True, False])
+def test_a_cheaper_teacher_is_exact_enough(only_solver):
+    # The first decays, and the second follows it at once.
+    field = lambda t, x, args: jnp.stack([-x[0], 1e4 * (x[0] - x[1])])
+    draw = lambda key: jr.uniform(key, (2,), minval=0.5)
+    problem = make_problem(field, draw, 0.0, 1.0, None, False)
+    facts = dataclasses.replace(probe(problem, jr.key(0)), solve_seconds=1.0)
+    assert facts.is_stiff and facts.rtol == TEACHER_RTOL
+    # All that there can be are solved in time, or as many as are plenty.
+    for num, seconds in ((10, 11.0), (10**9, 1e5)):
+        assert cheaper_teacher(problem, facts, num, seconds, only_solver) is facts
+    found = cheaper_teacher(problem, facts, 10**9, 11.0, only_solver)
+    assert found.rtol > TEACHER_RTOL and found.solve_seconds < 1
+    if only_solver:
+        assert found.solves is facts.solves
+    x0 = facts.ys[:, 0]
+    ys, _ = found.solves(x0, None, [0.0, 1.0], found.rtol, facts.ranges)
+    exact = x0[:, :1] * np.exp(-1.0) * [1, 1 / (1 - 1e-4)]
+    np.testing.assert_allclose(ys[:, -1], exact, rtol=1e-3)
+    # One that is not exact enough is not taken.
+    wrong = dataclasses.replace(facts, ys=facts.ys * 1.01)
+    wrong.ys[:, 0] = x0
+    assert cheaper_teacher(problem, wrong, 10**9, 11.0, only_solver) is wrong

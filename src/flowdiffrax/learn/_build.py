@@ -40,18 +40,18 @@ class Parts:
     - `batches`: a [`flowdiffrax.data.TrajectoryBatches`][], or a function of a key that
       draws pairs of observations.
     - `in_user_units`: turns the map in training into one of vectors in the user's units.
-    - `restore`: adds the invariants to that, and the user's structure of states.
+    - `plan`: what the parts were built from.
     """
 
     flow_map: AbstractFlowMap
     objective: TrajectoryMatching
     batches: Callable[[Any], Any]
     in_user_units: Callable[[AbstractFlowMap], AbstractFlowMap]
-    restore: Callable[[AbstractFlowMap], AbstractFlowMap]
+    plan: Plan
 
     def finish(self, flow_map: AbstractFlowMap) -> AbstractFlowMap:
         """Turns the map in training into one of the user's states and times."""
-        return self.restore(self.in_user_units(flow_map))
+        return restore(self.plan, self.in_user_units(flow_map))
 
 
 def build(
@@ -63,13 +63,14 @@ def build(
     """
     make = {"relaxation": _relaxation, "residual": _residual}[plan.form]
     flow_map, objective, batches, in_user_units = make(plan, pool, key, observed)
+    return Parts(flow_map, objective, batches, in_user_units, plan)
 
-    def restore(flow_map: AbstractFlowMap) -> AbstractFlowMap:
-        if len(plan.invariants) > 0:
-            flow_map = ProjectedFlowMap(flow_map, _projection(plan))
-        return flow_map if plan.is_vector else RavelledFlowMap(flow_map)
 
-    return Parts(flow_map, objective, batches, in_user_units, restore)
+def restore(plan: Plan, flow_map: AbstractFlowMap) -> AbstractFlowMap:
+    """Adds the invariants to a map of vectors, and the user's structure of states."""
+    if len(plan.invariants) > 0:
+        flow_map = ProjectedFlowMap(flow_map, _projection(plan))
+    return flow_map if plan.is_vector else RavelledFlowMap(flow_map)
 
 
 def _relaxation(plan: Plan, pool: Pool, key: Any, observed: Any) -> tuple:
@@ -112,11 +113,14 @@ def _residual(plan: Plan, pool: Pool, key: Any, observed: Any) -> tuple:
     if plan.is_autonomous:
         ends = (-1.0, 1.0) if plan.both_directions else (0.0, 1.0)
         flow_map = AutonomousFlowMap(FlowMap(net, time_range=ends))
-    convert = lambda ts, ys: tuple(map(_single, units.trajectories(*as_jax(ts, ys))))
-    as_jax = lambda *arrays: map(jnp.asarray, arrays)
+
+    def convert(ts: Any, ys: Any) -> tuple:
+        ts, ys = units.trajectories(jnp.asarray(ts), jnp.asarray(ys))
+        return _single(ts), _single(ys)
+
     ts, ys = convert(pool.ts, pool.ys)
-    args = None if pool.args is None else jax.vmap(units.args)(_as_jax(pool.args))
-    args = None if args is None else _single(args)
+    args = given[1]
+    args = None if args is None else _single(jax.vmap(units.args)(args))
     if observed is not None:
         log_units = _all_single(LogUnits.of(ts, ys, np.zeros(plan.size, bool)))
         noise = None if plan.noise is None else plan.noise / np.asarray(units.std)

@@ -28,7 +28,7 @@ class Solve:
 
     - `solver`, `rtol`: the name of the Diffrax solver, and its relative tolerance.
     - `batch_size`: the number of initial states.
-    - `seconds`: the seconds for the batch. Where it would take more than five, they are
+    - `seconds`: the seconds for the batch. Where it would take more than three, they are
       extrapolated from a smaller batch.
     - `num_steps`: the mean number of steps.
     - `median`, `most`: the median and the 90 % quantile of its errors at `t1`.

@@ -135,7 +135,7 @@ def learn_from_data(
     plan, trained = train_in_time(plan, parts, validation, fit_key, folder, say)
     numbers = len(rest), observed.num_dropped
     learned = evaluate(
-        domain, plan, validation, trained, numbers, begin, num_jumps=(1, 2, 4)
+        domain, plan, validation, trained, numbers, say, num_jumps=(1, 2, 4)
     )
     say("done")
     return learned

@@ -70,7 +70,8 @@ def learn_solver(
     ```
 
     Choices are printed, and each can be given instead. The result has the objects that
-    were used. Ctrl-C during the training returns the best map so far.
+    were used. Ctrl-C during the training returns the best map so far, and during the
+    comparison the map without it.
 
     **Arguments:**
 
@@ -132,7 +133,8 @@ def learn_solver(
         say("looking at a few solutions")
         facts = probe(problem, keys[1], is_positive, solver)
         for_pool = begin + _POOL_SHARES[0] * 60 * minutes - time.perf_counter()
-        facts = cheaper_teacher(problem, facts, for_pool, solver is not None)
+        most = min(problem.num_rows or sys.maxsize, pool_size or sys.maxsize)
+        facts = cheaper_teacher(problem, facts, most, for_pool, solver is not None)
         plan = make_plan(problem, facts, minutes, given)
         say(f"chosen:\n{plan}")
         for text in warnings_of(facts, _USUAL_ERROR, both_directions):
@@ -151,7 +153,7 @@ def learn_solver(
     plan, trained = train_in_time(plan, parts, validation, keys[5], folder, say)
     say("comparing with the teacher")
     numbers = len(pool.ys), pool.num_dropped
-    learned = evaluate(problem, plan, validation, trained, numbers, begin)
+    learned = evaluate(problem, plan, validation, trained, numbers, say)
     problem.give_back()
     say("done")
     return learned

@@ -1,7 +1,6 @@
 import dataclasses
 import os
 import time
-from collections.abc import Callable
 from typing import Any
 
 import jax.random as jr
@@ -9,7 +8,7 @@ import numpy as np
 
 from ..flow_maps._base import AbstractFlowMap
 from ..train import load, save
-from ._build import build
+from ._build import build, restore
 from ._costs import (
     ClassicalSolves,
     Cost,
@@ -146,7 +145,6 @@ class LearnedSolver:
 
         config, (trained, fresh) = load(path, make)
         plan = Plan.from_json(config["plan"])
-        restore = build(plan, empty_pool(plan), jr.key(0)).restore
         costs = [
             Cost(
                 row["batch_size"],
@@ -156,7 +154,7 @@ class LearnedSolver:
             for row in config["costs"]
         ]
         return cls(
-            flow_map=restore(trained),
+            flow_map=restore(plan, trained),
             trained=trained,
             plan=plan,
             errors=tuple(JumpErrors(**row) for row in config["errors"]),
@@ -181,27 +179,30 @@ def evaluate(
     validation: Validation,
     trained: Any,
     numbers: tuple[int, int],
-    begin: float,
+    say: Any,
     *,
     num_jumps: tuple[int, ...] = _NUM_JUMPS,
 ) -> LearnedSolver:
     """Compares a trained map with fresh trajectories, and with classical solvers.
 
     `numbers` are of trajectories learned from, and dropped. There are classical solvers
-    if the domain is that of a `Problem`.
+    if the domain is that of a `Problem`; Ctrl-C leaves them out.
     """
     flow_map = trained.flow_map
     errors = validation.by_num_jumps(flow_map, num_jumps)
-    solves, solve_for = [], lambda batch_size: None
+    solves, fastest_of = [], {}
     if isinstance(domain, Problem):
-        solves, solve_for = _classical(domain, plan, validation, errors[0])
+        try:
+            solves, fastest_of = _classical(domain, plan, validation, errors[0])
+        except KeyboardInterrupt:
+            say("stopped; the map is not compared with classical solvers")
     x0, args = validation.fresh.ys[:, 0], validation.fresh.args
     costs = []
     for batch_size in _BATCHES:
         index = np.resize(np.arange(len(x0)), batch_size)
         batch = x0[index], None if args is None else args[index]
         seconds = jump_seconds(domain, flow_map, *batch)
-        costs.append(Cost(batch_size, seconds, solve_for(batch_size)))
+        costs.append(Cost(batch_size, seconds, fastest_of.get(batch_size)))
     return LearnedSolver(
         flow_map=flow_map,
         trained=trained.parts.in_user_units(trained.state.ema_map),
@@ -212,7 +213,7 @@ def evaluate(
         flops=jump_flops(domain, flow_map),
         num_trajectories=numbers[0],
         num_dropped=numbers[1],
-        minutes=(time.perf_counter() - begin) / 60,
+        minutes=(time.perf_counter() - say.begin) / 60,
         history=trained.history,
         fresh=validation.shown(flow_map),
         parts=trained.parts,
@@ -223,8 +224,8 @@ def evaluate(
 
 def _classical(
     problem: Problem, plan: Plan, validation: Validation, aim: JumpErrors
-) -> tuple[list[Solve], Callable[[int], Solve | None]]:
-    """Solves at many tolerances, and the fastest of them that is as exact, timed anew."""
+) -> tuple[list[Solve], dict[int, Solve]]:
+    """Solves at many tolerances, and for each batch the fastest that is as exact."""
     # Measured on few states: a stiff solve is slow.
     few, fresh = slice(0, _BATCHES[0]), validation.fresh
     args = None if fresh.args is None else fresh.args[few]
@@ -233,10 +234,8 @@ def _classical(
     aims = aim.median, aim.most
     scanned = scan_tolerances(classical, fresh.ys[few, 0], args, errors_of, aims)
     best = fastest(scanned, *aims)
-
-    def solve_for(batch_size: int) -> Solve | None:
-        if best is None or batch_size == best.batch_size:
-            return best
-        return at_batch(classical, best, fresh.ys[:, 0], fresh.args, batch_size)
-
-    return scanned, solve_for
+    if best is None:
+        return scanned, {}
+    given = classical, best, fresh.ys[:, 0], fresh.args
+    found = {size: at_batch(*given, size) for size in _BATCHES if size != best.batch_size}
+    return scanned, found | {best.batch_size: best}

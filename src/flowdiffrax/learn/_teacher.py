@@ -17,7 +17,7 @@ _SHARES, _MOST = (0.5, 0.9, 0.99), (1e-4, 1e-3, 1e-2)
 
 
 def cheaper_teacher(
-    problem: Problem, facts: Facts, seconds: float, only_solver: bool
+    problem: Problem, facts: Facts, num: int, seconds: float, only_solver: bool
 ) -> Facts:
     """Takes a looser tolerance where exact trajectories would be too few.
 
@@ -27,10 +27,11 @@ def cheaper_teacher(
 
     **Arguments:**
 
+    - `num`: how many trajectories there can be at most.
     - `seconds`: the time for trajectories.
     - `only_solver`: whether to keep the solver.
     """
-    if facts.solve_seconds * _PLENTY < seconds:
+    if facts.solve_seconds * min(_PLENTY, num) < seconds:
         return facts
     solvers = [facts.solves]
     if facts.is_stiff and not only_solver:
