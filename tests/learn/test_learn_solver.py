@@ -396,6 +396,15 @@ ROWS = np.ones((40, 2))
         (dict(x0=np.full((40, 2), np.nan)), ValueError, "must be finite; 32 of 32"),
         (dict(x0=np.ones((1, 2))), ValueError, "1 initial states, which is too few"),
         (dict(x0=np.ones((40, 2), int)), TypeError, "int"),
+        (dict(x0=np.ones((40, 2), complex)), TypeError, "`x0` must have real leaves"),
+        (
+            dict(
+                vector_field=lambda t, x, a: -x * a.real,
+                args=lambda k: jnp.ones(2, complex),
+            ),
+            TypeError,
+            "`args` must have real leaves",
+        ),
         (dict(x0=lambda: 1), TypeError, r"x0\(key\)"),
         (dict(args=None, args_per_example=True), ValueError, "needs `args`"),
         (dict(args=np.ones((3, 1)), args_per_example=True), ValueError, "each of the 40"),

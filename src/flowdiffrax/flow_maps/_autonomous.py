@@ -76,7 +76,7 @@ class AutonomousFlowMap(AbstractFlowMap):
             h = h - lax.stop_gradient(beyond)
         (h,) = times_like(x, h)
         zero = jnp.zeros_like(h)
-        check_times(self.flow_map, zero, h)
+        check_times(self.flow_map, zero, h, f"s={s}, t={t}, which is the step from ")
         return zero, h
 
     def _step(self, s, t):

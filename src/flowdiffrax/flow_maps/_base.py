@@ -157,8 +157,11 @@ def out_of_range_message(flow_map: object) -> str:
     )
 
 
-def check_times(flow_map: object, s: Time, t: Time) -> None:
-    """**Raises:** `ValueError` if the times are concrete and leave the range."""
+def check_times(flow_map: object, s: Time, t: Time, given: str = "") -> None:
+    """**Raises:** `ValueError` if the times are concrete and leave the range.
+
+    `given` says which times the user gave, where these are not they.
+    """
     time_range = getattr(flow_map, "time_range", None)
     is_known = is_concrete((s, t)) and jnp.shape(s) == jnp.shape(t) == ()
     if time_range is None or not is_known:
@@ -166,7 +169,7 @@ def check_times(flow_map: object, s: Time, t: Time) -> None:
     low, high = _with_slack(time_range)
     first, last = sorted([float(s), float(t)])
     if first != last and (first < low or last > high):
-        raise ValueError(f"{out_of_range_message(flow_map)} Got s={s}, t={t}.")
+        raise ValueError(f"{out_of_range_message(flow_map)} Got {given}s={s}, t={t}.")
 
 
 def times_as_given(flow_map: Any, s: Time, t: Time) -> tuple[Scalar, Scalar]:

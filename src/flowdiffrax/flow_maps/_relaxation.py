@@ -58,7 +58,7 @@ class RelaxationFlowMap(AbstractFlowMap):
         rate, target = self._relaxation(s, t, x, args)
 
         def one(x: Array, rate: Array, target: Array) -> Array:
-            gone = jnp.expm1(-rate * (t - s).astype(x.dtype))
+            gone = jnp.expm1(-rate * (t - s).astype(rate.dtype))
             # A sum of positive terms, so that rounding cannot make it negative.
             return x * (1 + gone) - target * gone
 

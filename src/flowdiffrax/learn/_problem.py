@@ -167,9 +167,11 @@ def make_problem(
         rows = _num_conditions(args, rows)
     x, own_args = _first(x0, draws_x0), None
     real_dtype(x)  # refuses integers
+    _check_real(x, "x0")
     varies = draws_args or args_per_example
     if varies:
         own_args = _first(args, draws_args)
+        _check_real(own_args, "args")
     given = own_args if varies else args
     vector_field = _without_jit(vector_field)
     out = jax.eval_shape(lambda *at: vector_field(*at), _number(t0), x, given)
@@ -201,6 +203,17 @@ def _without_jit(vector_field: VectorField) -> VectorField:
     if isinstance(vector_field, type(jax.jit(lambda: None))):
         return inspect.unwrap(vector_field)
     return vector_field
+
+
+def _check_real(tree: Any, name: str) -> None:
+    dtypes = {jnp.result_type(leaf) for leaf in jtu.tree_leaves(tree)}
+    complex_ones = [d for d in dtypes if jnp.issubdtype(d, jnp.complexfloating)]
+    if complex_ones:
+        raise TypeError(
+            f"`{name}` must have real leaves; got {complex_ones[0].name}. Split each "
+            "complex number into its real and its imaginary part, as "
+            "`jnp.stack([z.real, z.imag])`, and join them inside of the vector field."
+        )
 
 
 def check_field(problem: Problem, x0: Rows, args: Rows | None) -> None:

@@ -96,6 +96,7 @@ class MLP(eqx.Module):
         self, s: Time, t: Time, x: Float[Array, " size"], args: Args = None
     ) -> Float[Array, " size"]:
         check_state(x, self.size)
+        x = jnp.asarray(x)  # NumPy's may be float64 where JAX has none
         # Weights may be of lower precision than states and times.
         h = self._features(s, t, x, args).astype(self.first.weight.dtype)
         h = self.activation(self.first(h))

@@ -96,6 +96,7 @@ class RelaxationMLP(eqx.Module):
     ) -> tuple[Float[Array, " size"], Float[Array, " size"]]:
         units = self.units
         check_state(x, units.mean.size)
+        x = jnp.asarray(x)  # NumPy's may be float64 where JAX has none
         s, t = times_like(x, s, t)
         # In NumPy, since under `jit` a comparison by JAX would be traced.
         if is_concrete((s, t)) and np.asarray(t) < np.asarray(s):
