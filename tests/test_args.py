@@ -483,9 +483,9 @@ OTHERS = {
     # Closed forms take them and need none.
     *("exact.GaussianFlowMap", "exact.GaussianMixtureVelocity", "exact.LinearFlowMap"),
     *("exact.UniformBoxesVelocity", "testing.KnownField"),
-    # `args` are inputs of the network: `test_nn.py`, `test_networks.py`.
+    # `args` are inputs of the network: `tests/nn`.
     *("nn.MLP", "nn.DiT", "nn.UNet", "nn.MagnitudePreservingUNet"),
-    *("nn.RelaxationMLP", "nn.LogUnits"),
+    *("nn.DilatedResNet", "nn.FNO", "nn.RelaxationMLP", "nn.LogUnits"),
     # From the vector field to a map of the same `args`: `tests/learn`.
     *("advise", "learn_solver", "learn.export_jump", "learn.learn_from_data"),
     # By the maps that use it, `ProjectedFlowMap` above.

@@ -1,4 +1,4 @@
-"""Image networks: at the start, differentiated, conditioned, in low precision."""
+"""Networks on images and grids: at the start, differentiated, conditioned."""
 
 import functools
 
@@ -25,11 +25,16 @@ KINDS = {
         fd.nn.MagnitudePreservingUNet, SHAPE, **LEVELS
     ),
     "DiT": functools.partial(fd.nn.DiT, SHAPE, 2, 16, 2, num_heads=2),
+    # Their condition is a vector: the two numbers of `ARGS`.
+    "DilatedResNet": functools.partial(
+        fd.nn.DilatedResNet, SHAPE, 6, 2, dilations=(1, 3), args_size=2
+    ),
+    "FNO": functools.partial(fd.nn.FNO, SHAPE, 8, 1, 2, args_size=2),
 }
-every_network = pytest.mark.parametrize(
-    "kind",
-    ["UNet", pytest.param("MagnitudePreservingUNet", marks=pytest.mark.slow), "DiT"],
-)
+IMAGES = ["UNet", pytest.param("MagnitudePreservingUNet", marks=pytest.mark.slow), "DiT"]
+GRIDS = ["DilatedResNet", "FNO"]
+every_network = pytest.mark.parametrize("kind", IMAGES + GRIDS)
+every_image_network = pytest.mark.parametrize("kind", IMAGES)
 
 S, T = jnp.asarray(0.2), jnp.asarray(0.9)
 X = jr.normal(jr.key(5), SHAPE)
@@ -39,8 +44,8 @@ ARGS = fd.velocities.GuidanceArgs(jnp.asarray(1), jnp.asarray(2.5))
 @functools.cache
 def fresh(kind, **kwargs):
     """A network with all inputs that there are, at its start."""
-    options = {"num_classes": 3, "guidance": True, "key": jr.key(0), **kwargs}
-    return KINDS[kind](**options)
+    options = {} if kind in GRIDS else {"num_classes": 3, "guidance": True}
+    return KINDS[kind](**{"key": jr.key(0), **options, **kwargs})
 
 
 @functools.cache
@@ -59,7 +64,8 @@ def shaken(kind, **kwargs):
 
 def smaller(kind, make=shaken, **kwargs):
     """Half as deep, for what takes long to compile."""
-    return make(kind, **({} if kind == "DiT" else {"multipliers": (1,)}), **kwargs)
+    levels = {"multipliers": (1,)} if kind.endswith("UNet") else {}
+    return make(kind, **levels, **kwargs)
 
 
 def cast(tree, dtype):
@@ -211,7 +217,7 @@ def test_gradient_of_blocks_computed_again(kind):
     assert_close(jtu.tree_leaves(made), jtu.tree_leaves(expected), 1e-12)
 
 
-@every_network
+@every_image_network
 @pytest.mark.parametrize("remat", [False, True])
 @pytest.mark.slow
 def test_every_block_is_computed_again(kind, remat):
@@ -231,7 +237,7 @@ def test_one_convolution_a_batch(kind):
     convolutions = [
         equation for equation in found if equation.primitive.name.startswith("conv_")
     ]
-    assert (kind == "DiT") == (len(convolutions) == 0)
+    assert (kind in ("DiT", "FNO")) == (len(convolutions) == 0)
     for equation in convolutions:
         assert equation.invars[0].aval.shape[0] == 3
         assert equation.params["feature_group_count"] == 1
@@ -368,7 +374,7 @@ def test_where_blocks_attend(make):
 # --- precision ------------------------------------------------------------------------
 
 
-@every_network
+@every_image_network
 def test_low_precision(kind):
     direction = (0 * S, jnp.ones_like(T), 0 * X)
     high, high_dt = pushed(shaken(kind), (S, T, X), direction)
@@ -396,7 +402,7 @@ def test_state_of_bfloat16():
     assert_close(made.astype(float), expected, 1e-5, 2**-8)
 
 
-@every_network
+@every_image_network
 def test_only_products_are_of_bfloat16(kind):
     net = shaken(kind, dtype=jnp.bfloat16)
     inputs = cast((S, T, X), jnp.float32)

@@ -1,9 +1,11 @@
 """Networks of two times and a state, `net(s, t, x, args)`."""
 
+from ._dilated import DilatedResNet as DilatedResNet
 from ._dit import DiT as DiT
 from ._embedding import MagnitudePreservingEmbedding as MagnitudePreservingEmbedding
 from ._embedding import TwoTimeEmbedding as TwoTimeEmbedding
 from ._embedding import two_times as two_times
+from ._fno import FNO as FNO
 from ._log_units import LogUnits as LogUnits
 from ._magnitude import normalise_weights as normalise_weights
 from ._magnitude_unet import MagnitudePreservingUNet as MagnitudePreservingUNet

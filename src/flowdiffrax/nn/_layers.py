@@ -1,10 +1,11 @@
-"""Layers of image networks: channels last, one example, any floating-point dtype.
+"""Layers on images and grids: channels last, one example, any floating-point dtype.
 
 Matrix products and convolutions round their operands to a given dtype, and return the
 dtype of their input. So all values between them, and their tangents, can stay in float32.
 """
 
 import math
+from collections.abc import Sequence
 
 import einops
 import equinox as eqx
@@ -39,19 +40,35 @@ class Linear(eqx.Module):
 
 
 class Conv(eqx.Module):
-    """A 3x3 convolution with zero padding."""
+    """A convolution with three points along each axis, by default of an image.
 
-    weight: Float[Array, "3 3 inputs outputs"]
+    `boundary` says how the field continues beyond each end of each axis: `"zero"`,
+    `"periodic"` or `"reflect"`.
+    """
+
+    weight: Float[Array, "*points inputs outputs"]
     bias: Float[Array, " outputs"]
+    boundary: tuple[str, ...] = eqx.field(static=True)
+    dilation: int = eqx.field(static=True)
 
-    def __init__(self, inputs: int, outputs: int, *, key: Key[Array, ""] | None):
-        self.weight = _random_weight(key, (3, 3, inputs, outputs))
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        boundary: tuple[str, ...] = ("zero", "zero"),
+        dilation: int = 1,
+        *,
+        key: Key[Array, ""] | None,
+    ):
+        self.weight = _random_weight(key, (*[3] * len(boundary), inputs, outputs))
         self.bias = jnp.zeros(outputs)
+        self.boundary = boundary
+        self.dilation = dilation
 
     def __call__(
-        self, x: Float[Array, "height width inputs"], dtype: jnp.dtype | None = None
-    ) -> Float[Array, "height width outputs"]:
-        y = convolve(x, self.weight, dtype)
+        self, x: Float[Array, "*grid inputs"], dtype: jnp.dtype | None = None
+    ) -> Float[Array, "*grid outputs"]:
+        y = convolve(x, self.weight, dtype, self.boundary, self.dilation)
         return y + jnp.broadcast_to(self.bias.astype(x.dtype), y.shape)
 
 
@@ -104,20 +121,41 @@ def product(
 
 
 def convolve(
-    x: Float[Array, "height width inputs"],
-    weight: Float[Array, "3 3 inputs outputs"],
+    x: Float[Array, "*grid inputs"],
+    weight: Float[Array, "*points inputs outputs"],
     dtype: jnp.dtype | None = None,
-) -> Float[Array, "height width outputs"]:
+    boundary: tuple[str, ...] = ("zero", "zero"),
+    dilation: int = 1,
+) -> Float[Array, "*grid outputs"]:
     """A convolution in the given dtype. Under `jax.vmap`, it is one call per batch."""
+    num_dims = len(boundary)
     dtype = x.dtype if dtype is None else dtype
+    axes = "DHW"[-num_dims:]
+    # The convolution itself continues by zeros, without a copy of the field.
+    by_itself = [dilation if side == "zero" else 0 for side in boundary]
+    around = [(dilation - number, dilation - number) for number in by_itself]
     y = jax.lax.conv_general_dilated(
-        x[None].astype(dtype),
+        extend(x.astype(dtype), around, boundary)[None],
         weight.astype(dtype),
-        window_strides=(1, 1),
-        padding="SAME",
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        window_strides=[1] * num_dims,
+        padding=[(number, number) for number in by_itself],
+        rhs_dilation=[dilation] * num_dims,
+        dimension_numbers=(f"N{axes}C", f"{axes}IO", f"N{axes}C"),
     )
     return y[0].astype(x.dtype)
+
+
+def extend(
+    x: Float[Array, "*grid channels"],
+    around: Sequence[tuple[int, int]],
+    boundary: tuple[str, ...],
+) -> Float[Array, "*larger channels"]:
+    """Continues a field by numbers of points before and after each axis."""
+    modes = {"periodic": "wrap", "zero": "constant", "reflect": "reflect"}
+    for axis, (pair, side) in enumerate(zip(around, boundary, strict=True)):
+        pairs = [pair if other == axis else (0, 0) for other in range(x.ndim)]
+        x = x if pair == (0, 0) else jnp.pad(x, pairs, mode=modes[side])
+    return x
 
 
 def standardise(

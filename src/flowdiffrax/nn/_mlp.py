@@ -134,7 +134,12 @@ def check_state(x: Any, size: int) -> None:
         )
 
 
-def as_vector(args: Args, size: int, dtype: Any) -> Float[Array, " args_size"]:
+def as_vector(
+    args: Args,
+    size: int,
+    dtype: Any,
+    cure: str = "For other shapes or a dictionary, use `nn.Ravelled(net)`.",
+) -> Float[Array, " args_size"]:
     """**Raises:** `ValueError` unless `args` is a vector of the right length."""
     try:
         vector = jnp.atleast_1d(jnp.asarray(args, dtype))
@@ -143,7 +148,6 @@ def as_vector(args: Args, size: int, dtype: Any) -> Float[Array, " args_size"]:
         vector, found = None, type(args).__name__
     if vector is None or found != (size,):
         raise ValueError(
-            f"This network takes `args` of shape ({size},); got {found}. For other "
-            "shapes or a dictionary, use `nn.Ravelled(net)`."
+            f"This network takes `args` of shape ({size},); got {found}. {cure}"
         )
     return vector
