@@ -189,6 +189,10 @@ INNER = {
         {"map"},
     ),
     "ODEFlowMap": (of_map(fd.ODEFlowMap(field)), {"field"}),
+    "flow_maps.StepperFlowMap": (
+        of_map(fd.flow_maps.StepperFlowMap(fd.ODEFlowMap(field), net)),
+        BOTH,
+    ),
     "ProjectedFlowMap": (
         of_map(
             fd.ProjectedFlowMap(

@@ -17,3 +17,4 @@ from ._ravelled import RavelledFlowMap as RavelledFlowMap
 from ._relaxation import RelaxationFlowMap as RelaxationFlowMap
 from ._rescheduled import RescheduledFlowMap as RescheduledFlowMap
 from ._residual import FlowMap as FlowMap
+from ._stepper import StepperFlowMap as StepperFlowMap

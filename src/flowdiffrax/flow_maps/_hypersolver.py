@@ -25,7 +25,8 @@ class HypersolverFlowMap(AbstractChordFlowMap):
     [`flowdiffrax.nn.MLP`][] starts, the map is the solver.
 
     A jump evaluates the network once and the vector field once for each stage of the
-    solver. This pays off if the vector field is cheap.
+    solver. This pays off if the vector field is cheap. For steps of other methods, see
+    [`flowdiffrax.flow_maps.StepperFlowMap`][].
 
     !!! info "Numerics"
 

@@ -17,6 +17,9 @@ class ODEFlowMap(AbstractChordFlowMap):
     differentiable in `s`, `t`, `x`, `args` and the vector field's parameters, in forward
     and reverse mode, also nested.
 
+    With `num_steps`, it is a few equal steps of the solver instead, for example as the
+    base of a [`flowdiffrax.flow_maps.StepperFlowMap`][].
+
     !!! info "Numerics"
 
         Diffrax integrates the average velocity $u(\tau) = v_{s,s+\tau h}(x)\,\tau$, by
@@ -30,6 +33,8 @@ class ODEFlowMap(AbstractChordFlowMap):
     - `vector_field`: a callable `(t, x, args) -> dx/dt`.
     - `solver`: the Diffrax solver; `None` for `diffrax.Dopri8()`.
     - `rtol`, `atol`: tolerances; `None` for 1e-8 in float64 and 1e-6 in float32.
+    - `num_steps`: the number of equal steps of each jump, without error control; `None`
+      for steps adapted to the tolerances.
     - `max_steps`: the maximum number of steps of a solve; more raise an error.
     - `adjoint`: how the solve is differentiated. The default, `diffrax.DirectAdjoint()`,
       supports every nesting; `diffrax.RecursiveCheckpointAdjoint()` is faster if you need
@@ -42,6 +47,7 @@ class ODEFlowMap(AbstractChordFlowMap):
     solver: diffrax.AbstractSolver | None = None
     rtol: float | None = None
     atol: float | None = None
+    num_steps: int | None = eqx.field(static=True, default=None)
     max_steps: int = eqx.field(static=True, default=256)
     adjoint: diffrax.AbstractAdjoint = diffrax.DirectAdjoint()
     time_range: tuple[float, float] | None = eqx.field(
@@ -50,6 +56,7 @@ class ODEFlowMap(AbstractChordFlowMap):
 
     def __check_init__(self):
         check_callable(self.vector_field, "vector_field", "vector_field(t, x, args)")
+        check_at_least(self.num_steps, 1, "num_steps")
         check_at_least(self.max_steps, 1, "max_steps")
 
     def tangent(self, t: Scalar, x: State, args: Args) -> State:
@@ -63,6 +70,16 @@ class ODEFlowMap(AbstractChordFlowMap):
         widen = lambda x: jnp.asarray(x, at_least_float32(jnp.result_type(x)))
         start = jtu.tree_map(widen, x)
         default_tol = 1e-8 if jnp.finfo(s.dtype).bits > 32 else 1e-6
+        # Begin with a tenth; Diffrax's own guess would need a vector field call.
+        dt0, max_steps = jnp.full_like(s, 0.1), self.max_steps
+        controller: diffrax.AbstractStepSizeController = diffrax.PIDController(
+            rtol=default_tol if self.rtol is None else self.rtol,
+            atol=default_tol if self.atol is None else self.atol,
+        )
+        if self.num_steps is not None:
+            # With a constant step size, rounding could add a tiny step.
+            ends = jnp.linspace(0.0, 1.0, self.num_steps + 1, dtype=s.dtype)
+            dt0, max_steps, controller = None, self.num_steps, diffrax.StepTo(ends)
 
         def rate(tau, u, inputs):
             s, h, x, args = inputs
@@ -74,16 +91,12 @@ class ODEFlowMap(AbstractChordFlowMap):
             diffrax.Dopri8() if self.solver is None else self.solver,
             t0=jnp.zeros_like(s),
             t1=jnp.ones_like(s),
-            # A tenth of the jump; Diffrax's own guess would need a vector field call.
-            dt0=jnp.full_like(s, 0.1),
+            dt0=dt0,
             y0=jtu.tree_map(jnp.zeros_like, start),
             # In `args`, so that every adjoint differentiates with respect to them.
             args=(s, t - s, start, args),
-            stepsize_controller=diffrax.PIDController(
-                rtol=default_tol if self.rtol is None else self.rtol,
-                atol=default_tol if self.atol is None else self.atol,
-            ),
+            stepsize_controller=controller,
             adjoint=self.adjoint,
-            max_steps=self.max_steps,
+            max_steps=max_steps,
         )
         return jtu.tree_map(lambda u, x: like(u[0], x), solution.ys, x)
