@@ -19,6 +19,10 @@ NETWORKS = {
     "MagnitudePreservingUNet": lambda: fd.nn.MagnitudePreservingUNet(
         (4, 4, 1), 8, (1,), 1, key=jr.key(0)
     ),
+    "FNO": lambda: fd.nn.FNO((4, 4, 1), 8, 1, 1, key=jr.key(0)),
+    "DilatedResNet": lambda: fd.nn.DilatedResNet(
+        (4, 4, 1), 8, 1, dilations=(1,), key=jr.key(0)
+    ),
     "Ravelled": lambda: fd.nn.Ravelled(fd.nn.MLP(2, 8, 1, key=jr.key(0))),
     "LogDensityNet": lambda: fd.likelihood.LogDensityNet(
         fd.nn.MLP(2, 8, 1, key=jr.key(0))

@@ -116,6 +116,15 @@ def test_heat_between_insulated_walls_is_exact():
     assert_close(layer(jnp.asarray(state(0.0))), state(0.05), 1e-13)
 
 
+def test_zeros_beyond_the_walls():
+    # A quarter of zeros, then as on a circle: on one axis alone.
+    sides, x = ("zero", "periodic"), field(8, 6, 3)
+    layer = fno.SpectralConv(3, 2, (4, 2), sides, key=jr.key(1))
+    circle = fno.SpectralConv(3, 2, (4, 2), ("periodic", "periodic"), key=jr.key(1))
+    padded = jnp.concatenate([x, jnp.zeros((2, 6, 3))])
+    assert_close(layer(x), circle(padded)[:8], 1e-13)
+
+
 def test_waves_beyond_the_modes_are_removed():
     x = np.arange(16) / 16
     layer = linear_fno((16,), (3,), lambda k: np.ones_like(k) + 0j, ("periodic",))
@@ -318,6 +327,35 @@ def test_settings_of_sizes():
     assert [[conv.dilation for conv in each] for each in convolutions] == [[1, 5]] * 3
 
 
+# --- U-Nets on grids ------------------------------------------------------------------
+
+
+def unet(shape, **settings):
+    settings = {"args_size": 2, "num_heads": 1, **settings}
+    return fd.nn.UNet(shape, 4, (1, 2), 1, **settings, key=jr.key(0))
+
+
+@pytest.mark.parametrize("shape", [(8, 2), (4, 2, 4, 1)])
+def test_unet_on_a_grid(shape):
+    net, x = unet(shape, boundary="periodic"), field(*shape)
+    assert_close(value(net, S, T, x), jnp.zeros(shape), 0, 0)
+    net = shaken(net)
+    # The lower level has every second point.
+    roll = lambda x: jnp.roll(x, 2, 0)
+    made = value(net, S, T, x)
+    assert_close(value(net, S, T, roll(x)), roll(made), 1e-12)
+    for s, t, args in ((T, T, ARGS), (S, S, ARGS), (S, T, ARGS.at[1].add(0.5))):
+        assert max_abs(value(net, s, t, x, args) - made) > 1e-3
+    walls = shaken(unet(shape, boundary="reflect"))
+    assert max_abs(value(walls, S, T, x) - made) > 1e-3
+    for s, t in ((1.0, 0.0), (0.0, 1.0)):
+        of_times = lambda times: value(net, *times, x)
+        direction = jnp.asarray(s), jnp.asarray(t)
+        expected = finite_difference(of_times, (S, T), direction)
+        made_by = jax.jvp(of_times, ((S, T),), (direction,))[1]
+        assert_close(made_by, expected, 1e-8, 1e-6)
+
+
 # --- errors ---------------------------------------------------------------------------
 
 
@@ -419,6 +457,16 @@ FIELD = r"one field of shape \(n, 2\), the channels last; got "
             TypeError,
             "`dilations` must be an i",
         ),
+        (lambda: unet((8,)), ValueError, r"got \(8,\). A field has shape \(\*grid, chan"),
+        (lambda: unet((8, 1), boundary="open"), ValueError, "`boundary` must be one of"),
+        (lambda: unet((6, 8, 7, 1)), ValueError, "multiples of 2; got 6 by 8 by 7"),
+        (
+            lambda: unet((8, 1))(S, T, field(16, 1), ARGS),
+            ValueError,
+            r"one field of shape",
+        ),
+        (lambda: unet((8, 1))(S, T, field(8, 1)), ValueError, r"`args` of shape \(2,\)"),
+        (lambda: unet((8, 1), num_classes=3), ValueError, "a label or a vector.*3 and 2"),
         (lambda: fd.nn.FNO((32, 1), key=0), TypeError, "`key` must be a key of JAX"),
     ],
 )

@@ -1,8 +1,9 @@
-"""The conditioning of image networks: two times, a class label and a guidance scale."""
+"""The conditioning of networks: two times, a class label or a vector, and guidance."""
 
 import math
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, Integer, Key
@@ -12,6 +13,29 @@ from .._types import Args, GuidanceArgs, Time
 from ._embedding import MagnitudePreservingEmbedding, TwoTimeEmbedding, waves
 from ._layers import Linear
 from ._magnitude import ForcedLinear, ForcedWeight
+from ._mlp import as_vector
+
+
+class VectorEmbedding(eqx.Module):
+    """Embeds a vector of parameters."""
+
+    first: Linear
+    last: Linear
+    args_size: int = eqx.field(static=True)
+
+    def __init__(self, size: int, args_size: int, *, key: Key[Array, ""]):
+        first_key, last_key = jr.split(key)
+        self.first = Linear(args_size, size, key=first_key)
+        self.last = Linear(size, size, key=last_key)
+        self.args_size = args_size
+
+    def __call__(self, args: Args, dtype: jnp.dtype) -> Float[Array, " size"]:
+        cure = (
+            "From a dictionary, pick them in a function: "
+            '`FlowMap(lambda s, t, x, args: net(s, t, x, args["viscosity"]))`.'
+        )
+        args = as_vector(args, self.args_size, dtype, cure)
+        return self.last(jax.nn.silu(self.first(args)))
 
 
 class Condition(eqx.Module):
@@ -25,11 +49,13 @@ class Condition(eqx.Module):
       embedding.
     - `num_classes`: the number of classes; 0 for none.
     - `guidance`: whether the guidance scale is an input.
+    - `args_size`: the length of the vector `args`, in place of a label; 0 for none.
     - `preserving`: whether all layers preserve magnitudes.
     """
 
     times: TwoTimeEmbedding | MagnitudePreservingEmbedding
     classes: Float[Array, "classes size"] | ForcedWeight | None
+    vector: VectorEmbedding | None
     guidance: Linear | ForcedLinear | None
     num_classes: int = eqx.field(static=True)
 
@@ -41,11 +67,18 @@ class Condition(eqx.Module):
         guidance: bool,
         two_times: bool,
         max_frequency: float,
+        args_size: int = 0,
         *,
         preserving: bool = False,
         key: Key[Array, ""],
     ):
         check_at_least(num_classes, 0, "num_classes")
+        check_at_least(args_size, 0, "args_size")
+        if num_classes > 0 and args_size > 0:
+            raise ValueError(
+                "`args` are a label or a vector, so give `num_classes` or `args_size`; "
+                f"got {num_classes} and {args_size}."
+            )
         time_key, class_key, guidance_key = jr.split(key, 3)
         embedding = MagnitudePreservingEmbedding if preserving else TwoTimeEmbedding
         self.times = embedding(
@@ -55,7 +88,9 @@ class Condition(eqx.Module):
             two_times=two_times,
             key=time_key,
         )
-        self.classes = self.guidance = None
+        self.classes = self.guidance = self.vector = None
+        if args_size > 0:
+            self.vector = VectorEmbedding(size, args_size, key=class_key)
         if num_classes > 0:
             # The last row is the null class.
             table = ForcedWeight(num_classes + 1, size, key=class_key)
@@ -69,13 +104,16 @@ class Condition(eqx.Module):
         scale = None
         if isinstance(args, GuidanceArgs) and self.guidance is not None:
             args, scale = args
-        label = self._label(args)
         parts = [self.times(s, t)]
         dtype = parts[0].dtype
-        if isinstance(self.classes, ForcedWeight):
-            parts.append(_row(self.classes(dtype), label))
-        elif self.classes is not None:
-            parts.append(_row(self.classes.astype(dtype), label))
+        if self.vector is not None:
+            parts.append(self.vector(args, dtype))
+        else:
+            label = self._label(args)
+            if isinstance(self.classes, ForcedWeight):
+                parts.append(_row(self.classes(dtype), label))
+            elif self.classes is not None:
+                parts.append(_row(self.classes.astype(dtype), label))
         if self.guidance is not None:
             scale = 1.0 if scale is None else scale
             check_scalar(scale, "scale")

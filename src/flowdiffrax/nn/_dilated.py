@@ -28,7 +28,7 @@ class DilatedResNet(AbstractGridNetwork):
     !!! info "Numerics"
 
         With the boundary `"periodic"`, the network commutes with translations by whole
-        points. The default dilations let a block see 19 points to each side. Activations
+        points. The default dilations let a block see 22 points to each side. Activations
         are smooth, since many objectives contain time derivatives. The paper has ReLU,
         and no conditions.
 

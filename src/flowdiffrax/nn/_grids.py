@@ -14,10 +14,10 @@ from jaxtyping import Array, Float, Key
 from .._check import check_at_least, check_key, check_whole
 from .._time import time_dtype, times_like
 from .._types import Args, Time
+from ._condition import VectorEmbedding
 from ._describe import describe
 from ._embedding import TwoTimeEmbedding
 from ._layers import Linear, modulate
-from ._mlp import as_vector
 
 BOUNDARIES = ("periodic", "zero", "reflect")
 
@@ -26,9 +26,7 @@ class VectorCondition(eqx.Module):
     """Embeds both times and a vector of parameters in one vector, by adding them up."""
 
     times: TwoTimeEmbedding
-    first: Linear | None
-    last: Linear | None
-    args_size: int = eqx.field(static=True)
+    vector: VectorEmbedding | None
 
     def __init__(
         self,
@@ -40,26 +38,18 @@ class VectorCondition(eqx.Module):
         key: Key[Array, ""],
     ):
         check_at_least(args_size, 0, "args_size")
-        time_key, first_key, last_key = jr.split(key, 3)
+        time_key, vector_key = jr.split(key)
         self.times = TwoTimeEmbedding(
             size, max_frequency=max_frequency, two_times=two_times, key=time_key
         )
-        self.first = self.last = None
+        self.vector = None
         if args_size > 0:
-            self.first = Linear(args_size, size, key=first_key)
-            self.last = Linear(size, size, key=last_key)
-        self.args_size = args_size
+            self.vector = VectorEmbedding(size, args_size, key=vector_key)
 
     def __call__(self, s: Time, t: Time, args: Args) -> Float[Array, " size"]:
         vector = self.times(s, t)
-        if self.first is None or self.last is None:
-            return vector
-        cure = (
-            "From a dictionary, pick them in a function: "
-            '`FlowMap(lambda s, t, x, args: net(s, t, x, args["viscosity"]))`.'
-        )
-        args = as_vector(args, self.args_size, vector.dtype, cure)
-        return vector + self.last(jax.nn.silu(self.first(args)))
+        # Without an input for them, `args` may be meant for the vector field alone.
+        return vector if self.vector is None else vector + self.vector(args, vector.dtype)
 
 
 class FiLM(eqx.Module):

@@ -16,7 +16,7 @@ from ._condition import Condition
 from ._describe import describe
 from ._layers import double, halve
 
-Shape = tuple[int, int, int]
+Shape = tuple[int, ...]
 
 
 class Level(NamedTuple):
@@ -34,6 +34,7 @@ class AbstractImageNetwork(eqx.Module):
     """The base class of image networks, with their checks, precision and scaling."""
 
     is_network: ClassVar[bool] = True
+    num_dims: ClassVar[tuple[int, ...]] = (2,)
 
     condition: Condition
     shape: Shape = eqx.field(static=True)
@@ -51,7 +52,7 @@ class AbstractImageNetwork(eqx.Module):
     ):
         # Subclasses split the key, and make `condition` with one of the new ones.
         check_key(key)
-        self.shape = check_shape(shape)
+        self.shape = check_shape(shape, self.num_dims)
         # A NumPy or JAX number, such as `data.std()`, cannot be a static field.
         self.scale = float(scale)
         self.dtype = check_dtype(dtype)
@@ -61,9 +62,9 @@ class AbstractImageNetwork(eqx.Module):
         self,
         s: Time,
         t: Time,
-        x: Float[Array, "height width channels"],
+        x: Float[Array, "*grid channels"],
         args: Args = None,
-    ) -> Float[Array, "height width channels"]:
+    ) -> Float[Array, "*grid channels"]:
         check_image(x, self.shape)
         s, t = times_like(x, s, t)
         precise = x.astype(time_dtype(x))
@@ -77,8 +78,8 @@ class AbstractImageNetwork(eqx.Module):
 
     @abc.abstractmethod
     def normalised(
-        self, x: Float[Array, "height width channels"], vector: Float[Array, " size"]
-    ) -> Float[Array, "height width channels"]:
+        self, x: Float[Array, "*grid channels"], vector: Float[Array, " size"]
+    ) -> Float[Array, "*grid channels"]:
         """Applies the network to a state of unit scale, given the condition vector."""
 
 
@@ -95,14 +96,14 @@ def levels(
     """
     check_at_least(channels, 1, "channels")
     check_at_least(num_blocks, 1, "num_blocks")
-    height, width, _ = shape
+    *grid, _ = shape
     factor = 2 ** (len(multipliers) - 1)
-    if height % factor != 0 or width % factor != 0:
+    if any(side % factor != 0 for side in grid):
         raise ValueError(
             f"With {len(multipliers)} `multipliers`, images must have sides that are "
-            f"multiples of {factor}; got {height} by {width}."
+            f"multiples of {factor}; got {' by '.join(map(str, grid))}."
         )
-    heights = [height // 2**level for level in range(len(multipliers))]
+    heights = [grid[0] // 2**level for level in range(len(multipliers))]
     if not set(attention) <= set(heights):
         raise ValueError(
             f"`attention` must list heights out of {heights}; got {tuple(attention)}."
@@ -130,10 +131,10 @@ def levels(
 
 def down_and_up(
     net: Any,
-    h: Float[Array, "height width channels"],
+    h: Float[Array, "*grid channels"],
     vector: Float[Array, " size"],
     join: Callable[[Array, Array], Array],
-) -> Float[Array, "height width outputs"]:
+) -> Float[Array, "*grid outputs"]:
     """Runs the blocks of a U-Net. On the way up, `join` adds the skip connections."""
     skips = [h]
     for block in net.down:
@@ -157,14 +158,19 @@ def num_heads_for(channels: int, num_heads: int | None) -> int:
     return number
 
 
-def check_shape(shape: Sequence[int]) -> Shape:
-    """**Raises:** `ValueError` unless it is the shape of an image, channels last."""
-    if np.shape(shape) != (3,) or min(shape) < 1:
+def check_shape(shape: Sequence[int], num_dims: tuple[int, ...] = (2,)) -> Shape:
+    """**Raises:** `ValueError` unless it is the shape of an image, channels last.
+
+    `num_dims` are the numbers of axes of the grid that the network can take.
+    """
+    is_shape = np.ndim(shape) == 1 and len(shape) - 1 in num_dims and min(shape) >= 1
+    if not is_shape:
+        cure = " A field has shape (*grid, channels), on one to three axes."
         raise ValueError(
             f"`shape` must be that of one image, (height, width, channels); got {shape}."
+            + (cure if len(num_dims) > 1 else "")
         )
-    height, width, channels = shape
-    return int(height), int(width), int(channels)
+    return tuple(int(size) for size in shape)
 
 
 def check_dtype(dtype: Any) -> jnp.dtype | None:
@@ -177,8 +183,9 @@ def check_dtype(dtype: Any) -> jnp.dtype | None:
 def check_image(x: Array, shape: Shape) -> None:
     """**Raises:** `ValueError` for another shape."""
     if jnp.shape(x) != shape:
+        what = "image" if len(shape) == 3 else "field"
         raise ValueError(
-            f"This network takes one image of shape {shape}, the channels last; got "
+            f"This network takes one {what} of shape {shape}, the channels last; got "
             f"{jnp.shape(x)}. For a batch, use `jax.vmap`."
         )
 

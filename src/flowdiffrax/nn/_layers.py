@@ -90,12 +90,12 @@ class GroupNorm(eqx.Module):
         self.num_groups = max(n for n in range(1, most + 1) if channels % n == 0)
 
     def __call__(
-        self, x: Float[Array, "height width channels"]
-    ) -> Float[Array, "height width channels"]:
+        self, x: Float[Array, "*grid channels"]
+    ) -> Float[Array, "*grid channels"]:
         # Average over the image first: splitting the channels of an image is slow.
         def mean(x):
-            means = einops.reduce(x, "h w c -> 1 1 c", "mean")
-            groups = einops.reduce(means, "h w (g c) -> h w g", "mean", g=self.num_groups)
+            means = jnp.mean(x, range(x.ndim - 1), keepdims=True)
+            groups = einops.reduce(means, "... (g c) -> ... g", "mean", g=self.num_groups)
             return jnp.repeat(groups, means.size // groups.size, -1)
 
         centred = x - mean(x)
@@ -200,11 +200,20 @@ def attend(
     return y / jnp.sum(weights, -1, keepdims=True)
 
 
-def halve(x: Float[Array, "height width channels"]) -> Float[Array, "h w channels"]:
-    """Averages each 2x2 square of pixels."""
-    return einops.reduce(x, "(h a) (w b) c -> h w c", "mean", a=2, b=2)
+# The axes of a grid of one to three dimensions, apart and in pairs of points.
+_APART = {1: "h", 2: "h w", 3: "h w d"}
+_IN_PAIRS = {1: "(h a)", 2: "(h a) (w b)", 3: "(h a) (w b) (d e)"}
 
 
-def double(x: Float[Array, "height width channels"]) -> Float[Array, "h w channels"]:
-    """Repeats each pixel in a 2x2 square."""
-    return einops.repeat(x, "h w c -> (h a) (w b) c", a=2, b=2)
+def halve(x: Float[Array, "*grid channels"]) -> Float[Array, "*half channels"]:
+    """Averages each 2x2 square of pixels, or the pairs or cubes of another grid."""
+    pairs, apart = _IN_PAIRS[x.ndim - 1], _APART[x.ndim - 1]
+    twos = dict.fromkeys("abe"[: x.ndim - 1], 2)
+    return einops.reduce(x, f"{pairs} c -> {apart} c", "mean", **twos)
+
+
+def double(x: Float[Array, "*grid channels"]) -> Float[Array, "*twice channels"]:
+    """Repeats each pixel in a 2x2 square, a pair or a cube."""
+    pairs, apart = _IN_PAIRS[x.ndim - 1], _APART[x.ndim - 1]
+    twos = dict.fromkeys("abe"[: x.ndim - 1], 2)
+    return einops.repeat(x, f"{apart} c -> {pairs} c", **twos)

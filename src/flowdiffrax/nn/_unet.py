@@ -1,5 +1,5 @@
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import einops
 import equinox as eqx
@@ -9,15 +9,16 @@ import jax.random as jr
 from jaxtyping import Array, Key
 
 from ._condition import Condition
+from ._grids import check_boundary
 from ._images import AbstractImageNetwork, Level, down_and_up, levels, num_heads_for
 from ._layers import Conv, GroupNorm, Linear, attend, modulate
 
 
 class UNet(AbstractImageNetwork):
-    """A convolutional U-Net for images, `net(s, t, x, args)`, similar to ADM.
+    """A convolutional U-Net for images and grids, `net(s, t, x, args)`, similar to ADM.
 
     It has residual blocks at several resolutions, each half of the one before, on the way
-    down and on the way up, with skip connections. From the times and the class, each
+    down and on the way up, with skip connections. From the times and the condition, each
     block computes scales and shifts for its normalised channels.
 
     The last convolution starts at zero, so a [`flowdiffrax.FlowMap`][] of the network
@@ -37,14 +38,19 @@ class UNet(AbstractImageNetwork):
 
     **Arguments:**
 
-    - `shape`: the shape of one image, (height, width, channels).
+    - `shape`: the shape of one image, (height, width, channels), or of a field on a grid
+      of one to three dimensions, `(*grid, channels)`.
     - `channels`: the base number of channels, which `multipliers` multiply.
     - `multipliers`: the multipliers of `channels`, one for each resolution.
     - `num_blocks`: the number of residual blocks at each resolution on the way down.
       There is one more on the way up.
-    - `attention`: the image heights at which the blocks have attention. One block at the
-      lowest resolution always has it.
+    - `attention`: the image heights, or lengths of the first axis of a grid, at which the
+      blocks have attention. One block at the lowest resolution always has it.
     - `num_heads`: the number of attention heads; `None` for one head per 64 channels.
+    - `boundary`: how fields continue beyond their ends: `"zero"`, `"periodic"` or
+      `"reflect"`, for all axes, or a sequence with one for each.
+    - `args_size`: the length of the vector `args`, or 1 for a number, in place of a
+      class; 0 for none.
     - `num_classes`: the number of classes. `args` is a label from 0 to `num_classes - 1`;
       `None` and `num_classes` stand for no class. A traced label out of range gives NaN.
     - `guidance`: whether `args` may be [`flowdiffrax.velocities.GuidanceArgs`][], a label
@@ -67,6 +73,8 @@ class UNet(AbstractImageNetwork):
         ADM, [arXiv:2105.05233](https://arxiv.org/abs/2105.05233).
     """
 
+    num_dims: ClassVar[tuple[int, ...]] = (1, 2, 3)
+
     first: Conv
     down: list["_Block"]
     up: list["_Block"]
@@ -82,6 +90,8 @@ class UNet(AbstractImageNetwork):
         *,
         attention: Sequence[int] = (),
         num_heads: int | None = None,
+        boundary: str | Sequence[str] = "zero",
+        args_size: int = 0,
         num_classes: int = 0,
         guidance: bool = False,
         scale: float = 1.0,
@@ -95,16 +105,17 @@ class UNet(AbstractImageNetwork):
         down, up = levels(self.shape, channels, multipliers, num_blocks, attention)
         first_key, condition_key, down_key, up_key = jr.split(key, 4)
         size = 4 * channels
-        inputs = num_classes, guidance, two_times, max_frequency
+        inputs = num_classes, guidance, two_times, max_frequency, args_size
+        sides = check_boundary(boundary, len(self.shape) - 1)
         self.condition = Condition(size, channels, *inputs, key=condition_key)
-        self.first = Conv(self.shape[-1], down[0].inputs, key=first_key)
+        self.first = Conv(self.shape[-1], down[0].inputs, sides, key=first_key)
         block = lambda key, index, level: _Block(
-            level, size, num_heads, key=jr.fold_in(key, index)
+            level, size, num_heads, sides, key=jr.fold_in(key, index)
         )
         self.down = [block(down_key, *item) for item in enumerate(down)]
         self.up = [block(up_key, *item) for item in enumerate(up)]
         self.last_norm = GroupNorm(up[-1].outputs)
-        self.last = Conv(up[-1].outputs, self.shape[-1], key=None)
+        self.last = Conv(up[-1].outputs, self.shape[-1], sides, key=None)
 
     def normalised(self, x, vector):
         vector = jax.nn.silu(vector)
@@ -127,15 +138,21 @@ class _Block(eqx.Module):
     skip: int = eqx.field(static=True)
 
     def __init__(
-        self, level: Level, size: int, num_heads: int | None, *, key: Key[Array, ""]
+        self,
+        level: Level,
+        size: int,
+        num_heads: int | None,
+        sides: tuple[str, ...],
+        *,
+        key: Key[Array, ""],
     ):
         inputs, outputs = level.inputs, level.outputs
         first_key, modulation_key, across_key, attention_key = jr.split(key, 4)
         self.first_norm = GroupNorm(inputs)
-        self.first = Conv(inputs, outputs, key=first_key)
+        self.first = Conv(inputs, outputs, sides, key=first_key)
         self.modulation = Linear(size, 2 * outputs, key=modulation_key)
         self.last_norm = GroupNorm(outputs)
-        self.last = Conv(outputs, outputs, key=None)
+        self.last = Conv(outputs, outputs, sides, key=None)
         same = inputs == outputs
         self.across = None if same else Linear(inputs, outputs, key=across_key)
         self.attention = None
@@ -170,10 +187,9 @@ class _Attention(eqx.Module):
         self.last = Linear(channels, channels, key=None)
 
     def __call__(self, x, dtype):
-        height = x.shape[0]
         qkv = self.first(self.norm(x), dtype)
         q, k, v = einops.rearrange(
-            qkv, "h w (three n c) -> three n (h w) c", three=3, n=self.num_heads
+            qkv, "... (three n c) -> three n (...) c", three=3, n=self.num_heads
         )
-        h = einops.rearrange(attend(q, k, v, dtype), "n (h w) c -> h w (n c)", h=height)
-        return x + self.last(h, dtype)
+        h = einops.rearrange(attend(q, k, v, dtype), "n tokens c -> tokens (n c)")
+        return x + self.last(h.reshape(x.shape), dtype)
