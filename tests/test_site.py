@@ -41,6 +41,7 @@ def test_pages_are_in_navigation():
 
 # Figures that are the outcome of a long run, each of a script that a page names.
 SCRIPTS = {
+    "burgers.png": "examples/burgers.py",
     "checkerboard.png": "examples/checkerboard.py",
     "digits.png": "examples/digits.py",
     "error_estimates.png": "benchmarks/error_estimates.py",
