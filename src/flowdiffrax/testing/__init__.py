@@ -1,9 +1,9 @@
 """Property tests for any flow map, in any test suite or notebook.
 
-The assertions and the report need no further packages. The strategies and `check` need
-Hypothesis: `pip install "flowdiffrax[testing]"`. `import flowdiffrax` does not import
-this module; use `import flowdiffrax.testing`. `assert_starts_as_identity` documents the
-arguments of all assertions about flow maps.
+The strategies need Hypothesis: `pip install "flowdiffrax[testing]"`. Nothing else needs
+further packages. `import flowdiffrax` does not import this module; use
+`import flowdiffrax.testing`. `assert_starts_as_identity` documents the arguments of all
+assertions about flow maps.
 """
 
 from ._assert import assert_average_velocity as assert_average_velocity
@@ -19,6 +19,7 @@ from ._assert import assert_semigroup as assert_semigroup
 from ._assert import assert_solver_equals_map as assert_solver_equals_map
 from ._assert import assert_starts_as_identity as assert_starts_as_identity
 from ._assert import assert_tangent as assert_tangent
+from ._check import CheckReport as CheckReport
 from ._check import check as check
 from ._failure import Failure as Failure
 from ._failure import IdentityError as IdentityError

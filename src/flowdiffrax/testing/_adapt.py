@@ -3,7 +3,7 @@
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -46,6 +46,29 @@ class _ForeignField(eqx.Module):
         return _evaluate(self.fn, times_like(x, t), x, args, self.outside_jax)
 
 
+class Adapted(NamedTuple):
+    """The flow map, vector field and derivative to use, and whether JAX traces them."""
+
+    flow_map: AbstractFlowMap
+    vector_field: VectorField
+    jvp: Derivative
+    outside_jax: bool
+
+    def vectorises(self, s: Time, x: State, args: Args) -> bool:
+        """Whether `jax.vmap` takes both."""
+        (s,) = times_like(x, s)
+        rows = jtu.tree_map(lambda leaf: jnp.stack([leaf, leaf]), (s, x))
+
+        def both(s: Time, x: State) -> State:
+            return self.flow_map(s, s, x, args), self.vector_field(s, x, args)
+
+        try:
+            jax.eval_shape(jax.vmap(both), *rows)
+        except Exception:  # each primitive raises its own
+            return False
+        return True
+
+
 def adapt(
     flow_map: Callable,
     vector_field: Callable | None,
@@ -53,8 +76,8 @@ def adapt(
     x: State,
     args: Args,
     jvp: Derivative | None,
-) -> tuple[AbstractFlowMap, VectorField, Derivative]:
-    """Returns the flow map, vector field and derivative to use for given callables.
+) -> Adapted:
+    """Adapts given callables.
 
     **Arguments:**
 
@@ -67,6 +90,7 @@ def adapt(
     signatures = "flow_map(s, t, x)", "flow_map(s, t, x, args)"
     check_callable(flow_map, "flow_map", *signatures)
     inputs = (*times_like(x, s, s), x)
+    outside = False
     if isinstance(flow_map, AbstractFlowMap):
         jvp = jax.jvp if jvp is None else jvp
     else:
@@ -76,11 +100,12 @@ def adapt(
         fn = functools.partial(flow_map) if is_opaque(flow_map) else flow_map
         flow_map = _ForeignFlowMap(fn, jvp, outside)
     if vector_field is None:
-        return flow_map, flow_map.velocity, jvp
+        return Adapted(flow_map, flow_map.velocity, jvp, outside)
     signatures = "vector_field(t, x, args)", "vector_field(t, x)"
     check_callable(vector_field, "vector_field", *signatures)
-    outside = not _traces(vector_field, inputs[1:], args)
-    return flow_map, _ForeignField(vector_field, outside), jvp
+    field_outside = not _traces(vector_field, inputs[1:], args)
+    field = _ForeignField(vector_field, field_outside)
+    return Adapted(flow_map, field, jvp, outside or field_outside)
 
 
 def is_opaque(fn: Callable) -> bool:

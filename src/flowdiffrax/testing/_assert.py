@@ -284,6 +284,6 @@ def assert_path_derivative(
 def _assert(names, flow_map, field, times, x, args, *, rtol=None, atol=None, **how):
     s, u, t = broadcast(*times)
     prepared = prepare(flow_map, field, x, s, args, **how)
-    failures, _ = assess(prepared, tuple(names), s, u, t, x, args, rtol, atol)
+    failures = assess(prepared, tuple(names), s, u, t, x, args, rtol, atol)
     if failures:
         raise IdentityError(*failures)

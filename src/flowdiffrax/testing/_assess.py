@@ -51,6 +51,33 @@ class Prepared(NamedTuple):
     vector_field: VectorField
     settings: Settings
     has_field: bool
+    in_turn: bool
+
+
+class Measured(NamedTuple):
+    """An identity at the rows of a batch. A single jump is a batch of one row.
+
+    `failure(row)` describes one row.
+    """
+
+    defect: np.ndarray
+    allowed: np.ndarray
+    failure: Callable[[int], Failure]
+
+    @property
+    def excess(self) -> np.ndarray:
+        """The defect over the allowed one: infinite if it is not finite, or if none is
+        allowed."""
+        finite, free = np.isfinite(self.defect), self.allowed > 0
+        ratio = self.defect / np.where(free, self.allowed, 1)
+        ratio = np.where(free | (self.defect == 0), ratio, np.inf)
+        return np.where(finite, ratio, np.inf)
+
+    @property
+    def worst(self) -> int:
+        """The row with the largest excess, and among equals with the largest defect."""
+        defect = np.nan_to_num(self.defect, nan=np.inf)
+        return int(np.lexsort((defect, self.excess))[-1])
 
 
 def prepare(
@@ -64,6 +91,7 @@ def prepare(
     num_steps: int = 3,
     *,
     once: bool = True,
+    shares_args: bool = False,
 ) -> Prepared:
     """Prepares a map, a vector field and settings for evaluation.
 
@@ -71,6 +99,7 @@ def prepare(
 
     - `once`: whether the result is used only once. Code that cannot be cached is then
       not compiled.
+    - `shares_args`: whether all rows of a batch have the same `args`.
     """
     check_at_least(num_steps, 1, "num_steps")
     x = jtu.tree_map(jnp.asarray, x)
@@ -79,10 +108,12 @@ def prepare(
         s, x, args = _row((jnp.asarray(s), x, args), 0)
     opaque = is_opaque(flow_map)
     has_field = vector_field is not None
-    flow_map, vector_field, jvp = adapt(flow_map, vector_field, s, x, args, jvp)
+    adapted = adapt(flow_map, vector_field, s, x, args, jvp)
+    vectorise = once or adapted.vectorises(s, x, args)
     compute = evaluate if once and opaque else evaluate_compiled
-    settings = Settings(jvp, solver, num_steps)
-    return Prepared(compute, flow_map, vector_field, settings, has_field)
+    settings = Settings(adapted.jvp, solver, num_steps, vectorise, shares_args)
+    in_turn = adapted.outside_jax or not vectorise
+    return Prepared(compute, *adapted[:2], settings, has_field, in_turn)
 
 
 def assess(
@@ -95,47 +126,66 @@ def assess(
     args: Args,
     rtol: Tolerance,
     atol: Tolerance,
-) -> tuple[list[Failure], dict[str, float]]:
-    """The failures at a point or a batch, and the largest defect of each identity."""
-    compute, flow_map, vector_field, settings, has_field = prepared
+) -> list[Failure]:
+    """The failures at a point or a batch, each where it is worst."""
+    found = measure(prepared, names, s, u, t, x, args, rtol, atol)
+    return [
+        measured.failure(measured.worst)
+        for measured in found.values()
+        if measured.excess.max() > 1
+    ]
+
+
+def measure(
+    prepared: Prepared,
+    names: tuple[str, ...],
+    s: Times,
+    u: Times,
+    t: Times,
+    x: State,
+    args: Args,
+    rtol: Tolerance,
+    atol: Tolerance,
+) -> dict[str, Measured]:
+    """Evaluates identities at a point or a batch."""
+    compute, flow_map, vector_field, settings, has_field, _ = prepared
     x = jtu.tree_map(jnp.asarray, x)
     s, u, t = (jnp.asarray(time, time_dtype(x)) for time in (s, u, t))
-    if s.ndim == 1:
-        num_rows((s, x, _arrays(args)), "Times, states and conditions of a batch")
+    is_batch = s.ndim == 1
+    row_args = None if settings.shares_args else _arrays(args)
+    if is_batch:
+        num_rows((s, x, row_args), "Times, states and conditions of a batch")
     jump = Jump(flow_map, vector_field, s, u, t, x, args, settings)
     times = {"s": np.asarray(s), "u": np.asarray(u), "t": np.asarray(t)}
-    failures, defects = [], {}
-    for name, (residual, size) in compute(names, jump).items():
+
+    def measured(name: str, residual: State, size: Any) -> Measured:
         relative, absolute = tolerances(name, x, settings.jvp, rtol, atol)
         allowed = absolute + relative * np.atleast_1d(np.asarray(size, float))
         if name == "positive_jacobian":
             allowed = np.zeros_like(allowed)
-        entries, labels = _entries(residual, s.ndim == 1)
-        worst = np.max(entries, axis=1, initial=0)
-        defects[name] = float(np.max(worst))
-        # A residual that is not finite is worse than any other.
-        excess = np.where(np.isfinite(worst), worst - allowed, np.inf)
-        if np.max(excess) <= 0:
-            continue
-        row = int(np.argmax(excess))
-        at = row if s.ndim == 1 else ()
-        defect = worst[row]
-        if name == "positive_jacobian":
-            defect = -defect
-        failures.append(
-            Failure(
+        entries, labels = _entries(residual, is_batch)
+        defect = np.max(entries, axis=1, initial=0)
+
+        def failure(row: int) -> Failure:
+            at = row if is_batch else ()
+            # The defect of a Jacobian is the magnitude of a negative determinant.
+            sign = -1 if name == "positive_jacobian" else 1
+            return Failure(
                 identity=name,
                 times={key: times[key][at] for key in IDENTITIES[name].times},
                 x=_row(x, at),
-                args=_row(args, at),
-                defect=float(defect),
+                args=args if settings.shares_args else _row(args, at),
+                defect=float(sign * defect[row]),
                 tolerance=float(allowed[row]),
                 entry=labels(int(np.argmax(np.nan_to_num(entries[row], nan=np.inf)))),
-                row=row if s.ndim == 1 else None,
+                row=row if is_batch else None,
                 has_field=has_field,
             )
-        )
-    return failures, defects
+
+        return Measured(defect, allowed, failure)
+
+    found = compute(names, jump).items()
+    return {name: measured(name, *values) for name, values in found}
 
 
 def _arrays(args: Args) -> Args:
@@ -152,8 +202,8 @@ def _entries(residual: State, batched: bool) -> tuple[np.ndarray, Callable]:
     for path, leaf in jtu.tree_flatten_with_path(residual)[0]:
         leaf = leaf if batched else leaf[None]
         paths.append((jtu.keystr(path), leaf.shape[1:]))
-        magnitude = np.asarray(jnp.abs(leaf).astype(float))
-        leaves.append(magnitude.reshape(leaf.shape[0], -1))
+        magnitude = np.abs(np.asarray(leaf)).astype(float)
+        leaves.append(magnitude.reshape(len(magnitude), -1))
 
     def label(index: int) -> str:
         for path, shape in paths:

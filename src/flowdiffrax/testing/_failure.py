@@ -31,7 +31,9 @@ class Failure(NamedTuple):
     - `row`: the row of the batch, `None` for a single point.
     - `has_field`: whether the map was compared with a vector field. Otherwise, it was
       compared with its own velocity.
-    - `largest`: the largest defect found in a search, `None` without a search.
+    - `worst`: the worst failure that a search found, of which this is the simplest clear
+      one; `None` without a search.
+    - `share`: the share of the points of a search at which the identity does not hold.
     """
 
     identity: str
@@ -43,31 +45,50 @@ class Failure(NamedTuple):
     entry: str = ""
     row: int | None = None
     has_field: bool = True
-    largest: float | None = None
+    worst: "Failure | None" = None
+    share: float | None = None
 
     def __str__(self) -> str:
         identity = IDENTITIES[self.identity]
-        if self.identity == "positive_jacobian":
-            said = "the determinant is zero or undefined"
-            if not np.isnan(self.defect):
-                said = f"the determinant is {self.defect:.3g}"
-        else:
-            said = f"off by {self.defect:.3g}"
-            if self.largest is not None and self.largest > self.defect:
-                said += f" here and by {self.largest:.3g} elsewhere"
-            said += f", where {self.tolerance:.2g} is allowed"
-        place = "" if self.row is None else f"row {self.row}, "
-        place += ", ".join(f"{name} = {value!s}" for name, value in self.times.items())
-        entry = f", at entry {self.entry}" if self.entry else ""
         lines = [
             f"The identity `{self.identity}` does not hold: {identity.formula}",
-            f"  by how much: {said}{entry}",
-            f"  where:       {place}",
+            f"  by how much: {self._said()}",
+            f"  where:       {self._place()}",
             f"               x = {literal(self.x)}",
+        ]
+        worst = self.worst
+        if worst is not None and worst.command() != self.command():
+            lines += [
+                f"  at worst:    {worst._said()}",
+                f"               {worst._place()}",
+                f"               x = {literal(worst.x)}",
+            ]
+        if self.share is not None:
+            lines += [f"  how often:   at {100 * self.share:.2g} % of the jumps"]
+        lines += [
             f"  often it is: {identity.causes}",
             f"  to repeat:   {self.command()}",
         ]
         return "\n".join(lines)
+
+    def _said(self) -> str:
+        entry = f", at entry {self.entry}" if self.entry else ""
+        if self.identity == "positive_jacobian":
+            is_known = not np.isnan(self.defect)
+            value = f"{self.defect:.3g}" if is_known else "zero or undefined"
+            return f"the determinant is {value}{entry}"
+        # As many digits as it takes to tell the two apart.
+        for digits in range(3, 18):
+            defect, allowed = (f"{x:.{digits}g}" for x in (self.defect, self.tolerance))
+            if defect != allowed:
+                break
+        return f"off by {defect}, where {allowed} is allowed{entry}"
+
+    def _place(self) -> str:
+        place = "" if self.row is None else f"row {self.row}, "
+        return place + ", ".join(
+            f"{name} = {time!s}" for name, time in self.times.items()
+        )
 
     def command(self) -> str:
         """A line of Python that reproduces the failure."""

@@ -1,6 +1,6 @@
 """Each identity as a residual, with the size of the terms that cancel in it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import diffrax
@@ -30,18 +30,22 @@ class Settings(NamedTuple):
     """How identities are evaluated.
 
     `solver` is a Diffrax solver or a function `(flow_map, x, ts, args) -> x`; `None` is
-    [`flowdiffrax.FlowMapSolver`][].
+    [`flowdiffrax.FlowMapSolver`][]. Without `vectorise`, the jumps of a batch are taken
+    one after the other, for maps that `jax.vmap` refuses. With `shares_args`, all of them
+    have the same `args`.
     """
 
     jvp: Derivative = jax.jvp
     solver: Any = None
     num_steps: int = 3
+    vectorise: bool = True
+    shares_args: bool = False
 
 
 class Jump(NamedTuple):
     """The jump at which identities are evaluated, from `s` to `t` by way of `u`.
 
-    `X_st` is its end, which most identities need.
+    `X_st` is its end, which most identities need, and `solution` Diffrax's solve of it.
     """
 
     flow_map: AbstractFlowMap
@@ -53,6 +57,7 @@ class Jump(NamedTuple):
     args: Args
     settings: Settings
     X_st: State = None
+    solution: diffrax.Solution | None = None
 
     def between(self, s: Array, t: Array, x: State) -> State:
         return self.flow_map(s, t, x, self.args)
@@ -98,17 +103,36 @@ def rounding_unit(x: State) -> float:
 
 def evaluate(names: tuple[str, ...], jump: Jump) -> dict[str, tuple[State, Array]]:
     """Residuals and sizes at one jump, or at a batch of them."""
-
-    def one(s, u, t, x, args):
-        end = check_like(jump.flow_map(s, t, x, args), x, "`flow_map`")
-        here = jump._replace(s=s, u=u, t=t, x=x, args=args, X_st=end)
-        return {name: IDENTITIES[name].residual(here) for name in names}
-
-    inputs = (jump.s, jump.u, jump.t, jump.x, jump.args)
     if jump.s.ndim == 0:
-        return one(*inputs)
-    axes = eqx.if_array(0)
-    return eqx.filter_vmap(one, in_axes=(0, 0, 0, axes, axes))(*inputs)
+        return _evaluate_one(names, jump)
+    # A batch of solves takes longer to compile than to run one after the other.
+    in_turn = [name for name in names if name in _SOLVED or not jump.settings.vectorise]
+    at_once = [name for name in names if name not in in_turn]
+    rows = {"s": jump.s, "u": jump.u, "t": jump.t, "x": jump.x}
+    shared = {}
+    if not jump.settings.shares_args:
+        rows["args"], shared["args"] = eqx.partition(jump.args, eqx.is_array)
+
+    def row(rows, names):
+        if shared:
+            rows = rows | {"args": eqx.combine(rows["args"], shared["args"])}
+        return _evaluate_one(names, jump._replace(**rows))
+
+    found = jax.vmap(lambda rows: row(rows, at_once))(rows) if at_once else {}
+    if in_turn:
+        found |= jax.lax.map(lambda rows: row(rows, in_turn), rows)
+    return {name: found[name] for name in names}
+
+
+def _evaluate_one(names: Sequence[str], jump: Jump) -> dict[str, tuple[State, Array]]:
+    end = jump.between(jump.s, jump.t, jump.x)
+    here = jump._replace(X_st=check_like(end, jump.x, "`flow_map`"))
+    asked = _SOLVED.intersection(names)
+    if "dense_output" in asked or (asked and _is_diffrax(jump.settings.solver)):
+        # One solve serves both.
+        saveat = diffrax.SaveAt(t1=True, dense="dense_output" in asked)
+        here = here._replace(solution=_solve(here, saveat))
+    return {name: IDENTITIES[name].residual(here) for name in names}
 
 
 evaluate_compiled = eqx.filter_jit(evaluate)
@@ -120,42 +144,42 @@ def _starts_as_identity(jump):
 
 
 def _semigroup(jump):
-    flow_map, _, s, u, t, x, args, _, X_st = jump
+    flow_map, _, s, u, t, x, args, _, X_st, *_ = jump
     return semigroup_residual(flow_map, s, u, t, x, args), largest(x, X_st)
 
 
 def _inverse(jump):
-    flow_map, _, s, _, t, x, args, _, X_st = jump
+    flow_map, _, s, _, t, x, args, _, X_st, *_ = jump
     return inverse_residual(flow_map, s, t, x, args), largest(x, X_st)
 
 
 def _tangent(jump):
-    flow_map, field, _, _, t, x, args, _, _ = jump
+    flow_map, field, _, _, t, x, args, *_ = jump
     residual = tangent_residual(flow_map, field, t, x, args)
     return residual, largest(x, field(t, x, args))
 
 
 def _lagrangian(jump):
-    flow_map, field, s, _, t, x, args, settings, X_st = jump
+    flow_map, field, s, _, t, x, args, settings, X_st, *_ = jump
     residual = lagrangian_residual(flow_map, field, s, t, x, args, jvp=settings.jvp)
     return residual, largest(x, X_st, field(t, X_st, args))
 
 
 def _eulerian(jump):
-    flow_map, field, s, _, t, x, args, settings, X_st = jump
+    flow_map, field, s, _, t, x, args, settings, X_st, *_ = jump
     residual = eulerian_residual(flow_map, field, s, t, x, args, jvp=settings.jvp)
     # The term that cancels is the start velocity, carried to the end.
     return residual, largest(x, X_st, field(s, x, args), field(t, X_st, args))
 
 
 def _average_velocity(jump):
-    flow_map, _, s, _, t, x, args, _, X_st = jump
+    flow_map, _, s, _, t, x, args, _, X_st, *_ = jump
     v_st = flow_map.average_velocity(s, t, x, args)
     return subtract(add_scaled(x, t - s, v_st), X_st), largest(x, X_st)
 
 
 def _both_directions(jump):
-    flow_map, _, s, _, t, x, args, _, X_st = jump
+    flow_map, _, s, _, t, x, args, _, X_st, *_ = jump
     there = flow_map.average_velocity(s, t, x, args)
     back = flow_map.average_velocity(t, s, X_st, args)
     # If a map computes only end points, its slope has the error rounding / gap.
@@ -180,43 +204,50 @@ def _positive_jacobian(jump):
 
 
 def _solver_equals_map(jump):
-    flow_map, _, s, _, t, x, args, settings, _ = jump
-    num_steps = settings.num_steps
-    fractions = jnp.arange(num_steps + 1, dtype=s.dtype) / num_steps
-    ts = (1 - fractions) * s + fractions * t
-    solver = _solver(jump)
-    if isinstance(solver, diffrax.AbstractSolver):
-        solution = _solve(jump, solver, diffrax.SaveAt(t1=True))
-        found = jtu.tree_map(lambda leaf: leaf[0], solution.ys)
-    else:
-        found = solver(flow_map, x, ts, args)
-    found = _cast_like(found, x)
-    end = x
-    for k in range(num_steps):
-        end = jump.between(ts[k], ts[k + 1], end)
-    return subtract(found, end), largest(x, end)
+    _, _, ends = _steps(jump)
+    end = jtu.tree_map(lambda leaf: leaf[-1], ends)
+    return subtract(_solved_end(jump), end), largest(jump.x, end)
+
+
+def _solved_end(jump):
+    flow_map, _, _, _, _, x, args, settings, *_ = jump
+    if jump.solution is not None:
+        return _cast_like(jtu.tree_map(lambda leaf: leaf[0], jump.solution.ys), x)
+    return _cast_like(settings.solver(flow_map, x, _steps(jump)[0], args), x)
 
 
 def _dense_output(jump):
-    s, t, x = jump.s, jump.t, jump.x
-    num_steps = jump.settings.num_steps
-    solution = _solve(jump, _solver(jump), diffrax.SaveAt(dense=True))
+    x = jump.x
+    ts, starts, ends = _steps(jump)
     # Within each step, and at its ends.
-    shares = jnp.asarray([0.0, 0.15, 0.4, 0.8, 1.0], s.dtype)
-    worst, sizes, start = None, [largest(x)], x
-    # The solution is not defined beyond its ends, even by rounding.
-    inside = lambda time: jnp.clip(time, jnp.minimum(s, t), jnp.maximum(s, t))
-    shares_of_steps = [k / num_steps for k in range(num_steps + 1)]
-    ts = [inside((1 - share) * s + share * t) for share in shares_of_steps]
-    for first, last in zip(ts[:-1], ts[1:], strict=True):
-        ends = inside((1 - shares) * first + shares * last)
-        truth = jax.vmap(lambda u: jump.between(first, u, start))(ends)  # noqa: B023
-        found = _cast_like(jax.vmap(solution.evaluate)(ends), x)
-        gap = jtu.tree_map(lambda a, b: jnp.max(jnp.abs(a - b), axis=0), found, truth)
-        worst = gap if worst is None else jtu.tree_map(jnp.maximum, worst, gap)
-        sizes.append(largest(truth))
-        start = jump.between(first, last, start)
-    return worst, jnp.max(jnp.stack(sizes))
+    shares = jnp.asarray([0.0, 0.15, 0.4, 0.8, 1.0], ts.dtype)
+    repeat = lambda leaf: jnp.repeat(leaf, shares.size, axis=0)
+    first, last, starts = jtu.tree_map(repeat, (ts[:-1], ts[1:], starts))
+    shares = jnp.tile(shares, len(ts) - 1)
+    inside = _clip(jump, (1 - shares) * first + shares * last)
+    truth = jax.vmap(jump.between)(first, inside, starts)
+    found = _cast_like(jax.vmap(jump.solution.evaluate)(inside), x)
+    gap = jtu.tree_map(lambda a, b: jnp.max(jnp.abs(a - b), axis=0), found, truth)
+    return gap, largest(x, ends, truth)
+
+
+def _clip(jump: Jump, times: Array) -> Array:
+    # A solution is not defined beyond its ends, even by rounding.
+    return jnp.clip(times, jnp.minimum(jump.s, jump.t), jnp.maximum(jump.s, jump.t))
+
+
+def _steps(jump: Jump) -> tuple[Array, State, State]:
+    """The times of equal steps, and the states that jumps reach at their ends."""
+    num_steps = jump.settings.num_steps
+    fractions = jnp.arange(num_steps + 1, dtype=jump.s.dtype) / num_steps
+    ts = _clip(jump, (1 - fractions) * jump.s + fractions * jump.t)
+
+    def step(x, times):
+        end = jump.between(*times, x)
+        return end, (x, end)
+
+    starts, ends = jax.lax.scan(step, jump.x, (ts[:-1], ts[1:]))[1]
+    return ts, starts, ends
 
 
 def _cast_like(y: State, x: State) -> State:
@@ -224,16 +255,20 @@ def _cast_like(y: State, x: State) -> State:
     return jtu.tree_map(lambda a, b: a.astype(b.dtype), y, x)
 
 
-def _solver(jump):
-    given = jump.settings.solver
-    return FlowMapSolver(jump.flow_map) if given is None else given
+# Solving and dense output are asked of the same solve.
+_SOLVED = {"solver_equals_map", "dense_output"}
 
 
-def _solve(jump: Jump, solver: Any, saveat: diffrax.SaveAt) -> diffrax.Solution:
+def _is_diffrax(solver: Any) -> bool:
+    return solver is None or isinstance(solver, diffrax.AbstractSolver)
+
+
+def _solve(jump: Jump, saveat: diffrax.SaveAt) -> diffrax.Solution:
     s, t, num_steps = jump.s, jump.t, jump.settings.num_steps
+    solver = jump.settings.solver
     return diffrax.diffeqsolve(
         diffrax.ODETerm(jump.vector_field),  # pyright: ignore
-        solver,
+        FlowMapSolver(jump.flow_map) if solver is None else solver,
         s,
         t,
         (t - s) / num_steps,
@@ -241,6 +276,8 @@ def _solve(jump: Jump, solver: Any, saveat: diffrax.SaveAt) -> diffrax.Solution:
         jump.args,
         saveat=saveat,
         max_steps=2 * num_steps + 2,
+        # A solve that fails ends in a state that is not finite, and so in a failure.
+        throw=False,
     )
 
 

@@ -168,7 +168,7 @@ def defect_report(
     batch = num_rows((start, eqx.filter(args, eqx.is_array)), "States and conditions")
     spread = lambda time: jnp.full(batch, time, time_dtype(start))
     prepared = prepare(flow_map, vector_field, start, spread(low), args, once=False)
-    compute, known_map, field, settings, _ = prepared
+    compute, known_map, field, settings, *_ = prepared
     if callable(states):
         clouds = [jtu.tree_map(jnp.asarray, states(float(time))) for time in times]
     else:

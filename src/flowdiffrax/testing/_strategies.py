@@ -98,7 +98,7 @@ def time_triples(
 
     def between(drawn: tuple[tuple[float, float], float]) -> tuple[float, float, float]:
         (s, t), share = drawn
-        u = _tidy(s + share * (t - s), min(s, t), max(s, t))
+        u = drop_rounding(s + share * (t - s), min(s, t), max(s, t))
         return s, u, t
 
     inside = st.tuples(pairs, st.integers(0, 10).map(lambda k: k / 10)).map(between)
@@ -273,7 +273,8 @@ def _time_tuples(number: int, t0: float, t1: float) -> Strategy:
     def decode(drawn: bytes) -> tuple:
         shares = np.frombuffer(drawn, ">u2") * (1000 / 65535)
         thousandths = np.round(shares) / 1000
-        return tuple(_tidy(t0 + (t1 - t0) * k, t0, t1) for k in thousandths.tolist())
+        times = (t0 + (t1 - t0) * thousandths).tolist()
+        return tuple(drop_rounding(time, t0, t1) for time in times)
 
     # Hypothesis likes numbers such as 1e-234, which are zero for all purposes here.
     snap = lambda time: t0 if time - t0 < 1e-12 * (t1 - t0) else time
@@ -302,6 +303,6 @@ def _numbers(shape: tuple, bound: float) -> Strategy:
     return tidy | hnp.arrays(np.float64, shape, elements=any_float)
 
 
-def _tidy(time: float, low: float, high: float) -> float:
+def drop_rounding(time: float, low: float, high: float) -> float:
     """Drops the last digits, which are rounding: 0.3 and not 0.30000000000000004."""
     return min(max(float(f"{time:.12g}"), low), high)

@@ -1,0 +1,176 @@
+"""The search of one space of states for points at which identities do not hold."""
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax.tree_util as jtu
+import numpy as np
+
+from .._derivative import Derivative
+from .._types import State
+from ._assess import Measured, measure, prepare
+from ._failure import Failure, IdentityError, literal
+from ._identity import IDENTITIES
+from ._points import Points, Space, draw_states, is_strategy
+from ._simplify import simplify
+from ._strategies import Strategy, hypothesis_module
+
+# The number of jumps, and the number for maps that take one jump at a time.
+NUM_POINTS, NUM_POINTS_IN_TURN = 4096, 256
+# How many are evaluated at once, and the largest number of numbers in their states.
+_CHUNK, _CHUNK_IN_TURN, _CHUNK_NUMBERS = 256, 32, 2**20
+# After so many seconds, no further chunk is evaluated.
+_PATIENCE = 60.0
+
+
+class Search:
+    """A search for failures.
+
+    **Attributes:**
+
+    - `defects`: for each identity, the largest defect.
+    - `num_points`, `num_failing`: the number of points, and for each identity the number
+      at which it does not hold.
+    - `in_turn`: whether the map takes one jump at a time.
+    """
+
+    def __init__(
+        self,
+        flow_map: Callable,
+        vector_field: Callable | None,
+        space: Space,
+        names: tuple[str, ...],
+        jvp: Derivative | None,
+        how: dict[str, Any],
+    ):
+        self.space, self.names, self._how = space, names, how
+        try:
+            self._prepared = prepare(
+                flow_map,
+                vector_field,
+                space.like,
+                space.t0,
+                how["args"],
+                jvp,
+                once=False,
+                shares_args=True,
+            )
+        except Exception as error:
+            _locate(error, (space.t0,) * 3, space.like)
+            raise
+        self.in_turn = self._prepared.in_turn
+        self.defects = dict.fromkeys(names, 0.0)
+        self.num_failing = dict.fromkeys(names, 0)
+        self.num_points = 0
+        self._worst: dict[str, tuple[float, Failure, Points]] = {}
+        self._chunk = 1
+
+    def run(self, rng: np.random.Generator, num: int | None, share: float) -> None:
+        """Evaluates the identities at `num` points, or at the usual number of them.
+
+        Of these, this space gets its share.
+        """
+        usual = NUM_POINTS_IN_TURN if self.in_turn else NUM_POINTS
+        most = max(1, round(share * (usual if num is None else num)))
+        chunk = _CHUNK_IN_TURN if self.in_turn else _CHUNK
+        chunk = min(chunk, most, _CHUNK_NUMBERS // max(1, self.space.low.size))
+        self._chunk = max(1, chunk)
+        start = time.monotonic()
+        for points in self.space.draw(rng, most, self._chunk):
+            if num is None and time.monotonic() - start > _PATIENCE:
+                break
+            self._keep(points)
+
+    def excess(self, name: str) -> float:
+        """The largest defect of an identity, over the allowed one; 1 if it holds."""
+        return self._worst[name][0] if name in self._worst else 1.0
+
+    def failure(self, name: str, state: State | Strategy, seed: int) -> Failure:
+        """The simplest clear failure of an identity that is broken, with the worst.
+
+        Its excess is at least a tenth of the worst, and at least its square root, so that
+        it is not a matter of rounding.
+        """
+        worst, worst_failure, point = self._worst[name]
+        clear = worst if np.isinf(worst) else max(worst / 10, worst**0.5)
+
+        def fails(points: Points) -> Iterator[bool]:
+            chunk = 1 if self.in_turn else self._chunk
+            for start in range(0, points.num, chunk):
+                some = points.rows(slice(start, start + chunk))
+                yield from self._measure_only(name, some).excess[: some.num] >= clear
+
+        point = simplify(self.space, point, IDENTITIES[name].times, fails)
+        found = self._measure_only(name, point)
+        # A map that is not a function of its inputs may no longer fail.
+        simplest = found.failure(0) if found.excess[0] > 1 else worst_failure
+        if is_strategy(state):
+            simplest = self._with_simple_state(name, simplest, point, clear, state, seed)
+        return simplest._replace(row=None, worst=worst_failure)
+
+    def _with_simple_state(self, name, failure, point, clear, strategy, seed) -> Failure:
+        def fail(x: State) -> None:
+            nonlocal failure
+            found = self._measure_one(name, point, x)
+            if found.excess[0] >= clear:
+                failure = found.failure(0)
+                raise IdentityError(failure)
+
+        try:
+            # The states are drawn as before, so that one of them fails.
+            draw_states(strategy, fail, seed)
+        except (IdentityError, hypothesis_module().errors.Flaky):
+            pass
+        return failure
+
+    def _measure_only(self, name: str, points: Points) -> Measured:
+        """One identity, compiled again only if points are evaluated one by one."""
+        if not self.in_turn:
+            return self._measure(points)[name]
+        x = self.space.unflatten(points.states)
+        return self._measure_one(name, points, jtu.tree_map(lambda leaf: leaf[0], x))
+
+    def _measure_one(self, name: str, point: Points, x: State) -> Measured:
+        return measure(self._prepared, (name,), *point.times[0], x, **self._how)[name]
+
+    def _keep(self, points: Points) -> None:
+        self.num_points += points.num
+        for name, found in self._measure(points).items():
+            excess, row = found.excess[: points.num], min(found.worst, points.num - 1)
+            largest = np.max(np.nan_to_num(found.defect, nan=np.inf))
+            self.defects[name] = max(self.defects[name], float(largest))
+            self.num_failing[name] += int(np.sum(excess > 1))
+            if excess[row] > self.excess(name):
+                failure = found.failure(row)._replace(row=None)
+                self._worst[name] = float(excess[row]), failure, points.rows([row])
+
+    def _measure(self, points: Points) -> dict[str, Measured]:
+        """Evaluates at most a chunk of points."""
+        # Fill it up with the last one, so that nothing is compiled again.
+        rows = np.minimum(np.arange(self._chunk), points.num - 1)
+        try:
+            return self._measure_chunk(points.rows(rows))
+        except Exception as error:
+            row, error = self._first_error(points, error)
+            x = self.space.unflatten(points.states[row : row + 1])
+            _locate(error, points.times[row], jtu.tree_map(lambda leaf: leaf[0], x))
+            raise error from None
+
+    def _first_error(self, points: Points, error: Exception) -> tuple[int, Exception]:
+        """The first point at which the map raises, and its error."""
+        for row in range(points.num):
+            try:
+                self._measure_chunk(points.rows(np.full(self._chunk, row)))
+            except Exception as alone:
+                return row, alone
+        return 0, error
+
+    def _measure_chunk(self, points: Points) -> dict[str, Measured]:
+        x = self.space.unflatten(points.states)
+        return measure(self._prepared, self.names, *points.times.T, x, **self._how)
+
+
+def _locate(error: Exception, times: Any, x: State) -> None:
+    at = tuple(map(float, times))
+    error.add_note(f"At (s, u, t) = {at} and x = {literal(x)}.")
