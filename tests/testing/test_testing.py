@@ -444,9 +444,7 @@ def test_counterexamples_are_simple():
     # Wrong for jumps that start late, and large first entries only.
     late = Decay(lambda s, t, x: jnp.where((s >= 0.5) & (x[0] > 1), 0.1, 0.0))
     with pytest.raises(testing.IdentityError) as info:
-        testing.check(
-            late, state=X, identities=["starts_as_identity"], max_examples=100, seed=0
-        )
+        testing.check(late, state=X, identities=["starts_as_identity"], seed=0)
     (failure,) = info.value.failures
     assert failure.times["s"] == 0.5
     assert failure.x.tolist() == [1.1, 0.0]
@@ -684,12 +682,13 @@ def test_check_of_a_foreign_network():
     flow_map = FOREIGN["a closure over parameters"]
     names = ["starts_as_identity", "semigroup"]
     settings = {"state": X, "identities": names, "seed": 0}
-    defects = testing.check(flow_map, atol={"semigroup": 9.0}, **settings)
+    defects = testing.check(flow_map, atol={"semigroup": 30.0}, **settings)
     assert defects["starts_as_identity"] == 0 and defects["semigroup"] > 0.1
     with pytest.raises(testing.IdentityError, match="1 of 2 identities") as info:
         testing.check(flow_map, **settings)
     (failure,) = info.value.failures
-    assert failure.largest == pytest.approx(defects["semigroup"], rel=0.5)
+    assert failure.worst is not None
+    assert failure.worst.defect == pytest.approx(defects["semigroup"])
 
 
 @pytest.mark.parametrize(

@@ -66,18 +66,21 @@ class Measured(NamedTuple):
 
     @property
     def excess(self) -> np.ndarray:
-        """The defect over the allowed one: infinite if it is not finite, or if none is
-        allowed."""
-        finite, free = np.isfinite(self.defect), self.allowed > 0
-        ratio = self.defect / np.where(free, self.allowed, 1)
-        ratio = np.where(free | (self.defect == 0), ratio, np.inf)
-        return np.where(finite, ratio, np.inf)
+        """By how much the defect is too large. Not finite is worse than anything."""
+        is_finite = np.isfinite(self.defect) & np.isfinite(self.allowed)
+        return np.where(is_finite, self.defect - self.allowed, np.inf)
+
+    @property
+    def ratio(self) -> np.ndarray:
+        """The defect over what is allowed."""
+        is_finite = np.isfinite(self.excess) & (self.allowed > 0)
+        ratio = self.defect / np.where(is_finite, self.allowed, 1)
+        return np.where(is_finite, ratio, np.where(self.excess > 0, np.inf, 0))
 
     @property
     def worst(self) -> int:
-        """The row with the largest excess, and among equals with the largest defect."""
-        defect = np.nan_to_num(self.defect, nan=np.inf)
-        return int(np.lexsort((defect, self.excess))[-1])
+        """The row with the largest excess."""
+        return int(np.argmax(self.excess))
 
 
 def prepare(
@@ -132,7 +135,7 @@ def assess(
     return [
         measured.failure(measured.worst)
         for measured in found.values()
-        if measured.excess.max() > 1
+        if measured.excess.max() > 0
     ]
 
 

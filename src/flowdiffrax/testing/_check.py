@@ -132,7 +132,7 @@ def check(
     for name in report:
         asked = [search for search in searches if name in search.names]
         worst = max(asked, key=lambda search: search.excess(name))  # noqa: B023
-        if worst.excess(name) > 1:
+        if worst.excess(name) > 0:
             failing = sum(search.num_failing[name] for search in asked)
             share = failing / sum(search.num_points for search in asked)
             failure = worst.failure(name, state, seed)
@@ -176,11 +176,14 @@ def _report(searches: list[Search], bounds: tuple) -> CheckReport:
             f" These are fewer than {NUM_POINTS:,} jumps because JAX cannot trace or "
             "vectorise the map or the field, which are called jump by jump."
         )
+    if any(one.is_cut_short for one in searches):
+        fewer += " The search stopped after a minute; `max_examples` asks for more."
     looked_at = (
         f"Looked at {num:,} jumps, with {direction} in [{spaces[0].t0}, {spaces[0].t1}] "
-        f"and {states}, in {', '.join(sorted(dtypes))}.{fewer} A fault on "
-        f"{_visible(num // 2)} % of the pairs of times, or on {_visible(num_states)} % "
-        "of the states, is found with a probability of 95 %. A rarer one may be missed."
+        f"and {states}, in {', '.join(sorted(dtypes))}.{fewer}\n"
+        f"A fault on {_visible(num // 2)} % of the pairs of times, or on "
+        f"{_visible(num_states)} % of the states, is found with a probability of 95 %. "
+        "A rarer one may be missed."
     )
     return CheckReport(defects, num, looked_at)
 

@@ -20,7 +20,7 @@ from ._strategies import Strategy, hypothesis_module
 NUM_POINTS, NUM_POINTS_IN_TURN = 4096, 256
 # How many are evaluated at once, and the largest number of numbers in their states.
 _CHUNK, _CHUNK_IN_TURN, _CHUNK_NUMBERS = 256, 32, 2**20
-# After so many seconds, no further chunk is evaluated.
+# After so many seconds, no further chunk is evaluated, unless the number is given.
 _PATIENCE = 60.0
 
 
@@ -33,6 +33,7 @@ class Search:
     - `num_points`, `num_failing`: the number of points, and for each identity the number
       at which it does not hold.
     - `in_turn`: whether the map takes one jump at a time.
+    - `is_cut_short`: whether the search ended early because it took too long.
     """
 
     def __init__(
@@ -63,7 +64,8 @@ class Search:
         self.defects = dict.fromkeys(names, 0.0)
         self.num_failing = dict.fromkeys(names, 0)
         self.num_points = 0
-        self._worst: dict[str, tuple[float, Failure, Points]] = {}
+        self.is_cut_short = False
+        self._worst: dict[str, tuple[float, float, Failure, Points]] = {}
         self._chunk = 1
 
     def run(self, rng: np.random.Generator, num: int | None, share: float) -> None:
@@ -78,42 +80,43 @@ class Search:
         self._chunk = max(1, chunk)
         start = time.monotonic()
         for points in self.space.draw(rng, most, self._chunk):
-            if num is None and time.monotonic() - start > _PATIENCE:
-                break
             self._keep(points)
+            self.is_cut_short = num is None and time.monotonic() - start > _PATIENCE
+            if self.is_cut_short:
+                break
 
     def excess(self, name: str) -> float:
-        """The largest defect of an identity, over the allowed one; 1 if it holds."""
-        return self._worst[name][0] if name in self._worst else 1.0
+        """By how much the largest defect of an identity is too large; 0 if it holds."""
+        return self._worst[name][0] if name in self._worst else 0.0
 
     def failure(self, name: str, state: State | Strategy, seed: int) -> Failure:
         """The simplest clear failure of an identity that is broken, with the worst.
 
-        Its excess is at least a tenth of the worst, and at least its square root, so that
-        it is not a matter of rounding.
+        The ratio of its defect and the allowed one is at least a tenth of the worst, and
+        at least its square root, so that it is not a matter of rounding.
         """
-        worst, worst_failure, point = self._worst[name]
-        clear = worst if np.isinf(worst) else max(worst / 10, worst**0.5)
+        _, ratio, worst, point = self._worst[name]
+        clear = ratio if np.isinf(ratio) else max(ratio / 10, ratio**0.5)
 
         def fails(points: Points) -> Iterator[bool]:
             chunk = 1 if self.in_turn else self._chunk
             for start in range(0, points.num, chunk):
                 some = points.rows(slice(start, start + chunk))
-                yield from self._measure_only(name, some).excess[: some.num] >= clear
+                yield from self._measure_only(name, some).ratio[: some.num] >= clear
 
         point = simplify(self.space, point, IDENTITIES[name].times, fails)
         found = self._measure_only(name, point)
         # A map that is not a function of its inputs may no longer fail.
-        simplest = found.failure(0) if found.excess[0] > 1 else worst_failure
+        simplest = found.failure(0) if found.excess[0] > 0 else worst
         if is_strategy(state):
             simplest = self._with_simple_state(name, simplest, point, clear, state, seed)
-        return simplest._replace(row=None, worst=worst_failure)
+        return simplest._replace(row=None, worst=worst)
 
     def _with_simple_state(self, name, failure, point, clear, strategy, seed) -> Failure:
         def fail(x: State) -> None:
             nonlocal failure
             found = self._measure_one(name, point, x)
-            if found.excess[0] >= clear:
+            if found.ratio[0] >= clear:
                 failure = found.failure(0)
                 raise IdentityError(failure)
 
@@ -132,18 +135,21 @@ class Search:
         return self._measure_one(name, points, jtu.tree_map(lambda leaf: leaf[0], x))
 
     def _measure_one(self, name: str, point: Points, x: State) -> Measured:
-        return measure(self._prepared, (name,), *point.times[0], x, **self._how)[name]
+        s, u, t = point.times[0]
+        return measure(self._prepared, (name,), s, u, t, x, **self._how)[name]
 
     def _keep(self, points: Points) -> None:
         self.num_points += points.num
         for name, found in self._measure(points).items():
             excess, row = found.excess[: points.num], min(found.worst, points.num - 1)
-            largest = np.max(np.nan_to_num(found.defect, nan=np.inf))
-            self.defects[name] = max(self.defects[name], float(largest))
-            self.num_failing[name] += int(np.sum(excess > 1))
+            # NumPy's maximum of something with NaN is NaN.
+            largest = np.max(found.defect, initial=self.defects[name])
+            self.defects[name] = float(largest)
+            self.num_failing[name] += int(np.sum(excess > 0))
             if excess[row] > self.excess(name):
                 failure = found.failure(row)._replace(row=None)
-                self._worst[name] = float(excess[row]), failure, points.rows([row])
+                ratio = float(found.ratio[row])
+                self._worst[name] = float(excess[row]), ratio, failure, points.rows([row])
 
     def _measure(self, points: Points) -> dict[str, Measured]:
         """Evaluates at most a chunk of points."""
@@ -168,7 +174,8 @@ class Search:
 
     def _measure_chunk(self, points: Points) -> dict[str, Measured]:
         x = self.space.unflatten(points.states)
-        return measure(self._prepared, self.names, *points.times.T, x, **self._how)
+        s, u, t = points.times.T
+        return measure(self._prepared, self.names, s, u, t, x, **self._how)
 
 
 def _locate(error: Exception, times: Any, x: State) -> None:
