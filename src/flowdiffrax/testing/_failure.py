@@ -77,11 +77,10 @@ class Failure(NamedTuple):
             is_known = not np.isnan(self.defect)
             value = f"{self.defect:.3g}" if is_known else "zero or undefined"
             return f"the determinant is {value}{entry}"
+        write = lambda digits: [f"{x:.{digits}g}" for x in (self.defect, self.tolerance)]
         # As many digits as it takes to tell the two apart.
-        for digits in range(3, 18):
-            defect, allowed = (f"{x:.{digits}g}" for x in (self.defect, self.tolerance))
-            if defect != allowed:
-                break
+        differ = [digits for digits in range(3, 18) if len({*write(digits)}) == 2]
+        defect, allowed = write(min(differ, default=3))
         return f"off by {defect}, where {allowed} is allowed{entry}"
 
     def _place(self) -> str:

@@ -244,7 +244,8 @@ def _steps(jump: Jump) -> tuple[Array, State, State]:
     ts = _clip(jump, (1 - fractions) * jump.s + fractions * jump.t)
 
     def step(x, times):
-        end = jump.between(*times, x)
+        s, t = times
+        end = jump.between(s, t, x)
         return end, (x, end)
 
     starts, ends = jax.lax.scan(step, jump.x, (ts[:-1], ts[1:]))[1]

@@ -52,6 +52,10 @@ class Space(NamedTuple):
     given: np.ndarray | None = None
 
     @property
+    def num_given(self) -> int:
+        return 0 if self.given is None else len(self.given)
+
+    @property
     def smallest(self) -> np.ndarray:
         """The numbers of the state that is closest to zero."""
         return np.clip(0.0, self.low, self.high)
@@ -98,9 +102,14 @@ class Space(NamedTuple):
 
 
 def make_spaces(
-    state: State | Strategy, bounds: tuple, interval: tuple, seed: int
+    state: State | Strategy, bounds: tuple, times: tuple[float, float, bool], seed: int
 ) -> list[Space]:
     """The space of states like an example, or one for each shape that a strategy draws.
+
+    **Arguments:**
+
+    - `state`, `bounds`, `seed`: as for [`flowdiffrax.testing.check`][].
+    - `times`: the interval of times, and whether they only rise.
 
     **Raises:** `ValueError` for bounds that are not in order, or a state without entries.
     """
@@ -111,7 +120,7 @@ def make_spaces(
         for x in drawn:
             alike.setdefault(str(jax.eval_shape(lambda x: x, x)), []).append(x)
         return [
-            Space(*interval, xs[0], *_no_bounds(xs[0]), np.stack([*map(flatten, xs)]))
+            Space(*times, xs[0], *_no_bounds(xs[0]), np.stack([*map(flatten, xs)]))
             for xs in alike.values()
         ]
     shapes = jax.eval_shape(lambda x: jtu.tree_map(jnp.asarray, x), state)
@@ -121,7 +130,7 @@ def make_spaces(
         raise ValueError("`state` has no entries: give one as the map takes it.")
     if not np.all(low <= high):
         raise ValueError(f"`bounds` are the lowest and the highest; got {bounds}.")
-    return [Space(*interval, like, low, high)]
+    return [Space(*times, like, low, high)]
 
 
 def _no_bounds(like: State) -> tuple[np.ndarray, np.ndarray]:

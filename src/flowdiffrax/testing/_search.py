@@ -19,7 +19,7 @@ from ._strategies import Strategy, hypothesis_module
 # The number of jumps, and the number for maps that take one jump at a time.
 NUM_POINTS, NUM_POINTS_IN_TURN = 4096, 256
 # How many are evaluated at once, and the largest number of numbers in their states.
-_CHUNK, _CHUNK_IN_TURN, _CHUNK_NUMBERS = 256, 32, 2**20
+_CHUNK, _CHUNK_IN_TURN, _CHUNK_NUMBERS = 256, 32, 2**16
 # After so many seconds, no further chunk is evaluated, unless the number is given.
 _PATIENCE = 60.0
 
