@@ -106,7 +106,7 @@ def evaluate(names: tuple[str, ...], jump: Jump) -> dict[str, tuple[State, Array
     if jump.s.ndim == 0:
         return _evaluate_one(names, jump)
     # A batch of solves takes longer to compile than to run one after the other.
-    in_turn = [name for name in names if name in _SOLVED or not jump.settings.vectorise]
+    in_turn = [name for name in names if name in SOLVED or not jump.settings.vectorise]
     at_once = [name for name in names if name not in in_turn]
     rows = {"s": jump.s, "u": jump.u, "t": jump.t, "x": jump.x}
     shared = {}
@@ -127,7 +127,7 @@ def evaluate(names: tuple[str, ...], jump: Jump) -> dict[str, tuple[State, Array
 def _evaluate_one(names: Sequence[str], jump: Jump) -> dict[str, tuple[State, Array]]:
     end = jump.between(jump.s, jump.t, jump.x)
     here = jump._replace(X_st=check_like(end, jump.x, "`flow_map`"))
-    asked = _SOLVED.intersection(names)
+    asked = SOLVED.intersection(names)
     if "dense_output" in asked or (asked and _is_diffrax(jump.settings.solver)):
         # One solve serves both.
         saveat = diffrax.SaveAt(t1=True, dense="dense_output" in asked)
@@ -258,7 +258,7 @@ def _cast_like(y: State, x: State) -> State:
 
 
 # Solving and dense output are asked of the same solve.
-_SOLVED = {"solver_equals_map", "dense_output"}
+SOLVED = {"solver_equals_map", "dense_output"}
 
 
 def _is_diffrax(solver: Any) -> bool:

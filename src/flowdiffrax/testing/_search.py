@@ -11,7 +11,7 @@ from .._derivative import Derivative
 from .._types import State
 from ._assess import Measured, measure, prepare
 from ._failure import Failure, IdentityError, literal
-from ._identity import IDENTITIES
+from ._identity import IDENTITIES, SOLVED
 from ._points import Points, Space, draw_states, is_strategy
 from ._simplify import simplify
 from ._strategies import Strategy, hypothesis_module
@@ -22,6 +22,8 @@ NUM_POINTS, NUM_POINTS_IN_TURN = 4096, 256
 _CHUNK, _CHUNK_IN_TURN, _CHUNK_NUMBERS = 256, 32, 2**16
 # After so many seconds, no further chunk is evaluated, unless the number is given.
 _PATIENCE = 60.0
+# A single point with a state of more numbers is not evaluated as a whole chunk.
+_LARGE = 64
 
 
 class Search:
@@ -128,11 +130,13 @@ class Search:
         return failure
 
     def _measure_only(self, name: str, points: Points) -> Measured:
-        """One identity, compiled again only if points are evaluated one by one."""
-        if not self.in_turn:
-            return self._measure(points)[name]
-        x = self.space.unflatten(points.states)
-        return self._measure_one(name, points, jtu.tree_map(lambda leaf: leaf[0], x))
+        """Evaluates at most a chunk of points for one identity."""
+        if self.in_turn or (points.num == 1 and self.space.low.size > _LARGE):
+            x = jtu.tree_map(lambda leaf: leaf[0], self.space.unflatten(points.states))
+            return self._measure_one(name, points, x)
+        # Others are compiled already, but solves take long.
+        others = tuple(other for other in self.names if other not in SOLVED)
+        return self._measure(points, (name,) if name in SOLVED else others)[name]
 
     def _measure_one(self, name: str, point: Points, x: State) -> Measured:
         s, u, t = point.times[0]
@@ -140,7 +144,7 @@ class Search:
 
     def _keep(self, points: Points) -> None:
         self.num_points += points.num
-        for name, found in self._measure(points).items():
+        for name, found in self._measure(points, self.names).items():
             excess, row = found.excess[: points.num], min(found.worst, points.num - 1)
             # NumPy's maximum of something with NaN is NaN.
             largest = np.max(found.defect, initial=self.defects[name])
@@ -151,31 +155,31 @@ class Search:
                 ratio = float(found.ratio[row])
                 self._worst[name] = float(excess[row]), ratio, failure, points.rows([row])
 
-    def _measure(self, points: Points) -> dict[str, Measured]:
+    def _measure(self, points: Points, names: tuple) -> dict[str, Measured]:
         """Evaluates at most a chunk of points."""
         # Fill it up with the last one, so that nothing is compiled again.
         rows = np.minimum(np.arange(self._chunk), points.num - 1)
         try:
-            return self._measure_chunk(points.rows(rows))
+            return self._measure_chunk(points.rows(rows), names)
         except Exception as error:
-            row, error = self._first_error(points, error)
+            row, error = self._first_error(points, names, error)
             x = self.space.unflatten(points.states[row : row + 1])
             _locate(error, points.times[row], jtu.tree_map(lambda leaf: leaf[0], x))
             raise error from None
 
-    def _first_error(self, points: Points, error: Exception) -> tuple[int, Exception]:
+    def _first_error(self, points, names, error) -> tuple[int, Exception]:
         """The first point at which the map raises, and its error."""
         for row in range(points.num):
             try:
-                self._measure_chunk(points.rows(np.full(self._chunk, row)))
+                self._measure_chunk(points.rows(np.full(self._chunk, row)), names)
             except Exception as alone:
                 return row, alone
         return 0, error
 
-    def _measure_chunk(self, points: Points) -> dict[str, Measured]:
+    def _measure_chunk(self, points: Points, names: tuple) -> dict[str, Measured]:
         x = self.space.unflatten(points.states)
         s, u, t = points.times.T
-        return measure(self._prepared, self.names, s, u, t, x, **self._how)
+        return measure(self._prepared, names, s, u, t, x, **self._how)
 
 
 def _locate(error: Exception, times: Any, x: State) -> None:

@@ -13,6 +13,8 @@ from ._strategies import drop_rounding
 
 # How many numbers of a state are made simple one by one.
 _FEW = 16
+# How many blocks of them are set to zero.
+_MOST_BLOCKS = 512
 
 Fails = Callable[[Points], Iterable[bool]]
 
@@ -50,7 +52,7 @@ def simplify(space: Space, point: Points, names: str, fails: Fails) -> Points:
 def _simplify_state(space: Space, point: Points, fails: Fails) -> Points:
     size = space.low.size
     blocks = [np.arange(size)] if size > _FEW else []
-    for _ in range(8 * _FEW):
+    for _ in range(_MOST_BLOCKS):
         if not blocks:
             break
         block = blocks.pop()
