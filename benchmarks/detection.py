@@ -1,6 +1,6 @@
 """How often `testing.check` finds a fault in a narrow band, by one identity alone.
 
-    python benchmarks/detection.py                            # all, six minutes
+    python benchmarks/detection.py                            # all, four minutes
     python benchmarks/detection.py --identities semigroup --num 50
 
 A rotation of the plane is wrong by a smooth bump in a band of one quantity: 2 % of the
