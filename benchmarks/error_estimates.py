@@ -31,21 +31,21 @@ ESTIMATES = {
         lambda *jump: fd.estimates.LagrangianDefect()(*jump)[1],
         "2, 1",
     ),
-    "residual integral": (
-        lambda *jump: fd.estimates.ResidualIntegral()(*jump)[1],
-        "8, 4",
-    ),
-    "linearised error, 3 nodes": (
-        lambda *jump: fd.estimates.LinearisedError(3)(*jump)[1],
-        "8, 4 + 6d",
-    ),
-    "Alekseev-Gröbner, 3 nodes": (
-        lambda *jump: fd.estimates.AlekseevGroebner(3)(*jump)[1],
-        "12, 3",
+    "Picard defect, 8 nodes": (
+        lambda *jump: fd.estimates.PicardDefect(8)(*jump)[1],
+        "9, 10",
     ),
     "Alekseev-Gröbner, 8 nodes": (
         lambda *jump: fd.estimates.AlekseevGroebner(8)(*jump)[1],
-        "32, 8",
+        "25, 10",
+    ),
+    "linearised error, 8 nodes": (
+        lambda *jump: fd.estimates.LinearisedError(8)(*jump)[1],
+        "9, 10 + 16d",
+    ),
+    "linearised error, 16 nodes": (
+        lambda *jump: fd.estimates.LinearisedError(16)(*jump)[1],
+        "17, 18 + 32d",
     ),
 }
 

@@ -341,7 +341,7 @@ MISTAKES = {
     "class of an estimate": (
         lambda: fd.AdaptiveFlowMapSolver(MAP, fd.estimates.SemigroupDefect),
         TypeError,
-        "an instance such as `ResidualIntegral()`",
+        "an instance such as `PicardDefect()`",
     ),
     "class of a coupling": (
         lambda: fd.data.InterpolantBatches(

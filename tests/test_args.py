@@ -145,8 +145,8 @@ ERRORS = {
         lambda args: fd.estimates.LinearisedError()(MAP, field, S, T, X, args),
         BOTH,
     ),
-    "ResidualIntegral": (
-        lambda args: fd.estimates.ResidualIntegral()(MAP, field, S, T, X, args),
+    "PicardDefect": (
+        lambda args: fd.estimates.PicardDefect()(MAP, field, S, T, X, args),
         BOTH,
     ),
     "SemigroupDefect": (

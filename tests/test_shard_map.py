@@ -51,7 +51,7 @@ def divergence(trace):
 
 CASES = {
     "hybrid, jumps": steps(EXACT, None),
-    "hybrid, classical steps": steps(mlp_map(), fd.estimates.ResidualIntegral()),
+    "hybrid, classical steps": steps(mlp_map(), fd.estimates.PicardDefect()),
     "log-density": lambda x: fd.likelihood.log_prob(EXACT, BASE, x, 3),
     "exact trace": divergence(fd.likelihood.ExactTrace()),
     "random probes": divergence(fd.likelihood.Hutchinson(2)),

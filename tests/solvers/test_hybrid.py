@@ -243,7 +243,7 @@ def test_good_map_of_a_stiff_system_is_one_jump():
     wild = Wild(mlp_map(), jnp.asarray(1.0))
     assert error_in_kaps(wild, jnp.asarray(1e-5), jnp.asarray(1e-3))[1] == (1, 0)
     # Residuals alone, of the fast direction, would refuse it.
-    estimate = fd.estimates.ResidualIntegral()
+    estimate = fd.estimates.PicardDefect()
     assert sum(error_in_kaps(wild, jnp.asarray(1e-5), jnp.asarray(1e-3), estimate)[1]) > 9
 
 
@@ -412,7 +412,7 @@ def test_manual_steps():
     "size, fallback, estimate",
     [
         (2, diffrax.Tsit5(), fd.estimates.LinearisedError()),
-        slow(40, diffrax.Tsit5(), fd.estimates.ResidualIntegral()),
+        slow(40, diffrax.Tsit5(), fd.estimates.PicardDefect()),
         slow(40, diffrax.Kvaerno3(), fd.estimates.LinearisedError()),
     ],
     ids=["small", "large", "implicit"],
@@ -432,7 +432,7 @@ def test_default_estimate(size, fallback, estimate):
             options={"estimate": estimate},
         ).controller_state
     )
-    other = {fd.estimates.LinearisedError(): fd.estimates.ResidualIntegral()}.get(
+    other = {fd.estimates.LinearisedError(): fd.estimates.PicardDefect()}.get(
         estimate, fd.estimates.LinearisedError()
     )
     assert eqx.tree_equal(error(None), error(estimate))

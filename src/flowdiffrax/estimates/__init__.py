@@ -9,4 +9,4 @@ from ._defects import LagrangianDefect as LagrangianDefect
 from ._defects import SemigroupDefect as SemigroupDefect
 from ._eulerian import eulerian_error as eulerian_error
 from ._linearised import LinearisedError as LinearisedError
-from ._residual_integral import ResidualIntegral as ResidualIntegral
+from ._picard import PicardDefect as PicardDefect

@@ -1,45 +1,31 @@
 import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
 
-from .._time import times_like
-from .._tree import scale
 from .._types import Args, State, Time, TwoTimeMap, VectorField
-from ._quadrature import integral, last, path_residuals, radau
-from ._residual_integral import AbstractAtNodes
+from ._collocation import (
+    AbstractCollocationEstimate,
+    at_nodes,
+    picard_defects,
+    quadrature_gap,
+)
+from ._quadrature import integral, last, radau
 
 
-def end_and_error(
-    flow_map: TwoTimeMap,
-    teacher: VectorField,
-    s: Time,
-    t: Time,
-    x: State,
-    args: Args,
-    num_nodes: int,
-) -> tuple[State, State]:
-    """Returns the jump and its Alekseev-Gröbner estimate, which computes the jump."""
-    s, t = times_like(x, s, t)
-    us, path, residuals = path_residuals(flow_map, teacher, s, t, x, args, num_nodes)
-
-    def to_end(u, y, r):
-        return jax.jvp(lambda y: flow_map(u, t, y, args), (y,), (r,))[1]
-
-    weights = radau(num_nodes)[1]
-    carried = integral(jax.vmap(to_end)(us, path, residuals), weights)
-    return last(path), scale(t - s, carried)
-
-
-class AlekseevGroebner(AbstractAtNodes):
+class AlekseevGroebner(AbstractCollocationEstimate):
     r"""Estimates the error to first order, with the Jacobian of the map.
 
     The Alekseev-Gröbner formula transports each residual of the map's path to the end,
     $e = \int_s^t \nabla X_{u,t}(\hat X_{s,u}(x))\,r_u\,du$. This estimate replaces the
     Jacobian of the unknown $X_{u,t}$ by that of the map, which causes a relative error of
-    the size of the residuals. Subtracting the estimate from the jump improves the jump:
+    the size of the residuals, and takes the residuals of the polynomial through the
+    map's states at the nodes. Subtracting the estimate from the jump improves the jump:
     see [`flowdiffrax.estimates.DefectCorrectedFlowMap`][].
 
-    If the map's Jacobian is accurate, this is the sharpest estimate. It costs
-    `2 * num_nodes` forward-mode passes through the map and `num_nodes` calls of the
-    teacher.
+    If the map's Jacobian is accurate, this is sharp for states of any size. It takes
+    `num_nodes` evaluations of the map and as many forward-mode passes through it, and
+    `num_nodes + 1` calls of the teacher.
 
     **Arguments:**
 
@@ -53,7 +39,7 @@ class AlekseevGroebner(AbstractAtNodes):
         I.14.5.
     """
 
-    def __call__(
+    def errors(
         self,
         flow_map: TwoTimeMap,
         teacher: VectorField,
@@ -61,5 +47,18 @@ class AlekseevGroebner(AbstractAtNodes):
         t: Time,
         x: State,
         args: Args = None,
-    ) -> tuple[State, State]:
-        return end_and_error(flow_map, teacher, s, t, x, args, self.num_nodes)
+    ) -> tuple[State, State, State]:
+        """Returns the jump, its estimated error, and how wrong the quadrature may be."""
+        nodes = at_nodes(flow_map, teacher, s, t, x, args, self.num_nodes)
+        rule = radau(self.num_nodes)
+        # The derivative of the polynomial through the defects, times the length.
+        slopes = np.linalg.inv(rule.from_start)
+        times_length = lambda d: jnp.tensordot(jnp.asarray(slopes, d.dtype), d, axes=1)
+        residuals = jtu.tree_map(times_length, picard_defects(nodes))
+
+        def to_end(u, y, r):
+            return jax.jvp(lambda y: flow_map(u, t, y, args), (y,), (r,))[1]
+
+        carried = jax.vmap(to_end)(nodes.us, nodes.states, residuals)
+        error = integral(carried, rule.weights)
+        return last(nodes.states), error, quadrature_gap(nodes)

@@ -41,5 +41,5 @@ class AbstractErrorEstimate(eqx.Module):
 
 def check_estimate(estimate: object) -> None:
     """**Raises:** `TypeError` if `estimate` is not an `AbstractErrorEstimate`."""
-    what = "an instance such as `ResidualIntegral()`"
+    what = "an instance such as `PicardDefect()`"
     check_instance(estimate, AbstractErrorEstimate, "estimate", what)

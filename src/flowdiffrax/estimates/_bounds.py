@@ -72,12 +72,12 @@ def lagrangian_bound(
     else:
         rate = lambda u, y: jnp.asarray(growth, s.dtype)
     rates = jax.vmap(rate)(us, path).astype(s.dtype)
-    weights, to_end = radau(num_nodes)[1:3]
-    exponents = jnp.asarray(to_end, s.dtype) @ rates
+    rule = radau(num_nodes)
+    exponents = jnp.asarray(rule.to_end, s.dtype) @ rates
     h = jnp.abs(t - s)
     # A residual of zero contributes nothing, even if the growth overflows.
     grown = jnp.where(lengths == 0, 0, jnp.exp(h * exponents) * lengths)
-    return h * jnp.sum(jnp.asarray(weights, s.dtype) * grown)
+    return h * jnp.sum(jnp.asarray(rule.weights, s.dtype) * grown)
 
 
 def logarithmic_norm(

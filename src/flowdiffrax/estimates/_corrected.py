@@ -5,7 +5,7 @@ from .._tree import subtract
 from .._types import Args, Scalar, State, TwoTimeMap, VectorField
 from ..flow_maps._base import AbstractFlowMap
 from ..flow_maps._inverse import check_composable
-from ._alekseev_groebner import end_and_error
+from ._alekseev_groebner import AlekseevGroebner
 
 
 class DefectCorrectedFlowMap(AbstractFlowMap):
@@ -13,9 +13,8 @@ class DefectCorrectedFlowMap(AbstractFlowMap):
 
     The jump is $\hat X_{s,t}(x) - \hat e$ with the estimate $\hat e$ of
     [`flowdiffrax.estimates.AlekseevGroebner`][]. This is one Newton step towards the
-    solution of the ODE, so its error is quadratic in that of the map. A jump costs
-    `num_nodes` calls of the teacher and `2 * num_nodes` forward-mode passes through the
-    map. The velocity is the teacher.
+    solution of the ODE, so its error is quadratic in that of the map. A jump costs that
+    estimate. The velocity is the teacher.
 
     **Arguments:**
 
@@ -28,7 +27,7 @@ class DefectCorrectedFlowMap(AbstractFlowMap):
 
     flow_map: TwoTimeMap
     teacher: VectorField
-    num_nodes: int = eqx.field(static=True, default=4)
+    num_nodes: int = eqx.field(static=True, default=8)
 
     def __check_init__(self):
         check_composable(self.flow_map)
@@ -41,9 +40,8 @@ class DefectCorrectedFlowMap(AbstractFlowMap):
 
     def jump(self, s: Scalar, t: Scalar, x: State, args: Args) -> State:
         """Returns the jump minus its estimated error."""
-        X_st, error = end_and_error(
-            self.flow_map, self.teacher, s, t, x, args, self.num_nodes
-        )
+        estimate = AlekseevGroebner(self.num_nodes)
+        X_st, error, _ = estimate.errors(self.flow_map, self.teacher, s, t, x, args)
         return subtract(X_st, error)
 
     def tangent(self, t: Scalar, x: State, args: Args) -> State:

@@ -50,11 +50,11 @@ def eulerian_error(
     """
     s, t = times_like(x, s, t)
     exact = ODEFlowMap(teacher) if exact is None else exact
-    fractions, weights = radau(num_nodes)[:2]
+    rule = radau(num_nodes)
 
     def residual(u):
         x_u = exact(s, u, x, args)
         return eulerian_residual(flow_map, teacher, u, t, x_u, args)
 
-    residuals = jax.vmap(residual)(between(s, t, fractions))
-    return integral(scale(-1.0 * (t - s), residuals), weights)
+    residuals = jax.vmap(residual)(between(s, t, rule.nodes))
+    return integral(scale(-1.0 * (t - s), residuals), rule.weights)

@@ -3,22 +3,27 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from .._time import times_like
 from .._tree import ravel
 from .._types import Args, State, Time, TwoTimeMap, VectorField
-from ._quadrature import last, path_residuals, radau, start_error
-from ._residual_integral import AbstractAtNodes
+from ._collocation import (
+    AbstractCollocationEstimate,
+    at_nodes,
+    misses,
+    picard_defects,
+)
+from ._quadrature import last, radau
 
 
 def _solve(
-    matrix: Float[Array, "size size"], right: Float[Array, " size"]
-) -> Float[Array, " size"]:
+    matrix: Float[Array, "size size"], right: Float[Array, "size sides"]
+) -> Float[Array, "size sides"]:
     """Gauss-Jordan elimination, with the largest entry of each column as its pivot.
 
     `jnp.linalg.solve` calls LAPACK. In JAX 0.10 on a CPU with two cores, thousands of
     such calls at once in a loop, as in a batch of Diffrax solves, never return.
     """
-    rows = jnp.arange(right.size)
+    num_rows = len(matrix)
+    rows = jnp.arange(num_rows)
 
     def eliminate(k, table):
         column = table[:, k]
@@ -28,28 +33,27 @@ def _solve(
         table = table - table[:, k, None] * new[None, :]
         return table.at[k].set(new)
 
-    table = jnp.concatenate([matrix, right[:, None]], axis=1)
-    return lax.fori_loop(0, right.size, eliminate, table)[:, -1]
+    table = jnp.concatenate([matrix, right], axis=1)
+    return lax.fori_loop(0, num_rows, eliminate, table)[:, num_rows:]
 
 
-class LinearisedError(AbstractAtNodes):
+class LinearisedError(AbstractCollocationEstimate):
     r"""Estimates the error to first order, with the Jacobian of the ODE.
 
-    To first order, the error solves $e' = \nabla b_u(\hat X_{s,u}(x))\,e + r_u$ from
-    zero: the linearised ODE transports the residuals. The estimate solves this linear ODE
-    by collocation at the Radau nodes (a step of Radau IIA), so that directions in which
-    all errors decay at once are damped correctly. Use it for stiff systems. For small
-    systems it is the sharpest estimate: unlike
-    [`flowdiffrax.estimates.AlekseevGroebner`][], it is also right about maps whose own
-    Jacobian is wrong. It underestimates growth by much more than $\exp(3)$ in one jump
-    (for three nodes), as implicit solvers do.
+    This is one Newton step for the equations of collocation, from the map's states $\hat
+    X_k$ at the Radau nodes: with the Picard defects $d_k$ and the Jacobians $J_k = \nabla
+    b(\hat X_k)$, the errors solve $e_k - h \sum_j A_{kj} J_j e_j = d_k$. The linearised
+    ODE transports the defects, so that directions in which all errors decay at once are
+    damped correctly. Use it for stiff systems. For small systems it is the sharpest
+    estimate: unlike [`flowdiffrax.estimates.AlekseevGroebner`][], it is also right about
+    maps whose own Jacobian is wrong. It underestimates growth that is too fast for the
+    nodes, as implicit solvers do.
 
     !!! info "Numerics"
 
-        It takes `num_nodes + 1` forward-mode passes through the map and calls of the
-        teacher, `num_nodes` Jacobians of the teacher, and a linear solve for
-        `num_nodes * entries` unknowns. It is therefore meant for states of few entries.
-        The pass at the start detects a fast layer there, which the nodes would miss.
+        It takes `num_nodes` evaluations of the map, `num_nodes + 1` calls of the teacher,
+        `num_nodes` Jacobians of the teacher, and a linear solve for `num_nodes * entries`
+        unknowns. It is therefore meant for states of few entries.
 
     **Arguments:**
 
@@ -64,7 +68,7 @@ class LinearisedError(AbstractAtNodes):
         IV.5.
     """
 
-    def __call__(
+    def errors(
         self,
         flow_map: TwoTimeMap,
         teacher: VectorField,
@@ -72,21 +76,32 @@ class LinearisedError(AbstractAtNodes):
         t: Time,
         x: State,
         args: Args = None,
-    ) -> tuple[State, State]:
-        s, t = times_like(x, s, t)
+    ) -> tuple[State, State, State]:
+        """Returns the jump, its estimated error, and how wrong the quadrature may be."""
         flat = lambda y: ravel(y, "`LinearisedError`")[0]
         _, unravel = ravel(x, "`LinearisedError`")
-        inputs = flow_map, teacher, s, t, x, args
-        us, path, residuals = path_residuals(*inputs, self.num_nodes)
+        nodes = at_nodes(flow_map, teacher, s, t, x, args, self.num_nodes)
+        defects = jax.vmap(flat)(picard_defects(nodes))
         field = lambda u, y: flat(teacher(u, unravel(y), args))
-        r = jax.vmap(flat)(residuals)
-        start = flat(start_error(*inputs, residuals, self.num_nodes))
-        jacobians = jax.vmap(jax.jacfwd(field, argnums=1))(us, jax.vmap(flat)(path))
-        weights, to_end = radau(self.num_nodes)[1:3]
-        # Weights for integrals from the start to each node, times the length of the jump.
-        collocation = (t - s).astype(r.dtype) * jnp.asarray(weights - to_end, r.dtype)
-        coupling = jnp.einsum("ij,jkl->ikjl", collocation, jacobians)
-        matrix = jnp.eye(r.size, dtype=r.dtype) - coupling.reshape(r.size, r.size)
-        forcing = start[None, :] + collocation @ r
-        errors = _solve(matrix, forcing.reshape(-1)).reshape(r.shape)
-        return last(path), unravel(errors[-1])
+        states = jax.vmap(flat)(nodes.states)
+        jacobians = jax.vmap(jax.jacfwd(field, argnums=1))(nodes.us, states)
+        size, dtype = defects.size, defects.dtype
+        from_start = jnp.asarray(radau(self.num_nodes).from_start, dtype)
+        coupling = jnp.einsum(
+            "ij,jkl->ikjl", nodes.length.astype(dtype) * from_start, jacobians
+        )
+        matrix = jnp.eye(size, dtype=dtype) - coupling.reshape(size, size)
+        identity = jnp.eye(defects.shape[1], dtype=dtype)
+
+        def damped(miss):
+            # What decays within the interval is not missing at its end.
+            width = miss.width.astype(dtype)
+            right = width * flat(miss.rate)[:, None]
+            return jnp.abs(_solve(identity - width * jacobians[miss.node], right)[:, 0])
+
+        gap = sum(map(damped, misses(nodes)), start=jnp.zeros_like(defects[0]))
+        # What is missing in an interval is missing at every node that follows.
+        forcing = jnp.stack([defects, jnp.broadcast_to(gap, defects.shape)], axis=-1)
+        solved = _solve(matrix, forcing.reshape(size, 2)).reshape(forcing.shape)
+        error, gap = solved[-1, :, 0], solved[-1, :, 1]
+        return last(nodes.states), unravel(error), unravel(gap)

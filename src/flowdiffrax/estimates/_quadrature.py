@@ -6,6 +6,7 @@ bounds hold up to the quadrature's error. Errors that vanish at every node go un
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +15,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from .._check import check_at_least
-from .._tree import add_scaled, subtract
 from .._types import Args, State, Time, TwoTimeMap, VectorField
 from ..identities import end_and_residual
-
-# Quadrature
 
 
 def path_residuals(
@@ -34,31 +32,10 @@ def path_residuals(
 
     Every leaf has the nodes as its leading axis; the last node is the end of the jump.
     """
-    us = between(s, t, radau(num_nodes)[0])
+    us = between(s, t, radau(num_nodes).nodes)
     along = lambda u: end_and_residual(flow_map, teacher, s, u, x, args)
     path, residuals = jax.vmap(along)(us)
     return us, path, residuals
-
-
-def start_error(
-    flow_map: TwoTimeMap,
-    teacher: VectorField,
-    s: Time,
-    t: Time,
-    x: State,
-    args: Args,
-    residuals: State,
-    num_nodes: int,
-) -> State:
-    """Returns the error from the start: that of the map at `s`, and of a fast layer.
-
-    If the residual at `s` differs from that of the polynomial through the nodes, the
-    difference is assumed to decay by the first node.
-    """
-    X_ss, r_s = end_and_residual(flow_map, teacher, s, s, x, args)
-    nodes, _, _, at_start = radau(num_nodes)
-    layer = subtract(r_s, integral(residuals, at_start))
-    return add_scaled(subtract(X_ss, x), (t - s) * float(nodes[0] / 2), layer)
 
 
 def between(s: Time, t: Time, fractions: np.ndarray) -> Float[Array, " nodes"]:
@@ -67,7 +44,7 @@ def between(s: Time, t: Time, fractions: np.ndarray) -> Float[Array, " nodes"]:
     return (1 - share) * s + share * t
 
 
-def integral(values: State, weights: np.ndarray) -> State:
+def integral(values: State, weights: np.ndarray | Array) -> State:
     """Returns the weighted sum over the leading axis of every leaf."""
     total = lambda leaf: jnp.tensordot(jnp.asarray(weights, leaf.dtype), leaf, axes=1)
     return jtu.tree_map(total, values)
@@ -78,29 +55,44 @@ def last(values: State) -> State:
     return jtu.tree_map(lambda leaf: leaf[-1], values)
 
 
-@functools.cache
-def radau(num_nodes: int) -> tuple[np.ndarray, ...]:
-    """Right Radau quadrature on [0, 1].
+class Radau(NamedTuple):
+    """Right Radau quadrature on [0, 1], exact for polynomials as far as there are nodes.
 
-    Returns the nodes, the weights, the weights for integrals from each node to 1, and the
-    weights that extrapolate the polynomial through the nodes to 0. The last node is 1, so
-    that the end of a jump is a node.
+    **Attributes:**
+
+    - `nodes`: in rising order. The last one is 1, so that the end of a jump is a node.
+    - `weights`: for integrals from 0 to 1.
+    - `from_start`: for integrals from 0 to each node, in rows.
+    - `at_start`: for the value at 0 of the polynomial through the nodes.
     """
+
+    nodes: Float[np.ndarray, " nodes"]
+    weights: Float[np.ndarray, " nodes"]
+    from_start: Float[np.ndarray, "nodes nodes"]
+    at_start: Float[np.ndarray, " nodes"]
+
+    @property
+    def to_end(self) -> Float[np.ndarray, "nodes nodes"]:
+        """The weights for integrals from each node to 1, in rows."""
+        return self.weights - self.from_start
+
+
+@functools.cache
+def radau(num_nodes: int) -> Radau:
+    """Right Radau quadrature with so many nodes."""
     check_at_least(num_nodes, 1, "num_nodes")
     series = np.zeros(num_nodes + 1)
     series[-2:] = 1.0
     left = np.sort(np.real(np.polynomial.legendre.legroots(series)))
     nodes = np.sort(1 - left) / 2
     nodes[-1] = 1.0
-    # The rules are exact for all polynomials of the degree that the nodes determine. In
-    # terms of Legendre's, that can be solved for any number of nodes.
+    # In terms of Legendre's polynomials, this works for any number of nodes.
     legendre = np.polynomial.legendre.legvander(2 * nodes - 1, num_nodes)
     degrees = np.arange(num_nodes)
-    whole = np.where(degrees == 0, 1.0, 0.0)
     lower = np.concatenate([np.ones((num_nodes, 1)), legendre[:, :-2]], axis=1)
-    to_end = (lower - legendre[:, 1:]) / (2 * (2 * degrees + 1))
+    to_node = (legendre[:, 1:] - lower) / (2 * (2 * degrees + 1))
     # The integral of the first one, a constant.
-    to_end[:, 0] = 1 - nodes
-    rules = np.stack([whole, (-1.0) ** degrees, *to_end], axis=1)
-    weights, at_start, *ends = np.linalg.solve(legendre[:, :-1].T, rules).T
-    return nodes, weights, np.stack(ends), at_start
+    to_node[:, 0] = nodes
+    rules = np.stack([degrees == 0, (-1.0) ** degrees, *to_node], axis=1)
+    weights, at_start, *rows = np.linalg.solve(legendre[:, :-1].T, rules).T
+    return Radau(nodes, weights, np.stack(rows), at_start)

@@ -15,7 +15,7 @@ from .._tree import all_finite, freeze, nan_where, scale, subtract
 from .._types import Args, State, Time, TwoTimeMap
 from ..estimates._base import AbstractErrorEstimate, check_estimate
 from ..estimates._linearised import LinearisedError
-from ..estimates._residual_integral import ResidualIntegral
+from ..estimates._picard import PicardDefect
 from ..flow_maps._base import times_out_of_range
 from ..flow_maps._inverse import check_composable
 from ._base import AbstractFlowMapSolver, true_field, true_times
@@ -96,7 +96,7 @@ class HybridSolver(diffrax.AbstractImplicitSolver, diffrax.AbstractAdaptiveSolve
         The default estimates evaluate the vector field. They are
         [`flowdiffrax.estimates.LinearisedError`][] for states of up to 32 entries, and
         for larger states with an implicit fallback, since most errors of stiff systems
-        decay at once; and [`flowdiffrax.estimates.ResidualIntegral`][] for all others. If
+        decay at once; and [`flowdiffrax.estimates.PicardDefect`][] for all others. If
         you pass a root finder to an implicit fallback, it should be more accurate than
         the tolerance, such as `optimistix.Newton(1e-6, 1e-12)`.
 
@@ -308,7 +308,7 @@ class HybridSolver(diffrax.AbstractImplicitSolver, diffrax.AbstractAdaptiveSolve
         is_real = not any(map(jnp.iscomplexobj, leaves))
         is_small = sum(map(jnp.size, leaves)) <= 32
         is_linear = is_real and (is_small or _is_implicit(self.fallback))
-        return LinearisedError() if is_linear else ResidualIntegral()
+        return LinearisedError() if is_linear else PicardDefect()
 
     def _fallback(self) -> diffrax.AbstractSolver:
         """Returns the classical solver, with the settings that Diffrax would give it."""

@@ -26,7 +26,7 @@ def vmap_sorted(
 
     ```python
     def difficulty(y0):
-        _, error = ResidualIntegral()(flow_map, vector_field, t0, t1, y0)
+        _, error = PicardDefect()(flow_map, vector_field, t0, t1, y0)
         return jnp.linalg.norm(error)
 
     ys = vmap_sorted(solve, y0s, jax.vmap(difficulty)(y0s), chunk_size=256)

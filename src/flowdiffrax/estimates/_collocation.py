@@ -1,0 +1,186 @@
+r"""Errors along a jump, from values of the map and of the vector field at nodes.
+
+Let $\hat X_k$ be the map's states at the right Radau nodes $c_1, \dots, c_K = 1$ of a
+jump of length $h$ from $x$, and $A_{kj}$ the weights of integrals from the start to each
+node. A solution has $X_k = x + h \sum_j A_{kj} b(X_j)$, up to the quadrature's error. A
+map misses this by its Picard defect $d_k = \hat X_k - x - h \sum_j A_{kj} b(\hat X_j)$.
+The time derivative of the map is not needed, so an error that oscillates in time is not
+overestimated.
+"""
+
+import abc
+from typing import NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+from jaxtyping import Array, Float
+
+from .._check import check_at_least, check_like
+from .._time import times_like
+from .._tree import scale, subtract
+from .._types import Args, State, Time, TwoTimeMap, VectorField
+from ._base import AbstractErrorEstimate
+from ._quadrature import between, integral, radau
+
+_GOLDEN = (5**0.5 - 1) / 2
+
+
+class Nodes(NamedTuple):
+    """A jump at its nodes.
+
+    **Attributes:**
+
+    - `start`, `start_rate`: the state at the start, and the vector field there.
+    - `length`: the length of the jump in time, with its sign.
+    - `us`: the times of the nodes.
+    - `states`, `rates`: the states of the map, and the vector field there. Every leaf has
+      the nodes as its leading axis.
+    - `probe_share`, `probe_rate`: a place between the nodes, as a share of the jump, and
+      the vector field at the map's state there.
+    """
+
+    start: State
+    start_rate: State
+    length: Float[Array, ""]
+    us: Float[Array, " nodes"]
+    states: State
+    rates: State
+    probe_share: Float[Array, ""]
+    probe_rate: State
+
+
+def at_nodes(
+    flow_map: TwoTimeMap,
+    teacher: VectorField,
+    s: Time,
+    t: Time,
+    x: State,
+    args: Args,
+    num_nodes: int,
+) -> Nodes:
+    """Evaluates the map and the vector field at the nodes."""
+    s, t = times_like(x, s, t)
+    us = between(s, t, radau(num_nodes).nodes)
+    jump = lambda u: check_like(flow_map(s, u, x, args), x, "`flow_map`")
+    states = jax.vmap(jump)(us)
+    rates = jax.vmap(lambda u, y: teacher(u, y, args))(us, states)
+    h = t - s
+    # Jumps of equal length that follow each other are probed at different shares.
+    share = jnp.mod(0.5 + _GOLDEN * s / jnp.where(h == 0, 1, h), 1)
+    u = s + share * h
+    probe_rate = teacher(u, jump(u), args)
+    return Nodes(x, teacher(s, x, args), h, us, states, rates, share, probe_rate)
+
+
+def picard_defects(nodes: Nodes) -> State:
+    """Returns the Picard defect at every node."""
+    from_start = radau(len(nodes.us)).from_start
+
+    def defect(y, rates, x):
+        matrix = jnp.asarray(from_start, rates.dtype)
+        moved = jnp.tensordot(matrix, rates, axes=1)
+        return y - jnp.expand_dims(x, 0) - nodes.length.astype(moved.dtype) * moved
+
+    return jtu.tree_map(defect, nodes.states, nodes.rates, nodes.start)
+
+
+class Miss(NamedTuple):
+    """By how much the polynomial through the rates misses one of them.
+
+    **Attributes:**
+
+    - `rate`: the difference.
+    - `width`: for how long the integral over the jump is wrong by it, about: half of the
+      interval between two nodes.
+    - `node`: the node at the end of this interval.
+    """
+
+    rate: State
+    width: Array
+    node: Array
+
+
+def misses(nodes: Nodes) -> tuple[Miss, Miss]:
+    """Returns the misses at the start and at the probe.
+
+    They tell how well the nodes resolve the rates.
+    """
+    rule = radau(len(nodes.us))
+    share = nodes.probe_share
+    ends = np.concatenate([[0.0], rule.nodes])
+    index = jnp.sum(jnp.asarray(ends[:-1], share.dtype) <= share, dtype=jnp.int32) - 1
+    half_widths = nodes.length * jnp.asarray(np.diff(ends) / 2, nodes.length.dtype)
+
+    def miss(rate, weights, index):
+        difference = subtract(rate, integral(nodes.rates, weights))
+        return Miss(difference, half_widths[index], index)
+
+    at_probe = _at_share(rule.nodes, share)
+    return (
+        miss(nodes.start_rate, rule.at_start, jnp.zeros_like(index)),
+        miss(nodes.probe_rate, at_probe, index),
+    )
+
+
+def quadrature_gap(nodes: Nodes) -> State:
+    """Returns by how much the integral over the jump may be wrong."""
+    first, second = (scale(miss.width, miss.rate) for miss in misses(nodes))
+    add = lambda a, b: (jnp.abs(a) + jnp.abs(b)).astype(a.dtype)
+    return jtu.tree_map(add, first, second)
+
+
+def _at_share(nodes: np.ndarray, share: Array) -> Float[Array, " nodes"]:
+    """The weights for the value at `share` of the polynomial through the nodes."""
+    gaps = nodes[:, None] - nodes[None, :]
+    np.fill_diagonal(gaps, 1.0)
+    barycentric = jnp.asarray(1 / np.prod(gaps, axis=1), share.dtype)
+    away = share - jnp.asarray(nodes, share.dtype)
+    is_node = away == 0
+    parts = barycentric / jnp.where(is_node, 1, away)
+    # On a node, its own value.
+    parts = jnp.where(is_node.any(), is_node.astype(parts.dtype), parts)
+    return parts / parts.sum()
+
+
+class AbstractCollocationEstimate(AbstractErrorEstimate):
+    """Base class of estimates from values at quadrature nodes along the jump."""
+
+    num_nodes: int = eqx.field(static=True, default=8)
+
+    def __check_init__(self):
+        check_at_least(self.num_nodes, 1, "num_nodes")
+
+    @property
+    def order(self) -> int:
+        return 1
+
+    @abc.abstractmethod
+    def errors(
+        self,
+        flow_map: TwoTimeMap,
+        teacher: VectorField,
+        s: Time,
+        t: Time,
+        x: State,
+        args: Args = None,
+    ) -> tuple[State, State, State]:
+        """Returns the jump, its estimated error, and how wrong the quadrature may be.
+
+        All are like `x`. The error is an estimate of the jump less the exact solution.
+        """
+
+    def __call__(
+        self,
+        flow_map: TwoTimeMap,
+        teacher: VectorField,
+        s: Time,
+        t: Time,
+        x: State,
+        args: Args = None,
+    ) -> tuple[State, State]:
+        end, error, gap = self.errors(flow_map, teacher, s, t, x, args)
+        size = lambda e, g: (jnp.abs(e) + jnp.abs(g)).astype(e.dtype)
+        return end, jtu.tree_map(size, error, gap)
