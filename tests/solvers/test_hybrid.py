@@ -411,9 +411,9 @@ def test_manual_steps():
 @pytest.mark.parametrize(
     "size, fallback, estimate",
     [
-        (2, diffrax.Tsit5(), fd.estimates.LinearisedError()),
+        (2, diffrax.Tsit5(), fd.estimates.LinearisedError(12)),
         slow(40, diffrax.Tsit5(), fd.estimates.PicardDefect()),
-        slow(40, diffrax.Kvaerno3(), fd.estimates.LinearisedError()),
+        slow(40, diffrax.Kvaerno3(), fd.estimates.LinearisedError(6)),
     ],
     ids=["small", "large", "implicit"],
 )

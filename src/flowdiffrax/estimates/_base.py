@@ -38,6 +38,23 @@ class AbstractErrorEstimate(eqx.Module):
         The sign of the error has no meaning.
         """
 
+    def correct(
+        self,
+        flow_map: TwoTimeMap,
+        teacher: VectorField,
+        s: Time,
+        t: Time,
+        x: State,
+        args: Args = None,
+    ) -> tuple[State, State, State]:
+        """Returns the jump, a better state at its end, and the jump's estimated error.
+
+        The better state is the jump itself, unless the estimate knows the direction of
+        the error.
+        """
+        end, error = self(flow_map, teacher, s, t, x, args)
+        return end, end, error
+
 
 def check_estimate(estimate: object) -> None:
     """**Raises:** `TypeError` if `estimate` is not an `AbstractErrorEstimate`."""

@@ -9,7 +9,7 @@ overestimated.
 """
 
 import abc
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import equinox as eqx
 import jax
@@ -22,6 +22,7 @@ from .._check import check_at_least, check_like
 from .._time import times_like
 from .._tree import scale, subtract
 from .._types import Args, State, Time, TwoTimeMap, VectorField
+from ..flow_maps._inverse import check_composable
 from ._base import AbstractErrorEstimate
 from ._quadrature import between, integral, radau
 
@@ -62,6 +63,7 @@ def at_nodes(
     num_nodes: int,
 ) -> Nodes:
     """Evaluates the map and the vector field at the nodes."""
+    check_composable(flow_map)
     s, t = times_like(x, s, t)
     us = between(s, t, radau(num_nodes).nodes)
     jump = lambda u: check_like(flow_map(s, u, x, args), x, "`flow_map`")
@@ -146,9 +148,16 @@ def _at_share(nodes: np.ndarray, share: Array) -> Float[Array, " nodes"]:
 
 
 class AbstractCollocationEstimate(AbstractErrorEstimate):
-    """Base class of estimates from values at quadrature nodes along the jump."""
+    """Base class of estimates from values at quadrature nodes along the jump.
+
+    **Attributes:**
+
+    - `num_nodes`: the number of nodes.
+    - `has_direction`: whether the error is a vector that can be subtracted.
+    """
 
     num_nodes: int = eqx.field(static=True, default=8)
+    has_direction: ClassVar[bool] = True
 
     def __check_init__(self):
         check_at_least(self.num_nodes, 1, "num_nodes")
@@ -182,5 +191,23 @@ class AbstractCollocationEstimate(AbstractErrorEstimate):
         args: Args = None,
     ) -> tuple[State, State]:
         end, error, gap = self.errors(flow_map, teacher, s, t, x, args)
-        size = lambda e, g: (jnp.abs(e) + jnp.abs(g)).astype(e.dtype)
-        return end, jtu.tree_map(size, error, gap)
+        return end, _total(error, gap)
+
+    def correct(
+        self,
+        flow_map: TwoTimeMap,
+        teacher: VectorField,
+        s: Time,
+        t: Time,
+        x: State,
+        args: Args = None,
+    ) -> tuple[State, State, State]:
+        """Returns the jump, the jump less its error, and the estimate of the jump's."""
+        end, error, gap = self.errors(flow_map, teacher, s, t, x, args)
+        better = subtract(end, error) if self.has_direction else end
+        return end, better, _total(error, gap)
+
+
+def _total(error: State, gap: State) -> State:
+    size = lambda e, g: (jnp.abs(e) + jnp.abs(g)).astype(e.dtype)
+    return jtu.tree_map(size, error, gap)

@@ -1,3 +1,5 @@
+from typing import ClassVar
+
 import jax.numpy as jnp
 import jax.tree_util as jtu
 
@@ -27,6 +29,8 @@ class PicardDefect(AbstractCollocationEstimate):
 
     **Raises:** `ValueError` if `num_nodes` is less than 1.
     """
+
+    has_direction: ClassVar[bool] = False
 
     def errors(
         self,

@@ -11,7 +11,7 @@ from jax import lax
 from jaxtyping import Array, ArrayLike, Bool, Int, PyTree, Real
 
 from .._check import check_at_least, check_instance
-from .._tree import all_finite, freeze, nan_where, scale, subtract
+from .._tree import add_scaled, all_finite, freeze, nan_where, scale, subtract
 from .._types import Args, State, Time, TwoTimeMap
 from ..estimates._base import AbstractErrorEstimate, check_estimate
 from ..estimates._linearised import LinearisedError
@@ -55,11 +55,11 @@ class HybridSolver(diffrax.AbstractImplicitSolver, diffrax.AbstractAdaptiveSolve
     r"""Takes the learned jump if its estimated error meets the tolerance, and a step of a
     classical solver otherwise.
 
-    The solver estimates the error of each step, as a classical solver does. A map that
-    returns NaN costs time but no accuracy, and an inaccurate map is used only where its
-    error is a small share of the tolerance. With a good map, most of the interval is one
-    jump. The estimate can miss events that are short compared to the jump: see the
-    warning below.
+    The solver estimates the error of each step, as a classical solver does. A jump whose
+    error is below the tolerance is taken, and its error is subtracted, as far as the
+    estimate knows it. A map that returns NaN costs time but no accuracy. With a good map,
+    most of the interval is one jump. The estimate can miss events that are short compared
+    to the jump: see the warning below.
 
     ```python
     sol = diffrax.diffeqsolve(
@@ -96,17 +96,18 @@ class HybridSolver(diffrax.AbstractImplicitSolver, diffrax.AbstractAdaptiveSolve
         The default estimates evaluate the vector field. They are
         [`flowdiffrax.estimates.LinearisedError`][] for states of up to 32 entries, and
         for larger states with an implicit fallback, since most errors of stiff systems
-        decay at once; and [`flowdiffrax.estimates.PicardDefect`][] for all others. If
+        decay at once; and [`flowdiffrax.estimates.PicardDefect`][] for all others. It has
+        12 nodes for states of up to 8 entries, and else 6, or 8 for the latter. If
         you pass a root finder to an implicit fallback, it should be more accurate than
         the tolerance, such as `optimistix.Newton(1e-6, 1e-12)`.
 
     !!! warning "Short events within a long jump"
 
-        The estimate evaluates the jump at its start and at 16 %, 64 % and 100 % of its
-        length. Events between these times go undetected. If the vector field has a pulse
-        or a switch that the map does not know, the solver jumps over it, with an error of
-        any size. A map that moves to a neighbouring trajectory within a short part of the
-        jump is not detected either.
+        The estimate evaluates the jump at its start, at the nodes, and at one more time
+        that differs from jump to jump. Events between these times go undetected. If the
+        vector field has a pulse or a switch that the map does not know, the solver jumps
+        over it, with an error of any size. A map that moves to a neighbouring trajectory
+        and back within a short part of the jump is not detected either.
 
         If the times of events are known, let steps end there, with
         `diffrax.ClipStepSizeController(controller, jump_ts=times)`. If only their
@@ -115,9 +116,9 @@ class HybridSolver(diffrax.AbstractImplicitSolver, diffrax.AbstractAdaptiveSolve
 
     !!! info "Cost"
 
-        If the map is tried, a step costs its estimate: by default four forward-mode
-        passes through the map, which include the jump, and four calls of the vector
-        field, with their Jacobians for a small system. If the jump is not taken, a step
+        If the map is tried, a step costs its estimate: an evaluation of the map and of
+        the vector field at each node, for a small system with the field's Jacobian, and
+        one or two more. If the jump is not taken, a step
         also costs a step of the classical solver. Under `jax.vmap`, all examples step
         together until the last one is done. Each turn pays for the map if any example
         tries it, and for the classical solver if any example needs it. To keep easy
@@ -137,9 +138,10 @@ class HybridSolver(diffrax.AbstractImplicitSolver, diffrax.AbstractAdaptiveSolve
     - `fallback`: a Diffrax solver for `diffrax.ODETerm` with an error estimate, explicit
       or implicit.
     - `estimate`: the error estimate for jumps; `None` for the default described above.
-    - `safety`: the share of the tolerance that a jump may use, in (0, 1]. `None` is 0.3,
-      since the errors of a classical solver are also mostly well below the tolerance, and
-      0.1 with an implicit fallback, which needs to start close to the slow solution.
+    - `safety`: the share of the tolerance that a jump may use, in (0, 1]. `None` is 1 if
+      the estimated error is subtracted, and else 0.3, since the errors of a classical
+      solver are also mostly well below the tolerance. With an implicit fallback, which
+      needs to start close to the slow solution, it is 0.3 and 0.1.
     - `rtol`, `atol`: the tolerances. Give them for controllers without tolerances, such
       as `diffrax.ConstantStepSize`, and for manual steps; otherwise they come from the
       controller.
@@ -173,8 +175,6 @@ class HybridSolver(diffrax.AbstractImplicitSolver, diffrax.AbstractAdaptiveSolve
         given = self.rtol is not _FROM_CONTROLLER and self.atol is not _FROM_CONTROLLER
         if given and self.norm is _FROM_CONTROLLER:
             self.norm = optx.rms_norm
-        if self.safety is None:
-            self.safety = 0.1 if _is_implicit(self.fallback) else 0.3
 
     def __check_init__(self):
         check_composable(self.flow_map)
@@ -183,7 +183,7 @@ class HybridSolver(diffrax.AbstractImplicitSolver, diffrax.AbstractAdaptiveSolve
         _check_fallback(self.fallback)
         if self.estimate is not None:
             check_estimate(self.estimate)
-        if not 0 < typing.cast(float, self.safety) <= 1:
+        if self.safety is not None and not 0 < self.safety <= 1:
             raise ValueError(f"`safety` must be in (0, 1]; got {self.safety}.")
 
     @property
@@ -244,10 +244,10 @@ class HybridSolver(diffrax.AbstractImplicitSolver, diffrax.AbstractAdaptiveSolve
         teacher = true_field(terms, direction)
         state, fallback = solver_state, self._fallback()
         estimate = self._estimate(y0)
-        safety = typing.cast(float, self.safety)
+        safety = self._safety(estimate)
 
         jump = eqx.filter_closure_convert(
-            lambda: estimate(self.flow_map, teacher, s, t, y0, args)
+            lambda: estimate.correct(self.flow_map, teacher, s, t, y0, args)
         )
 
         def classical():
@@ -264,7 +264,7 @@ class HybridSolver(diffrax.AbstractImplicitSolver, diffrax.AbstractAdaptiveSolve
         if outside is not None:
             tried = tried & ~outside
         frozen = freeze(jump)
-        jump_y1, jump_error = run_if_any(tried, lambda: frozen())
+        jump_end, jump_y1, jump_error = run_if_any(tried, lambda: frozen())
         jump_error = scale(jnp.asarray(1 / safety), jump_error)
         ratio = self._ratio(jump_error, y0, jump_y1)
         # A NaN ratio compares as false, and the jump is refused.
@@ -275,12 +275,15 @@ class HybridSolver(diffrax.AbstractImplicitSolver, diffrax.AbstractAdaptiveSolve
         error_order = typing.cast(float, fallback.error_order(terms))
         power = max(error_order / estimate.order - 1, 0)
         jump_error = scale(jnp.where(taken, ratio, 0) ** power, jump_error)
+        correction = subtract(jump_y1, jump_end)
 
         def flow(t):
             to_t = eqx.filter_closure_convert(
                 lambda: self.flow_map(s, direction * t, y0, args)
             )
-            return with_derivative(freeze(to_t)(), taken, to_t)
+            share = lax.stop_gradient((t - t0) / jnp.where(t1 == t0, 1, t1 - t0))
+            value = add_scaled(freeze(to_t)(), share, correction)
+            return with_derivative(value, taken, to_t)
 
         dense_info = {
             "is_jump": taken,
@@ -307,8 +310,18 @@ class HybridSolver(diffrax.AbstractImplicitSolver, diffrax.AbstractAdaptiveSolve
         leaves = jtu.tree_leaves(y)
         is_real = not any(map(jnp.iscomplexobj, leaves))
         is_small = sum(map(jnp.size, leaves)) <= 32
-        is_linear = is_real and (is_small or _is_implicit(self.fallback))
-        return LinearisedError() if is_linear else PicardDefect()
+        if not (is_real and (is_small or _is_implicit(self.fallback))):
+            return PicardDefect()
+        # Its linear system has as many unknowns as entries at all nodes.
+        return LinearisedError(12 if sum(map(jnp.size, leaves)) <= 8 else 6)
+
+    def _safety(self, estimate: AbstractErrorEstimate) -> float:
+        if self.safety is not None:
+            return self.safety
+        if not getattr(estimate, "has_direction", False):
+            return 0.1 if _is_implicit(self.fallback) else 0.3
+        # The estimated error is subtracted, so that much less is left.
+        return 0.3 if _is_implicit(self.fallback) else 1.0
 
     def _fallback(self) -> diffrax.AbstractSolver:
         """Returns the classical solver, with the settings that Diffrax would give it."""
