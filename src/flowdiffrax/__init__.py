@@ -55,7 +55,7 @@ from .solvers import FlowMapSolver as FlowMapSolver
 from .solvers import HybridSolver as HybridSolver
 from .solvers import sample as sample
 from .solvers import sample_with_restarts as sample_with_restarts
-from .solvers import vmap_sorted as vmap_sorted
+from .solvers import solve_batch as solve_batch
 
 __version__ = importlib.metadata.version("flowdiffrax")
 

@@ -16,7 +16,6 @@ from helpers import (
     gaussian_map,
     max_abs,
     mlp_map,
-    nonlinear_field,
     tight_solve,
     without_type_checks,
 )
@@ -121,7 +120,7 @@ def test_good_map_is_one_jump(t0, t1):
     sol = solve(EXACT, t0, t1)
     assert counts(sol) == (1, 0)
     assert sol.stats["num_steps"] == 1
-    assert_close(sol.ys[0], EXACT(t0, t1, X))
+    assert_close(sol.ys[0], EXACT(t0, t1, X), 1e-8, 1e-8)
 
 
 FALLBACKS = {
@@ -403,7 +402,7 @@ def test_manual_steps():
     state = solver.init(term, 0.1, 0.9, X, None)
     y1, *_, state, result = solver.step(term, 0.1, 0.9, X, None, state, False)
     assert state.num_learned == 1 and result == diffrax.RESULTS.successful
-    assert_close(y1, EXACT(0.1, 0.9, X))
+    assert_close(y1, EXACT(0.1, 0.9, X), 1e-8, 1e-8)
     with pytest.raises(ValueError, match="give `HybridSolver` `rtol`"):
         fd.HybridSolver(EXACT).init(term, 0.1, 0.9, X, None)
 
@@ -531,10 +530,24 @@ def test_no_jump_is_shorter_than_the_last_classical_step():
 
 def test_default_share_of_the_tolerance():
     # Less with an implicit fallback, below whatever wraps it.
-    assert fd.HybridSolver(EXACT).safety == 0.3
+    off = lambda s, t, x, args: EXACT(s, t, x) + 1e-3 * (t - s) / 0.8
     half = diffrax.HalfSolver(diffrax.ImplicitEuler())
-    for fallback in (diffrax.Kvaerno3(), half):
-        assert fd.HybridSolver(EXACT, fallback).safety == 0.1
+    estimate = fd.estimates.PicardDefect()
+    for fallback, share in [
+        (diffrax.Tsit5(), 0.3),
+        (diffrax.Kvaerno3(), 0.1),
+        (half, 0.1),
+    ]:
+        defect = estimate(off, FIELD, 0.1, 0.9, X)[1]
+        size = jnp.sqrt(jnp.mean(jnp.square(defect)))
+        for factor, is_learned in ((1.1, True), (0.9, False)):
+            solver = fd.HybridSolver(
+                off, fallback, estimate, rtol=0.0, atol=factor * size / share
+            )
+            term = diffrax.ODETerm(FIELD)
+            state = solver.init(term, 0.1, 0.9, X, None)
+            state = solver.step(term, 0.1, 0.9, X, None, state, False)[3]
+            assert bool(state.num_learned) == is_learned
     with pytest.raises(ValueError, match="`safety` must be in \\(0, 1\\]; got 2"):
         fd.HybridSolver(EXACT, safety=2.0)
 
@@ -794,57 +807,6 @@ def test_other_bad_arguments():
         # Arguments of another structure than the map and the field were made for.
         field = lambda t, x, args: args["rate"] * x
         solve(lambda s, t, x, args: {"a": x}, field=field, args={"rate": 1.0})
-
-
-# Batches of unlike examples
-
-
-@pytest.mark.slow
-def test_sorted_chunks():
-    field, xs = nonlinear_field, jr.normal(jr.key(1), (10, 2))
-    run = lambda x: solve(MAPS["identity"], x=x, field=field, tol=1e-4).ys[0]
-    difficulty = jnp.linalg.norm(xs, axis=1).at[3].set(jnp.nan)
-    sorted_run = jax.jit(lambda xs: fd.vmap_sorted(run, xs, difficulty, chunk_size=4))
-    assert_close(sorted_run(xs), jax.vmap(run)(xs), 1e-12, 1e-12)
-
-
-def test_chunks_keep_the_order_of_examples():
-    # Sorted as 1, 3, 0, 4, 2: one cycle, which is not its own inverse.
-    xs = {"a": jnp.arange(5.0), "b": jnp.arange(10.0).reshape(5, 2)}
-    difficulty = jnp.asarray([0.3, 0.1, jnp.nan, 0.2, 0.4])
-    double = lambda x: {"sum": x["a"] + jnp.sum(x["b"]), "b": 2 * x["b"]}
-    made = fd.vmap_sorted(double, xs, difficulty, chunk_size=2)
-    assert made["sum"].tolist() == [1.0, 6.0, 11.0, 16.0, 21.0]
-    assert made["b"].tolist() == (2 * xs["b"]).tolist()
-
-
-def test_chunks_of_easy_examples_end_early():
-    turns = []
-
-    def turn(count):
-        turns.append(count.shape)
-        return count + 1
-
-    def loop(x):
-        # Called once for each turn that a chunk makes, whatever becomes of its examples.
-        body = lambda count: jax.pure_callback(
-            turn, count, count, vmap_method="broadcast_all"
-        )
-        return jax.lax.while_loop(lambda count: count < x, body, 0.0)
-
-    xs = jnp.asarray([3.0, 50.0, 1.0, 40.0, 2.0, 60.0])
-    assert fd.vmap_sorted(loop, xs, xs, chunk_size=3).tolist() == xs.tolist()
-    assert turns == [(3,)] * (3 + 60)  # unsorted: 50 + 60
-
-
-def test_bad_chunks():
-    xs = jnp.zeros((6, 2))
-    with pytest.raises(ValueError, match=r"must have shape \(6,\); got \(5,\)"):
-        fd.vmap_sorted(lambda x: x, xs, jnp.zeros(5), chunk_size=2)
-    with pytest.raises(ValueError, match="`chunk_size` must be at least 1; got 0"):
-        fd.vmap_sorted(lambda x: x, xs, jnp.zeros(6), chunk_size=0)
-    with pytest.raises(ValueError, match="leading axis"):
-        fd.vmap_sorted(lambda x: x, (xs, jnp.zeros(5)), jnp.zeros(6), chunk_size=2)
 
 
 def test_short_jumps_do_not_hold_up_the_classical_solver():

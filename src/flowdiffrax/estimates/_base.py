@@ -47,10 +47,10 @@ class AbstractErrorEstimate(eqx.Module):
         x: State,
         args: Args = None,
     ) -> tuple[State, State, State]:
-        """Returns the jump, a better state at its end, and the jump's estimated error.
+        """Returns the jump, a better state at its end, and the estimated error of that.
 
         The better state is the jump itself, unless the estimate knows the direction of
-        the error.
+        the error. The estimated error may be that of the jump, which is larger.
         """
         end, error = self(flow_map, teacher, s, t, x, args)
         return end, end, error

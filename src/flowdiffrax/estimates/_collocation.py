@@ -202,12 +202,13 @@ class AbstractCollocationEstimate(AbstractErrorEstimate):
         x: State,
         args: Args = None,
     ) -> tuple[State, State, State]:
-        """Returns the jump, the jump less its error, and the estimate of the jump's."""
+        """Returns the jump, the jump less its error, and the error of the jump."""
         end, error, gap = self.errors(flow_map, teacher, s, t, x, args)
         better = subtract(end, error) if self.has_direction else end
         return end, better, _total(error, gap)
 
 
 def _total(error: State, gap: State) -> State:
+    """Returns the sum of the sizes of two errors."""
     size = lambda e, g: (jnp.abs(e) + jnp.abs(g)).astype(e.dtype)
     return jtu.tree_map(size, error, gap)

@@ -26,12 +26,14 @@ def _solve(
     rows = jnp.arange(num_rows)
 
     def eliminate(k, table):
-        column = table[:, k]
-        pivot = jnp.argmax(jnp.where(rows < k, -1, jnp.abs(column)))
-        new = table[pivot] / column[pivot]
-        table = table.at[pivot].set(table[k])
-        table = table - table[:, k, None] * new[None, :]
-        return table.at[k].set(new)
+        sizes = jnp.where(rows < k, -1, jnp.abs(table[:, k]))
+        # Masks rather than indices, which would differ between the examples of a batch.
+        is_pivot = (rows == jnp.argmax(sizes))[:, None]
+        pivot = jnp.sum(jnp.where(is_pivot, table, 0), axis=0)
+        new = pivot / pivot[k]
+        table = jnp.where(is_pivot, table[k], table)
+        rest = table - table[:, k, None] * new[None, :]
+        return jnp.where((rows == k)[:, None], new, rest)
 
     table = jnp.concatenate([matrix, right], axis=1)
     return lax.fori_loop(0, num_rows, eliminate, table)[:, num_rows:]

@@ -7,4 +7,5 @@ from ._hybrid import HybridSolver as HybridSolver
 from ._hybrid import HybridState as HybridState
 from ._sample import sample as sample
 from ._sample import sample_with_restarts as sample_with_restarts
-from ._vmap_sorted import vmap_sorted as vmap_sorted
+from ._solve_batch import BatchSolution as BatchSolution
+from ._solve_batch import solve_batch as solve_batch

@@ -180,7 +180,7 @@ class HybridSolver(diffrax.AbstractImplicitSolver, diffrax.AbstractAdaptiveSolve
         check_composable(self.flow_map)
         check_at_least(self.dense_degree, 1, "dense_degree")
         check_at_least(self.max_wait, 0, "max_wait")
-        _check_fallback(self.fallback)
+        check_fallback(self.fallback)
         if self.estimate is not None:
             check_estimate(self.estimate)
         if self.safety is not None and not 0 < self.safety <= 1:
@@ -243,8 +243,12 @@ class HybridSolver(diffrax.AbstractImplicitSolver, diffrax.AbstractAdaptiveSolve
         s, t, direction = true_times(terms, t0, t1)
         teacher = true_field(terms, direction)
         state, fallback = solver_state, self._fallback()
-        estimate = self._estimate(y0)
-        safety = self._safety(estimate)
+        estimate = self.estimate
+        if estimate is None:
+            estimate = default_estimate(y0, is_implicit(self.fallback))
+        safety = self.safety
+        if safety is None:
+            safety = default_safety(estimate, is_implicit(self.fallback))
 
         jump = eqx.filter_closure_convert(
             lambda: estimate.correct(self.flow_map, teacher, s, t, y0, args)
@@ -304,25 +308,6 @@ class HybridSolver(diffrax.AbstractImplicitSolver, diffrax.AbstractAdaptiveSolve
             diffrax.RESULTS.where(taken, diffrax.RESULTS.successful, result),
         )
 
-    def _estimate(self, y: State) -> AbstractErrorEstimate:
-        if self.estimate is not None:
-            return self.estimate
-        leaves = jtu.tree_leaves(y)
-        is_real = not any(map(jnp.iscomplexobj, leaves))
-        is_small = sum(map(jnp.size, leaves)) <= 32
-        if not (is_real and (is_small or _is_implicit(self.fallback))):
-            return PicardDefect()
-        # Its linear system has as many unknowns as entries at all nodes.
-        return LinearisedError(12 if sum(map(jnp.size, leaves)) <= 8 else 6)
-
-    def _safety(self, estimate: AbstractErrorEstimate) -> float:
-        if self.safety is not None:
-            return self.safety
-        if not getattr(estimate, "has_direction", False):
-            return 0.1 if _is_implicit(self.fallback) else 0.3
-        # The estimated error is subtracted, so that much less is left.
-        return 0.3 if _is_implicit(self.fallback) else 1.0
-
     def _fallback(self) -> diffrax.AbstractSolver:
         """Returns the classical solver, with the settings that Diffrax would give it."""
         fallback = self.fallback
@@ -373,14 +358,33 @@ class HybridSolver(diffrax.AbstractImplicitSolver, diffrax.AbstractAdaptiveSolve
         )
 
 
-def _is_implicit(solver: object) -> bool:
+def default_estimate(y: State, implicit: bool) -> AbstractErrorEstimate:
+    """Returns the estimate for a state and the kind of fallback."""
+    leaves = jtu.tree_leaves(y)
+    is_real = not any(map(jnp.iscomplexobj, leaves))
+    size = sum(map(jnp.size, leaves))
+    if not (is_real and (size <= 32 or implicit)):
+        return PicardDefect()
+    # Its linear system has as many unknowns as entries at all nodes.
+    return LinearisedError(12 if size <= 8 else 6)
+
+
+def default_safety(estimate: AbstractErrorEstimate, implicit: bool) -> float:
+    """Returns the share of the tolerance that a jump may use."""
+    if not getattr(estimate, "has_direction", False):
+        return 0.1 if implicit else 0.3
+    # The estimated error is subtracted, so that much less is left.
+    return 0.3 if implicit else 1.0
+
+
+def is_implicit(solver: object) -> bool:
     """Whether the solver inside any wrappers is implicit."""
     while isinstance(solver, diffrax.AbstractWrappedSolver):
         solver = solver.solver
     return isinstance(solver, diffrax.AbstractImplicitSolver)
 
 
-def _check_fallback(fallback: Any) -> None:
+def check_fallback(fallback: Any) -> None:
     what = "a Diffrax solver such as `diffrax.Tsit5()`"
     check_instance(fallback, diffrax.AbstractSolver, "fallback", what)
     structure = typing.get_origin(fallback.term_structure) or fallback.term_structure
