@@ -111,7 +111,7 @@ def test_short_events_are_missed_no_more_than_by_a_classical_solver(cure):
         return found, error(diffrax.Tsit5())[0], state.num_learned
 
     found, classical, learned = jax.jit(jax.vmap(errors))(jnp.linspace(0.1, 3.4, 12))
-    assert jnp.max(found) < 1.2 * jnp.max(classical) + 1e-3 < 0.2
+    assert jnp.max(found) < 1.5 * jnp.max(classical) + 1e-3 < 0.2
     assert jnp.min(learned) >= 1
 
 
@@ -149,7 +149,7 @@ SLOW = {"dopri8", "bosh3", "implicit", "half", "kvaerno5"}
 )
 @pytest.mark.parametrize("t0, t1", SPANS[1:])
 def test_useless_map_leaves_the_classical_solution(name, t0, t1):
-    # Step for step, to the last bit: nothing of the map's attempts remains.
+    # All but the steps that are too long, with which the map is tried.
     sol = solve(MAPS["nan"], t0, t1, fallback=FALLBACKS[name], tol=1e-5, max_steps=4096)
     truth = diffrax.diffeqsolve(
         diffrax.ODETerm(FIELD),
@@ -161,8 +161,9 @@ def test_useless_map_leaves_the_classical_solution(name, t0, t1):
         stepsize_controller=diffrax.PIDController(rtol=1e-5, atol=1e-5),
     )
     assert counts(sol)[0] == 0
-    assert sol.stats["num_steps"] == truth.stats["num_steps"]
-    assert_close(sol.ys, truth.ys, 1e-13, 1e-13)
+    assert sol.stats["num_steps"] <= 1.25 * truth.stats["num_steps"]
+    exact = EXACT(t0, t1, X)
+    assert max_abs(sol.ys[0] - exact) <= 2 * max_abs(truth.ys[0] - exact) + 1e-6
 
 
 @pytest.mark.parametrize(
@@ -240,14 +241,12 @@ def test_any_map_keeps_the_tolerance_of_a_stiff_system(seed, gain, off, tol):
 
 def test_good_map_of_a_stiff_system_is_one_jump():
     wild = Wild(mlp_map(), jnp.asarray(1.0))
+    # The residuals, of the fast direction, are large.
     assert error_in_kaps(wild, jnp.asarray(1e-5), jnp.asarray(1e-3))[1] == (1, 0)
-    # Residuals alone, of the fast direction, would refuse it.
-    estimate = fd.estimates.PicardDefect()
-    assert sum(error_in_kaps(wild, jnp.asarray(1e-5), jnp.asarray(1e-3), estimate)[1]) > 9
 
 
 @eqx.filter_jit
-def error_in_kaps(wild, off, tol, estimate=None):
+def error_in_kaps(wild, off, tol):
     """Kaps' problem: from (1, 1) it goes to (exp(-2t), exp(-t)), however stiff it is."""
     fast = 1e6
 
@@ -267,7 +266,6 @@ def error_in_kaps(wild, off, tol, estimate=None):
         field=field,
         fallback=diffrax.Kvaerno5(),
         tol=tol,
-        options={"estimate": estimate},
     )
     truth = jnp.exp(jnp.asarray([-4.0, -2.0]))
     state = sol.solver_state
@@ -332,18 +330,19 @@ class Off(eqx.Module):
         return EXACT(s, t, x) + self.size * jnp.sin(t - s)
 
 
-@pytest.mark.parametrize("size, learned", [(1e-7, True), (1e-2, False)])
-def test_error_of_the_map_decides(size, learned):
+@pytest.mark.parametrize("size", [1e-7, 1e-2])
+def test_error_of_the_map_is_corrected(size):
     sol = solve(Off(jnp.asarray(size)), tol=1e-4)
-    assert (counts(sol)[0] > 0) == learned
-    assert max_abs(sol.ys[0] - EXACT(0.1, 0.9, X)) < 1e-3
+    assert counts(sol)[0] > 0
+    assert max_abs(sol.ys[0] - EXACT(0.1, 0.9, X)) < 1e-4
 
 
 def test_map_serves_where_it_is_good():
-    # NaN before 0.4 and exact after it: both kinds of step in one solve.
-    sol = solve(MAPS["nan-early"], 0.1, 0.9)
+    # NaN at first and exact afterwards: both kinds of step in one solve.
+    late = lambda s, t, x, args: jnp.where(s < 0.2, jnp.nan, EXACT(s, t, x))
+    sol = solve(late, 0.1, 0.9, tol=1e-10)
     assert counts(sol)[0] > 0 and counts(sol)[1] > 0
-    assert max_abs(sol.ys[0] - EXACT(0.1, 0.9, X)) < 1e-5
+    assert max_abs(sol.ys[0] - EXACT(0.1, 0.9, X)) < 1e-8
 
 
 def test_out_of_its_time_range_the_map_is_not_asked():
@@ -367,9 +366,9 @@ def test_refused_map_is_left_alone_for_longer_and_longer():
         **fine,
     )
     state = steps({}).solver_state
-    # Tried at the steps 1, 3, 6, 11: waits of 1, 2, 4, 8, of which 16 - 11 are over.
-    assert state.wait == 8 - 5 and state.patience == 8
-    assert steps({"max_wait": 0}).solver_state.wait == 0
+    # At the first, and not for the next four. The sixth is not long enough.
+    assert state.wait == 16 - (16 - 6) and state.patience == 16
+    assert steps({"max_wait": 2}).solver_state.patience == 2
 
 
 # Tolerances
@@ -407,37 +406,6 @@ def test_manual_steps():
         fd.HybridSolver(EXACT).init(term, 0.1, 0.9, X, None)
 
 
-@pytest.mark.parametrize(
-    "size, fallback, estimate",
-    [
-        (2, diffrax.Tsit5(), fd.estimates.LinearisedError(12)),
-        slow(40, diffrax.Tsit5(), fd.estimates.PicardDefect()),
-        slow(40, diffrax.Kvaerno3(), fd.estimates.LinearisedError(6)),
-    ],
-    ids=["small", "large", "implicit"],
-)
-def test_default_estimate(size, fallback, estimate):
-    # An error that grows from nothing tells the two apart.
-    field = lambda t, x, args: -x
-    off = lambda s, t, x, args: x * jnp.exp(s - t) + 1e-3 * (t - s)
-    error = lambda estimate: (
-        solve(
-            off,
-            x=jnp.ones(size),
-            field=field,
-            fallback=fallback,
-            tol=1.0,
-            saveat=diffrax.SaveAt(t1=True, controller_state=True),
-            options={"estimate": estimate},
-        ).controller_state
-    )
-    other = {fd.estimates.LinearisedError(): fd.estimates.PicardDefect()}.get(
-        estimate, fd.estimates.LinearisedError()
-    )
-    assert eqx.tree_equal(error(None), error(estimate))
-    assert not eqx.tree_equal(error(None), error(other))
-
-
 @pytest.mark.slow
 def test_share_of_the_tolerance():
     off = lambda s, t, x, args: EXACT(s, t, x) + 3e-5 * jnp.sin(t - s)
@@ -446,119 +414,164 @@ def test_share_of_the_tolerance():
     assert learned(safety=0.1)[1] > 0
 
 
-class Claimed(fd.estimates.AbstractErrorEstimate):
-    """The map's jump, with an error that is made up."""
+LARGE = jnp.linspace(1.0, 2.0, 40)  # too large for Newton steps
 
-    error: jax.Array
 
-    @property
-    def order(self):
-        return 5  # as Tsit5 has, so that the step size controller sees the error itself
+def still(t, x, args):
+    return 0 * x
 
-    def __call__(self, flow_map, vector_field, s, t, x, args=None):
-        return flow_map(s, t, x, args), self.error
+
+def drifting(s, t, x, args):
+    """In error by `args`, after a jump of 0.8."""
+    return x + args * (t - s) / 0.8
 
 
 @eqx.filter_jit
-def judged(error, safety, rtol, atol, x):
-    """Whether a jump from `x` to `3 x` is taken, and the error that is reported."""
-    triple = lambda s, t, x, args: 3 * x
-    given = {"rtol": rtol, "atol": atol, "norm": lambda y: jnp.max(jnp.abs(y))}
-    hybrid = fd.HybridSolver(triple, estimate=Claimed(error), safety=safety, **given)
-    term = diffrax.ODETerm(FIELD)
-    state = hybrid.init(term, 0.1, 0.9, x, None)
-    _, reported, *_, state, _ = hybrid.step(term, 0.1, 0.9, x, None, state, False)
-    return state.num_learned == 1, reported
+def one_step(error, state, t1, safety=0.5, atol=1.0, fallback=diffrax.Tsit5()):  # noqa: B008
+    """A step from 0.1 to `t1`, where a jump of 0.8 has this error; or the first state."""
+    hybrid = fd.HybridSolver(
+        drifting, fallback, safety=safety, rtol=0.0, atol=atol, norm=optx.max_norm
+    )
+    term = diffrax.ODETerm(still)
+    if state is None:
+        return hybrid.init(term, 0.1, t1, LARGE, error)
+    return hybrid.step(term, 0.1, t1, LARGE, error, state, False)
 
 
 @pytest.mark.parametrize("safety", [0.5, 0.1])
 def test_jump_may_use_its_share_of_the_tolerance(safety):
-    # Of 2e-3, from the larger end of the jump, 6, and of 1e-3; the other entry has more.
-    x, rtol, atol = jnp.asarray([2.0, -9.0]), jnp.asarray(1e-3 / 3), jnp.asarray(1e-3)
-    run = lambda error: judged(jnp.asarray([error, 0.0]), safety, rtol, atol, x)
-    taken, reported = run(0.9 * safety * 3e-3)
-    assert taken
-    # The controller is to see how much of its share was used.
-    assert_close(reported, jnp.asarray([0.9 * 3e-3, 0.0]))
-    assert not run(1.1 * safety * 3e-3)[0]
+    def run(share):
+        at = jnp.asarray(share * safety * 1e-3), jnp.asarray(0.9), safety, 1e-3
+        start = one_step(at[0], None, *at[1:])
+        return one_step(at[0], start, *at[1:])
 
-
-@eqx.filter_jit
-def remembered(error, state, t1):
-    """The state after another step from 0.1 to `t1`, with this error of the jump."""
-    given = {"rtol": 0.0, "atol": 1.0, "norm": lambda y: jnp.max(jnp.abs(y))}
-    estimate = Claimed(jnp.full(2, error))
-    hybrid = fd.HybridSolver(EXACT, estimate=estimate, safety=0.5, **given)
-    term = diffrax.ODETerm(FIELD)
-    if state is None:
-        return hybrid.init(term, 0.1, t1, X, None)
-    return hybrid.step(term, 0.1, t1, X, None, state, False)[3]
+    y1, error, _, state, _ = run(0.9)
+    assert state.num_learned == 1
+    assert_close(y1, LARGE + 0.9 * safety * 1e-3)
+    # The controller is to see how much of its share was used, in terms of its own order.
+    assert_close(jnp.max(error), jnp.asarray(1e-3 * 0.9 ** (5 / 4)))
+    y1, error, _, state, _ = run(1.1)
+    assert state.num_learned == 0
+    assert_close(y1, LARGE)
 
 
 def test_what_a_failure_costs():
     # Half of the tolerance is the most, and half of that is still no help.
     fine, poor, bad = 0.1, 0.3, 0.9
-    state = remembered(jnp.asarray(0.0), None, jnp.asarray(0.9))
+    t1 = jnp.asarray(0.9)
+    state = one_step(jnp.asarray(0.0), None, t1)
     seen = []
-    for error in (poor, bad, bad, bad, bad, fine, bad, fine, fine):
-        state = remembered(jnp.asarray(error), state, jnp.asarray(0.9))
+    for error, num in ((poor, 1), (bad, 4), (bad, 1), (bad, 16), (bad, 1), (fine, 65)):
+        for _ in range(num):
+            state = state._replace(shortest=0 * state.shortest)
+            state = one_step(jnp.asarray(error), state, t1)[3]
         seen.append((int(state.wait), int(state.patience), int(state.num_learned)))
     assert seen == [
-        (1, 2, 1),  # taken, and then left alone
-        (0, 2, 1),
-        (2, 4, 1),
-        (1, 4, 1),
-        (0, 4, 1),
-        (0, 1, 2),  # all is forgiven
-        (1, 2, 2),
-        (0, 2, 2),
-        (0, 1, 3),
+        (4, 16, 1),  # taken, and then left alone
+        (0, 16, 1),
+        (16, 64, 1),
+        (0, 64, 1),
+        (64, 64, 1),  # and no longer than that
+        (0, 4, 2),  # all is forgiven
     ]
 
 
-def test_no_jump_is_shorter_than_the_last_classical_step():
-    step = lambda error, state, t1: remembered(jnp.asarray(error), state, jnp.asarray(t1))
-    state = step(0.9, step(0.0, None, 0.6), 0.6)
-    assert_close(state.shortest, jnp.asarray(0.5))
+def test_a_jump_is_longer_than_the_classical_steps_that_it_costs():
+    step = lambda error, state, t1: one_step(jnp.asarray(error), state, jnp.asarray(t1))
+    state = step(0.9, step(0.0, None, 0.9), 0.9)[3]
+    assert_close(state.shortest, jnp.asarray(0.8))
     state = state._replace(wait=0 * state.wait)
-    for t1, learned in ((0.59, 0), (0.6, 1), (0.61, 1)):
-        made = step(0.1, state, t1)
-        assert int(made.num_learned) == learned
-        # That of the last classical step, which may have been this one.
-        assert_close(made.shortest, jnp.asarray(0.5 if learned else 0.49))
+    for t1, learned in ((0.1 + 2.6 * 0.8, 0), (0.1 + 2.7 * 0.8, 1)):
+        assert int(step(0.0, state, t1)[3].num_learned) == learned
 
 
-def test_default_share_of_the_tolerance():
-    # Less with an implicit fallback, below whatever wraps it.
-    off = lambda s, t, x, args: EXACT(s, t, x) + 1e-3 * (t - s) / 0.8
-    half = diffrax.HalfSolver(diffrax.ImplicitEuler())
-    estimate = fd.estimates.PicardDefect()
-    for fallback, share in [
-        (diffrax.Tsit5(), 0.3),
-        (diffrax.Kvaerno3(), 0.1),
-        (half, 0.1),
-    ]:
-        defect = estimate(off, FIELD, 0.1, 0.9, X)[1]
-        size = jnp.sqrt(jnp.mean(jnp.square(defect)))
-        for factor, is_learned in ((1.1, True), (0.9, False)):
-            solver = fd.HybridSolver(
-                off, fallback, estimate, rtol=0.0, atol=factor * size / share
-            )
-            term = diffrax.ODETerm(FIELD)
-            state = solver.init(term, 0.1, 0.9, X, None)
-            state = solver.step(term, 0.1, 0.9, X, None, state, False)[3]
-            assert bool(state.num_learned) == is_learned
-    with pytest.raises(ValueError, match="`safety` must be in \\(0, 1\\]; got 2"):
-        fd.HybridSolver(EXACT, safety=2.0)
+# Corrections
 
 
-@pytest.mark.parametrize(
-    "estimate", [fd.estimates.SemigroupDefect(), fd.estimates.AlekseevGroebner()]
-)
-def test_other_estimates(estimate):
-    off = lambda s, t, x, args: EXACT(s, t, x) + 0.1 * (t - s) ** 3
-    sol = solve(off, options={"estimate": estimate}, tol=1e-4)
-    assert max_abs(sol.ys[0] - EXACT(0.1, 0.9, X)) < 1e-3
+def swing(t, x, args):
+    return jnp.stack([x[1], -args * jnp.sin(x[0])])
+
+
+class Swinging(eqx.Module):
+    """The pendulum's flow, with an error, and with derivatives that are all wrong."""
+
+    size: jax.Array
+    frequency: jax.Array
+
+    def __call__(self, s, t, x, args):
+        fixed = jax.lax.stop_gradient((s, t, x, args))
+        y = tight_solve(swing, *fixed).ys[0]
+        wave = jnp.sin(self.frequency * (t - s) + x) * -jnp.expm1(-jnp.abs(t - s))
+        return jax.lax.stop_gradient(y + self.size * wave)
+
+
+PUSHED, STRENGTH = jnp.asarray([1.1, -0.4]), jnp.asarray(1.3)
+
+
+def swung(flow_map, t0=0.0, t1=3.0, x=PUSHED, args=STRENGTH, **kwargs):
+    return solve(flow_map, t0, t1, x, field=swing, args=args, **kwargs)
+
+
+@pytest.mark.parametrize("t0, t1", [(0.0, 3.0), slow(2.0, -1.0)])
+@pytest.mark.parametrize("times_tol", [10, slow(300)])
+def test_a_jump_that_is_off_is_corrected(t0, t1, times_tol):
+    tol = 1e-5
+    flow_map = Swinging(jnp.asarray(times_tol * tol), jnp.asarray(2.0))
+    truth = tight_solve(swing, t0, t1, PUSHED, STRENGTH).ys[0]
+    assert max_abs(flow_map(t0, t1, PUSHED, STRENGTH) - truth) > times_tol * tol / 5
+    sol = swung(flow_map, t0, t1, tol=tol)
+    assert counts(sol)[1] == 0
+    assert max_abs(sol.ys[0] - truth) < tol
+
+
+def test_an_error_that_oscillates_is_no_larger_for_that():
+    # Its time derivative is 30 times as large.
+    sol = swung(Swinging(jnp.asarray(1e-6), jnp.asarray(30.0)), tol=1e-4)
+    assert counts(sol) == (1, 0)
+
+
+def test_dense_output_of_a_corrected_jump():
+    ts = jnp.linspace(0.0, 3.0, 7)
+    truth = tight_solve(swing, 0.0, 3.0, PUSHED, STRENGTH, saveat=diffrax.SaveAt(ts=ts))
+    flow_map = Swinging(jnp.asarray(1e-3), jnp.asarray(2.0))
+    sol = swung(flow_map, saveat=diffrax.SaveAt(ts=ts, dense=True, solver_state=True))
+    assert counts(sol)[1] == 0
+    assert_close(sol.ys, truth.ys, 1e-5, 1e-5)
+    assert_close(jax.vmap(sol.evaluate)(ts), truth.ys, 1e-5, 1e-5)
+
+
+@pytest.mark.parametrize("mode", ["reverse", slow("forward")])
+def test_gradients_of_a_corrected_jump(mode):
+    # In the state, the parameters and the end, of a map whose own are zero.
+    flow_map = Swinging(jnp.asarray(1e-3), jnp.asarray(2.0))
+    reverse = mode == "reverse"
+    adjoint = diffrax.RecursiveCheckpointAdjoint() if reverse else diffrax.ForwardMode()
+
+    def run(x, args, t1):
+        sol = swung(flow_map, t1=t1, x=x, args=args, tol=1e-6, adjoint=adjoint)
+        return jnp.sum(jnp.sin(sol.ys))
+
+    def truth(x, args, t1):
+        return jnp.sum(jnp.sin(tight_solve(swing, 0.0, t1, x, args).ys))
+
+    at = PUSHED, STRENGTH, jnp.asarray(3.0)
+    assert counts(swung(flow_map, tol=1e-6))[1] == 0
+    if reverse:
+        found = jax.jit(jax.grad(run, (0, 1, 2)))(*at)
+    else:
+        found = jax.jit(jax.jacfwd(run, (0, 1, 2)))(*at)
+    assert_close(found, jax.jit(jax.grad(truth, (0, 1, 2)))(*at), 1e-5, 1e-5)
+
+
+@pytest.mark.parametrize("size", [8, slow(32), 33])
+def test_states_that_are_corrected(size):
+    # Beyond 32 entries, a jump is taken as it is or not at all.
+    rates = jnp.linspace(0.1, 1.0, size)
+    field = lambda t, x, args: -rates * x
+    off = lambda s, t, x, args: x * jnp.exp((s - t) * rates) + 1e-3 * jnp.sin(t - s)
+    sol = solve(off, x=jnp.ones(size), field=field, tol=1e-4)
+    assert (counts(sol)[0] > 0) == (size <= 32)
+    assert_close(sol.ys[0], jnp.exp(-0.8 * rates), 1e-4, 1e-4)
 
 
 # What Diffrax offers
@@ -609,7 +622,7 @@ def test_batch_equals_each_alone():
 
 def test_batch_does_not_copy_the_weights():
     # A condition that differs between lanes would make a batch of every weight.
-    run = lambda x: solve(mlp_map(), x=x, options={"dense_degree": 3}).ys
+    run = lambda x: solve(mlp_map(), x=x, options={"num_nodes": 3}).ys
     text = str(jax.make_jaxpr(jax.vmap(run))(jnp.zeros((7, 2))))
     assert "f64[16,16]" in text
     assert "f64[7,16,16]" not in text
@@ -792,10 +805,12 @@ def test_bad_fallbacks(fallback, error, words):
 
 
 def test_other_bad_arguments():
-    with pytest.raises(ValueError, match="`max_wait` must be at least 0; got -1"):
-        fd.HybridSolver(EXACT, max_wait=-1)
-    with pytest.raises(ValueError, match="`dense_degree`"):
-        fd.HybridSolver(EXACT, dense_degree=0)
+    with pytest.raises(ValueError, match="`max_wait` must be at least 1; got 0"):
+        fd.HybridSolver(EXACT, max_wait=0)
+    with pytest.raises(ValueError, match="`num_nodes` must be at least 2; got 1"):
+        fd.HybridSolver(EXACT, num_nodes=1)
+    with pytest.raises(ValueError, match="`safety` must be in \\(0, 1\\]; got 2"):
+        fd.HybridSolver(EXACT, safety=2.0)
     with pytest.raises(TypeError, match="bare network"):
         fd.HybridSolver(fd.nn.MLP(2, key=jr.key(0)))
     with pytest.raises(ValueError, match="shape of the state"):

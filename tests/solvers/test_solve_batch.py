@@ -16,8 +16,8 @@ XS = jr.normal(jr.key(0), (70, 2))
 
 
 def half(s, t, x, args):
-    """Wrong by a lot where the first entry is negative."""
-    return EXACT(s, t, x) + jnp.where(x[0] < 0, 0.1 * jnp.square(t - s), 0.0)
+    """Broken where the first entry is negative."""
+    return EXACT(s, t, x) + jnp.where(x[0] < 0, jnp.nan, 0.0)
 
 
 def run(flow_map, ts=(0.1, 0.9), x0=XS, **given):
@@ -47,11 +47,18 @@ def test_what_fails_is_solved_classically(chunk_size):
 
 
 def test_each_interval_is_judged_anew():
-    # Wrong before 0.5 only.
-    early = lambda s, t, x, args: EXACT(s, t, x) + jnp.where(s < 0.5, t - s, 0.0)
+    # Broken before 0.5 only.
+    early = lambda s, t, x, args: EXACT(s, t, x) + jnp.where(s < 0.5, jnp.nan, 0.0)
     solution = jax.jit(lambda x: run(early, (0.1, 0.5, 0.9), x))(XS)
     assert not solution.is_learned[:, 0].any() and solution.is_learned[:, 1].all()
     assert_close(solution.ys, exact((0.1, 0.5, 0.9)), 1e-4, 1e-4)
+
+
+def test_what_is_off_is_corrected():
+    flow_map = lambda s, t, x, args: EXACT(s, t, x) + 1e-3 * jnp.sin(9 * (t - s) + x)
+    solution = run(flow_map, (0.9, 0.1))
+    assert solution.is_learned.all()
+    assert_close(solution.ys, exact((0.9, 0.1)), 1e-6, 1e-6)
 
 
 @pytest.mark.parametrize("value", [0.0, np.nan])
@@ -66,8 +73,7 @@ def test_a_useless_map_costs_only_a_sample(value):
         x = jax.pure_callback(count, x, x, vmap_method="broadcast_all")
         return value * x
 
-    estimate = fd.estimates.LagrangianDefect()
-    solution = jax.jit(lambda x: run(useless, x0=x, estimate=estimate))(XS)
+    solution = jax.jit(lambda x: run(useless, x0=x))(XS)
     classical = jax.vmap(
         lambda x: diffrax.diffeqsolve(
             diffrax.ODETerm(FIELD),
@@ -91,23 +97,25 @@ def test_only_chunks_with_failures_are_solved():
         turns.append(x.shape)
         return x
 
-    def field(t, x, args):
-        return FIELD(t, jax.pure_callback(here, x, x, vmap_method="broadcast_all"), args)
+    @jax.custom_jvp
+    def seen(x):
+        return jax.pure_callback(here, x, x, vmap_method="broadcast_all")
 
+    seen.defjvp(lambda x, dx: (seen(*x), *dx))
+    field = lambda t, x, args: FIELD(t, seen(x), args)
     few = lambda s, t, x, args: EXACT(s, t, x) + jnp.where(x[0] > 1.5, 1.0, 0.0)
 
     @jax.jit
     def solve(x):
-        estimate = fd.estimates.PicardDefect()
         ts, tols = jnp.asarray([0.1, 0.9]), dict(rtol=1e-2, atol=1e-2)
-        return fd.solve_batch(few, field, ts, x, estimate=estimate, chunk_size=8, **tols)
+        return fd.solve_batch(few, field, ts, x, chunk_size=8, **tols)
 
     assert 0 < int((~solve(XS).is_learned).sum()) <= 8
-    assert turns.count((8, 2)) > 0
+    with_failures = turns.count((8, 2))
     turns.clear()
-    # Nothing fails, and no chunk is solved.
+    # Nothing fails, and no chunk is solved: each is only predicted, which takes two calls.
     assert solve(jnp.where(XS > 1.5, 0.0, XS)).is_learned.all()
-    assert turns.count((8, 2)) == 0
+    assert turns.count((8, 2)) == 2 * 9 < with_failures
 
 
 def test_args_and_trees():
@@ -141,12 +149,15 @@ def test_times_outside_the_map():
     assert solution.is_learned[:, 0].all() and not solution.is_learned[:, 1].any()
 
 
-def test_safety_and_estimate():
-    off = lambda s, t, x, args: EXACT(s, t, x) + 1e-3 * (t - s)
-    assert run(off, rtol=1e-9, atol=1e-3).is_learned.all()
-    assert not run(off, rtol=1e-9, atol=1e-3, safety=0.3).is_learned.any()
-    blind = fd.estimates.SemigroupDefect()
-    assert run(off, rtol=1e-9, atol=1e-3, safety=0.3, estimate=blind).is_learned.all()
+def test_safety():
+    # States that are too large to be corrected, in error by 1e-3.
+    x0 = jnp.ones((3, 40))
+    off = lambda s, t, x, args: x + 1e-3 * (t - s)
+    still = lambda t, x, args: 0 * x
+    for safety, is_learned in ((0.9, False), (1.0, True)):
+        tols = dict(rtol=1e-9, atol=1.05e-3, safety=safety)
+        solution = fd.solve_batch(off, still, jnp.asarray([0.0, 1.0]), x0, **tols)
+        assert (solution.is_learned == is_learned).all()
 
 
 @pytest.mark.parametrize(
@@ -155,6 +166,8 @@ def test_safety_and_estimate():
         ({"rtol": 0.0}, "`rtol` must be"),
         ({"atol": -1.0}, "`atol` must be"),
         ({"chunk_size": 0}, "`chunk_size` must be at least 1"),
+        ({"num_nodes": 1}, "`num_nodes` must be at least 2"),
+        ({"safety": 0.0}, "`safety` must be"),
         ({"max_steps": 0}, "`max_steps` must be at least 1"),
         ({"ts": (0.1,)}, "at least two times"),
         ({"fallback": diffrax.Euler()}, "error estimate"),

@@ -70,11 +70,32 @@ def at_nodes(
     states = jax.vmap(jump)(us)
     rates = jax.vmap(lambda u, y: teacher(u, y, args))(us, states)
     h = t - s
-    # Jumps of equal length that follow each other are probed at different shares.
-    share = jnp.mod(0.5 + _GOLDEN * s / jnp.where(h == 0, 1, h), 1)
+    share = probe_share(s, h)
     u = s + share * h
     probe_rate = teacher(u, jump(u), args)
     return Nodes(x, teacher(s, x, args), h, us, states, rates, share, probe_rate)
+
+
+def probe_share(s: Array, h: Array) -> Array:
+    """Returns a share of a jump from `s`, of length `h`, that is as good as random.
+
+    Jumps of equal length that follow each other have different ones.
+    """
+    return jnp.mod(0.5 + _GOLDEN * s / jnp.where(h == 0, 1, h), 1)
+
+
+def probe_by_series(nodes: Nodes, teacher: VectorField, args: Args) -> Nodes:
+    """Returns the nodes with a probe on the polynomial through them and the start."""
+    rule = np.concatenate([[0.0], radau(len(nodes.us)).nodes])
+    weights = at_share(rule, nodes.probe_share)
+
+    def at_probe(x, states):
+        both = jnp.concatenate([jnp.expand_dims(x, 0), states])
+        return jnp.tensordot(weights.astype(both.dtype), both, axes=1)
+
+    u = nodes.us[-1] + (nodes.probe_share - 1) * nodes.length
+    y = jtu.tree_map(at_probe, nodes.start, nodes.states)
+    return nodes._replace(probe_rate=teacher(u, y, args))
 
 
 def picard_defects(nodes: Nodes) -> State:
@@ -94,9 +115,9 @@ class Miss(NamedTuple):
 
     **Attributes:**
 
-    - `rate`: the difference.
-    - `width`: for how long the integral over the jump is wrong by it, about: half of the
-      interval between two nodes.
+    - `rate`: the difference, reduced where it is small beside the rates.
+    - `width`: for how long the integral over the jump may be wrong by it: the interval
+      between two nodes.
     - `node`: the node at the end of this interval.
     """
 
@@ -108,23 +129,33 @@ class Miss(NamedTuple):
 def misses(nodes: Nodes) -> tuple[Miss, Miss]:
     """Returns the misses at the start and at the probe.
 
-    They tell how well the nodes resolve the rates.
+    They tell how well the nodes resolve the rates. Radau quadrature integrates smooth
+    rates much better than its polynomial follows them, and the smaller a miss is beside
+    the rates, the smoother they are: each is multiplied by the root of its share of the
+    largest rate. A pulse between two nodes is as large as the rates, and is not reduced.
     """
     rule = radau(len(nodes.us))
     share = nodes.probe_share
     ends = np.concatenate([[0.0], rule.nodes])
     index = jnp.sum(jnp.asarray(ends[:-1], share.dtype) <= share, dtype=jnp.int32) - 1
-    half_widths = nodes.length * jnp.asarray(np.diff(ends) / 2, nodes.length.dtype)
+    widths = nodes.length * jnp.asarray(np.diff(ends), nodes.length.dtype)
 
     def miss(rate, weights, index):
         difference = subtract(rate, integral(nodes.rates, weights))
-        return Miss(difference, half_widths[index], index)
+        reduced = jtu.tree_map(_reduced, difference, nodes.rates)
+        return Miss(reduced, widths[index], index)
 
-    at_probe = _at_share(rule.nodes, share)
+    at_probe = at_share(rule.nodes, share)
     return (
         miss(nodes.start_rate, rule.at_start, jnp.zeros_like(index)),
         miss(nodes.probe_rate, at_probe, index),
     )
+
+
+def _reduced(miss, rates):
+    most = jnp.max(jnp.abs(rates), axis=0)
+    share = jnp.abs(miss) / jnp.where(most == 0, 1, most)
+    return miss * jnp.sqrt(jnp.minimum(share, 1)).astype(miss.dtype)
 
 
 def quadrature_gap(nodes: Nodes) -> State:
@@ -134,8 +165,8 @@ def quadrature_gap(nodes: Nodes) -> State:
     return jtu.tree_map(add, first, second)
 
 
-def _at_share(nodes: np.ndarray, share: Array) -> Float[Array, " nodes"]:
-    """The weights for the value at `share` of the polynomial through the nodes."""
+def at_share(nodes: np.ndarray, share: Array) -> Float[Array, " nodes"]:
+    """Returns the weights for the value at `share` of the polynomial through nodes."""
     gaps = nodes[:, None] - nodes[None, :]
     np.fill_diagonal(gaps, 1.0)
     barycentric = jnp.asarray(1 / np.prod(gaps, axis=1), share.dtype)

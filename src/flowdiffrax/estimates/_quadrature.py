@@ -38,7 +38,7 @@ def path_residuals(
     return us, path, residuals
 
 
-def between(s: Time, t: Time, fractions: np.ndarray) -> Float[Array, " nodes"]:
+def between(s: Time, t: Time, fractions: np.ndarray | Array) -> Float[Array, " nodes"]:
     share = jnp.asarray(fractions, jnp.result_type(t))
     # In this form the last node is exactly `t`.
     return (1 - share) * s + share * t

@@ -11,20 +11,24 @@ from jax import lax
 from jaxtyping import Array, ArrayLike, Bool, Int, PyTree, Real
 
 from .._check import check_at_least, check_instance
-from .._tree import add_scaled, all_finite, freeze, nan_where, scale, subtract
+from .._tree import all_finite, freeze, nan_where, scale, subtract
 from .._types import Args, State, Time, TwoTimeMap
-from ..estimates._base import AbstractErrorEstimate, check_estimate
-from ..estimates._linearised import LinearisedError
-from ..estimates._picard import PicardDefect
+from ..estimates._newton import implicit_states
+from ..estimates._quadrature import between, last, radau
 from ..flow_maps._base import times_out_of_range
 from ..flow_maps._inverse import check_composable
 from ._base import AbstractFlowMapSolver, true_field, true_times
 from ._branches import run_if_any, where, with_derivative
 from ._jump import Jump
+from ._predict import correct, is_fine, is_hopeless, predict
 
 Terms = PyTree[diffrax.AbstractTerm]
 
 
+# States of up to so many entries are corrected by Newton steps.
+_SMALL = 32
+# A map that was refused is not tried for so many steps, and then for four times as many.
+_FIRST_WAIT = 4
 # Diffrax's placeholder for a tolerance that the step size controller provides.
 _FROM_CONTROLLER = diffrax.with_stepsize_controller_tols(optx.Newton)().rtol
 
@@ -52,14 +56,14 @@ class HybridState(NamedTuple):
 
 
 class HybridSolver(diffrax.AbstractImplicitSolver, diffrax.AbstractAdaptiveSolver):
-    r"""Takes the learned jump if its estimated error meets the tolerance, and a step of a
-    classical solver otherwise.
+    r"""Takes the learned jump, corrected by the vector field, where its estimated error
+    meets the tolerance, and a step of a classical solver elsewhere.
 
-    The solver estimates the error of each step, as a classical solver does. A jump whose
-    error is below the tolerance is taken, and its error is subtracted, as far as the
-    estimate knows it. A map that returns NaN costs time but no accuracy. With a good map,
-    most of the interval is one jump. The estimate can miss events that are short compared
-    to the jump: see the warning below.
+    The map predicts the states at some nodes along the step, all at once. The vector
+    field at these states says by how much they miss the ODE. If that is too much, one or
+    two Newton steps correct all of them. What is taken is what meets the tolerance, as
+    with any solver: a poor map costs time but no accuracy, even one that returns NaN.
+    With a good map, a few jumps replace all steps of the classical solver.
 
     ```python
     sol = diffrax.diffeqsolve(
@@ -82,32 +86,36 @@ class HybridSolver(diffrax.AbstractImplicitSolver, diffrax.AbstractAdaptiveSolve
 
     !!! info "What decides"
 
-        A jump is taken if the norm of its estimate, scaled by `atol + rtol * |y|` as in
-        the step size controller, is below `safety`, all its values are finite, its times
-        lie in the map's `time_range`, and it is no shorter than the last classical step.
-        Tolerances and norm are those of the controller. If a jump is refused, or could
-        not have been twice as long, the map is not tried for the next step, then for two,
-        four and so on, up to `max_wait`. If a jump does better, the map is tried again at
-        once. Diffrax chooses the step sizes, by the estimate of whichever step was taken.
-        As with any solver, errors are controlled at the ends of steps; to make steps end
-        at the saved times, use
+        The estimated error of a jump has two parts. The first is how much the states at
+        the nodes miss the integral form of the ODE: at first their Picard defects, and
+        after a Newton step the errors that these cause. The second is how much the
+        polynomial through the nodes misses the vector field at the start, and at one more
+        time that differs from jump to jump. A jump is taken if the norm of their sum,
+        scaled by `atol + rtol * |y|` as in the step size controller, is below `safety`,
+        all its values are finite, its times lie in the map's `time_range`, and it is
+        worth several of the last classical steps. Tolerances and norm are those of the
+        controller.
+
+        A jump that nearly meets the tolerance is tried again with a shorter step. If it
+        is refused, or could not have been much longer, the map is not tried for the next
+        four steps, then for 16 and 64, up to `max_wait`; and then with a step that is
+        long enough. If a jump does better, the map is tried again at once. As with any
+        solver, errors are controlled at the ends of steps; to make steps end at the saved
+        times, use
         `diffrax.ClipStepSizeController(controller, step_ts=ts)`.
 
-        The default estimates evaluate the vector field. They are
-        [`flowdiffrax.estimates.LinearisedError`][] for states of up to 32 entries, and
-        for larger states with an implicit fallback, since most errors of stiff systems
-        decay at once; and [`flowdiffrax.estimates.PicardDefect`][] for all others. It has
-        12 nodes for states of up to 8 entries, and else 6, or 8 for the latter. If
-        you pass a root finder to an implicit fallback, it should be more accurate than
-        the tolerance, such as `optimistix.Newton(1e-6, 1e-12)`.
+        Newton steps need the Jacobians of the vector field, and are made for states of up
+        to 32 real entries, and for larger ones with an implicit fallback. With such a
+        fallback, every jump is corrected and checked, since most errors of stiff systems
+        decay at once. If you pass a root finder to an implicit fallback, it should be
+        more accurate than the tolerance, such as `optimistix.Newton(1e-6, 1e-12)`.
 
     !!! warning "Short events within a long jump"
 
-        The estimate evaluates the jump at its start, at the nodes, and at one more time
-        that differs from jump to jump. Events between these times go undetected. If the
-        vector field has a pulse or a switch that the map does not know, the solver jumps
-        over it, with an error of any size. A map that moves to a neighbouring trajectory
-        and back within a short part of the jump is not detected either.
+        Events between the nodes go undetected. If the vector field has a pulse or a
+        switch that the map does not know, the solver jumps over it, with an error of any
+        size. A map that moves to a neighbouring trajectory and back within a short part
+        of the jump is not detected either.
 
         If the times of events are known, let steps end there, with
         `diffrax.ClipStepSizeController(controller, jump_ts=times)`. If only their
@@ -116,20 +124,21 @@ class HybridSolver(diffrax.AbstractImplicitSolver, diffrax.AbstractAdaptiveSolve
 
     !!! info "Cost"
 
-        If the map is tried, a step costs its estimate: an evaluation of the map and of
-        the vector field at each node, for a small system with the field's Jacobian, and
-        one or two more. If the jump is not taken, a step
-        also costs a step of the classical solver. Under `jax.vmap`, all examples step
-        together until the last one is done. Each turn pays for the map if any example
-        tries it, and for the classical solver if any example needs it. To keep easy
-        examples from waiting for hard ones, sort them into chunks:
-        [`flowdiffrax.vmap_sorted`][].
+        A prediction takes an evaluation of the map and of the vector field at each node,
+        and two more. A correction adds the Jacobian of the vector field at each node, and
+        its check another evaluation. The calls do not wait for each other: a step is as
+        deep as two to four calls. Under `jax.vmap`, all examples step together until the
+        last one is done. Each turn pays for the map if any example tries it, and for the
+        classical solver if any example needs it. For a batch, use
+        [`flowdiffrax.solve_batch`][].
 
-    Gradients are those of the steps that were taken: of the map for a jump, and of the
-    classical solver otherwise, whatever the map returns there.
+    Gradients are those of the steps that were taken: of the map for a jump that was taken
+    as predicted; of the equations that a corrected jump solves, by the implicit function
+    theorem; and of the classical solver otherwise, whatever the map returns there.
 
-    Events are detected at the ends of steps and located within them, on the map itself
-    if the step is a jump. An event that begins and ends within a long jump is missed.
+    Events are detected at the ends of steps and located within them, on the polynomial
+    through the nodes if the step is a jump. An event that begins and ends within a long
+    jump is missed.
 
     **Arguments:**
 
@@ -137,36 +146,38 @@ class HybridSolver(diffrax.AbstractImplicitSolver, diffrax.AbstractAdaptiveSolve
       `(s, t, x, args) -> x_t`.
     - `fallback`: a Diffrax solver for `diffrax.ODETerm` with an error estimate, explicit
       or implicit.
-    - `estimate`: the error estimate for jumps; `None` for the default described above.
-    - `safety`: the share of the tolerance that a jump may use, in (0, 1]. `None` is 1 if
-      the estimated error is subtracted, and else 0.3, since the errors of a classical
-      solver are also mostly well below the tolerance. With an implicit fallback, which
-      needs to start close to the slow solution, it is 0.3 and 0.1.
+    - `num_nodes`: the number of nodes of a jump, at least 2; `None` for 24 in states of
+      up to 8 entries, 12 up to 32, and 8 beyond.
+    - `safety`: the share of the tolerance that a jump may use, in (0, 1]. The errors of a
+      classical solver are also mostly well below the tolerance.
     - `rtol`, `atol`: the tolerances. Give them for controllers without tolerances, such
       as `diffrax.ConstantStepSize`, and for manual steps; otherwise they come from the
       controller.
     - `norm`: the norm of scaled errors. By default it is the root mean square if both
       tolerances are given, and otherwise comes from the controller.
-    - `max_wait`: the most steps for which a refused map is not tried; 0 to try always.
-    - `dense_degree`: degree of the stored series of a jump, at least 1.
+    - `max_wait`: the most steps for which a refused map is not tried, at least 1.
 
     **Raises:** when constructed, `TypeError` for a map that is not callable or a fallback
     that is not a solver, and `ValueError` for a fallback that is not a classical solver
-    of ODEs with an error estimate, or an invalid `safety`, `max_wait` or `dense_degree`.
-    In the solve, `ValueError` without tolerances; for a fixed step size Diffrax raises it
+    of ODEs with an error estimate, or an invalid `num_nodes`, `safety` or `max_wait`. In
+    the solve, `ValueError` without tolerances; for a fixed step size Diffrax raises it
     itself, with a message about implicit solvers. If neither the map nor the fallback can
     meet the tolerance, the solve ends with Diffrax's own result.
+
+    ??? cite "Reference"
+
+        Hairer, Wanner: Solving Ordinary Differential Equations II, sections IV.5
+        and IV.8, for Radau collocation and its simplified Newton iterations.
     """
 
     flow_map: TwoTimeMap
     fallback: diffrax.AbstractSolver = diffrax.Tsit5()
-    estimate: AbstractErrorEstimate | None = None
-    safety: float | None = None
+    num_nodes: int | None = eqx.field(static=True, default=None)
+    safety: float = 0.3
     rtol: Any = _FROM_CONTROLLER
     atol: Any = _FROM_CONTROLLER
     norm: Any = _FROM_CONTROLLER
-    max_wait: int = eqx.field(static=True, default=8)
-    dense_degree: int = eqx.field(static=True, default=16)
+    max_wait: int = eqx.field(static=True, default=64)
 
     term_structure: ClassVar = diffrax.ODETerm
     root_find_max_steps: ClassVar[int] = 10
@@ -178,12 +189,11 @@ class HybridSolver(diffrax.AbstractImplicitSolver, diffrax.AbstractAdaptiveSolve
 
     def __check_init__(self):
         check_composable(self.flow_map)
-        check_at_least(self.dense_degree, 1, "dense_degree")
-        check_at_least(self.max_wait, 0, "max_wait")
+        check_at_least(self.max_wait, 1, "max_wait")
         check_fallback(self.fallback)
-        if self.estimate is not None:
-            check_estimate(self.estimate)
-        if self.safety is not None and not 0 < self.safety <= 1:
+        if self.num_nodes is not None:
+            check_at_least(self.num_nodes, 2, "num_nodes")
+        if not 0 < self.safety <= 1:
             raise ValueError(f"`safety` must be in (0, 1]; got {self.safety}.")
 
     @property
@@ -223,7 +233,7 @@ class HybridSolver(diffrax.AbstractImplicitSolver, diffrax.AbstractAdaptiveSolve
             num_learned=full(0, jnp.int32),
             num_classical=full(0, jnp.int32),
             wait=full(0, jnp.int32),
-            patience=full(min(1, self.max_wait), jnp.int32),
+            patience=full(min(_FIRST_WAIT, self.max_wait), jnp.int32),
             shortest=full(0, jnp.result_type(t0)),
             is_fresh=full(True, jnp.bool_),
             fallback=self._fallback().init(terms, t0, t1, y0, args),
@@ -243,16 +253,17 @@ class HybridSolver(diffrax.AbstractImplicitSolver, diffrax.AbstractAdaptiveSolve
         s, t, direction = true_times(terms, t0, t1)
         teacher = true_field(terms, direction)
         state, fallback = solver_state, self._fallback()
-        estimate = self.estimate
-        if estimate is None:
-            estimate = default_estimate(y0, is_implicit(self.fallback))
-        safety = self.safety
-        if safety is None:
-            safety = default_safety(estimate, is_implicit(self.fallback))
+        implicit = is_implicit(self.fallback)
+        corrects = can_correct(y0, implicit)
+        num_nodes = default_nodes(y0) if self.num_nodes is None else self.num_nodes
+        us = between(s, t, radau(num_nodes).nodes)
+        norm = lambda error, y: self._ratio(error, y0, y) / self.safety
 
-        jump = eqx.filter_closure_convert(
-            lambda: estimate.correct(self.flow_map, teacher, s, t, y0, args)
+        prediction = eqx.filter_closure_convert(
+            lambda: predict(self.flow_map, teacher, s, t, y0, args, num_nodes, norm)
         )
+        predicted = eqx.filter_closure_convert(lambda: prediction().nodes.states)
+        field = eqx.filter_closure_convert(teacher, t, y0, args)
 
         def classical():
             # After a jump, the state of the classical solver is out of date.
@@ -262,47 +273,73 @@ class HybridSolver(diffrax.AbstractImplicitSolver, diffrax.AbstractAdaptiveSolve
             return fallback.step(terms, t0, t1, y0, args, memory, restart)
 
         length = jnp.abs(t - s)
-        # Many jumps shorter than classical steps would add up to larger errors.
-        tried = (state.wait == 0) & (length >= state.shortest)
+        # Many jumps not much longer than classical steps would cost more, and add up to
+        # larger errors.
+        worth = 1 if implicit else num_nodes / 3
+        tried = (state.wait == 0) & (length >= worth * state.shortest)
         outside = times_out_of_range(self.flow_map, s, t)
         if outside is not None:
             tried = tried & ~outside
-        frozen = freeze(jump)
-        jump_end, jump_y1, jump_error = run_if_any(tried, lambda: frozen())
-        jump_error = scale(jnp.asarray(1 / safety), jump_error)
-        ratio = self._ratio(jump_error, y0, jump_y1)
-        # A NaN ratio compares as false, and the jump is refused.
-        taken = tried & (ratio < 1) & all_finite(jump_y1)
-        y1, error, info, memory, result = run_if_any(~taken, classical)
-        # The controller uses the classical solver's order for all errors. This conversion
-        # keeps a ratio of one, and lets step sizes follow the estimate's order.
-        error_order = typing.cast(float, fallback.error_order(terms))
-        power = max(error_order / estimate.order - 1, 0)
-        jump_error = scale(jnp.where(taken, ratio, 0) ** power, jump_error)
-        correction = subtract(jump_y1, jump_end)
-
-        def flow(t):
-            to_t = eqx.filter_closure_convert(
-                lambda: self.flow_map(s, direction * t, y0, args)
+        asked = tried
+        if not implicit:
+            first = eqx.filter_closure_convert(
+                lambda: is_hopeless(self.flow_map, teacher, s, t, y0, args, norm)
             )
-            share = lax.stop_gradient((t - t0) / jnp.where(t1 == t0, 1, t1 - t0))
-            value = add_scaled(freeze(to_t)(), share, correction)
-            return with_derivative(value, taken, to_t)
+            asked = tried & ~run_if_any(tried, lambda: freeze(first)())
+        made = run_if_any(asked, lambda: freeze(prediction)())
+        nodes, ratio, error = made[:3]
+        states = nodes.states
+        # The defects of a stiff system say little about its errors.
+        as_predicted = asked & is_fine(ratio, states) & (not implicit)
+        taken = as_predicted
+        if corrects:
+            wanted = asked & ~as_predicted & (made.is_close | implicit)
+            fixed = freeze((field, args))
+            corrected = run_if_any(
+                wanted, lambda: correct(nodes, *fixed, norm, wanted, implicit)
+            )
+            states, error = where(wanted, corrected, (states, error))
+            ratio = norm(error, last(states))
+            taken = as_predicted | (wanted & is_fine(ratio, states))
+        states = lax.stop_gradient(states)
+        y1, error_1, info, memory, result = run_if_any(~taken, classical)
+        # The controller uses the classical solver's order for all errors. This conversion
+        # keeps a ratio of one, and lets step sizes follow the order of jumps.
+        order = typing.cast(float, fallback.error_order(terms))
+        aim = jnp.where(ratio > 0, ratio, 1) ** (2 * order / num_nodes)
+        # A shorter jump may succeed where a classical step of this length cannot.
+        is_near = asked & ~taken & made.is_promising & (ratio >= 1)
+        ratio_1 = self._ratio(error_1, y0, y1)
+        is_near &= ratio_1 > 1
+        y1 = where(taken, last(states), y1)
+        seen = self._ratio(error, y0, y1)
+        error = scale(jnp.where(seen > 0, aim / seen, 0), error)
+        # Before the map is tried again, a long step is called for.
+        wish = (0.8 / worth) ** order / jnp.where(ratio_1 > 0, ratio_1, 1)
+        is_last = (state.wait == 1) & (ratio_1 < 1)
+        error_1 = scale(jnp.where(is_last, jnp.minimum(1, wish), 1), error_1)
+        error = where(taken | is_near, error, error_1)
 
+        along = with_derivative(states, as_predicted, predicted)
+        if corrects:
+            solved = eqx.filter_closure_convert(
+                lambda: implicit_states(states, teacher, s, us, y0, args)
+            )
+            is_solved = taken & ~as_predicted
+            along = where(is_solved, with_derivative(states, is_solved, solved), along)
         dense_info = {
             "is_jump": taken,
-            "jump": Jump.start(flow, t0, t1, y0, self.dense_degree),
+            "jump": Jump.through(y0, radau(num_nodes).nodes, along),
             "fallback": info,
         }
-        end = eqx.filter_closure_convert(lambda: jump()[0])
-        y1 = where(taken, with_derivative(jump_y1, taken, end), y1)
-        error = lax.stop_gradient(where(taken, jump_error, error))
+        y1 = where(taken, last(along), y1)
+        error = lax.stop_gradient(error)
         # Make sure that a step that overflowed is refused: if state and error were both
         # infinite, their ratio in the controller, and then its step size, would be NaN.
-        is_fine = all_finite(y1) & all_finite(error)
+        is_finite = all_finite(y1) & all_finite(error)
         return (
-            nan_where(~is_fine, y1),
-            jtu.tree_map(lambda leaf: jnp.where(is_fine, leaf, jnp.inf), error),
+            nan_where(~is_finite, y1),
+            jtu.tree_map(lambda leaf: jnp.where(is_finite, leaf, jnp.inf), error),
             dense_info,
             self._remember(state, tried, taken, ratio, length, memory),
             diffrax.RESULTS.where(taken, diffrax.RESULTS.successful, result),
@@ -346,35 +383,33 @@ class HybridSolver(diffrax.AbstractImplicitSolver, diffrax.AbstractAdaptiveSolve
         # classical solver from taking long ones.
         helps = taken & (ratio < 0.5)
         failed = tried & ~helps
-        patience = jnp.where(failed, 2 * state.patience, state.patience)
+        patience = jnp.where(failed, 4 * state.patience, state.patience)
+        waits = (state.wait == 0) & ~helps
         return HybridState(
             num_learned=jnp.where(taken, state.num_learned + 1, state.num_learned),
             num_classical=jnp.where(taken, state.num_classical, state.num_classical + 1),
-            wait=jnp.where(failed, state.patience, jnp.maximum(state.wait - 1, 0)),
-            patience=jnp.minimum(jnp.where(helps, 1, patience), self.max_wait),
+            wait=jnp.where(waits, state.patience, jnp.maximum(state.wait - 1, 0)),
+            patience=jnp.minimum(jnp.where(helps, _FIRST_WAIT, patience), self.max_wait),
             shortest=jnp.where(taken, state.shortest, length),
             is_fresh=~taken,
             fallback=memory,
         )
 
 
-def default_estimate(y: State, implicit: bool) -> AbstractErrorEstimate:
-    """Returns the estimate for a state and the kind of fallback."""
-    leaves = jtu.tree_leaves(y)
-    is_real = not any(map(jnp.iscomplexobj, leaves))
-    size = sum(map(jnp.size, leaves))
-    if not (is_real and (size <= 32 or implicit)):
-        return PicardDefect()
-    # Its linear system has as many unknowns as entries at all nodes.
-    return LinearisedError(12 if size <= 8 else 6)
+def can_correct(y: State, implicit: bool) -> bool:
+    """Whether jumps of such states are corrected, which takes Jacobians of their size."""
+    is_real = not any(map(jnp.iscomplexobj, jtu.tree_leaves(y)))
+    return is_real and (_size(y) <= _SMALL or implicit)
 
 
-def default_safety(estimate: AbstractErrorEstimate, implicit: bool) -> float:
-    """Returns the share of the tolerance that a jump may use."""
-    if not getattr(estimate, "has_direction", False):
-        return 0.1 if implicit else 0.3
-    # The estimated error is subtracted, so that much less is left.
-    return 0.3 if implicit else 1.0
+def default_nodes(y: State) -> int:
+    """Returns the number of nodes for states like this one."""
+    size = _size(y)
+    return 24 if size <= 8 else 12 if size <= _SMALL else 8
+
+
+def _size(y: State) -> int:
+    return sum(map(jnp.size, jtu.tree_leaves(y)))
 
 
 def is_implicit(solver: object) -> bool:

@@ -34,6 +34,13 @@ class Jump:
         """Holds the map itself. `series` is a function until it is needed."""
         return cls(y0, lambda: _chebyshev_series(flow, t0, t1, y0, degree), flow)
 
+    @classmethod
+    def through(cls, y0: State, shares: np.ndarray, ys: State):
+        """Passes through the start and states at rising shares of the step."""
+        ends = np.concatenate([[0.0], shares])
+        values = np.polynomial.chebyshev.chebvander(2 * ends - 1, len(shares))
+        return cls(y0, _series(np.linalg.inv(values), ys, y0))
+
     def evaluate(self, t: Time, t0: Time, t1: Time) -> State:
         if self.flow is not None:
             return self.flow(t)
@@ -80,12 +87,18 @@ def _chebyshev_series(
     # The first node is the start, where the displacement is zero.
     times = t0 + jnp.asarray(nodes[1:], jnp.result_type(t0)) * (t1 - t0)
 
-    def coefficients(ends, y0):
-        matrix = jnp.asarray(transform[:, 1:], jnp.finfo(y0.dtype).dtype)
-        moved = ends - jnp.expand_dims(y0, 0)
-        return jnp.tensordot(matrix.astype(moved.dtype), moved, axes=1)
+    return _series(transform, jax.vmap(flow)(times), y0)
 
-    return jtu.tree_map(coefficients, jax.vmap(flow)(times), y0)
+
+def _series(transform: np.ndarray, ys: State, y0: State) -> State:
+    """The coefficients of the displacements, from the states after the start."""
+
+    def coefficients(ys, y0):
+        matrix = jnp.asarray(transform[:, 1:], jnp.finfo(y0.dtype).dtype)
+        displacements = ys - jnp.expand_dims(y0, 0)
+        return jnp.tensordot(matrix.astype(displacements.dtype), displacements, axes=1)
+
+    return jtu.tree_map(coefficients, ys, y0)
 
 
 def _chebyshev(degree: int) -> tuple[np.ndarray, np.ndarray]:

@@ -12,13 +12,13 @@ from jaxtyping import Array, ArrayLike, Bool, PyTree, Real
 
 from .._check import check_at_least, check_callable, check_positive
 from .._time import time_dtype
-from .._tree import all_finite, num_rows
+from .._tree import num_rows
 from .._types import Args, State, TwoTimeMap, VectorField
-from ..estimates._base import AbstractErrorEstimate, check_estimate
-from ..estimates._picard import PicardDefect
+from ..estimates._quadrature import last
 from ..flow_maps._base import times_out_of_range
 from ..flow_maps._inverse import check_composable
-from ._hybrid import check_fallback, default_estimate, default_safety, is_implicit
+from ._hybrid import can_correct, check_fallback, default_nodes, is_implicit
+from ._predict import correct, is_fine, predict
 
 # Of a sample of this many, so large a share must pass for the others to be tried.
 _SAMPLE, _LEAST_SHARE = 32, 1 / 8
@@ -54,8 +54,8 @@ def solve_batch(
     atol: float,
     args_per_example: bool = False,
     fallback: diffrax.AbstractSolver = diffrax.Tsit5(),
-    estimate: AbstractErrorEstimate | None = None,
-    safety: float | None = None,
+    num_nodes: int | None = None,
+    safety: float = 0.3,
     chunk_size: int = 128,
     max_steps: int = 4096,
 ) -> BatchSolution:
@@ -63,9 +63,10 @@ def solve_batch(
 
     For each interval of `ts`, the map jumps for all examples at once, and the vector
     field judges each jump as in [`flowdiffrax.HybridSolver`][]. The examples whose jumps
-    are not good enough are gathered, and solved in chunks by the classical solver. So an
-    easy example neither waits for hard ones nor pays for them, as it would under
-    `jax.vmap`. A map that fails on most of a small sample is not tried on the rest.
+    are not good enough are gathered and corrected, and those that still are not are
+    solved by the classical solver, both in chunks. So an easy example neither waits for
+    hard ones nor pays for them, as it would under `jax.vmap`. A map that fails on most of
+    a small sample is not tried on the rest.
 
     ```python
     solution = fd.solve_batch(
@@ -88,9 +89,7 @@ def solve_batch(
       `args_per_example`.
     - `rtol`, `atol`: the tolerances of the jumps and of the classical solver, positive.
     - `fallback`: a Diffrax solver for `diffrax.ODETerm` with an error estimate.
-    - `estimate`, `safety`: as in [`flowdiffrax.HybridSolver`][]. `None` judges by
-      [`flowdiffrax.estimates.PicardDefect`][] first, which is cheaper, and then by the
-      hybrid's default where that does not pass.
+    - `num_nodes`, `safety`: as in [`flowdiffrax.HybridSolver`][].
     - `chunk_size`: the number of examples that are solved classically side by side, at
       least 1. Small chunks wait less for their slowest example.
     - `max_steps`: the largest number of classical steps in an interval.
@@ -116,28 +115,33 @@ def solve_batch(
     one = jtu.tree_map(lambda leaf: leaf[0], x0)
     ts = ts.astype(time_dtype(one))
     implicit = is_implicit(fallback)
-    if estimate is None:
-        estimate = default_estimate(one, implicit)
-        # The cheap one first, for those that it passes.
-        estimates = [estimate] if implicit else [PicardDefect(), estimate]
-    else:
-        check_estimate(estimate)
-        estimates = [estimate]
-    if safety is not None:
-        check_positive(safety, "safety")
+    corrects = can_correct(one, implicit)
+    nodes_of = default_nodes(one) if num_nodes is None else num_nodes
+    check_at_least(nodes_of, 2, "num_nodes")
+    check_positive(safety, "safety")
 
-    def judge_by(estimate, s, t, x, args):
-        _, y, error = estimate.correct(flow_map, vector_field, s, t, x, args)
-
+    def ratio_from(x):
         def scaled(e, x, y):
-            return e / (atol + rtol * jnp.maximum(jnp.abs(x), jnp.abs(y))).astype(e.dtype)
+            size = jnp.maximum(jnp.abs(x), jnp.abs(y))
+            return e / (safety * (atol + rtol * size)).astype(e.dtype)
 
-        ratio = optx.rms_norm(jtu.tree_map(scaled, error, x, y))
-        most = default_safety(estimate, implicit) if safety is None else safety
-        # A NaN compares as false.
-        is_good = (ratio < most) & all_finite(y)
+        return lambda error, y: optx.rms_norm(jtu.tree_map(scaled, error, x, y))
+
+    def predicted(s, t, x, args):
+        made = predict(flow_map, vector_field, s, t, x, args, nodes_of, ratio_from(x))
         outside = times_out_of_range(flow_map, s, t)
-        return y, is_good if outside is None else is_good & ~outside
+        asked = True if outside is None else ~outside
+        is_good = asked & is_fine(made.ratio, made.nodes.states) & (not implicit)
+        is_close = asked & (made.is_close | implicit)
+        return made.nodes, is_good, is_close & ~is_good & corrects
+
+    def corrected(s, t, x, args, nodes):
+        del s, t
+        norm = ratio_from(x)
+        wanted = jnp.asarray(True)
+        states, error = correct(nodes, vector_field, args, norm, wanted, implicit)
+        end = last(states)
+        return end, is_fine(norm(error, end), states)
 
     def classical(s, t, x, args):
         solution = diffrax.diffeqsolve(
@@ -158,19 +162,33 @@ def solve_batch(
 
     def segment(x, interval):
         def on_rows(function):
-            axes = 0, 0 if args_per_example else None
-            batched = jax.vmap(lambda x, args: function(*interval, x, args), axes)
-            args_of = lambda rows: _take(args, rows) if args_per_example else args
-            return lambda rows: batched(_take(x, rows), args_of(rows))
+            """`function(s, t, x, args, ...)` of the rows whose indices are given."""
+            own = 0 if args_per_example else None
+            function = functools.partial(function, *interval)
 
-        judges = [on_rows(functools.partial(judge_by, est)) for est in estimates]
+            def run(rows, *more):
+                given = _take(x, rows), _take(args, rows) if args_per_example else args
+                return jax.vmap(function, (0, own, *(0 for _ in more)))(*given, *more)
+
+            return run
+
+        predicts, corrects_from, solves = map(on_rows, (predicted, corrected, classical))
         sample = jnp.arange(min(_SAMPLE, num)) * (num // min(_SAMPLE, num))
-        is_useful = judges[-1](sample)[1].mean() >= _LEAST_SHARE
-        y, is_learned = x, jnp.zeros(num, bool)
-        for judge in judges:
-            y, is_good = _redo(~is_learned & is_useful, y, judge, chunk_size)
-            is_learned = jnp.where(is_useful, is_good, is_learned)
-        y, is_good = _redo(~is_learned, y, on_rows(classical), chunk_size)
+        nodes, is_good, is_close = predicts(sample)
+        if corrects:
+            is_good |= is_close & corrects_from(sample, nodes)[1]
+        is_useful = is_good.mean() >= _LEAST_SHARE
+        blank = jax.eval_shape(predicts, jnp.arange(num))
+        blank = jtu.tree_map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), blank)
+        asked = jnp.full(num, is_useful)
+        nodes, is_good, is_close = _redo(asked, blank, predicts, chunk_size)
+        found = jtu.tree_map(lambda leaf: leaf[:, -1], nodes.states), is_good
+        if corrects:
+            run = lambda rows: corrects_from(rows, _take(nodes, rows))
+            found = _redo(is_close, found, run, chunk_size)
+        y, is_learned = found
+        done = y, jnp.ones(num, bool)
+        y, is_good = _redo(~is_learned, done, solves, chunk_size)
         return y, (y, is_learned, is_good)
 
     _, (ys, is_learned, is_good) = lax.scan(segment, x0, (ts[:-1], ts[1:]))
@@ -185,14 +203,13 @@ def _take(tree: PyTree, rows: Array) -> PyTree:
 
 def _redo(
     needs: Bool[Array, " examples"],
-    ys: State,
-    run: Callable[[Array], tuple[State, Array]],
+    values: PyTree,
+    run: Callable[[Array], PyTree],
     chunk_size: int,
-) -> tuple[State, Bool[Array, " examples"]]:
+) -> PyTree:
     """Replaces the rows that need it by those that `run` returns for their indices.
 
-    They are gathered in chunks, of which the others are skipped. Also returns whether
-    rows are good: as `run` says, and those that did not need it.
+    They are gathered in chunks, of which the others are skipped.
     """
     num = len(needs)
     num_chunks = -(-num // chunk_size)
@@ -202,15 +219,15 @@ def _redo(
 
     def chunk(given):
         rows, is_needed = given
-        skip = lambda: (_take(ys, rows), jnp.ones(chunk_size, bool))
+        skip = lambda: _take(values, rows)
         return lax.cond(is_needed.any(), lambda: run(rows), skip)
 
     by_chunks = lambda leaf: leaf.reshape(num_chunks, chunk_size)
-    new, is_good = lax.map(chunk, (by_chunks(order), by_chunks(is_needed)))
+    new = lax.map(chunk, (by_chunks(order), by_chunks(is_needed)))
     # An index out of range is dropped.
     rows = jnp.where(is_needed, order, num)
 
     def put(leaf, new):
         return leaf.at[rows].set(new.reshape(-1, *leaf.shape[1:]), mode="drop")
 
-    return jtu.tree_map(put, ys, new), put(jnp.ones(num, bool), is_good)
+    return jtu.tree_map(put, values, new)

@@ -1,0 +1,119 @@
+"""Newton steps for the equations of collocation, for states of few entries."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import Array, Float
+
+from .._tree import freeze, ravel, subtract
+from .._types import Args, State, Time, VectorField
+from ._collocation import Nodes, misses, picard_defects, probe_by_series
+from ._quadrature import radau
+from ._transport import Transport, solve, transport
+
+_NAME = "A Newton step"
+
+
+class Linearised(NamedTuple):
+    """The vector field along a path, to first order.
+
+    **Attributes:**
+
+    - `jacobians`: of the vector field, at the nodes.
+    - `carried`: what takes errors from node to node.
+    - `length`: the length of the jump in time, with its sign.
+    """
+
+    jacobians: Float[Array, "nodes size size"]
+    carried: Transport
+    length: Float[Array, ""]
+
+    def errors(
+        self, defects: Float[Array, "nodes size"], num_passes: int = 2
+    ) -> Float[Array, "nodes size"]:
+        """Returns the errors at the nodes, to first order in the defects."""
+        found = self.carried.errors(defects)
+        matrix = jnp.asarray(radau(len(defects)).from_start, defects.dtype)
+        # Each further pass is for what the others leave of the linear equations.
+        for _ in range(num_passes - 1):
+            slopes = jnp.einsum("kij,kj->ki", self.jacobians, found)
+            rest = defects - found + self.length.astype(defects.dtype) * (matrix @ slopes)
+            found = found + self.carried.errors(rest)
+        return found
+
+    def gap(self, nodes: Nodes) -> Float[Array, " size"]:
+        """Returns how wrong the integral over the jump may be, and so its end."""
+        dtype, size = self.jacobians.dtype, self.jacobians.shape[-1]
+        identity = jnp.eye(size, dtype=dtype)
+
+        def damped(miss):
+            # What decays within the interval is not missing at its end.
+            width = miss.width.astype(dtype)
+            right = width * ravel(miss.rate, _NAME)[0][:, None]
+            matrix = identity - width * self.jacobians[miss.node]
+            return jnp.abs(solve(matrix, right)[:, 0])
+
+        gap = sum(map(damped, misses(nodes)), start=jnp.zeros(size, dtype))
+        # What is missing in an interval is missing at every node that follows.
+        return self.carried.errors(jnp.broadcast_to(gap, self.jacobians.shape[:2]))[-1]
+
+
+def check_real(x: State) -> None:
+    """**Raises:** `TypeError` for a complex state."""
+    ravel(x, _NAME)
+
+
+def linearise(nodes: Nodes, teacher: VectorField, args: Args) -> Linearised:
+    """Evaluates the Jacobians of the vector field at the nodes."""
+    _, unravel = ravel(nodes.start, _NAME)
+    field = lambda u, y: ravel(teacher(u, unravel(y), args), _NAME)[0]
+    states = flat_rows(nodes.states)
+    jacobians = jax.vmap(jax.jacfwd(field, argnums=1))(nodes.us, states)
+    return Linearised(jacobians, transport(jacobians, nodes.length), nodes.length)
+
+
+def flat_rows(states: State) -> Float[Array, "nodes size"]:
+    """Flattens the state at each node."""
+    return jax.vmap(lambda y: ravel(y, _NAME)[0])(states)
+
+
+def newton_step(nodes: Nodes, linear: Linearised) -> tuple[State, State]:
+    """Returns the errors at the nodes to first order, and how wrong their end may be."""
+    _, unravel = ravel(nodes.start, _NAME)
+    errors = linear.errors(flat_rows(picard_defects(nodes)))
+    return jax.vmap(unravel)(errors), unravel(linear.gap(nodes))
+
+
+def moved(nodes: Nodes, errors: State, teacher: VectorField, args: Args) -> Nodes:
+    """Returns the nodes less their errors, with the vector field there."""
+    states = subtract(nodes.states, errors)
+    rates = jax.vmap(lambda u, y: teacher(u, y, args))(nodes.us, states)
+    return probe_by_series(nodes._replace(states=states, rates=rates), teacher, args)
+
+
+def implicit_states(
+    states: State,
+    teacher: VectorField,
+    s: Time,
+    us: Float[Array, " nodes"],
+    x: State,
+    args: Args,
+) -> State:
+    """Returns the states at the nodes, with derivatives by the implicit function theorem.
+
+    The value is one more Newton step from `states`. Its derivatives in `x`, the times and
+    what the vector field depends on are those of the solution of the equations.
+    """
+
+    def at(x, teacher, args, states):
+        rates = jax.vmap(lambda u, y: teacher(u, y, args))(us, states)
+        return Nodes(x, x, us[-1] - s, us, states, rates, us[-1], x)
+
+    fixed = freeze(states)
+    linear = freeze(linearise(*freeze((at(x, teacher, args, fixed), teacher, args))))
+    defects = flat_rows(picard_defects(at(x, teacher, args, fixed)))
+    _, unravel = ravel(x, _NAME)
+    errors = jax.vmap(unravel)(linear.errors(defects, num_passes=4))
+    return jtu.tree_map(jnp.subtract, fixed, errors)

@@ -1,0 +1,142 @@
+"""A jump that the map predicts and the vector field corrects."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import Array
+
+from .._time import times_like
+from .._tree import all_finite, scale
+from .._types import Args, State, Time, TwoTimeMap, VectorField
+from ..estimates._collocation import (
+    Nodes,
+    at_nodes,
+    picard_defects,
+    probe_share,
+    quadrature_gap,
+)
+from ..estimates._newton import linearise, moved, newton_step
+from ..estimates._quadrature import between, last
+from ._branches import run_if_any, where
+
+# A prediction whose defect is a larger share of its displacement is not corrected.
+_HOPELESS = 0.3
+# A map that moves otherwise than the vector field by this share is not asked for more.
+_WRONG, _PART = 0.5, 0.01
+# A prediction whose quadrature is this many times outside of the tolerance is not either.
+_UNRESOLVED = 4
+# What a Newton step is expected to leave of an error that it has not checked.
+_LEFT = 0.1
+
+
+def is_hopeless(
+    flow_map: TwoTimeMap,
+    teacher: VectorField,
+    s: Time,
+    t: Time,
+    x: State,
+    args: Args,
+    norm: Callable[[State, State], Array],
+) -> Array:
+    """Whether the map moves otherwise than the vector field along a short part of a jump.
+
+    This costs two evaluations of each, and spares most of those of a useless map.
+    """
+    s, t = times_like(x, s, t)
+    start = (1 - _PART) * probe_share(s, t - s)
+    us = between(s, t, jnp.stack([start, start + _PART]))
+    states = jax.vmap(lambda u: flow_map(s, u, x, args))(us)
+    rates = jax.vmap(lambda u, y: teacher(u, y, args))(us, states)
+    moves = jtu.tree_map(lambda ys: ys[1] - ys[0], states)
+    slopes = jtu.tree_map(lambda leaf: jnp.mean(leaf, axis=0), rates)
+    expected = scale(us[1] - us[0], slopes)
+    end = last(states)
+    both = jtu.tree_map(_total, moves, expected)
+    # What is far below the tolerance may be rounding.
+    least = jnp.maximum(_WRONG * norm(both, end), 0.05)
+    return ~(norm(jtu.tree_map(jnp.subtract, moves, expected), end) < least)
+
+
+class Prediction(NamedTuple):
+    """The map's jump.
+
+    **Attributes:**
+
+    - `nodes`: the jump at its nodes.
+    - `ratio`: the norm of its largest Picard defect and of the quadrature's error.
+    - `error`: these, added up.
+    - `is_promising`: whether it is nearly right, so that a shorter one may be taken.
+    - `is_close`: whether it may be corrected as it is.
+    """
+
+    nodes: Nodes
+    ratio: Array
+    error: State
+    is_promising: Array
+    is_close: Array
+
+
+def predict(
+    flow_map: TwoTimeMap,
+    teacher: VectorField,
+    s: Time,
+    t: Time,
+    x: State,
+    args: Args,
+    num_nodes: int,
+    norm: Callable[[State, State], Array],
+) -> Prediction:
+    """Evaluates the map and the vector field along the jump."""
+    nodes = at_nodes(flow_map, teacher, s, t, x, args, num_nodes)
+    end = last(nodes.states)
+    gap = quadrature_gap(nodes)
+    largest = lambda d: jnp.max(jnp.abs(d), axis=0).astype(d.dtype)
+    error = jtu.tree_map(_total, jtu.tree_map(largest, picard_defects(nodes)), gap)
+    moves = jtu.tree_map(lambda ys, y: ys - jnp.expand_dims(y, 0), nodes.states, x)
+    ratio = norm(error, end)
+    is_promising = ratio < _HOPELESS * norm(jtu.tree_map(largest, moves), end)
+    is_close = is_promising & (norm(gap, end) < _UNRESOLVED)
+    return Prediction(nodes, ratio, error, is_promising, is_close)
+
+
+def correct(
+    nodes: Nodes,
+    teacher: VectorField,
+    args: Args,
+    norm: Callable[[State, State], Array],
+    wanted: Array,
+    implicit: bool,
+) -> tuple[State, State]:
+    """Returns the states at the nodes after one or two Newton steps, and their error.
+
+    The first one is trusted if `norm(error, end)`, with a part of the error that it
+    corrects, is well below 1, unless the fallback is implicit. Otherwise the equations
+    are evaluated at the corrected states, so that the estimated error is what the first
+    step has left.
+    """
+    linear = linearise(nodes, teacher, args)
+    errors, gap = newton_step(nodes, linear)
+    states = jtu.tree_map(jnp.subtract, nodes.states, errors)
+    error = jtu.tree_map(lambda e, g: _total(_LEFT * e, g), last(errors), gap)
+    is_enough = ~wanted | ((norm(error, last(states)) < 0.5) & (not implicit))
+
+    def check():
+        better = moved(nodes, errors, teacher, args)
+        rest, gap = newton_step(better, linear)
+        states = jtu.tree_map(jnp.subtract, better.states, rest)
+        return states, jtu.tree_map(_total, last(rest), gap)
+
+    checked = run_if_any(~is_enough, check)
+    return where(is_enough, (states, error), checked)
+
+
+def is_fine(ratio: Array, states: State) -> Array:
+    """Whether a jump may be taken. A NaN compares as false."""
+    return (ratio < 1) & all_finite(states)
+
+
+def _total(error, gap):
+    return (jnp.abs(error) + jnp.abs(gap)).astype(error.dtype)
