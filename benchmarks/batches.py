@@ -171,6 +171,6 @@ if __name__ == "__main__":
     parser.add_argument("--fields", nargs="+", choices=FIELDS, default=[*FIELDS])
     parser.add_argument("--sizes", nargs="+", type=int, default=[1000, 4096])
     parser.add_argument("--tolerances", nargs="+", type=float, default=[1e-3])
-    parser.add_argument("--jumps", type=int, default=4, help="intervals to T")
+    parser.add_argument("--jumps", type=int, default=2, help="intervals to T")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out/batches"))
     main(parser.parse_args())

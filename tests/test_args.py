@@ -289,6 +289,14 @@ SAMPLES = {
         ),
         BOTH,
     ),
+    "solve_batch": (
+        lambda args: (
+            fd.solve_batch(
+                MAP, field, jnp.stack([S, T]), X[None], args, rtol=1e-3, atol=1e-3
+            ).ys
+        ),
+        BOTH,
+    ),
     "FlowMapInterpolation": (
         lambda args: fd.solvers.FlowMapInterpolation(
             jnp.stack([S, T]), jnp.stack([X, X]), MAP, args

@@ -406,14 +406,6 @@ def test_manual_steps():
         fd.HybridSolver(EXACT).init(term, 0.1, 0.9, X, None)
 
 
-@pytest.mark.slow
-def test_share_of_the_tolerance():
-    off = lambda s, t, x, args: EXACT(s, t, x) + 3e-5 * jnp.sin(t - s)
-    learned = lambda **options: counts(solve(off, tol=1e-4, options=options))
-    assert learned() == (1, 0)
-    assert learned(safety=0.1)[1] > 0
-
-
 LARGE = jnp.linspace(1.0, 2.0, 40)  # too large for Newton steps
 
 

@@ -65,15 +65,30 @@ def at_nodes(
     """Evaluates the map and the vector field at the nodes."""
     check_composable(flow_map)
     s, t = times_like(x, s, t)
+    h, share = t - s, probe_share(s, t - s)
     us = between(s, t, radau(num_nodes).nodes)
+    # All of the map's states by one batched call, and so all rates.
+    ends = jnp.append(us, s + share * h)
     jump = lambda u: check_like(flow_map(s, u, x, args), x, "`flow_map`")
-    states = jax.vmap(jump)(us)
-    rates = jax.vmap(lambda u, y: teacher(u, y, args))(us, states)
-    h = t - s
-    share = probe_share(s, h)
-    u = s + share * h
-    probe_rate = teacher(u, jump(u), args)
-    return Nodes(x, teacher(s, x, args), h, us, states, rates, share, probe_rate)
+    states = jax.vmap(jump)(ends)
+    times, all_states = jnp.append(ends, s), append(states, x)
+    rates = jax.vmap(lambda u, y: teacher(u, y, args))(times, all_states)
+    rates, probe_rate, start_rate = _head(rates, -2), _row(rates, -2), _row(rates, -1)
+    return Nodes(x, start_rate, h, us, _head(states, -1), rates, share, probe_rate)
+
+
+def append(states: State, x: State) -> State:
+    """Adds a state to those along the leading axis."""
+    join = lambda ys, y: jnp.concatenate([ys, jnp.expand_dims(y, 0)])
+    return jtu.tree_map(join, states, x)
+
+
+def _head(tree: State, end: int) -> State:
+    return jtu.tree_map(lambda leaf: leaf[:end], tree)
+
+
+def _row(tree: State, index: int) -> State:
+    return jtu.tree_map(lambda leaf: leaf[index], tree)
 
 
 def probe_share(s: Array, h: Array) -> Array:
@@ -84,8 +99,8 @@ def probe_share(s: Array, h: Array) -> Array:
     return jnp.mod(0.5 + _GOLDEN * s / jnp.where(h == 0, 1, h), 1)
 
 
-def probe_by_series(nodes: Nodes, teacher: VectorField, args: Args) -> Nodes:
-    """Returns the nodes with a probe on the polynomial through them and the start."""
+def at_states(nodes: Nodes, states: State, teacher: VectorField, args: Args) -> Nodes:
+    """Returns the nodes with other states, and a probe on the polynomial through them."""
     rule = np.concatenate([[0.0], radau(len(nodes.us)).nodes])
     weights = at_share(rule, nodes.probe_share)
 
@@ -94,8 +109,12 @@ def probe_by_series(nodes: Nodes, teacher: VectorField, args: Args) -> Nodes:
         return jnp.tensordot(weights.astype(both.dtype), both, axes=1)
 
     u = nodes.us[-1] + (nodes.probe_share - 1) * nodes.length
-    y = jtu.tree_map(at_probe, nodes.start, nodes.states)
-    return nodes._replace(probe_rate=teacher(u, y, args))
+    y = jtu.tree_map(at_probe, nodes.start, states)
+    rate = lambda u, y: teacher(u, y, args)
+    rates = jax.vmap(rate)(jnp.append(nodes.us, u), append(states, y))
+    return nodes._replace(
+        states=states, rates=_head(rates, -1), probe_rate=_row(rates, -1)
+    )
 
 
 def picard_defects(nodes: Nodes) -> State:

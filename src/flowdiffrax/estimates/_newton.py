@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Float
 
-from .._tree import freeze, ravel, subtract
+from .._tree import freeze, ravel
 from .._types import Args, State, Time, VectorField
-from ._collocation import Nodes, misses, picard_defects, probe_by_series
+from ._collocation import Nodes, misses, picard_defects
 from ._quadrature import radau
 from ._transport import Transport, solve, transport
 
@@ -44,20 +44,17 @@ class Linearised(NamedTuple):
         return found
 
     def gap(self, nodes: Nodes) -> Float[Array, " size"]:
-        """Returns how wrong the integral over the jump may be, and so its end."""
+        """Returns how wrong the integral over the jump may be."""
         dtype, size = self.jacobians.dtype, self.jacobians.shape[-1]
         identity = jnp.eye(size, dtype=dtype)
 
-        def damped(miss):
+        def damped(rate, width, node):
             # What decays within the interval is not missing at its end.
-            width = miss.width.astype(dtype)
-            right = width * ravel(miss.rate, _NAME)[0][:, None]
-            matrix = identity - width * self.jacobians[miss.node]
-            return jnp.abs(solve(matrix, right)[:, 0])
+            right = width * ravel(rate, _NAME)[0][:, None]
+            return jnp.abs(solve(identity - width * self.jacobians[node], right)[:, 0])
 
-        gap = sum(map(damped, misses(nodes)), start=jnp.zeros(size, dtype))
-        # What is missing in an interval is missing at every node that follows.
-        return self.carried.errors(jnp.broadcast_to(gap, self.jacobians.shape[:2]))[-1]
+        both = jtu.tree_map(lambda *leaves: jnp.stack(leaves), *misses(nodes))
+        return jax.vmap(damped)(both.rate, both.width.astype(dtype), both.node).sum(0)
 
 
 def check_real(x: State) -> None:
@@ -82,15 +79,11 @@ def flat_rows(states: State) -> Float[Array, "nodes size"]:
 def newton_step(nodes: Nodes, linear: Linearised) -> tuple[State, State]:
     """Returns the errors at the nodes to first order, and how wrong their end may be."""
     _, unravel = ravel(nodes.start, _NAME)
-    errors = linear.errors(flat_rows(picard_defects(nodes)))
-    return jax.vmap(unravel)(errors), unravel(linear.gap(nodes))
-
-
-def moved(nodes: Nodes, errors: State, teacher: VectorField, args: Args) -> Nodes:
-    """Returns the nodes less their errors, with the vector field there."""
-    states = subtract(nodes.states, errors)
-    rates = jax.vmap(lambda u, y: teacher(u, y, args))(nodes.us, states)
-    return probe_by_series(nodes._replace(states=states, rates=rates), teacher, args)
+    defects = flat_rows(picard_defects(nodes))
+    # What is missing in an interval is missing at every node that follows.
+    gaps = jnp.broadcast_to(linear.gap(nodes), defects.shape)
+    errors, gaps = jax.vmap(linear.errors)(jnp.stack([defects, gaps]))
+    return jax.vmap(unravel)(errors), unravel(gaps[-1])
 
 
 def implicit_states(

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+from jax import lax
 from jaxtyping import Array
 
 from .._time import times_like
@@ -14,11 +15,12 @@ from .._types import Args, State, Time, TwoTimeMap, VectorField
 from ..estimates._collocation import (
     Nodes,
     at_nodes,
+    at_states,
     picard_defects,
     probe_share,
     quadrature_gap,
 )
-from ..estimates._newton import linearise, moved, newton_step
+from ..estimates._newton import linearise, newton_step
 from ..estimates._quadrature import between, last
 from ._branches import run_if_any, where
 
@@ -118,19 +120,24 @@ def correct(
     step has left.
     """
     linear = linearise(nodes, teacher, args)
-    errors, gap = newton_step(nodes, linear)
-    states = jtu.tree_map(jnp.subtract, nodes.states, errors)
-    error = jtu.tree_map(lambda e, g: _total(_LEFT * e, g), last(errors), gap)
-    is_enough = ~wanted | ((norm(error, last(states)) < 0.5) & (not implicit))
 
-    def check():
-        better = moved(nodes, errors, teacher, args)
-        rest, gap = newton_step(better, linear)
-        states = jtu.tree_map(jnp.subtract, better.states, rest)
-        return states, jtu.tree_map(_total, last(rest), gap)
+    def step(carry):
+        nodes, *_, is_first, _ = carry
+        errors, gap = newton_step(nodes, linear)
+        states = jtu.tree_map(jnp.subtract, nodes.states, errors)
+        part = jnp.where(is_first & (not implicit), _LEFT, 1)
+        error = jtu.tree_map(_total, scale(part, last(errors)), gap)
+        is_trusted = (norm(error, last(states)) < 0.5) & (not implicit)
+        is_done = ~wanted | ~is_first | is_trusted
+        move = lambda: at_states(nodes, states, teacher, args)
+        moved = where(is_done, nodes, run_if_any(~is_done, move))
+        return moved, states, error, jnp.zeros_like(is_first), is_done
 
-    checked = run_if_any(~is_enough, check)
-    return where(is_enough, (states, error), checked)
+    # Like the states, so that a loop under `jax.shard_map` can carry it.
+    no = wanted & False
+    start = nodes, nodes.states, last(nodes.states), ~no, no
+    _, states, error, _, _ = lax.while_loop(lambda carry: ~carry[-1], step, start)
+    return states, error
 
 
 def is_fine(ratio: Array, states: State) -> Array:

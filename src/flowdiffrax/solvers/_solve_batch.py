@@ -6,6 +6,7 @@ import diffrax
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+import numpy as np
 import optimistix as optx
 from jax import lax
 from jaxtyping import Array, ArrayLike, Bool, PyTree, Real
@@ -20,8 +21,8 @@ from ..flow_maps._inverse import check_composable
 from ._hybrid import can_correct, check_fallback, default_nodes, is_implicit
 from ._predict import correct, is_fine, predict
 
-# Of a sample of this many, so large a share must pass for the others to be tried.
-_SAMPLE, _LEAST_SHARE = 32, 1 / 8
+# After so many examples, one in so many must have passed for others to be tried.
+_SAMPLE, _SHARE = 16, 8
 
 
 class BatchSolution(NamedTuple):
@@ -66,7 +67,7 @@ def solve_batch(
     are not good enough are gathered and corrected, and those that still are not are
     solved by the classical solver, both in chunks. So an easy example neither waits for
     hard ones nor pays for them, as it would under `jax.vmap`. A map that fails on most of
-    a small sample is not tried on the rest.
+    the first chunks is not tried on the others.
 
     ```python
     solution = fd.solve_batch(
@@ -90,8 +91,8 @@ def solve_batch(
     - `rtol`, `atol`: the tolerances of the jumps and of the classical solver, positive.
     - `fallback`: a Diffrax solver for `diffrax.ODETerm` with an error estimate.
     - `num_nodes`, `safety`: as in [`flowdiffrax.HybridSolver`][].
-    - `chunk_size`: the number of examples that are solved classically side by side, at
-      least 1. Small chunks wait less for their slowest example.
+    - `chunk_size`: the number of examples that are worked on side by side, at least 1.
+      Small chunks wait less for their slowest example, and fit a processor's caches.
     - `max_steps`: the largest number of classical steps in an interval.
 
     **Returns:** a [`flowdiffrax.solvers.BatchSolution`][].
@@ -173,22 +174,22 @@ def solve_batch(
             return run
 
         predicts, corrects_from, solves = map(on_rows, (predicted, corrected, classical))
-        sample = jnp.arange(min(_SAMPLE, num)) * (num // min(_SAMPLE, num))
-        nodes, is_good, is_close = predicts(sample)
-        if corrects:
-            is_good |= is_close & corrects_from(sample, nodes)[1]
-        is_useful = is_good.mean() >= _LEAST_SHARE
         blank = jax.eval_shape(predicts, jnp.arange(num))
         blank = jtu.tree_map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), blank)
-        asked = jnp.full(num, is_useful)
-        nodes, is_good, is_close = _redo(asked, blank, predicts, chunk_size)
+        nodes, is_good, is_close = _redo(
+            jnp.ones(num, bool),
+            blank,
+            predicts,
+            lambda made: made[1] | made[2],
+            chunk_size,
+        )
         found = jtu.tree_map(lambda leaf: leaf[:, -1], nodes.states), is_good
         if corrects:
             run = lambda rows: corrects_from(rows, _take(nodes, rows))
-            found = _redo(is_close, found, run, chunk_size)
+            found = _redo(is_close, found, run, lambda made: made[1], chunk_size)
         y, is_learned = found
         done = y, jnp.ones(num, bool)
-        y, is_good = _redo(~is_learned, done, solves, chunk_size)
+        y, is_good = _redo(~is_learned, done, solves, None, chunk_size)
         return y, (y, is_learned, is_good)
 
     _, (ys, is_learned, is_good) = lax.scan(segment, x0, (ts[:-1], ts[1:]))
@@ -205,25 +206,38 @@ def _redo(
     needs: Bool[Array, " examples"],
     values: PyTree,
     run: Callable[[Array], PyTree],
+    passes: Callable[[PyTree], Array] | None,
     chunk_size: int,
 ) -> PyTree:
     """Replaces the rows that need it by those that `run` returns for their indices.
 
-    They are gathered in chunks, of which the others are skipped.
+    They are gathered in chunks, of which the others are skipped; and so are those that
+    follow as soon as hardly any of the rows so far have passed.
     """
     num = len(needs)
+    chunk_size = min(chunk_size, num)
     num_chunks = -(-num // chunk_size)
+    # The first rows are a sample of the batch, whatever its order.
+    mixed = jnp.asarray(np.argsort(np.arange(num) * (5**0.5 - 1) / 2 % 1))
     # Those that need it come first. The last chunk is filled up.
-    order = jnp.resize(jnp.argsort(~needs), (num_chunks * chunk_size,))
+    order = mixed[jnp.resize(jnp.argsort(~needs[mixed]), (num_chunks * chunk_size,))]
     is_needed = needs[order] & (jnp.arange(len(order)) < num)
 
-    def chunk(given):
+    def chunk(counts, given):
         rows, is_needed = given
-        skip = lambda: _take(values, rows)
-        return lax.cond(is_needed.any(), lambda: run(rows), skip)
+        tried, passed = counts
+        goes_on = (tried < _SAMPLE) | (_SHARE * passed >= tried)
+        is_run = goes_on & is_needed.any()
+        made = lax.cond(is_run, lambda: run(rows), lambda: _take(values, rows))
+        if passes is not None:
+            count = lambda rows: jnp.sum(rows & is_needed & is_run, dtype=jnp.int32)
+            counts = tried + count(is_needed), passed + count(passes(made))
+        return counts, made
 
     by_chunks = lambda leaf: leaf.reshape(num_chunks, chunk_size)
-    new = lax.map(chunk, (by_chunks(order), by_chunks(is_needed)))
+    chunks = by_chunks(order), by_chunks(is_needed)
+    zero = jnp.zeros((), jnp.int32)
+    _, new = lax.scan(chunk, (zero, zero), chunks)
     # An index out of range is dropped.
     rows = jnp.where(is_needed, order, num)
 
