@@ -294,9 +294,10 @@ class HybridSolver(diffrax.AbstractImplicitSolver, diffrax.AbstractAdaptiveSolve
         taken = as_predicted
         if corrects:
             wanted = asked & ~as_predicted & (made.is_close | implicit)
-            fixed = freeze((field, args))
+            fixed_field, fixed_args = freeze((field, args))
             corrected = run_if_any(
-                wanted, lambda: correct(nodes, *fixed, norm, wanted, implicit)
+                wanted,
+                lambda: correct(nodes, fixed_field, fixed_args, norm, wanted, implicit),
             )
             states, error = where(wanted, corrected, (states, error))
             ratio = norm(error, last(states))

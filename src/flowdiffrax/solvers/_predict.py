@@ -121,21 +121,25 @@ def correct(
     """
     linear = linearise(nodes, teacher, args)
 
+    # What a step changes of the nodes.
+    changing = lambda nodes: (nodes.states, nodes.rates, nodes.probe_rate)
+
     def step(carry):
-        nodes, *_, is_first, _ = carry
-        errors, gap = newton_step(nodes, linear)
-        states = jtu.tree_map(jnp.subtract, nodes.states, errors)
+        changed, *_, is_first, _ = carry
+        states, rates, probe_rate = changed
+        at = nodes._replace(states=states, rates=rates, probe_rate=probe_rate)
+        errors, gap = newton_step(at, linear)
+        states = jtu.tree_map(jnp.subtract, states, errors)
         part = jnp.where(is_first & (not implicit), _LEFT, 1)
         error = jtu.tree_map(_total, scale(part, last(errors)), gap)
         is_trusted = (norm(error, last(states)) < 0.5) & (not implicit)
         is_done = ~wanted | ~is_first | is_trusted
-        move = lambda: at_states(nodes, states, teacher, args)
-        moved = where(is_done, nodes, run_if_any(~is_done, move))
-        return moved, states, error, jnp.zeros_like(is_first), is_done
+        move = lambda: changing(at_states(at, states, teacher, args))
+        moved = where(is_done, changed, run_if_any(~is_done, move))
+        return moved, states, error, is_first & False, is_done
 
-    # Like the states, so that a loop under `jax.shard_map` can carry it.
     no = wanted & False
-    start = nodes, nodes.states, last(nodes.states), ~no, no
+    start = changing(nodes), nodes.states, last(nodes.states), ~no, no
     _, states, error, _, _ = lax.while_loop(lambda carry: ~carry[-1], step, start)
     return states, error
 

@@ -1,6 +1,6 @@
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import diffrax
 import jax
@@ -206,7 +206,7 @@ def _redo(
     needs: Bool[Array, " examples"],
     values: PyTree,
     run: Callable[[Array], PyTree],
-    passes: Callable[[PyTree], Array] | None,
+    passes: Callable[[Any], Any] | None,
     chunk_size: int,
 ) -> PyTree:
     """Replaces the rows that need it by those that `run` returns for their indices.
