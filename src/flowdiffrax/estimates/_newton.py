@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+from jax import lax
 from jaxtyping import Array, Float
 
 from .._tree import freeze, ravel
@@ -34,14 +35,16 @@ class Linearised(NamedTuple):
         self, defects: Float[Array, "nodes size"], num_passes: int = 2
     ) -> Float[Array, "nodes size"]:
         """Returns the errors at the nodes, to first order in the defects."""
-        found = self.carried.errors(defects)
         matrix = jnp.asarray(radau(len(defects)).from_start, defects.dtype)
-        # Each further pass is for what the others leave of the linear equations.
-        for _ in range(num_passes - 1):
+        length = self.length.astype(defects.dtype)
+
+        # Each pass is for what the others leave of the linear equations.
+        def improve(_, found):
             slopes = jnp.einsum("kij,kj->ki", self.jacobians, found)
-            rest = defects - found + self.length.astype(defects.dtype) * (matrix @ slopes)
-            found = found + self.carried.errors(rest)
-        return found
+            rest = defects - found + length * (matrix @ slopes)
+            return found + self.carried.errors(rest)
+
+        return lax.fori_loop(0, num_passes, improve, jnp.zeros_like(defects))
 
     def gap(self, nodes: Nodes) -> Float[Array, " size"]:
         """Returns how wrong the integral over the jump may be."""
