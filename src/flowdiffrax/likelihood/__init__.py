@@ -1,5 +1,7 @@
-"""Densities under flow maps: traces, log-determinants and inversion."""
+"""Densities under flow maps: traces, log-determinants, inversion and sampling."""
 
+from ._delayed_acceptance import DelayedAcceptance as DelayedAcceptance
+from ._delayed_acceptance import DelayedAcceptanceState as DelayedAcceptanceState
 from ._inversion import Inversion as Inversion
 from ._inversion import invert as invert
 from ._likelihood import PullBack as PullBack
