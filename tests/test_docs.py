@@ -16,7 +16,7 @@ PAGES = pages.pages()
 # These take longer than a quick test may, in short as well.
 SLOW = {
     *("coming-from", "data", "extending", "fid", "getting-started", "networks"),
-    *("objectives", "recipes", "scientific", "testing", "training"),
+    *("objectives", "posteriors", "recipes", "scientific", "testing", "training"),
     *("tutorials/density", "tutorials/images", "tutorials/likelihoods"),
     *("tutorials/ode", "tutorials/self-distillation"),
 }
@@ -32,11 +32,16 @@ def test_code_of_page(name, tmp_path, monkeypatch):
     if name.endswith("interoperability.md"):
         pytest.importorskip("distreqx")
         pytest.importorskip("flowjax")
+    if name.endswith("posteriors.md"):
+        pytest.importorskip("blackjax")
     with contextlib.ExitStack() as stack:
         # Pages are written for JAX's own settings, not for those of the tests.
         stack.enter_context(jax.enable_x64(False))
         stack.enter_context(jax.numpy_dtype_promotion("standard"))
         stack.enter_context(jax.numpy_rank_promotion("allow"))
+        if name.endswith("posteriors.md"):
+            # The check takes keys in loops under `vmap` for a second use.
+            stack.enter_context(jax.debug_key_reuse(False))
         outputs = pages.run(PAGES[name], short=True)
     compared = zip(pages.blocks(PAGES[name]), outputs, strict=True)
     wrong = [pages.difference(block, out, short=True) for block, out in compared]
@@ -49,6 +54,8 @@ def test_page_at_full_length(name):
     if name.endswith("interoperability.md"):
         pytest.importorskip("distreqx")
         pytest.importorskip("flowjax")
+    if name.endswith("posteriors.md"):
+        pytest.importorskip("blackjax")
     # As a reader runs it: without the settings of the tests.
     command = [sys.executable, pages.__file__, str(PAGES[name])]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)

@@ -49,6 +49,7 @@ SCRIPTS = {
     "images_fashion.png": "benchmarks/images.py",
     "learn_solver.png": "docs/tutorials/ode.md",
     "objectives.png": "examples/compare_objectives.py",
+    "posterior.png": "examples/posterior.py",
     "scaling.png": "benchmarks/scaling.py",
 }
 
