@@ -14,7 +14,7 @@ number of calls is the depth of a solve.
 
 A second table has pulses: a stimulus of 2 units, at 37 onsets, that the exact map of the
 neuron without a stimulus does not know. A third one has the time of tracing and compiling
-a solve.
+a solve. A figure shows one solve, with the predictions and what they are corrected to.
 """
 
 import argparse
@@ -26,6 +26,7 @@ import diffrax
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import matplotlib.pyplot as plt
 import numpy as np
 
 import flowdiffrax as fd
@@ -200,6 +201,49 @@ def pulses():
     return found
 
 
+def draw(path):
+    """A map that is off by ten tolerances, and what the vector field makes of it."""
+    tol, x = 1e-3, jnp.asarray([-1.0, 1.0])
+    flow_map = disturbed(10 * tol, 3)
+    field = lambda t, x, args: neuron(x)
+    saveat = diffrax.SaveAt(steps=True, dense=True, solver_state=True)
+    sol = diffrax.diffeqsolve(
+        diffrax.ODETerm(field),
+        fd.HybridSolver(flow_map),
+        0.0,
+        T1,
+        2 * T1,
+        x,
+        saveat=saveat,
+        stepsize_controller=diffrax.PIDController(rtol=tol, atol=tol),
+        max_steps=64,
+    )
+    ends = sol.ts[jnp.isfinite(sol.ts)]
+    starts = jnp.concatenate([jnp.zeros(1), ends[:-1]])
+    states = jnp.concatenate([x[None], sol.ys[: len(ends) - 1]])
+    ts = jnp.linspace(0.0, T1, 801)[1:]
+    index = jnp.searchsorted(ends, ts)
+    truth = jax.vmap(lambda t: exact(t, x))(ts)
+    made = jax.vmap(sol.evaluate)(ts)
+    jump = jax.vmap(lambda k, t: flow_map(starts[k], t, states[k], None))(index, ts)
+    _, axes = plt.subplots(2, 1, figsize=(9, 6), sharex=True, layout="constrained")
+    axes[0].plot(ts, truth[:, 0], color="0.8", lw=6, label="exact")
+    axes[0].plot(ts, jump[:, 0], color="tab:orange", lw=1, label="predicted by the map")
+    axes[0].plot(ts, made[:, 0], color="tab:blue", lw=1.5, label="corrected")
+    axes[0].set(ylabel="v")
+    for us, colour in ((jump, "tab:orange"), (made, "tab:blue")):
+        error = jnp.max(jnp.abs(us - truth), axis=1)
+        axes[1].semilogy(ts, error, color=colour, lw=1)
+    axes[1].axhline(tol, color="k", lw=0.8, ls=":", label="tolerance")
+    axes[1].set(xlabel="time", ylabel="largest error", ylim=(1e-8, 1))
+    for axis in axes:
+        for end in starts[1:]:
+            axis.axvline(end, color="0.6", lw=0.8)
+        axis.legend(loc="upper right")
+    plt.savefig(path, dpi=110)
+    print(f"{int(sol.solver_state.num_learned)} jumps, in {path}")
+
+
 def compilation():
     flow_map = fd.FlowMap(fd.nn.MLP(2, 64, 3, key=jr.key(0)))
     x = jnp.zeros(2)
@@ -223,6 +267,7 @@ def compilation():
 def main(options):
     jax.config.update("jax_enable_x64", True)
     options.out.mkdir(parents=True, exist_ok=True)
+    draw(options.out / "predict_and_correct.png")
     found = {"compilation": compilation(), "pulses": pulses()}
     found["smooth"] = smooth_map(options)
     (options.out / "evaluations.json").write_text(json.dumps(found, indent=1))

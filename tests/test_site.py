@@ -50,6 +50,7 @@ SCRIPTS = {
     "learn_solver.png": "docs/tutorials/ode.md",
     "objectives.png": "examples/compare_objectives.py",
     "posterior.png": "examples/posterior.py",
+    "predict_and_correct.png": "benchmarks/evaluations.py",
     "scaling.png": "benchmarks/scaling.py",
 }
 
