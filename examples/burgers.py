@@ -19,12 +19,13 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import matplotlib.pyplot as plt
+import numpy as np
 import optax
 
 import flowdiffrax as fd
 
-N, T1, RANGE = 96, 1.0, jnp.log(2.0)  # points, last time, range of `args`
-X, WAVES = jnp.arange(N) / N, 2 * jnp.pi * jnp.arange(N // 2 + 1)[:, None] / N
+N, T1, RANGE = 96, 1.0, np.log(2.0)  # points, last time, range of `args`
+X, WAVES = np.arange(N) / N, 2 * np.pi * np.arange(N // 2 + 1)[:, None] / N
 
 
 def advect(u):

@@ -17,7 +17,6 @@ import argparse
 import pathlib
 import time
 
-import blackjax
 import diffrax
 import jax
 import jax.numpy as jnp
@@ -87,9 +86,19 @@ def run(chain, starts, key, num_samples):
     return jax.block_until_ready(compiled(*inputs)), time.process_time() - begin
 
 
+def load_blackjax():
+    try:
+        import blackjax
+    except ImportError as error:
+        raise SystemExit(
+            'blackjax is missing: pip install "flowdiffrax[posteriors]"'
+        ) from error
+    return blackjax
+
+
 def compare(cheap, exact, size, key, chains, num_samples, nuts_steps, tuning):
     """Samples by the map, by the map with the correction, and by the classical solver."""
-    keys, samples = jr.split(key, 5), {}
+    blackjax, keys, samples = load_blackjax(), jr.split(key, 5), {}
     # Thousands of draws of the prior cost little through the map: start from the best.
     draws = jr.truncated_normal(keys[0], -RANGE, RANGE, (8192, size))
     starts = draws[jnp.argsort(-jax.jit(jax.vmap(cheap))(draws))[:chains]]
@@ -138,6 +147,7 @@ def main(
     out="out/posterior/lotka_volterra.safetensors",
 ):  # fmt: skip
     """Learns the map, samples, prints the table and draws the figure."""
+    load_blackjax()  # before the minutes of learning
     path, keys = pathlib.Path(out), jr.split(jr.key(1), 3)
     if not path.exists():
         x0 = lambda key: X0 + 1e-3 * jr.normal(key, (2,))

@@ -65,6 +65,7 @@ def main(
     out="out/posterior/robertson.safetensors",
 ):  # fmt: skip
     """Learns the map, samples, prints the table and draws the figure."""
+    posterior.load_blackjax()  # before the minutes of learning
     path, keys = pathlib.Path(out), jr.split(jr.key(1), 3)
     if not path.exists():
         low, high = -posterior.RANGE, posterior.RANGE

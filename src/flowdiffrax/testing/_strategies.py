@@ -224,12 +224,7 @@ def vector_fields(shape: int | Sequence[int] = (2,)) -> Strategy:
 
 def gaussian_flows(
     shape: int | Sequence[int] = (2,),
-    interpolants: Sequence[AbstractInterpolant] = (
-        LinearInterpolant(),
-        TrigonometricInterpolant(),
-        VariancePreservingInterpolant(),
-        LinearInterpolant(latent=SineSquaredLatent(0.5)),
-    ),
+    interpolants: Sequence[AbstractInterpolant] | None = None,
 ) -> Strategy:
     """Exact flow maps from one random Gaussian to another.
 
@@ -239,10 +234,18 @@ def gaussian_flows(
     **Arguments:**
 
     - `shape`: the shape of the states.
-    - `interpolants`: the interpolants to draw from.
+    - `interpolants`: the interpolants to draw from; `None` for the linear, the
+      trigonometric and the variance-preserving one, and the linear one with a latent.
 
     **Raises:** `ImportError` without Hypothesis.
     """
+    if interpolants is None:
+        interpolants = (
+            LinearInterpolant(),
+            TrigonometricInterpolant(),
+            VariancePreservingInterpolant(),
+            LinearInterpolant(latent=SineSquaredLatent(0.5)),
+        )
     st = hypothesis_module(".strategies")
     hnp = hypothesis_module(".extra.numpy")
     shape = (shape,) if isinstance(shape, int) else tuple(shape)
