@@ -335,7 +335,9 @@ def unet(shape, **settings):
     return fd.nn.UNet(shape, 4, (1, 2), 1, **settings, key=jr.key(0))
 
 
-@pytest.mark.parametrize("shape", [(8, 2), (4, 2, 4, 1)])
+@pytest.mark.parametrize(
+    "shape", [(8, 2), pytest.param((4, 2, 4, 1), marks=pytest.mark.slow)]
+)
 def test_unet_on_a_grid(shape):
     net, x = unet(shape, boundary="periodic"), field(*shape)
     assert_close(value(net, S, T, x), jnp.zeros(shape), 0, 0)
