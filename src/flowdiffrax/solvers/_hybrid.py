@@ -137,8 +137,9 @@ class HybridSolver(diffrax.AbstractImplicitSolver, diffrax.AbstractAdaptiveSolve
     theorem; and of the classical solver otherwise, whatever the map returns there.
 
     Events are detected at the ends of steps and located within them, on the polynomial
-    through the nodes if the step is a jump. An event that begins and ends within a long
-    jump is missed.
+    through the nodes if the step is a jump. Use `optimistix.Bisection` as the root finder
+    of the event: Newton's method may leave a long jump. An event that begins and ends
+    within one is missed.
 
     **Arguments:**
 
