@@ -9,8 +9,7 @@ from .._types import Args, State, Time, TwoTimeMap, VectorField
 class AbstractErrorEstimate(eqx.Module):
     """An estimate of the error of a single jump, computed without the true solution.
 
-    [`flowdiffrax.AdaptiveFlowMapSolver`][] and [`flowdiffrax.HybridSolver`][] use it to
-    decide whether to accept a jump.
+    [`flowdiffrax.AdaptiveFlowMapSolver`][] uses it to decide whether to accept a jump.
 
     **Attributes:**
 
@@ -37,23 +36,6 @@ class AbstractErrorEstimate(eqx.Module):
         It returns both because most estimates compute the jump anyway. Both are like `x`.
         The sign of the error has no meaning.
         """
-
-    def correct(
-        self,
-        flow_map: TwoTimeMap,
-        teacher: VectorField,
-        s: Time,
-        t: Time,
-        x: State,
-        args: Args = None,
-    ) -> tuple[State, State, State]:
-        """Returns the jump, a better state at its end, and the estimated error of that.
-
-        The better state is the jump itself, unless the estimate knows the direction of
-        the error. The estimated error may be that of the jump, which is larger.
-        """
-        end, error = self(flow_map, teacher, s, t, x, args)
-        return end, end, error
 
 
 def check_estimate(estimate: object) -> None:

@@ -9,7 +9,7 @@ overestimated.
 """
 
 import abc
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
@@ -203,11 +203,9 @@ class AbstractCollocationEstimate(AbstractErrorEstimate):
     **Attributes:**
 
     - `num_nodes`: the number of nodes.
-    - `has_direction`: whether the error is a vector that can be subtracted.
     """
 
     num_nodes: int = eqx.field(static=True, default=8)
-    has_direction: ClassVar[bool] = True
 
     def __check_init__(self):
         check_at_least(self.num_nodes, 1, "num_nodes")
@@ -242,20 +240,6 @@ class AbstractCollocationEstimate(AbstractErrorEstimate):
     ) -> tuple[State, State]:
         end, error, gap = self.errors(flow_map, teacher, s, t, x, args)
         return end, _total(error, gap)
-
-    def correct(
-        self,
-        flow_map: TwoTimeMap,
-        teacher: VectorField,
-        s: Time,
-        t: Time,
-        x: State,
-        args: Args = None,
-    ) -> tuple[State, State, State]:
-        """Returns the jump, the jump less its error, and the error of the jump."""
-        end, error, gap = self.errors(flow_map, teacher, s, t, x, args)
-        better = subtract(end, error) if self.has_direction else end
-        return end, better, _total(error, gap)
 
 
 def _total(error: State, gap: State) -> State:

@@ -1,5 +1,3 @@
-from typing import ClassVar
-
 import jax.numpy as jnp
 import jax.tree_util as jtu
 
@@ -29,8 +27,6 @@ class PicardDefect(AbstractCollocationEstimate):
 
     **Raises:** `ValueError` if `num_nodes` is less than 1.
     """
-
-    has_direction: ClassVar[bool] = False
 
     def errors(
         self,
