@@ -121,7 +121,7 @@ def test_only_chunks_with_failures_are_solved():
 def test_args_and_trees():
     field = lambda t, x, args: {"a": -args["rate"] * x["a"]}
     flow_map = lambda s, t, x, args: {"a": x["a"] * jnp.exp(args["rate"] * (s - t))}
-    x0, rates = {"a": XS}, {"rate": jnp.linspace(0.5, 2.0, len(XS))}
+    x0, rates = {"a": XS}, {"rate": np.linspace(0.5, 2.0, len(XS))}
     given = jnp.asarray([0.0, 1.0]), x0
     tols = dict(rtol=1e-6, atol=1e-6)
     each = fd.solve_batch(flow_map, field, *given, rates, args_per_example=True, **tols)

@@ -24,8 +24,8 @@ class AlekseevGroebner(AbstractCollocationEstimate):
     see [`flowdiffrax.estimates.DefectCorrectedFlowMap`][].
 
     If the map's Jacobian is accurate, this is sharp for states of any size. It takes
-    `num_nodes` evaluations of the map and as many forward-mode passes through it, and
-    `num_nodes + 1` calls of the teacher.
+    `num_nodes + 1` evaluations of the map, `num_nodes` forward-mode passes through it,
+    and `num_nodes + 2` calls of the teacher.
 
     **Arguments:**
 

@@ -18,9 +18,10 @@ class LinearisedError(AbstractCollocationEstimate):
 
     !!! info "Numerics"
 
-        It takes `num_nodes` evaluations of the map, `num_nodes + 1` calls of the teacher,
-        `num_nodes` Jacobians of the teacher, and for each node a linear solve for twice
-        as many unknowns as entries. It is therefore meant for states of few entries.
+        It takes `num_nodes + 1` evaluations of the map, `num_nodes + 2` calls of the
+        teacher, `num_nodes` Jacobians of the teacher, and for each node a linear solve
+        for twice as many unknowns as entries. It is therefore meant for states of
+        few entries.
 
     **Arguments:**
 

@@ -8,7 +8,7 @@ import jax.tree_util as jtu
 from jax import lax
 from jaxtyping import Array, Float
 
-from .._tree import freeze, ravel
+from .._tree import freeze, ravel, subtract
 from .._types import Args, State, Time, VectorField
 from ._collocation import Nodes, misses, picard_defects
 from ._quadrature import radau
@@ -103,13 +103,11 @@ def implicit_states(
     what the vector field depends on are those of the solution of the equations.
     """
 
-    def at(x, teacher, args, states):
-        rates = jax.vmap(lambda u, y: teacher(u, y, args))(us, states)
-        return Nodes(x, x, us[-1] - s, us, states, rates, us[-1], x)
-
     fixed = freeze(states)
-    linear = freeze(linearise(*freeze((at(x, teacher, args, fixed), teacher, args))))
-    defects = flat_rows(picard_defects(at(x, teacher, args, fixed)))
+    rates = jax.vmap(lambda u, y: teacher(u, y, args))(us, fixed)
+    nodes = Nodes(x, x, us[-1] - s, us, fixed, rates, us[-1], x)
+    linear = freeze(linearise(*freeze((nodes, teacher, args))))
+    defects = flat_rows(picard_defects(nodes))
     _, unravel = ravel(x, _NAME)
     errors = jax.vmap(unravel)(linear.errors(defects, num_passes=4))
-    return jtu.tree_map(jnp.subtract, fixed, errors)
+    return subtract(fixed, errors)

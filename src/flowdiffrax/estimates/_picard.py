@@ -18,8 +18,8 @@ class PicardDefect(AbstractCollocationEstimate):
     It ignores whether the ODE amplifies or damps an error, as classical solvers do when
     they estimate the error of a step.
 
-    It takes `num_nodes` evaluations of the map, which include the jump, and
-    `num_nodes + 1` of the teacher.
+    It takes `num_nodes + 1` evaluations of the map, which include the jump, and
+    `num_nodes + 2` of the teacher.
 
     **Arguments:**
 

@@ -41,7 +41,7 @@ class HybridState(NamedTuple):
     - `num_learned`, `num_classical`: the numbers of accepted steps of each kind so far.
     - `wait`: for how many more steps the map is not tried.
     - `patience`: for how many steps it will not be tried after its next failure.
-    - `shortest`: the minimum length of a jump, the length of the last classical step.
+    - `shortest`: the length of the last classical step.
     - `is_fresh`: whether `fallback` belongs to the last step.
     - `fallback`: the state of the classical solver.
     """
@@ -92,11 +92,12 @@ class HybridSolver(diffrax.AbstractImplicitSolver, diffrax.AbstractAdaptiveSolve
         polynomial through the nodes misses the vector field at the start, and at one more
         time that differs from jump to jump. A jump is taken if the norm of their sum,
         scaled by `atol + rtol * |y|` as in the step size controller, is below `safety`,
-        all its values are finite, its times lie in the map's `time_range`, and it is
-        worth several of the last classical steps. Tolerances and norm are those of the
-        controller.
+        all its values are finite, its times lie in the map's `time_range`, and it is at
+        least `num_nodes / 3` times as long as the last classical step; with an implicit
+        fallback, as long as that. Tolerances and norm are those of the controller.
 
-        A jump that nearly meets the tolerance is tried again with a shorter step. If it
+        If neither a jump nor a classical step of its length meets the tolerance, a
+        shorter jump is tried, as long as the map is nearly right. If a jump
         is refused, or could not have been much longer, the map is not tried for the next
         four steps, then for 16 and 64, up to `max_wait`; and then with a step that is
         long enough. If a jump does better, the map is tried again at once. As with any
@@ -124,11 +125,12 @@ class HybridSolver(diffrax.AbstractImplicitSolver, diffrax.AbstractAdaptiveSolve
 
     !!! info "Cost"
 
-        A prediction takes an evaluation of the map and of the vector field at each node,
-        and two more. A correction adds the Jacobian of the vector field at each node, and
-        its check another evaluation. The calls do not wait for each other: a step is as
-        deep as two to four calls. Under `jax.vmap`, all examples step together until the
-        last one is done. Each turn pays for the map if any example tries it, and for the
+        A look at a short part of the jump takes two evaluations of the map and of the
+        vector field. A prediction takes one at each node, one more of the map, and two
+        more of the vector field. A correction adds the Jacobian of the vector field at
+        each node, and its check another evaluation. The calls do not wait for each other:
+        a step is as deep as two to four calls. Under `jax.vmap`, all examples step
+        together until the last one is done. Each turn pays for the map if any example tries it, and for the
         classical solver if any example needs it. For a batch, use
         [`flowdiffrax.solve_batch`][].
 

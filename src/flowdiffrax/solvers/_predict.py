@@ -10,7 +10,7 @@ from jax import lax
 from jaxtyping import Array
 
 from .._time import times_like
-from .._tree import all_finite, scale
+from .._tree import all_finite, scale, subtract
 from .._types import Args, State, Time, TwoTimeMap, VectorField
 from ..estimates._collocation import (
     Nodes,
@@ -59,7 +59,7 @@ def is_hopeless(
     both = jtu.tree_map(_total, moves, expected)
     # What is far below the tolerance may be rounding.
     least = jnp.maximum(_WRONG * norm(both, end), 0.05)
-    return ~(norm(jtu.tree_map(jnp.subtract, moves, expected), end) < least)
+    return ~(norm(subtract(moves, expected), end) < least)
 
 
 class Prediction(NamedTuple):
@@ -129,7 +129,7 @@ def correct(
         states, rates, probe_rate = changed
         at = nodes._replace(states=states, rates=rates, probe_rate=probe_rate)
         errors, gap = newton_step(at, linear)
-        states = jtu.tree_map(jnp.subtract, states, errors)
+        states = subtract(states, errors)
         part = jnp.where(is_first & (not implicit), _LEFT, 1)
         error = jtu.tree_map(_total, scale(part, last(errors)), gap)
         is_trusted = (norm(error, last(states)) < 0.5) & (not implicit)

@@ -70,13 +70,17 @@ def solve_batch(
     the first chunks is not tried on the others.
 
     ```python
-    solution = fd.solve_batch(
-        flow_map, vector_field, jnp.linspace(0.0, 10.0, 3), x0, rtol=1e-3, atol=1e-6
-    )
-    solution.ys, solution.is_learned.mean()
+    ts = jnp.linspace(0.0, 10.0, 3)
+
+    @jax.jit
+    def solve(x0):
+        return fd.solve_batch(flow_map, vector_field, ts, x0, rtol=1e-3, atol=1e-6)
+
+    solve(x0).ys, solve(x0).is_learned.mean()
     ```
 
-    It works under `jax.jit`. For gradients, use a [`flowdiffrax.HybridSolver`][].
+    Call it inside `jax.jit`: otherwise it is compiled at every call. For gradients, use
+    a [`flowdiffrax.HybridSolver`][].
 
     **Arguments:**
 
@@ -199,7 +203,7 @@ def solve_batch(
 
 
 def _take(tree: PyTree, rows: Array) -> PyTree:
-    return jtu.tree_map(lambda leaf: leaf[rows], tree)
+    return jtu.tree_map(lambda leaf: jnp.asarray(leaf)[rows], tree)
 
 
 def _redo(
