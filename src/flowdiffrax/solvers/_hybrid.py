@@ -97,12 +97,11 @@ class HybridSolver(diffrax.AbstractImplicitSolver, diffrax.AbstractAdaptiveSolve
         fallback, as long as that. Tolerances and norm are those of the controller.
 
         If neither a jump nor a classical step of its length meets the tolerance, a
-        shorter jump is tried, as long as the map is nearly right. If a jump
-        is refused, or could not have been much longer, the map is not tried for the next
-        four steps, then for 16 and 64, up to `max_wait`; and then with a step that is
-        long enough. If a jump does better, the map is tried again at once. As with any
-        solver, errors are controlled at the ends of steps; to make steps end at the saved
-        times, use
+        shorter jump is tried, as long as the map is nearly right. If a jump is refused,
+        or could not have been much longer, the map is not tried for the next four steps,
+        then for 16 and 64, up to `max_wait`; and then with a step that is long enough. If
+        a jump does better, the map is tried again at once. As with any solver, errors are
+        controlled at the ends of steps; to make steps end at the saved times, use
         `diffrax.ClipStepSizeController(controller, step_ts=ts)`.
 
         Newton steps need the Jacobians of the vector field, and are made for states of up
@@ -130,8 +129,8 @@ class HybridSolver(diffrax.AbstractImplicitSolver, diffrax.AbstractAdaptiveSolve
         more of the vector field. A correction adds the Jacobian of the vector field at
         each node, and its check another evaluation. The calls do not wait for each other:
         a step is as deep as two to four calls. Under `jax.vmap`, all examples step
-        together until the last one is done. Each turn pays for the map if any example tries it, and for the
-        classical solver if any example needs it. For a batch, use
+        together until the last one is done. Each turn pays for the map if any example
+        tries it, and for the classical solver if any example needs it. For a batch, use
         [`flowdiffrax.solve_batch`][].
 
     Gradients are those of the steps that were taken: of the map for a jump that was taken

@@ -18,9 +18,10 @@ class Jump:
     The latter is a polynomial through given states. The former evaluates the map itself
     while Diffrax works on a step, to save at `ts`, which is exact. To store it, for
     `SaveAt(dense=True)` or an event, JAX flattens it to arrays. They cannot include a
-    copy of the map's parameters for each step, and a closure would leak tracers. Instead they are the start and the Chebyshev
-    series in $t$ of $X_{s,t}(y_0) - y_0$, whose error decreases geometrically with the
-    degree. The map is evaluated at the series' nodes only if the step is stored.
+    copy of the map's parameters for each step, and a closure would leak tracers. Instead
+    they are the start and the Chebyshev series in $t$ of $X_{s,t}(y_0) - y_0$, whose
+    error decreases geometrically with the degree. The map is evaluated at the series'
+    nodes only if the step is stored.
     """
 
     # `Any` and not `State`: JAX also unflattens placeholders that are not arrays.
