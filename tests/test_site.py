@@ -44,7 +44,6 @@ SCRIPTS = {
     "burgers.png": "examples/burgers.py",
     "checkerboard.png": "examples/checkerboard.py",
     "digits.png": "examples/digits.py",
-    "error_estimates.png": "benchmarks/error_estimates.py",
     "images_digits.png": "benchmarks/images.py",
     "images_fashion.png": "benchmarks/images.py",
     "learn_solver.png": "docs/tutorials/ode.md",

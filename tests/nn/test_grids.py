@@ -475,3 +475,10 @@ FIELD = r"one field of shape \(n, 2\), the channels last; got "
 def test_refusals(act, error, match):
     with without_type_checks(), pytest.raises(error, match=match):
         act()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_complex_fields_are_refused(kind):
+    net, x = KINDS[kind]((11, 2)), field(11, 2)
+    with without_type_checks(), pytest.raises(TypeError, match="two channels"):
+        net(S, T, jax.lax.complex(x, x))

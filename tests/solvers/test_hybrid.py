@@ -516,6 +516,14 @@ def test_a_jump_that_is_off_is_corrected(t0, t1, times_tol):
     assert max_abs(sol.ys[0] - truth) < tol
 
 
+def test_many_nodes_in_single_precision():
+    x, times = X.astype(jnp.float32), jnp.asarray([0.0, 1.0], jnp.float32)
+    flow_map = lambda s, t, x, args: x * jnp.exp(s - t)
+    options = {"num_nodes": 64}
+    sol = solve(flow_map, *times, x, field=downwards, tol=1e-3, options=options)
+    assert counts(sol)[0] == 1
+
+
 def test_an_error_that_oscillates_is_no_larger_for_that():
     # Its time derivative is 30 times as large.
     sol = swung(Swinging(jnp.asarray(1e-6), jnp.asarray(30.0)), tol=1e-4)

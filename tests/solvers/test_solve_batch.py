@@ -168,6 +168,8 @@ def test_safety():
         ({"chunk_size": 0}, "`chunk_size` must be at least 1"),
         ({"num_nodes": 1}, "`num_nodes` must be at least 2"),
         ({"safety": 0.0}, "`safety` must be"),
+        ({"safety": 3.0}, "`safety` must be"),
+        ({"ts": (0.1, np.nan)}, "`ts` must be finite"),
         ({"max_steps": 0}, "`max_steps` must be at least 1"),
         ({"ts": (0.1,)}, "at least two times"),
         ({"fallback": diffrax.Euler()}, "error estimate"),

@@ -300,3 +300,9 @@ def test_map_of_the_library_in_its_time_range():
     assert isinstance(Ranged(), fd.AbstractFlowMap)
     found = testing.check(Ranged(), decay, state=X, identities=["semigroup"])
     assert "in [2.0, 3.0]" in found.looked_at
+
+
+@pytest.mark.parametrize("t0, t1", [(1.0, 1.0), (float("nan"), 1.0), (0.0, np.inf)])
+def test_interval_without_a_length(t0, t1):
+    with pytest.raises(ValueError, match="must be finite and not empty"):
+        testing.check(lambda s, t, x: x, state=X, t0=t0, t1=t1, identities=["inverse"])

@@ -188,7 +188,9 @@ def at_share(nodes: np.ndarray, share: Array) -> Float[Array, " nodes"]:
     """Returns the weights for the value at `share` of the polynomial through nodes."""
     gaps = nodes[:, None] - nodes[None, :]
     np.fill_diagonal(gaps, 1.0)
-    barycentric = jnp.asarray(1 / np.prod(gaps, axis=1), share.dtype)
+    barycentric = 1 / np.prod(gaps, axis=1)
+    # Only their ratios matter, and for many nodes they are too large for float32.
+    barycentric = jnp.asarray(barycentric / np.abs(barycentric).max(), share.dtype)
     away = share - jnp.asarray(nodes, share.dtype)
     is_node = away == 0
     parts = barycentric / jnp.where(is_node, 1, away)

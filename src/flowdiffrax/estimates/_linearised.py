@@ -11,7 +11,8 @@ class LinearisedError(AbstractCollocationEstimate):
     X_k$ at the Radau nodes: with the Picard defects $d_k$ and the Jacobians $J_k = \nabla
     b(\hat X_k)$, the errors solve $e_k - h \sum_j A_{kj} J_j e_j = d_k$. The linearised
     ODE transports the defects, so that directions in which all errors decay at once are
-    damped correctly. Use it for stiff systems. For small systems it is the sharpest
+    damped correctly. Use it for stiff systems, in jumps whose slow solution the nodes
+    resolve; it is far too large for others. For small systems it is the sharpest
     estimate: unlike [`flowdiffrax.estimates.AlekseevGroebner`][], it is also right about
     maps whose own Jacobian is wrong. It underestimates growth that is too fast for the
     nodes, as implicit solvers do.

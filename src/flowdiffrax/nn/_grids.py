@@ -145,7 +145,12 @@ def check_boundary(boundary: str | Sequence[str], num_dims: int) -> tuple[str, .
 
 
 def check_field(x: Array, shape: tuple[int, ...]) -> None:
-    """**Raises:** `ValueError` for another number of axes or channels."""
+    """**Raises:** `TypeError` for complex fields, `ValueError` for other axes."""
+    if jnp.iscomplexobj(x):
+        raise TypeError(
+            f"This network takes real fields; got {jnp.result_type(x)}. Carry the real "
+            "and the imaginary part as two channels."
+        )
     found, (*grid, channels) = jnp.shape(x), shape
     if len(found) == len(shape) and found[-1] == channels:
         return

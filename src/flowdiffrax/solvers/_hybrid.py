@@ -117,6 +117,9 @@ class HybridSolver(diffrax.AbstractImplicitSolver, diffrax.AbstractAdaptiveSolve
         size. A map that moves to a neighbouring trajectory and back within a short part
         of the jump is not detected either.
 
+        The polynomial through the nodes resolves no jump of the vector field in time,
+        even if the map knows it: then a correction can make a right state worse.
+
         If the times of events are known, let steps end there, with
         `diffrax.ClipStepSizeController(controller, jump_ts=times)`. If only their
         duration is known, limit jumps to that length:

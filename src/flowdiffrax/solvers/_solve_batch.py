@@ -11,9 +11,9 @@ import optimistix as optx
 from jax import lax
 from jaxtyping import Array, ArrayLike, Bool, PyTree, Real
 
-from .._check import check_at_least, check_callable, check_positive
+from .._check import check_at_least, check_between, check_callable, check_positive
 from .._time import time_dtype
-from .._tree import num_rows
+from .._tree import is_concrete, num_rows
 from .._types import Args, State, TwoTimeMap, VectorField
 from ..estimates._quadrature import last
 from ..flow_maps._base import times_out_of_range
@@ -101,8 +101,9 @@ def solve_batch(
 
     **Returns:** a [`flowdiffrax.solvers.BatchSolution`][].
 
-    **Raises:** `ValueError` for fewer than two times, examples whose numbers differ, or
-    settings out of their ranges; `TypeError` for what is not callable, or no solver.
+    **Raises:** `ValueError` for fewer than two times or some that are not finite,
+    examples whose numbers differ, or settings out of their ranges; `TypeError` for
+    what is not callable, or no solver.
     """
     check_composable(flow_map)
     check_callable(vector_field, "vector_field", "vector_field(t, x, args)")
@@ -117,13 +118,15 @@ def solve_batch(
     ts = jnp.asarray(ts)
     if ts.ndim != 1 or len(ts) < 2:
         raise ValueError(f"`ts` must be at least two times; got shape {ts.shape}.")
+    if is_concrete(ts) and not np.isfinite(ts).all():
+        raise ValueError(f"`ts` must be finite; got {ts}.")
     one = jtu.tree_map(lambda leaf: leaf[0], x0)
     ts = ts.astype(time_dtype(one))
     implicit = is_implicit(fallback)
     corrects = can_correct(one, implicit)
     nodes_of = default_nodes(one) if num_nodes is None else num_nodes
     check_at_least(nodes_of, 2, "num_nodes")
-    check_positive(safety, "safety")
+    check_between(safety, 0, 1, "safety", "(]")
 
     def ratio_from(x):
         def scaled(e, x, y):
@@ -161,7 +164,8 @@ def solve_batch(
             max_steps=max_steps,
             throw=False,
         )
-        is_good = solution.result == diffrax.RESULTS.successful
+        # Diffrax takes a time that is NaN for the end of the solve.
+        is_good = (solution.result == diffrax.RESULTS.successful) & jnp.isfinite(t - s)
         value = lambda leaf: jnp.where(is_good, leaf[0], jnp.nan)
         return jtu.tree_map(value, solution.ys), is_good
 

@@ -113,6 +113,10 @@ def check(
         check_at_least(max_examples, 1, "max_examples")
     low, high = getattr(flow_map, "time_range", None) or (0.0, 1.0)
     low, high = low if t0 is None else t0, high if t1 is None else t1
+    if not (np.isfinite([low, high]).all() and low != high):
+        raise ValueError(
+            f"The interval of times must be finite and not empty; got {low} to {high}."
+        )
     if seed is None:
         seed = 0 if _is_derandomised() else secrets.randbits(32)
     rng = np.random.default_rng(seed)
