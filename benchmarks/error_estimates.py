@@ -47,6 +47,10 @@ ESTIMATES = {
         lambda *jump: fd.estimates.LinearisedError(16)(*jump)[1],
         "17, 18 + 32d",
     ),
+    "linearised error, 24 graded nodes": (
+        lambda *jump: fd.estimates.LinearisedError(24, is_graded=True)(*jump)[1],
+        "26, 28 + 50d",
+    ),
 }
 
 

@@ -6,6 +6,9 @@ node. A solution has $X_k = x + h \sum_j A_{kj} b(X_j)$, up to the quadrature's 
 map misses this by its Picard defect $d_k = \hat X_k - x - h \sum_j A_{kj} b(\hat X_j)$.
 The time derivative of the map is not needed, so an error that oscillates in time is not
 overestimated.
+
+Nodes are shares of a jump by a `Clock`, and rates are derivatives in the share: the
+vector field times the length of the jump, unless the clock is slower at the start.
 """
 
 import abc
@@ -24,7 +27,8 @@ from .._tree import scale, subtract
 from .._types import Args, State, Time, TwoTimeMap, VectorField
 from ..flow_maps._inverse import check_composable
 from ._base import AbstractErrorEstimate
-from ._quadrature import between, integral, radau
+from ._clock import Clock
+from ._quadrature import integral, last, radau
 
 _GOLDEN = (5**0.5 - 1) / 2
 
@@ -34,23 +38,31 @@ class Nodes(NamedTuple):
 
     **Attributes:**
 
-    - `start`, `start_rate`: the state at the start, and the vector field there.
-    - `length`: the length of the jump in time, with its sign.
-    - `us`: the times of the nodes.
-    - `states`, `rates`: the states of the map, and the vector field there. Every leaf has
-      the nodes as its leading axis.
-    - `probe_share`, `probe_rate`: a place between the nodes, as a share of the jump, and
-      the vector field at the map's state there.
+    - `start`, `start_rate`: the state at the start, and its rate.
+    - `clock`: the times of shares of the jump.
+    - `states`, `rates`: the states of the map, and their rates. Every leaf has the nodes
+      as its leading axis.
+    - `probe_share`, `probe`, `probe_rate`: a place between the nodes, the state there,
+      and its rate.
     """
 
     start: State
     start_rate: State
-    length: Float[Array, ""]
-    us: Float[Array, " nodes"]
+    clock: Clock
     states: State
     rates: State
     probe_share: Float[Array, ""]
+    probe: State
     probe_rate: State
+
+    @property
+    def us(self) -> Float[Array, " nodes"]:
+        """The times of the nodes."""
+        return self.clock.times(radau(self.num_nodes).nodes)
+
+    @property
+    def num_nodes(self) -> int:
+        return len(jtu.tree_leaves(self.states)[0])
 
 
 def at_nodes(
@@ -61,20 +73,29 @@ def at_nodes(
     x: State,
     args: Args,
     num_nodes: int,
+    grade: Float[Array, ""] | None = None,
 ) -> Nodes:
     """Evaluates the map and the vector field at the nodes."""
     check_composable(flow_map)
     s, t = times_like(x, s, t)
-    h, share = t - s, probe_share(s, t - s)
-    us = between(s, t, radau(num_nodes).nodes)
+    clock = Clock(s, t, grade)
+    share = probe_share(clock.start, clock.end)
     # All of the map's states by one batched call, and so all rates.
-    ends = jnp.append(us, s + share * h)
-    jump = lambda u: check_like(flow_map(s, u, x, args), x, "`flow_map`")
-    states = jax.vmap(jump)(ends)
-    times, all_states = jnp.append(ends, s), append(states, x)
-    rates = jax.vmap(lambda u, y: teacher(u, y, args))(times, all_states)
-    rates, probe_rate, start_rate = _head(rates, -2), _row(rates, -2), _row(rates, -1)
-    return Nodes(x, start_rate, h, us, _head(states, -1), rates, share, probe_rate)
+    shares = jnp.append(jnp.asarray(radau(num_nodes).nodes, share.dtype), share)
+    jump = lambda u: check_like(flow_map(clock.start, u, x, args), x, "`flow_map`")
+    states = jax.vmap(jump)(clock.times(shares))
+    shares, all_states = jnp.append(shares, jnp.zeros_like(share)), append(states, x)
+    rates = clock.rates(shares, all_states, teacher, args)
+    return Nodes(
+        start=x,
+        start_rate=_row(rates, -1),
+        clock=clock,
+        states=_head(states, -1),
+        rates=_head(rates, -2),
+        probe_share=share,
+        probe=last(states),
+        probe_rate=_row(rates, -2),
+    )
 
 
 def append(states: State, x: State) -> State:
@@ -91,40 +112,44 @@ def _row(tree: State, index: int) -> State:
     return jtu.tree_map(lambda leaf: leaf[index], tree)
 
 
-def probe_share(s: Array, h: Array) -> Array:
-    """Returns a share of a jump from `s`, of length `h`, that is as good as random.
+def probe_share(s: Array, t: Array) -> Array:
+    """Returns a share of a jump that is as good as random.
 
     Jumps of equal length that follow each other have different ones.
     """
-    return jnp.mod(0.5 + _GOLDEN * s / jnp.where(h == 0, 1, h), 1)
+    return jnp.mod(0.5 + _GOLDEN * s / jnp.where(t == s, 1, t - s), 1)
 
 
 def at_states(nodes: Nodes, states: State, teacher: VectorField, args: Args) -> Nodes:
     """Returns the nodes with other states, and a probe on the polynomial through them."""
-    rule = np.concatenate([[0.0], radau(len(nodes.us)).nodes])
-    weights = at_share(rule, nodes.probe_share)
+    y = at_probe(nodes, states)
+    shares = jnp.asarray(radau(nodes.num_nodes).nodes, nodes.probe_share.dtype)
+    shares = jnp.append(shares, nodes.probe_share)
+    rates = nodes.clock.rates(shares, append(states, y), teacher, args)
+    return nodes._replace(
+        states=states, rates=_head(rates, -1), probe=y, probe_rate=last(rates)
+    )
 
-    def at_probe(x, states):
+
+def at_probe(nodes: Nodes, states: State) -> State:
+    """Returns the value at the probe of the polynomial through the start and states."""
+    ends = np.concatenate([[0.0], radau(nodes.num_nodes).nodes])
+    weights = at_share(ends, nodes.probe_share)
+
+    def value(x, states):
         both = jnp.concatenate([jnp.expand_dims(x, 0), states])
         return jnp.tensordot(weights.astype(both.dtype), both, axes=1)
 
-    u = nodes.us[-1] + (nodes.probe_share - 1) * nodes.length
-    y = jtu.tree_map(at_probe, nodes.start, states)
-    rate = lambda u, y: teacher(u, y, args)
-    rates = jax.vmap(rate)(jnp.append(nodes.us, u), append(states, y))
-    return nodes._replace(
-        states=states, rates=_head(rates, -1), probe_rate=_row(rates, -1)
-    )
+    return jtu.tree_map(value, nodes.start, states)
 
 
 def picard_defects(nodes: Nodes) -> State:
     """Returns the Picard defect at every node."""
-    from_start = radau(len(nodes.us)).from_start
+    from_start = radau(nodes.num_nodes).from_start
 
     def defect(y, rates, x):
         matrix = jnp.asarray(from_start, rates.dtype)
-        moved = jnp.tensordot(matrix, rates, axes=1)
-        return y - jnp.expand_dims(x, 0) - nodes.length.astype(moved.dtype) * moved
+        return y - jnp.expand_dims(x, 0) - jnp.tensordot(matrix, rates, axes=1)
 
     return jtu.tree_map(defect, nodes.states, nodes.rates, nodes.start)
 
@@ -134,15 +159,15 @@ class Miss(NamedTuple):
 
     **Attributes:**
 
-    - `rate`: the difference, reduced where it is small beside the rates.
-    - `width`: for how long the integral over the jump may be wrong by it: the interval
+    - `rate`: the difference.
+    - `reduced`: what it tells of the integral, which is less if it is small.
+    - `width`: for which share of the jump its integral may be wrong by it: the interval
       between two nodes.
-    - `node`: the node at the end of this interval.
     """
 
     rate: State
+    reduced: State
     width: Array
-    node: Array
 
 
 def misses(nodes: Nodes) -> tuple[Miss, Miss]:
@@ -150,19 +175,19 @@ def misses(nodes: Nodes) -> tuple[Miss, Miss]:
 
     They tell how well the nodes resolve the rates. Radau quadrature integrates smooth
     rates much better than its polynomial follows them, and the smaller a miss is beside
-    the rates, the smoother they are: each is multiplied by the root of its share of the
+    the rates, the smoother they are: each is reduced by the root of its share of the
     largest rate. A pulse between two nodes is as large as the rates, and is not reduced.
     """
-    rule = radau(len(nodes.us))
+    rule = radau(nodes.num_nodes)
     share = nodes.probe_share
     ends = np.concatenate([[0.0], rule.nodes])
     index = jnp.sum(jnp.asarray(ends[:-1], share.dtype) <= share, dtype=jnp.int32) - 1
-    widths = nodes.length * jnp.asarray(np.diff(ends), nodes.length.dtype)
+    widths = jnp.asarray(np.diff(ends), share.dtype)
 
     def miss(rate, weights, index):
         difference = subtract(rate, integral(nodes.rates, weights))
         reduced = jtu.tree_map(_reduced, difference, nodes.rates)
-        return Miss(reduced, widths[index], index)
+        return Miss(difference, reduced, widths[index])
 
     at_probe = at_share(rule.nodes, share)
     return (
@@ -179,7 +204,7 @@ def _reduced(miss, rates):
 
 def quadrature_gap(nodes: Nodes) -> State:
     """Returns by how much the integral over the jump may be wrong."""
-    first, second = (scale(miss.width, miss.rate) for miss in misses(nodes))
+    first, second = (scale(miss.width, miss.reduced) for miss in misses(nodes))
     add = lambda a, b: (jnp.abs(a) + jnp.abs(b)).astype(a.dtype)
     return jtu.tree_map(add, first, second)
 

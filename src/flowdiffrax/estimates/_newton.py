@@ -9,9 +9,10 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from .._tree import freeze, ravel, subtract
-from .._types import Args, State, Time, VectorField
+from .._types import Args, State, VectorField
+from ._clock import Clock
 from ._collocation import Nodes, misses, picard_defects
-from ._quadrature import radau
+from ._quadrature import last, radau
 from ._transport import Transport, solve, transport
 
 _NAME = "A Newton step"
@@ -22,42 +23,26 @@ class Linearised(NamedTuple):
 
     **Attributes:**
 
-    - `jacobians`: of the vector field, at the nodes.
+    - `jacobians`: of the rates, at the nodes.
     - `carried`: what takes errors from node to node.
-    - `length`: the length of the jump in time, with its sign.
     """
 
     jacobians: Float[Array, "nodes size size"]
     carried: Transport
-    length: Float[Array, ""]
 
     def errors(
         self, defects: Float[Array, "nodes size"], num_passes: int = 2
     ) -> Float[Array, "nodes size"]:
         """Returns the errors at the nodes, to first order in the defects."""
         matrix = jnp.asarray(radau(len(defects)).from_start, defects.dtype)
-        length = self.length.astype(defects.dtype)
 
         # Each pass is for what the others leave of the linear equations.
         def improve(_, found):
             slopes = jnp.einsum("kij,kj->ki", self.jacobians, found)
-            rest = defects - found + length * (matrix @ slopes)
+            rest = defects - found + matrix @ slopes
             return found + self.carried.errors(rest)
 
         return lax.fori_loop(0, num_passes, improve, jnp.zeros_like(defects))
-
-    def gap(self, nodes: Nodes) -> Float[Array, " size"]:
-        """Returns how wrong the integral over the jump may be."""
-        dtype, size = self.jacobians.dtype, self.jacobians.shape[-1]
-        identity = jnp.eye(size, dtype=dtype)
-
-        def damped(rate, width, node):
-            # What decays within the interval is not missing at its end.
-            right = width * ravel(rate, _NAME)[0][:, None]
-            return jnp.abs(solve(identity - width * self.jacobians[node], right)[:, 0])
-
-        both = jtu.tree_map(lambda *leaves: jnp.stack(leaves), *misses(nodes))
-        return jax.vmap(damped)(both.rate, both.width.astype(dtype), both.node).sum(0)
 
 
 def check_real(x: State) -> None:
@@ -66,12 +51,22 @@ def check_real(x: State) -> None:
 
 
 def linearise(nodes: Nodes, teacher: VectorField, args: Args) -> Linearised:
-    """Evaluates the Jacobians of the vector field at the nodes."""
-    _, unravel = ravel(nodes.start, _NAME)
-    field = lambda u, y: ravel(teacher(u, unravel(y), args), _NAME)[0]
-    states = flat_rows(nodes.states)
-    jacobians = jax.vmap(jax.jacfwd(field, argnums=1))(nodes.us, states)
-    return Linearised(jacobians, transport(jacobians, nodes.length), nodes.length)
+    """Evaluates the Jacobians of the rates at the nodes."""
+    shares = radau(nodes.num_nodes).nodes
+    jacobians = _jacobians(nodes.clock, shares, nodes.states, teacher, args)
+    return Linearised(jacobians, transport(jacobians))
+
+
+def _jacobians(clock, shares, states, teacher, args):
+    """Returns the Jacobians of the rates of states at shares."""
+    _, unravel = ravel(last(states), _NAME)
+
+    def rate(share, y):
+        states = jtu.tree_map(lambda leaf: leaf[None], unravel(y))
+        return flat_rows(clock.rates(share[None], states, teacher, args))[0]
+
+    shares = jnp.asarray(shares, clock.end.dtype)
+    return jax.vmap(jax.jacfwd(rate, argnums=1))(shares, flat_rows(states))
 
 
 def flat_rows(states: State) -> Float[Array, "nodes size"]:
@@ -79,21 +74,54 @@ def flat_rows(states: State) -> Float[Array, "nodes size"]:
     return jax.vmap(lambda y: ravel(y, _NAME)[0])(states)
 
 
-def newton_step(nodes: Nodes, linear: Linearised) -> tuple[State, State]:
-    """Returns the errors at the nodes to first order, and how wrong their end may be."""
+class NewtonStep(NamedTuple):
+    """Errors along a jump to first order.
+
+    **Attributes:**
+
+    - `errors`: of the states at the nodes, which are the leading axis of every leaf.
+    - `gap`: how wrong the quadrature may be at the end.
+    - `between`: how wrong the polynomial through the states may be at the probe.
+    """
+
+    errors: State
+    gap: State
+    between: State
+
+
+def newton_step(
+    nodes: Nodes, linear: Linearised, teacher: VectorField, args: Args
+) -> NewtonStep:
+    """Solves the linearised equations for the errors of the states at the nodes."""
     _, unravel = ravel(nodes.start, _NAME)
+    add_axis = lambda tree: jtu.tree_map(lambda leaf: jnp.expand_dims(leaf, 0), tree)
+    # In a stiff system, the rates of states that are nearly right differ much. Only with
+    # the Jacobian at the probe itself does all of the difference decay.
+    share, probe = add_axis((nodes.probe_share, nodes.probe))
+    (jacobian,) = _jacobians(nodes.clock, share, probe, teacher, args)
+    identity = jnp.eye(len(jacobian), dtype=jacobian.dtype)
+
+    def damped(rate, width, jacobian):
+        # What decays within the interval is not missing at its end.
+        width = width.astype(jacobian.dtype)
+        right = width * ravel(rate, _NAME)[0][:, None]
+        return jnp.abs(solve(identity - width * jacobian, right)[:, 0])
+
+    at_start, at_probe = misses(nodes)
+    gap = damped(at_start.reduced, at_start.width, linear.jacobians[0])
+    gap += damped(at_probe.reduced, at_probe.width, jacobian)
+    between = damped(at_probe.rate, at_probe.width, jacobian)
     defects = flat_rows(picard_defects(nodes))
     # What is missing in an interval is missing at every node that follows.
-    gaps = jnp.broadcast_to(linear.gap(nodes), defects.shape)
+    gaps = jnp.broadcast_to(gap, defects.shape)
     errors, gaps = jax.vmap(linear.errors)(jnp.stack([defects, gaps]))
-    return jax.vmap(unravel)(errors), unravel(gaps[-1])
+    return NewtonStep(jax.vmap(unravel)(errors), unravel(gaps[-1]), unravel(between))
 
 
 def implicit_states(
     states: State,
     teacher: VectorField,
-    s: Time,
-    us: Float[Array, " nodes"],
+    clock: Clock,
     x: State,
     args: Args,
 ) -> State:
@@ -102,10 +130,10 @@ def implicit_states(
     The value is one more Newton step from `states`. Its derivatives in `x`, the times and
     what the vector field depends on are those of the solution of the equations.
     """
-
     fixed = freeze(states)
-    rates = jax.vmap(lambda u, y: teacher(u, y, args))(us, fixed)
-    nodes = Nodes(x, x, us[-1] - s, us, fixed, rates, us[-1], x)
+    shares = radau(len(jtu.tree_leaves(states)[0])).nodes
+    rates = clock.rates(shares, fixed, teacher, args)
+    nodes = Nodes(x, x, clock, fixed, rates, clock.end, x, x)
     linear = freeze(linearise(*freeze((nodes, teacher, args))))
     defects = flat_rows(picard_defects(nodes))
     _, unravel = ravel(x, _NAME)

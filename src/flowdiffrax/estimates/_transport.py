@@ -1,10 +1,10 @@
 r"""The linearised equations of collocation, solved from node to node.
 
-With the defects $d(u)$ of a map and the Jacobians $J(u)$ of the vector field along its
-path, the error $e$ solves $e(u) = d(u) + \int_s^u J e$ to first order. As one linear
+With the defects $d(c)$ of a map at shares of a jump and the Jacobians $J(c)$ of the rates
+there, the error $e$ solves $e(c) = d(c) + \int_0^c J e$ to first order. As one linear
 system this has as many unknowns as entries at all nodes. Here the two-stage Radau IIA
 method takes it from node to node, which costs a small system for each node, all of them
-side by side, and is as exact as an estimate needs: to 1 % for 12 nodes if $h J$ is 5.
+side by side, and is as exact as an estimate needs: to 1 % for 12 nodes if $J$ is 5.
 """
 
 import functools
@@ -52,13 +52,10 @@ class Transport(NamedTuple):
         return errors
 
 
-def transport(
-    jacobians: Float[Array, "nodes size size"], length: Float[Array, ""]
-) -> Transport:
+def transport(jacobians: Float[Array, "nodes size size"]) -> Transport:
     """Solves the linear system of each interval between nodes."""
     num_nodes, size, _ = jacobians.shape
-    widths = jnp.asarray(np.diff(radau(num_nodes).nodes, prepend=0.0), jacobians.dtype)
-    steps = length.astype(jacobians.dtype) * widths
+    steps = jnp.asarray(np.diff(radau(num_nodes).nodes, prepend=0.0), jacobians.dtype)
     before = jnp.concatenate([jacobians[:1], jacobians[:-1]])
     first = (1 - _FIRST) * before + _FIRST * jacobians
     identity = jnp.eye(size, dtype=jacobians.dtype)

@@ -13,8 +13,9 @@ from jaxtyping import Array, ArrayLike, Bool, Int, PyTree, Real
 from .._check import check_at_least, check_instance
 from .._tree import all_finite, freeze, nan_where, scale, subtract
 from .._types import Args, State, Time, TwoTimeMap
+from ..estimates._clock import Clock
 from ..estimates._newton import implicit_states
-from ..estimates._quadrature import between, last, radau
+from ..estimates._quadrature import last, radau
 from ..flow_maps._base import times_out_of_range
 from ..flow_maps._inverse import check_composable
 from ._base import AbstractFlowMapSolver, true_field, true_times
@@ -107,8 +108,9 @@ class HybridSolver(diffrax.AbstractImplicitSolver, diffrax.AbstractAdaptiveSolve
         Newton steps need the Jacobians of the vector field, and are made for states of up
         to 32 real entries, and for larger ones with an implicit fallback. With such a
         fallback, every jump is corrected and checked, since most errors of stiff systems
-        decay at once. If you pass a root finder to an implicit fallback, it should be
-        more accurate than the tolerance, such as `optimistix.Newton(1e-6, 1e-12)`.
+        decay at once, and its nodes are dense at the start if the vector field is slower
+        later along the jump. If you pass a root finder to an implicit fallback, it should
+        be more accurate than the tolerance, such as `optimistix.Newton(1e-6, 1e-12)`.
 
     !!! warning "Short events within a long jump"
 
@@ -261,11 +263,12 @@ class HybridSolver(diffrax.AbstractImplicitSolver, diffrax.AbstractAdaptiveSolve
         implicit = is_implicit(self.fallback)
         corrects = can_correct(y0, implicit)
         num_nodes = default_nodes(y0) if self.num_nodes is None else self.num_nodes
-        us = between(s, t, radau(num_nodes).nodes)
         norm = lambda error, y: self._ratio(error, y0, y) / self.safety
 
         prediction = eqx.filter_closure_convert(
-            lambda: predict(self.flow_map, teacher, s, t, y0, args, num_nodes, norm)
+            lambda: predict(
+                self.flow_map, teacher, s, t, y0, args, num_nodes, norm, implicit
+            )
         )
         predicted = eqx.filter_closure_convert(lambda: prediction().nodes.states)
         field = eqx.filter_closure_convert(teacher, t, y0, args)
@@ -307,12 +310,14 @@ class HybridSolver(diffrax.AbstractImplicitSolver, diffrax.AbstractAdaptiveSolve
             states, error = where(wanted, corrected, (states, error))
             ratio = norm(error, last(states))
             taken = as_predicted | (wanted & is_fine(ratio, states))
-        states = lax.stop_gradient(states)
+        states, grade = freeze((states, nodes.clock.grade))
         y1, error_1, info, memory, result = run_if_any(~taken, classical)
         # The controller uses the classical solver's order for all errors. This conversion
         # keeps a ratio of one, and lets step sizes follow the order of jumps.
         order = typing.cast(float, fallback.error_order(terms))
-        aim = jnp.where(ratio > 0, ratio, 1) ** (2 * order / num_nodes)
+        # A clock adapts the nodes of stiff systems, so that the length matters less.
+        rate_of_errors = 1 if implicit else num_nodes / 2
+        aim = jnp.where(ratio > 0, ratio, 1) ** (order / rate_of_errors)
         # A shorter jump may succeed where a classical step of this length cannot.
         is_near = asked & ~taken & made.is_promising & (ratio >= 1)
         ratio_1 = self._ratio(error_1, y0, y1)
@@ -329,13 +334,13 @@ class HybridSolver(diffrax.AbstractImplicitSolver, diffrax.AbstractAdaptiveSolve
         along = with_derivative(states, as_predicted, predicted)
         if corrects:
             solved = eqx.filter_closure_convert(
-                lambda: implicit_states(states, teacher, s, us, y0, args)
+                lambda: implicit_states(states, teacher, Clock(s, t, grade), y0, args)
             )
             is_solved = taken & ~as_predicted
             along = where(is_solved, with_derivative(states, is_solved, solved), along)
         dense_info = {
             "is_jump": taken,
-            "jump": Jump.through(y0, radau(num_nodes).nodes, along),
+            "jump": Jump.through(y0, radau(num_nodes).nodes, along, grade),
             "fallback": info,
         }
         y1 = where(taken, last(along), y1)

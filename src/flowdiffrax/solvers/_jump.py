@@ -9,6 +9,7 @@ import numpy as np
 
 from .._tree import subtract
 from .._types import State, Time
+from ..estimates._clock import Clock
 
 
 @jtu.register_pytree_node_class
@@ -25,29 +26,32 @@ class Jump:
     """
 
     # `Any` and not `State`: JAX also unflattens placeholders that are not arrays.
-    def __init__(self, y0: Any, series: Any, flow: Callable | None = None):
+    def __init__(self, y0: Any, series: Any, grade: Any = None, flow: Any = None):
         self.y0 = y0
         self.series = series
+        self.grade = grade
         self.flow = flow
 
     @classmethod
     def start(cls, flow: Callable, t0: Time, t1: Time, y0: State, degree: int):
         """Holds the map itself. `series` is a function until it is needed."""
-        return cls(y0, lambda: _chebyshev_series(flow, t0, t1, y0, degree), flow)
+        series = lambda: _chebyshev_series(flow, t0, t1, y0, degree)
+        return cls(y0, series, flow=flow)
 
     @classmethod
-    def through(cls, y0: State, shares: np.ndarray, ys: State):
-        """Passes through the start and states at rising shares of the step."""
+    def through(cls, y0: State, shares: np.ndarray, ys: State, grade: Any):
+        """Passes through the start and states at rising shares of the step.
+
+        They are shares by the clock of this grade.
+        """
         ends = np.concatenate([[0.0], shares])
         values = np.polynomial.chebyshev.chebvander(2 * ends - 1, len(shares))
-        return cls(y0, _series(np.linalg.inv(values), ys, y0))
+        return cls(y0, _series(np.linalg.inv(values), ys, y0), grade)
 
     def evaluate(self, t: Time, t0: Time, t1: Time) -> State:
         if self.flow is not None:
             return self.flow(t)
-        # A step of length zero has only one point, so the fraction does not matter.
-        h = jnp.where(t1 == t0, 1, t1 - t0)
-        z = 2 * (t - t0) / h - 1
+        z = 2 * Clock(t0, t1, self.grade).share(t) - 1
 
         def value(y0, series):
             polynomials = [jnp.ones_like(z), z]
@@ -61,7 +65,7 @@ class Jump:
 
     def tree_flatten(self):
         series = self.series if self.flow is None else self.series()
-        return (self.y0, series), None
+        return (self.y0, series, self.grade), None
 
     @classmethod
     def tree_unflatten(cls, aux, children):

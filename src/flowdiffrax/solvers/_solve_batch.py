@@ -136,7 +136,8 @@ def solve_batch(
         return lambda error, y: optx.rms_norm(jtu.tree_map(scaled, error, x, y))
 
     def predicted(s, t, x, args):
-        made = predict(flow_map, vector_field, s, t, x, args, nodes_of, ratio_from(x))
+        norm = ratio_from(x)
+        made = predict(flow_map, vector_field, s, t, x, args, nodes_of, norm, implicit)
         outside = times_out_of_range(flow_map, s, t)
         asked = True if outside is None else ~outside
         is_good = asked & is_fine(made.ratio, made.nodes.states) & (not implicit)
