@@ -313,6 +313,14 @@ SAMPLES = {
         ),
         {"map"},
     ),
+    "sample_tilted": (
+        lambda args: fd.solvers.sample_tilted(
+            *(MAP, LINEAR, lambda x, args: jnp.sum(x) * args["rate"], X[None]),
+            *(2, args),
+            key=KEY,
+        ),
+        {"map"},
+    ),
     "solve_trajectories": (
         lambda args: fd.solve_trajectories(field, X[None], jnp.stack([S, T]), args),
         {"field"},

@@ -37,6 +37,10 @@ ENTRIES = {
     "sample_with_restarts": lambda net: fd.sample_with_restarts(
         net, fd.LinearInterpolant(), X, [0.5], base=fd.data.GaussianBase(), key=jr.key(0)
     ),
+    "sample_tilted": lambda net: fd.solvers.sample_tilted(
+        *(net, fd.LinearInterpolant(), lambda x, args: jnp.sum(x), X[None], 1),
+        key=jr.key(0),
+    ),
     "FlowMapSolver": fd.FlowMapSolver,
     "AdaptiveFlowMapSolver": fd.AdaptiveFlowMapSolver,
     "HybridSolver": fd.HybridSolver,

@@ -9,3 +9,5 @@ from ._sample import sample as sample
 from ._sample import sample_with_restarts as sample_with_restarts
 from ._solve_batch import BatchSolution as BatchSolution
 from ._solve_batch import solve_batch as solve_batch
+from ._tilted import TiltedSamples as TiltedSamples
+from ._tilted import sample_tilted as sample_tilted
