@@ -51,6 +51,7 @@ SCRIPTS = {
     "posterior.png": "examples/posterior.py",
     "predict_and_correct.png": "benchmarks/evaluations.py",
     "scaling.png": "benchmarks/scaling.py",
+    "steering.png": "examples/steering.py",
 }
 
 

@@ -122,8 +122,8 @@ def sample_tilted(
     - `ts`: the number of equal jumps, or a grid of times that rises from 0 to 1.
     - `args`: passed to the map and the reward, the same for all particles.
     - `key`: a random key.
-    - `noise`: the rate of the Langevin moves, positive. With 1, the noise is that of the
-      diffusion with the same densities, which forgets the base.
+    - `noise`: the rate of the Langevin moves, positive. With 1, they draw as much noise
+      as a diffusion model does between the same times.
     - `tilt`: the schedule $\lambda$, a function of a scalar time with $\lambda_0 = 0$ and
       $\lambda_1 = 1$. The default, $t^2$, tilts most near the data, where moves change
       the look-ahead little.
@@ -139,9 +139,9 @@ def sample_tilted(
 
     ??? cite "Reference"
 
-        Flow map trajectory tilting, [arXiv:2511.22688](https://arxiv.org/abs/2511.22688),
-        without the accept-reject step. Weights by Jarzynski's equality, as in annealed
-        importance sampling and sequential Monte Carlo.
+        Flow map trajectory tilting, [arXiv:2511.22688](https://arxiv.org/abs/2511.22688).
+        The weights are those of annealed importance sampling, which resampling turns
+        into sequential Monte Carlo, and the moves are Metropolis-adjusted Langevin.
     """
     check_composable(flow_map)
     what = "an `AbstractFlowMap`, whose velocity gives the score"
