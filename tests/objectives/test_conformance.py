@@ -135,6 +135,20 @@ def two_pieces(share):
     return loss
 
 
+def two_jumps(share):
+    """PSD as it is defined: the difference of states, with no gradient stopped."""
+
+    def loss(p, q):
+        u = S + share * (T - S)
+        return square(X(p, S, T, I(S)) - X(p, u, T, X(p, S, u, I(S))))
+
+    return loss
+
+
+def stopped_jumps(share):
+    return lambda p, q: (T - S) ** 2 * two_pieces(share)(p, q)
+
+
 def shortcut(p, q, limit=np.inf):
     # s(x, t, d) over a step d, on our clock; the jump is two steps.
     s_of = lambda p, x, t, d: v(p, t, t + d, x)
@@ -272,6 +286,23 @@ EQUATIONS = {
     "PSD": Equation(fd.objectives.ProgressiveSelfDistillation(), two_pieces(0.5)),
     "PSD, split": Equation(
         fd.objectives.ProgressiveSelfDistillation(split=0.3), two_pieces(0.3)
+    ),
+    "PSD, as defined": Equation(
+        fd.objectives.ProgressiveSelfDistillation(
+            stop_gradient="none", split=0.3, compare_states=True
+        ),
+        two_jumps(0.3),
+    ),
+    "PSD of states": Equation(
+        fd.objectives.ProgressiveSelfDistillation(compare_states=True), stopped_jumps(0.5)
+    ),
+    "LSD, as defined": Equation(
+        fd.LagrangianSelfDistillation(stop_gradient="none"),
+        lambda p, q: lagrangian_self_distillation(p, p),
+    ),
+    "ESD, as defined": Equation(
+        fd.objectives.EulerianSelfDistillation(stop_gradient="none"),
+        lambda p, q: square(slope(lambda h: X(p, S + h, T, I(S) + h * v(p, S, S, I(S))))),
     ),
     "SplitMeanFlow": Equation(fd.objectives.split_mean_flow(split=0.3), two_pieces(0.3)),
     "Shortcut": Equation(fd.objectives.Shortcut(), shortcut),

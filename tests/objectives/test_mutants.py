@@ -68,8 +68,8 @@ MUTANTS = [
     (
         "the progressive target not held fixed",
         OBJECTIVE + "progressive",
-        "frozen = freeze(own_map(flow_map, teacher))",
-        "frozen, freeze = own_map(flow_map, teacher), lambda target: target",
+        "is_frozen = self.stop_gradient is StopGradient.TEACHER",
+        "is_frozen = False",
         lambda: test_limits.test_own_weights_teach_as_a_copy_does("psd"),
     ),
     (

@@ -606,6 +606,10 @@ VALUES = {
         lambda: fd.objectives.StopGradientEulerian(stop_gradient="none"),
         "must be `StopGradient.TRANSPORT` or `StopGradient.DERIVATIVE` here",
     ),
+    "stop of a derivative": (
+        lambda: fd.objectives.ProgressiveSelfDistillation(stop_gradient="derivative"),
+        "must be `StopGradient.NONE` or `StopGradient.TEACHER` here",
+    ),
     "other stop": (
         lambda: fd.objectives.ImprovedMeanFlow(stop_gradient=STOPS.NONE),
         "got `StopGradient.NONE`",
@@ -730,6 +734,7 @@ def test_self_distillation_without_a_diagonal(times):
         (fd.objectives.EulerianMapDistillation, STOPS.TRANSPORT),
         (fd.objectives.StopGradientEulerian, STOPS.DERIVATIVE),
         (fd.objectives.EulerianSelfDistillation, STOPS.TEACHER),
+        (fd.objectives.ProgressiveSelfDistillation, STOPS.NONE),
         (fd.objectives.ImprovedMeanFlow, STOPS.TEACHER),
     ],
     ids=lambda value: getattr(value, "__name__", ""),

@@ -7,7 +7,8 @@ import jax.tree_util as jtu
 from jaxtyping import Array, ArrayLike, Key
 
 from .._check import check_at_least, check_between, check_callable, check_positive
-from .._tree import freeze, subtract
+from .._time import times_like
+from .._tree import freeze, scale, subtract
 from .._types import State
 from ..flow_maps._composed import ComposedFlowMap
 from ..identities import two_piece_target
@@ -16,7 +17,12 @@ from ..times._grids import Dyadic
 from ..times._mixtures import DiagonalMixture
 from ..times._uniform import UniformTriangle
 from ..weights._base import AbstractWeight, NoWeight
-from ._base import AbstractResidualObjective
+from ._base import (
+    AbstractResidualObjective,
+    StopGradient,
+    check_stop_gradient,
+    stop_gradient_field,
+)
 from ._teaching import check_unguided, data_residual, own_map
 
 
@@ -74,6 +80,9 @@ class AbstractProgressiveSelfDistillation(AbstractResidualObjective):
     """Jumps in two pieces off the diagonal, and flow matching on it."""
 
     needs_diagonal = True
+    # Objectives that leave a choice override these with fields.
+    stop_gradient = StopGradient.TEACHER
+    compare_states = False
 
     @abc.abstractmethod
     def share(self, key: Key[Array, ""] | None) -> ArrayLike:
@@ -87,11 +96,17 @@ class AbstractProgressiveSelfDistillation(AbstractResidualObjective):
         # The target is made of jumps, to which no guidance rule applies.
         check_unguided(args)
         I_s = path.evaluate(s)
-        frozen = freeze(own_map(flow_map, teacher))
-        piece = lambda s, t, x: frozen.average_velocity(s, t, x, args)
-        target = two_piece_target(s, t, I_s, self.share(key), piece, piece)
-        target = freeze(self.limit(target))
-        return subtract(flow_map.average_velocity(s, t, I_s, args), target)
+        is_frozen = self.stop_gradient is StopGradient.TEACHER
+        own = own_map(flow_map, teacher)
+        own = freeze(own) if is_frozen else own
+        piece = lambda s, t, x: own.average_velocity(s, t, x, args)
+        target = self.limit(two_piece_target(s, t, I_s, self.share(key), piece, piece))
+        target = freeze(target) if is_frozen else target
+        error = subtract(flow_map.average_velocity(s, t, I_s, args), target)
+        if self.compare_states:
+            s, t = times_like(I_s, s, t)
+            error = scale(t - s, error)
+        return error
 
     def diagonal_residual(self, flow_map, teacher, path, t, args, key) -> State:
         del teacher, key
@@ -104,21 +119,30 @@ class ProgressiveSelfDistillation(AbstractProgressiveSelfDistillation):
     Off the diagonal, the loss is
     $|v_{s,t}(I_s) - \mathrm{sg}(a\,v_{s,u}(I_s) + (1 - a)\,v_{u,t}(X_{s,u}(I_s)))|^2$
     with $u = s + a (t - s)$. On the diagonal, it is flow matching, which learns the
-    velocity from data. The whole target is held fixed. No derivative of the map is taken.
-    The two pieces change if time is reparametrised, and so does the gradient away from
-    the exact map.
+    velocity from data. No derivative of the map is taken. The two pieces change if time
+    is reparametrised, and so does the gradient away from the exact map.
+
+    The paper defines the loss for states,
+    $|X_{s,t}(I_s) - X_{u,t}(X_{s,u}(I_s))|^2$ (`compare_states=True` with
+    `StopGradient.NONE`), which is $(t - s)^2$ times the one above, and trains with the
+    loss above.
 
     **Arguments:**
 
     - `times`: the distribution of times, with a share on the diagonal.
-    - `weight`: maps the squared error of average velocities to the loss.
+    - `weight`: maps the squared error to the loss.
+    - `stop_gradient`: what is held fixed, by default the two jumps, as a whole. With
+      `StopGradient.NONE` gradients flow through all three jumps.
     - `split`: the first piece's share $a$, in (0, 1), or `None` to draw it uniformly
       for each example (PSD-U). One half is the midpoint (PSD-M).
+    - `compare_states`: whether to compare states instead of average velocities. Short
+      jumps then count little.
 
     The teacher is `None` to make the two jumps with the map itself, or a flow map to make
     them with, such as a moving average.
 
-    **Raises:** `ValueError` for a split outside (0, 1).
+    **Raises:** `ValueError` for a split outside (0, 1), or for a `stop_gradient` other
+    than `NONE` and `TEACHER`.
 
     ??? cite "Reference"
 
@@ -127,9 +151,13 @@ class ProgressiveSelfDistillation(AbstractProgressiveSelfDistillation):
 
     times: AbstractTimes = DiagonalMixture(UniformTriangle(), 0.75)
     weight: AbstractWeight = NoWeight()
+    stop_gradient: StopGradient = stop_gradient_field(StopGradient.TEACHER)
     split: float | None = 0.5
+    compare_states: bool = eqx.field(static=True, default=False)
 
     def __check_init__(self):
+        # No derivative is taken, so there is none to hold fixed.
+        check_stop_gradient(self.stop_gradient, StopGradient.NONE, StopGradient.TEACHER)
         check_between(self.split, 0, 1, "split", "()")
 
     def share(self, key) -> ArrayLike:
@@ -157,7 +185,7 @@ def split_mean_flow(
 
         [arXiv:2507.16884](https://arxiv.org/abs/2507.16884).
     """
-    return ProgressiveSelfDistillation(times, weight, split)
+    return ProgressiveSelfDistillation(times, weight, split=split)
 
 
 class Shortcut(AbstractProgressiveSelfDistillation):
