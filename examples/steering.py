@@ -12,8 +12,8 @@ mean are root mean squares of several runs, in units of the posterior's standard
 deviation; that of the log-evidence is the mean of the runs, in nats.
 
 One jump is importance sampling from the prior, with 3 effective samples of 1,000. In 16
-jumps at least 369 are effective, and the error of the mean falls from 0.58 to 0.12. The
-same steering without weights and resampling is biased: 0.70.
+jumps, the effective number stays above 369 on average, and the error of the mean falls
+from 0.58 to 0.12. The same steering without weights and resampling is biased: 0.70.
 """
 
 import argparse
