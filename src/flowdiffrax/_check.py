@@ -2,7 +2,7 @@
 
 import inspect
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -137,18 +137,36 @@ def check_key(key: Any) -> None:
         )
 
 
-def check_whole(number: Any, name: str) -> None:
-    """**Raises:** `TypeError` if `number` is not an integer."""
-    try:
-        operator.index(number)
-    except TypeError as error:
-        raise TypeError(f"`{name}` must be an integer; got {number!r}.") from error
-
-
 def check_at_least(number: Any, least: float, name: str) -> None:
     """**Raises:** `ValueError` if a known number is less than `least`."""
     if _is_false(number, lambda number: number >= least):
         raise ValueError(f"`{name}` must be at least {least}; got {number}.")
+
+
+def check_count(number: Any, least: int, name: str, *, or_none: bool = False) -> None:
+    """**Raises:** `TypeError` unless a number is whole, `ValueError` if it is too small.
+
+    Tracers are not checked.
+    """
+    if number is None:
+        if or_none:
+            return
+        raise TypeError(f"`{name}` must be an integer; got None.")
+    if not is_concrete(number):
+        return
+    try:
+        operator.index(number)
+    except TypeError as error:
+        raise TypeError(f"`{name}` must be an integer; got {number!r}.") from error
+    check_at_least(number, least, name)
+
+
+def check_counts(numbers: Sequence[Any], least: int, name: str) -> None:
+    """**Raises:** as `check_count` for each of several, and `ValueError` for none."""
+    if len(numbers) == 0:
+        raise ValueError(f"`{name}` is empty; it must have at least one entry.")
+    for number in numbers:
+        check_count(number, least, name)
 
 
 def check_positive(number: Any, name: str) -> None:

@@ -146,6 +146,11 @@ def test_refuses_what_does_not_fit():
             chain_of(propose=lambda x: x)
         with pytest.raises(TypeError, match="`exact_log_density` must be a callable"):
             chain_of(exact=1.0)
+        for value in (None, 1j):
+            with pytest.raises(TypeError, match="must be a real number; got"):
+                chain_of(exact=lambda x, value=value: value).init(jnp.zeros(2))
+        flat = chain_of(exact=lambda x: 0).init(jnp.zeros(2))
+        assert jnp.issubdtype(flat.exact.dtype, jnp.floating)
         with pytest.raises(ValueError, match="must be a scalar"):
             chain_of(exact=lambda x: x).init(jnp.zeros(2))
         chain = chain_of(propose=lambda key, x: x[:1])

@@ -330,9 +330,9 @@ def test_settings_of_sizes():
 # --- U-Nets on grids ------------------------------------------------------------------
 
 
-def unet(shape, **settings):
+def unet(shape, multipliers=(1, 2), **settings):
     settings = {"args_size": 2, "num_heads": 1, **settings}
-    return fd.nn.UNet(shape, 4, (1, 2), 1, **settings, key=jr.key(0))
+    return fd.nn.UNet(shape, 4, multipliers, 1, **settings, key=jr.key(0))
 
 
 @pytest.mark.parametrize(
@@ -459,6 +459,10 @@ FIELD = r"one field of shape \(n, 2\), the channels last; got "
             TypeError,
             "`dilations` must be an i",
         ),
+        (lambda: resnet_of((9, 1), 2.5), TypeError, "`width` must be an integer"),
+        (lambda: resnet_of((9, 1), dilations=()), ValueError, "`dilations` is empty"),
+        (lambda: unet((8, 1), ()), ValueError, "`multipliers` is empty"),
+        (lambda: unet((8, 1), (0, 1)), ValueError, "`multipliers` must be"),
         (lambda: unet((8,)), ValueError, r"got \(8,\). A field has shape \(\*grid, chan"),
         (lambda: unet((8, 1), boundary="open"), ValueError, "`boundary` must be one of"),
         (lambda: unet((6, 8, 7, 1)), ValueError, "multiples of 2; got 6 by 8 by 7"),

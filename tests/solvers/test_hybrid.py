@@ -811,6 +811,14 @@ def test_other_bad_arguments():
         fd.HybridSolver(EXACT, num_nodes=1)
     with pytest.raises(ValueError, match="`safety` must be in \\(0, 1\\]; got 2"):
         fd.HybridSolver(EXACT, safety=2.0)
+    whole = pytest.raises(TypeError, match="`num_nodes` must be an integer")
+    with without_type_checks(), whole:
+        fd.HybridSolver(EXACT, num_nodes=2.5)
+    with pytest.raises(ValueError, match="The state has no entries"):
+        solve(EXACT, x=jnp.zeros(0), field=lambda t, x, args: -x)
+    with pytest.raises(TypeError, match="Times must be float32 or float64; got float16"):
+        half = [jnp.asarray(t, jnp.float16) for t in (0.0, 1.0)]
+        solve(EXACT, *half, X.astype(jnp.float16), field=lambda t, x, args: -x)
     with pytest.raises(TypeError, match="bare network"):
         fd.HybridSolver(fd.nn.MLP(2, key=jr.key(0)))
     with pytest.raises(ValueError, match="shape of the state"):

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from helpers import assert_close, gaussian_map, max_abs
+from helpers import assert_close, gaussian_map, max_abs, without_type_checks
 
 import flowdiffrax as fd
 
@@ -180,6 +180,25 @@ def test_safety():
 def test_bad_arguments(given, match):
     with pytest.raises(ValueError, match=match):
         run(EXACT, **given)
+
+
+@pytest.mark.parametrize(
+    "given, error, match",
+    [
+        ({"chunk_size": 2.5}, TypeError, "`chunk_size` must be an integer"),
+        ({"x0": XS.astype(jnp.float16)}, TypeError, "float32, float64"),
+        ({"x0": jnp.ones((3, 2), int)}, TypeError, "float32, float64"),
+    ],
+)
+def test_bad_types(given, error, match):
+    with without_type_checks(), pytest.raises(error, match=match):
+        run(EXACT, **given)
+
+
+def test_field_of_another_shape():
+    sums = lambda t, x, args: x.sum()
+    with pytest.raises(ValueError, match="`vector_field` must return the shape"):
+        fd.solve_batch(EXACT, sums, jnp.asarray([0.0, 1.0]), XS, rtol=1.0, atol=1.0)
 
 
 def test_bare_network():

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import without_type_checks
 from test_benchmarks import load
 from test_testing import Decay, decay
 
@@ -300,6 +301,17 @@ def test_map_of_the_library_in_its_time_range():
     assert isinstance(Ranged(), fd.AbstractFlowMap)
     found = testing.check(Ranged(), decay, state=X, identities=["semigroup"])
     assert "in [2.0, 3.0]" in found.looked_at
+
+
+def test_settings_out_of_their_ranges():
+    check = lambda **given: testing.check(lambda s, t, x: x, state=X, **given)
+    with pytest.raises(ValueError, match="`rtol` must be at least 0; got -1"):
+        check(rtol=-1.0)
+    with without_type_checks():
+        with pytest.raises(ValueError, match="the lowest and the highest"):
+            check(bounds=(1.0,))
+        with pytest.raises(TypeError, match="`max_examples` must be an integer"):
+            check(max_examples=2.5)
 
 
 @pytest.mark.parametrize("t0, t1", [(1.0, 1.0), (float("nan"), 1.0), (0.0, np.inf)])

@@ -9,7 +9,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from .._check import check_at_least, check_callable, check_instance
+from .._check import check_callable, check_count, check_instance
 from .._io import import_extra
 from .._tree import num_rows
 from ..times._base import check_batch_size
@@ -84,7 +84,7 @@ def stream(
         raise ValueError(
             f"A batch of {batch_size} has no equal share for process {index} of {count}."
         )
-    check_at_least(seed, 0, "seed")
+    check_count(seed, 0, "seed")
     grain = import_extra("grain", "train", "stream")
     share = batch_size // count
     rows = slice(index * share, (index + 1) * share)
@@ -100,7 +100,7 @@ def _reader(source: Any, size: int | None) -> tuple[_Read, int]:
         check_callable(source, "source", "source(rows)")
         if size is None:
             raise ValueError("A function needs `size`, the number of rows.")
-        check_at_least(size, 1, "size")
+        check_count(size, 1, "size")
         return lambda rows: _checked(source(rows), rows), size
     what = "arrays, memory maps, or a function of row numbers with `size`"
     for leaf in jtu.tree_leaves(source):

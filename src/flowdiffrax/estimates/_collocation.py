@@ -21,7 +21,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Float
 
-from .._check import check_at_least, check_like
+from .._check import check_count, check_like
 from .._time import times_like
 from .._tree import scale, subtract
 from .._types import Args, State, Time, TwoTimeMap, VectorField
@@ -235,7 +235,7 @@ class AbstractCollocationEstimate(AbstractErrorEstimate):
     num_nodes: int = eqx.field(static=True, default=8)
 
     def __check_init__(self):
-        check_at_least(self.num_nodes, 1, "num_nodes")
+        check_count(self.num_nodes, 1, "num_nodes")
 
     @property
     def order(self) -> int:

@@ -1,6 +1,6 @@
 import equinox as eqx
 
-from .._check import check_at_least, check_callable
+from .._check import check_callable, check_count
 from .._tree import subtract
 from .._types import Args, Scalar, State, TwoTimeMap, VectorField
 from ..flow_maps._base import AbstractFlowMap
@@ -32,7 +32,7 @@ class DefectCorrectedFlowMap(AbstractFlowMap):
     def __check_init__(self):
         check_composable(self.flow_map)
         check_callable(self.teacher, "teacher", "teacher(t, x, args)")
-        check_at_least(self.num_nodes, 1, "num_nodes")
+        check_count(self.num_nodes, 1, "num_nodes")
 
     @property
     def time_range(self):

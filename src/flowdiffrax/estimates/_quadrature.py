@@ -14,7 +14,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Float
 
-from .._check import check_at_least
+from .._check import check_count
 from .._types import Args, State, Time, TwoTimeMap, VectorField
 from ..identities import end_and_residual
 
@@ -80,7 +80,7 @@ class Radau(NamedTuple):
 @functools.cache
 def radau(num_nodes: int) -> Radau:
     """Right Radau quadrature with so many nodes."""
-    check_at_least(num_nodes, 1, "num_nodes")
+    check_count(num_nodes, 1, "num_nodes")
     series = np.zeros(num_nodes + 1)
     series[-2:] = 1.0
     left = np.sort(np.real(np.polynomial.legendre.legroots(series)))

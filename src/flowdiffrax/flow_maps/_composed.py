@@ -2,7 +2,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jax import lax
 
-from .._check import check_at_least
+from .._check import check_count
 from .._types import Args, Scalar, State, TwoTimeMap
 from ._base import AbstractFlowMap
 from ._inverse import check_composable
@@ -29,7 +29,7 @@ class ComposedFlowMap(AbstractFlowMap):
 
     def __check_init__(self):
         check_composable(self.flow_map)
-        check_at_least(self.num_jumps, 1, "num_jumps")
+        check_count(self.num_jumps, 1, "num_jumps")
 
     @property
     def time_range(self):

@@ -6,7 +6,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from .._check import check_at_least
+from .._check import check_count
 from .._time import at_least_float32
 from .._tree import Frozen
 from .._types import Args
@@ -53,7 +53,7 @@ class ConserveLinear(eqx.Module):
                 "`matrix` must have shape (invariants, size), a row for each invariant; "
                 f"got {matrix.shape}."
             )
-        check_at_least(num_iterations, 1, "num_iterations")
+        check_count(num_iterations, 1, "num_iterations")
         # Rows that are combinations of others would make the equations singular.
         _, values, rows = np.linalg.svd(np.asarray(matrix, np.float64))
         rank = int(np.sum(values > 1e-10 * np.max(values, initial=1e-300)))

@@ -3,7 +3,7 @@ import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
 
-from .._check import check_at_least, check_callable
+from .._check import check_callable, check_count
 from .._time import at_least_float32
 from .._tree import add_scaled
 from .._types import Args, Scalar, State, VectorField
@@ -56,8 +56,8 @@ class ODEFlowMap(AbstractChordFlowMap):
 
     def __check_init__(self):
         check_callable(self.vector_field, "vector_field", "vector_field(t, x, args)")
-        check_at_least(self.num_steps, 1, "num_steps")
-        check_at_least(self.max_steps, 1, "max_steps")
+        check_count(self.num_steps, 1, "num_steps", or_none=True)
+        check_count(self.max_steps, 1, "max_steps", or_none=True)
 
     def tangent(self, t: Scalar, x: State, args: Args) -> State:
         """Evaluates the vector field."""

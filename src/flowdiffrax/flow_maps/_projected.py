@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .._check import check_at_least, check_callable, check_like
+from .._check import check_callable, check_count, check_like
 from .._time import at_least_float32
 from .._tree import Frozen, ravel
 from .._types import Args, Scalar, State, Time
@@ -106,7 +106,7 @@ class ConserveInvariants(eqx.Module):
         self, invariants: Callable[[State, Args], State], num_iterations: int = 3
     ):
         check_callable(invariants, "invariants", "invariants(x, args)")
-        check_at_least(num_iterations, 1, "num_iterations")
+        check_count(num_iterations, 1, "num_iterations")
         self.frozen_invariants = Frozen(invariants)
         self.num_iterations = num_iterations
 

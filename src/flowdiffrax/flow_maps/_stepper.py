@@ -3,7 +3,7 @@ from collections.abc import Callable
 import equinox as eqx
 import jax.numpy as jnp
 
-from .._check import check_at_least, check_callable, check_like, check_whole
+from .._check import check_callable, check_count, check_like
 from .._tree import Frozen, add_scaled
 from .._types import Args, Scalar, State
 from ._base import AbstractFlowMap, as_time_range
@@ -63,8 +63,7 @@ class StepperFlowMap(AbstractFlowMap):
     ):
         check_callable(base, "base", "base(s, t, x, args)")
         check_callable(net, "net", "net(s, t, x, args)")
-        check_whole(order, "order")
-        check_at_least(order, 0, "order")
+        check_count(order, 0, "order")
         self.net = net
         self.frozen_base = Frozen(base)
         self.order = int(order)

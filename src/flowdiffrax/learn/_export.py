@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jax import export
 
-from .._check import check_at_least
+from .._check import check_count
 from .._io import write_whole
 from .._tree import nan_where
 from .._types import Args, State
@@ -45,7 +45,7 @@ def export_jump(
 
     **Raises:** `ValueError` if `batch_size` is below 1.
     """
-    check_at_least(batch_size, 1, "batch_size")
+    check_count(batch_size, 1, "batch_size")
     as_batch = lambda leaf: jax.ShapeDtypeStruct(
         (batch_size, *jnp.shape(leaf)), jnp.result_type(leaf)
     )

@@ -9,7 +9,7 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Key
 
-from .._check import check_at_least, check_key, check_positive
+from .._check import check_count, check_key, check_positive
 from ..train import fingerprint
 from ._build import build
 from ._folder import Folder, as_config
@@ -186,7 +186,7 @@ def _make_plan(
     given = {name: value for name, value in given.items() if value is not None}
     for name in ("width", "depth", "batch_size", "num_steps"):
         if name in given:
-            check_at_least(given[name], 1, name)
+            check_count(given[name], 1, name)
     num_states = int(np.isfinite(observed.ys).all(2).sum())
     level = 3 if domain.size > 64 else 2 if num_states > _MANY_STATES else 1
     width, depth = NETWORKS[level]

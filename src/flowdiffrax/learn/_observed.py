@@ -10,7 +10,7 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from .._check import check_at_least
+from .._check import check_count
 from ..data._batches import Batch
 from ..paths._trajectory import TrajectoryPath
 from ._pool import Pool
@@ -264,7 +264,7 @@ class PairBatches(eqx.Module):
     first_share: float = eqx.field(static=True)
 
     def __check_init__(self):
-        check_at_least(self.batch_size, 1, "batch_size")
+        check_count(self.batch_size, 1, "batch_size")
 
     @classmethod
     def of(

@@ -4,7 +4,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float
 
-from .._check import check_at_least, check_positive
+from .._check import check_count, check_positive
 from ..flow_maps._conserve_linear import find_linear_invariants
 from ._probe import Facts
 from ._problem import Domain, Problem
@@ -130,7 +130,7 @@ def make_plan(problem: Problem, facts: Facts, minutes: float, given: dict) -> Pl
     check_positive(minutes, "minutes")
     for name in ("width", "depth", "pool_size", "batch_size", "num_steps"):
         if name in given:
-            check_at_least(given[name], 1, name)
+            check_count(given[name], 1, name)
     chosen, reasons = {}, {}
 
     def choose(name: str, value: Any, reason: str) -> None:

@@ -1,7 +1,7 @@
 """Markov chains on a cheap density, corrected to be exact."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -135,8 +135,17 @@ class DelayedAcceptance(eqx.Module):
 
     def _log_densities(self, x: State) -> tuple[Scalar, Scalar]:
         """Both, in the dtype of the exact one."""
-        cheap = jnp.asarray(self.cheap_log_density(x))
-        exact = jnp.asarray(self.exact_log_density(x))
-        check_scalar(cheap, "cheap_log_density(x)")
-        check_scalar(exact, "exact_log_density(x)")
+        cheap = _real(self.cheap_log_density(x), "cheap_log_density(x)")
+        exact = _real(self.exact_log_density(x), "exact_log_density(x)")
         return cheap.astype(exact.dtype), exact
+
+
+def _real(value: Any, name: str) -> Scalar:
+    """**Raises:** `TypeError` or `ValueError` unless it is a real number."""
+    if value is None or jnp.iscomplexobj(value):
+        what = value if value is None else jnp.result_type(value)
+        raise TypeError(f"`{name}` must be a real number; got {what}.")
+    check_scalar(value, name)
+    value = jnp.asarray(value)
+    is_float = jnp.issubdtype(value.dtype, jnp.floating)
+    return value if is_float else value.astype(jnp.result_type(float))

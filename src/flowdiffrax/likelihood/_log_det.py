@@ -11,8 +11,8 @@ import numpy as np
 from jaxtyping import Array, Key
 
 from .._check import (
-    check_at_least,
     check_callable,
+    check_count,
     check_flow_map,
     check_instance,
     check_like,
@@ -100,7 +100,7 @@ class PowerSeries(AbstractLogDet):
     num_terms: int = eqx.field(static=True, default=8)
 
     def __check_init__(self):
-        check_at_least(self.num_terms, 1, "num_terms")
+        check_count(self.num_terms, 1, "num_terms")
 
     def __call__(self, flow_map, s, t, x, args, key) -> tuple[State, Scalar]:
         vector, unravel = ravel_floats(x)
@@ -148,7 +148,7 @@ class DivergenceIntegral(AbstractLogDet):
     vector_field: VectorField | None = None
 
     def __check_init__(self):
-        check_at_least(self.num_nodes, 1, "num_nodes")
+        check_count(self.num_nodes, 1, "num_nodes")
 
     def __call__(self, flow_map, s, t, x, args, key) -> tuple[State, Scalar]:
         field: Any = self.vector_field

@@ -12,7 +12,7 @@ import jax.tree_util as jtu
 from jax import lax
 from jaxtyping import Array, Float, Key
 
-from .._check import check_at_least, check_like
+from .._check import check_count, check_like
 from .._time import at_least_float32, times_like
 from .._tree import ravel, vary_like
 from .._types import Args, Scalar, State, Time, VectorField
@@ -72,7 +72,7 @@ class Hutchinson(AbstractTrace):
     num_probes: int = eqx.field(static=True, default=1)
 
     def __check_init__(self):
-        check_at_least(self.num_probes, 1, "num_probes")
+        check_count(self.num_probes, 1, "num_probes")
 
     def __call__(self, product, like, key) -> Scalar:
         z = _signs(key, self.num_probes, like)

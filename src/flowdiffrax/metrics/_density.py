@@ -5,7 +5,7 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import ArrayLike
 
-from .._check import check_at_least
+from .._check import check_count
 
 
 class HistogramKL(NamedTuple):
@@ -61,7 +61,7 @@ def histogram_kl(
         raise ValueError(
             f"`samples` must be finite and (samples, 2); got shape {samples.shape}."
         )
-    check_at_least(bins, 1, "bins")
+    check_count(bins, 1, "bins")
     edges = np.linspace(low, high, bins + 1)
     counts, _, _ = np.histogram2d(samples[:, 0], samples[:, 1], bins=(edges, edges))
     inside = counts.sum()

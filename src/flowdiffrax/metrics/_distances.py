@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float
 
-from .._check import check_at_least
+from .._check import check_count
 
 # The number of rows per block in matrix products.
 _ROWS = 2048
@@ -61,8 +61,8 @@ def kernel_distance(
         raise ValueError("Vectors of features must be finite.")
     smaller = min(len(x), len(y))
     size = min(1000, max(2, smaller // 2)) if subset_size is None else subset_size
-    check_at_least(size, 2, "subset_size")
-    check_at_least(num_subsets, 1, "num_subsets")
+    check_count(size, 2, "subset_size")
+    check_count(num_subsets, 1, "num_subsets")
     rng = np.random.default_rng(seed)
     values = []
     for _ in range(num_subsets):
@@ -111,7 +111,7 @@ def sliced_wasserstein(
     x, y = (np.asarray(points) for points in (x, y))
     if x.ndim < 1 or x.shape[1:] != y.shape[1:] or x.size == 0 or y.size == 0:
         raise ValueError(f"Points must be of the same shape; got {x.shape}, {y.shape}.")
-    check_at_least(num_projections, 1, "num_projections")
+    check_count(num_projections, 1, "num_projections")
     x, y = (points.reshape(len(points), -1) for points in (x, y))
     rng = np.random.default_rng(seed)
     directions = rng.standard_normal((x.shape[1], num_projections))

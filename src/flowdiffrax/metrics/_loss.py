@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from .._check import check_at_least
+from .._check import check_count
 from .._types import Args
 from ..flow_maps._base import AbstractFlowMap
 from ..objectives._base import AbstractObjective
@@ -67,7 +67,7 @@ def loss_by_times(
     **Raises:** `ValueError` if there are no bins or times lie outside the interval;
     otherwise as [`flowdiffrax.objectives.batch_loss`][].
     """
-    check_at_least(num_bins, 1, "num_bins")
+    check_count(num_bins, 1, "num_bins")
     losses = _losses(objective, flow_map, teacher, paths, args, key)
     return bin_losses(losses, flow_map, num_bins, time_range)
 

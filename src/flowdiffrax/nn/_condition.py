@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, Integer, Key
 
-from .._check import check_at_least, check_between, check_scalar
+from .._check import check_between, check_count, check_scalar
 from .._types import Args, GuidanceArgs, Time
 from ._embedding import MagnitudePreservingEmbedding, TwoTimeEmbedding, waves
 from ._layers import Linear
@@ -72,8 +72,8 @@ class Condition(eqx.Module):
         preserving: bool = False,
         key: Key[Array, ""],
     ):
-        check_at_least(num_classes, 0, "num_classes")
-        check_at_least(args_size, 0, "args_size")
+        check_count(num_classes, 0, "num_classes")
+        check_count(args_size, 0, "args_size")
         if num_classes > 0 and args_size > 0:
             raise ValueError(
                 "`args` are a label or a vector, so give `num_classes` or `args_size`; "

@@ -5,8 +5,8 @@ import jax
 import jax.random as jr
 from jaxtyping import Array, Float, Key
 
-from .._check import check_at_least
-from ._grids import AbstractGridNetwork, FiLM, VectorCondition, check_sizes
+from .._check import check_count, check_counts
+from ._grids import AbstractGridNetwork, FiLM, VectorCondition
 from ._layers import Conv
 
 
@@ -84,9 +84,9 @@ class DilatedResNet(AbstractGridNetwork):
         key: Key[Array, ""],
     ):
         super().__init__(shape, boundary, scale, key)
-        check_at_least(width, 1, "width")
-        check_at_least(num_blocks, 1, "num_blocks")
-        check_sizes(dilations, 1, "dilations")
+        check_count(width, 1, "width")
+        check_count(num_blocks, 1, "num_blocks")
+        check_counts(dilations, 1, "dilations")
         self.dilations = tuple(int(dilation) for dilation in dilations)
         self.check_grid(self.shape[:-1])
         condition_key, first_key, block_key = jr.split(key, 3)

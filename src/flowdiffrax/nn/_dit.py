@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, Key
 
-from .._check import check_at_least
+from .._check import check_count
 from ._condition import Condition
 from ._images import AbstractImageNetwork, num_heads_for, run
 from ._layers import Linear, attend, modulate, standardise, unit_rms
@@ -79,7 +79,7 @@ class DiT(AbstractImageNetwork):
         super().__init__(shape, scale, dtype, remat, key)
         sizes = {"patch": patch, "width": width, "depth": depth, "ratio": ratio}
         for name, number in sizes.items():
-            check_at_least(number, 1, name)
+            check_count(number, 1, name)
         if width % 4 != 0:
             raise ValueError(f"`width` must be a multiple of 4; got {width}.")
         num_heads = num_heads_for(width, num_heads)

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Complex, Float, Key
 
-from .._check import check_at_least
-from ._grids import AbstractGridNetwork, FiLM, VectorCondition, check_sizes
+from .._check import check_count, check_counts
+from ._grids import AbstractGridNetwork, FiLM, VectorCondition
 from ._layers import Linear, extend
 
 
@@ -87,8 +87,8 @@ class FNO(AbstractGridNetwork):
         key: Key[Array, ""],
     ):
         super().__init__(shape, boundary, scale, key)
-        check_at_least(width, 1, "width")
-        check_at_least(depth, 1, "depth")
+        check_count(width, 1, "width")
+        check_count(depth, 1, "depth")
         self.modes = _check_modes(modes, len(self.shape) - 1)
         self.check_grid(self.shape[:-1])
         condition_key, first_key, layer_key, hidden_key = jr.split(key, 4)
@@ -236,5 +236,5 @@ def _check_modes(modes: int | Sequence[int], num_dims: int) -> tuple[int, ...]:
             f"`modes` must be one number, or one for each of the {num_dims} axes; got "
             f"{modes}."
         )
-    check_sizes(each, 1, "modes")
+    check_counts(each, 1, "modes")
     return tuple(int(number) for number in each)

@@ -11,7 +11,7 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Float, Key
 
-from .._check import check_at_least, check_key, check_whole
+from .._check import check_count, check_key
 from .._time import time_dtype, times_like
 from .._types import Args, Time
 from ._condition import VectorEmbedding
@@ -37,7 +37,7 @@ class VectorCondition(eqx.Module):
         *,
         key: Key[Array, ""],
     ):
-        check_at_least(args_size, 0, "args_size")
+        check_count(args_size, 0, "args_size")
         time_key, vector_key = jr.split(key)
         self.times = TwoTimeEmbedding(
             size, max_frequency=max_frequency, two_times=two_times, key=time_key
@@ -165,10 +165,3 @@ def check_field(x: Array, shape: tuple[int, ...]) -> None:
         f"This network takes one field of shape ({axes}, {channels}), the channels last; "
         f"got {found}. {cure}"
     )
-
-
-def check_sizes(sizes: Sequence[int], least: int, name: str) -> None:
-    """**Raises:** `TypeError` or `ValueError` for a size that is not a whole number."""
-    for size in sizes:
-        check_whole(size, name)
-        check_at_least(size, least, name)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
-from .._check import check_at_least, check_key
+from .._check import check_count, check_counts, check_key
 from .._time import time_dtype, times_like
 from .._types import Args, Time
 from ._condition import Condition
@@ -94,8 +94,9 @@ def levels(
 
     The blocks up begin with two at the lowest resolution, the first with attention.
     """
-    check_at_least(channels, 1, "channels")
-    check_at_least(num_blocks, 1, "num_blocks")
+    check_count(channels, 1, "channels")
+    check_count(num_blocks, 1, "num_blocks")
+    check_counts(multipliers, 1, "multipliers")
     *grid, _ = shape
     factor = 2 ** (len(multipliers) - 1)
     if any(side % factor != 0 for side in grid):

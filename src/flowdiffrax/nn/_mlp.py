@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, Key
 
-from .._check import check_at_least, check_key
+from .._check import check_count, check_key
 from .._time import times_like
 from .._types import Args, Time
 from ._describe import describe
@@ -71,8 +71,8 @@ class MLP(eqx.Module):
         activation: Callable[[Array], Array] = jax.nn.gelu,
         key: Key[Array, ""],
     ):
-        check_at_least(width, 1, "width")
-        check_at_least(depth, 1, "depth")
+        check_count(width, 1, "width")
+        check_count(depth, 1, "depth")
         check_key(key)
         first_key, hidden_key, last_key = jr.split(key, 3)
         num_inputs = size * (1 + 2 * len(frequencies))

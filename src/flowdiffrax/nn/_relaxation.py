@@ -9,7 +9,7 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Float, Key
 
-from .._check import check_at_least, check_key
+from .._check import check_count, check_key
 from .._time import times_like
 from .._tree import Frozen, is_concrete
 from .._types import Args, Time
@@ -66,8 +66,8 @@ class RelaxationMLP(eqx.Module):
         activation: Callable[[Array], Array] = jax.nn.gelu,
         key: Key[Array, ""],
     ):
-        check_at_least(width, 1, "width")
-        check_at_least(depth, 1, "depth")
+        check_count(width, 1, "width")
+        check_count(depth, 1, "depth")
         check_key(key)
         size = units.mean.size
         first_key, hidden_key, last_key = jr.split(key, 3)

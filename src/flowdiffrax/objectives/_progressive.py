@@ -6,7 +6,7 @@ import jax.random as jr
 import jax.tree_util as jtu
 from jaxtyping import Array, ArrayLike, Key
 
-from .._check import check_at_least, check_between, check_callable, check_positive
+from .._check import check_between, check_callable, check_count, check_positive
 from .._time import times_like
 from .._tree import freeze, scale, subtract
 from .._types import State
@@ -63,7 +63,7 @@ class ProgressiveFlowMapMatching(AbstractResidualObjective):
     weight: AbstractWeight = NoWeight()
 
     def __check_init__(self):
-        check_at_least(self.num_jumps, 2, "num_jumps")
+        check_count(self.num_jumps, 2, "num_jumps")
 
     def residual(self, flow_map, teacher, path, s, t, args, key) -> State:
         del key

@@ -8,7 +8,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, PyTree, Real
 
-from .._check import check_at_least, check_callable
+from .._check import check_callable, check_count
 from .._time import real_dtype, time_dtype, times_like
 from .._tree import is_concrete, nan_where, num_rows, rows_not_finite, subtract
 from .._types import Args, State, Time, VectorField
@@ -163,7 +163,7 @@ def solve_trajectories(
     check_callable(vector_field, "vector_field", "vector_field(t, x, args)")
     batch_size = num_rows(x0, "`x0` is a batch of states: its leaves")
     check_one_length(ts)
-    check_at_least(chunk_size, 1, "chunk_size")
+    check_count(chunk_size, 1, "chunk_size")
     if jnp.ndim(ts) not in (1, 2) or jnp.shape(ts)[-1] < 2:
         raise ValueError(
             "`ts` must have at least two times, in shape (times,) or (batch, times); "

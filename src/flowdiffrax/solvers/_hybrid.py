@@ -10,7 +10,7 @@ import optimistix as optx
 from jax import lax
 from jaxtyping import Array, ArrayLike, Bool, Int, PyTree, Real
 
-from .._check import check_at_least, check_instance
+from .._check import check_between, check_count, check_instance
 from .._tree import all_finite, freeze, nan_where, scale, subtract
 from .._types import Args, State, Time, TwoTimeMap
 from ..estimates._clock import Clock
@@ -167,7 +167,8 @@ class HybridSolver(diffrax.AbstractImplicitSolver, diffrax.AbstractAdaptiveSolve
     **Raises:** when constructed, `TypeError` for a map that is not callable or a fallback
     that is not a solver, and `ValueError` for a fallback that is not a classical solver
     of ODEs with an error estimate, or an invalid `num_nodes`, `safety` or `max_wait`. In
-    the solve, `ValueError` without tolerances; for a fixed step size Diffrax raises it
+    the solve, `ValueError` without tolerances or for a state without entries, `TypeError`
+    for times in half precision; for a fixed step size Diffrax raises it
     itself, with a message about implicit solvers. If neither the map nor the fallback can
     meet the tolerance, the solve ends with Diffrax's own result.
 
@@ -196,12 +197,10 @@ class HybridSolver(diffrax.AbstractImplicitSolver, diffrax.AbstractAdaptiveSolve
 
     def __check_init__(self):
         check_composable(self.flow_map)
-        check_at_least(self.max_wait, 1, "max_wait")
+        check_count(self.max_wait, 1, "max_wait")
         check_fallback(self.fallback)
-        if self.num_nodes is not None:
-            check_at_least(self.num_nodes, 2, "num_nodes")
-        if not 0 < self.safety <= 1:
-            raise ValueError(f"`safety` must be in (0, 1]; got {self.safety}.")
+        check_count(self.num_nodes, 2, "num_nodes", or_none=True)
+        check_between(self.safety, 0, 1, "safety", "(]")
 
     @property
     def root_finder(self):  # pyright: ignore
@@ -233,8 +232,16 @@ class HybridSolver(diffrax.AbstractImplicitSolver, diffrax.AbstractAdaptiveSolve
             raise ValueError(
                 "Without a step size controller, give `HybridSolver` `rtol` and `atol`."
             )
+        leaves = jtu.tree_leaves(y0)
+        if not any(map(jnp.size, leaves)):
+            raise ValueError("The state has no entries, so that it has no error either.")
+        if jnp.finfo(jnp.result_type(t0)).bits < 32:
+            raise TypeError(
+                f"Times must be float32 or float64; got {jnp.result_type(t0)}. Pass "
+                "`t0`, `t1` and `dt0` as Python floats."
+            )
         # Like the state, so that a loop under `jax.shard_map` can carry them.
-        like = jtu.tree_leaves(y0)[0]
+        like = leaves[0]
         full = lambda value, dtype: jnp.full_like(like, value, dtype, shape=())
         return HybridState(
             num_learned=full(0, jnp.int32),

@@ -10,7 +10,7 @@ import optax
 from jax import lax
 from jaxtyping import Array, ArrayLike, Key, Real
 
-from .._check import check_at_least, check_like
+from .._check import check_count, check_like
 from .._time import time_dtype
 from .._tree import all_finite, is_concrete
 from .._types import Args, State, TwoTimeMap
@@ -149,7 +149,7 @@ def sample_with_restarts(
 def make_grid(flow_map: TwoTimeMap, ts) -> Real[ArrayLike, " times"]:
     is_number = jnp.ndim(ts) == 0 and is_concrete(ts)
     if is_number and jnp.issubdtype(jnp.result_type(ts), jnp.integer):
-        check_at_least(ts, 1, "ts")
+        check_count(ts, 1, "ts")
         low, high = getattr(flow_map, "time_range", None) or (0.0, 1.0)
         return np.linspace(low, high, int(ts) + 1)
     shape = jnp.shape(ts)

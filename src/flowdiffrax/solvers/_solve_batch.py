@@ -3,6 +3,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import diffrax
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
@@ -11,7 +12,13 @@ import optimistix as optx
 from jax import lax
 from jaxtyping import Array, ArrayLike, Bool, PyTree, Real
 
-from .._check import check_at_least, check_between, check_callable, check_positive
+from .._check import (
+    check_between,
+    check_callable,
+    check_count,
+    check_like,
+    check_positive,
+)
 from .._time import time_dtype
 from .._tree import is_concrete, num_rows
 from .._types import Args, State, TwoTimeMap, VectorField
@@ -102,15 +109,16 @@ def solve_batch(
     **Returns:** a [`flowdiffrax.solvers.BatchSolution`][].
 
     **Raises:** `ValueError` for fewer than two times or some that are not finite,
-    examples whose numbers differ, or settings out of their ranges; `TypeError` for
-    what is not callable, or no solver.
+    examples whose numbers differ, a vector field of another shape, or settings out of
+    their ranges; `TypeError` for what is not callable, no solver, or states of
+    integers or in half precision.
     """
     check_composable(flow_map)
     check_callable(vector_field, "vector_field", "vector_field(t, x, args)")
     check_positive(rtol, "rtol")
     check_positive(atol, "atol")
-    check_at_least(chunk_size, 1, "chunk_size")
-    check_at_least(max_steps, 1, "max_steps")
+    check_count(chunk_size, 1, "chunk_size")
+    check_count(max_steps, 1, "max_steps")
     check_fallback(fallback)
     num = num_rows(x0, "`x0` is a batch of examples: its leaves")
     if args_per_example:
@@ -120,12 +128,22 @@ def solve_batch(
         raise ValueError(f"`ts` must be at least two times; got shape {ts.shape}.")
     if is_concrete(ts) and not np.isfinite(ts).all():
         raise ValueError(f"`ts` must be finite; got {ts}.")
-    one = jtu.tree_map(lambda leaf: leaf[0], x0)
+    first = lambda tree: jtu.tree_map(lambda leaf: jnp.asarray(leaf)[0], tree)
+    one = first(x0)
+    for leaf in jtu.tree_leaves(one):
+        if not jnp.issubdtype(leaf.dtype, jnp.inexact) or jnp.finfo(leaf.dtype).bits < 32:
+            raise TypeError(
+                f"`x0` must be of float32, float64 or their complex numbers; got "
+                f"{leaf.dtype}. Convert it with `.astype(jnp.float32)`."
+            )
     ts = ts.astype(time_dtype(one))
+    rate = lambda x, args: vector_field(ts[0], x, args)
+    slope = eqx.filter_eval_shape(rate, one, first(args) if args_per_example else args)
+    check_like(slope, one, "`vector_field`")
     implicit = is_implicit(fallback)
     corrects = can_correct(one, implicit)
     nodes_of = default_nodes(one) if num_nodes is None else num_nodes
-    check_at_least(nodes_of, 2, "num_nodes")
+    check_count(nodes_of, 2, "num_nodes")
     check_between(safety, 0, 1, "safety", "(]")
 
     def ratio_from(x):

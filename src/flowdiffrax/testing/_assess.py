@@ -9,7 +9,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import ArrayLike, Real
 
-from .._check import check_at_least
+from .._check import check_count
 from .._derivative import Derivative
 from .._time import time_dtype
 from .._tree import num_rows
@@ -104,7 +104,7 @@ def prepare(
       not compiled.
     - `shares_args`: whether all rows of a batch have the same `args`.
     """
-    check_at_least(num_steps, 1, "num_steps")
+    check_count(num_steps, 1, "num_steps")
     x = jtu.tree_map(jnp.asarray, x)
     if jnp.ndim(s) == 1:
         num_rows((x, _arrays(args)), "States and conditions of a batch")

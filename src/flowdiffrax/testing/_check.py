@@ -7,7 +7,7 @@ from typing import Any
 import jax.tree_util as jtu
 import numpy as np
 
-from .._check import check_at_least
+from .._check import check_at_least, check_count
 from .._derivative import Derivative
 from .._types import Args, State
 from ._assess import check_names, jacobian_is_cheap
@@ -109,8 +109,12 @@ def check(
         left_out = {"tangent"} if vector_field is None else set()
         left_out |= _BACKWARDS if ordered else set()
         names = tuple(name for name in names if name not in left_out)
-    if max_examples is not None:
-        check_at_least(max_examples, 1, "max_examples")
+    check_count(max_examples, 1, "max_examples", or_none=True)
+    for name, tolerance in (("rtol", rtol), ("atol", atol)):
+        for number in jtu.tree_leaves(tolerance):
+            check_at_least(number, 0, name)
+    if len(bounds) != 2:
+        raise ValueError(f"`bounds` are the lowest and the highest; got {bounds}.")
     low, high = getattr(flow_map, "time_range", None) or (0.0, 1.0)
     low, high = low if t0 is None else t0, high if t1 is None else t1
     if not (np.isfinite([low, high]).all() and low != high):

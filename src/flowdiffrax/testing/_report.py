@@ -10,7 +10,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Float
 
-from .._check import check_at_least
+from .._check import check_count
 from .._io import import_extra
 from .._time import time_dtype
 from .._tree import num_rows
@@ -159,7 +159,7 @@ def defect_report(
     conditions without a common batch axis.
     """
     check_names(identities)
-    check_at_least(num_times, 2, "num_times")
+    check_count(num_times, 2, "num_times")
     low, high = getattr(flow_map, "time_range", None) or (0.0, 1.0)
     low, high = low if t0 is None else t0, high if t1 is None else t1
     times = np.linspace(low, high, num_times)

@@ -8,7 +8,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, ArrayLike, Key, PyTree
 
-from .._check import check_at_least
+from .._check import check_count
 
 
 def assert_unbiased(
@@ -35,7 +35,7 @@ def assert_unbiased(
     **Raises:** `AssertionError` if it is biased; `ValueError` if `expected` is not like
     the estimates, or for fewer than two draws.
     """
-    check_at_least(num_draws, 2, "num_draws")
+    check_count(num_draws, 2, "num_draws")
     draws = jax.jit(jax.vmap(estimator))(jr.split(key, num_draws))
 
     def compare(path, values, truth):
@@ -82,7 +82,7 @@ def assert_independent(
     **Raises:** `AssertionError` if the draws are correlated or not finite; `ValueError`
     for fewer than two parts or draws.
     """
-    check_at_least(num_draws, 2, "num_draws")
+    check_count(num_draws, 2, "num_draws")
     parts = jax.jit(jax.vmap(draw))(jr.split(key, num_draws))
     if not isinstance(parts, tuple | list) or len(parts) < 2:
         raise ValueError("`draw` must return a tuple of two arrays or more.")

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, Key
 
-from .._check import check_at_least
+from .._check import check_count
 
 Times = Float[Array, " batch"]
 
@@ -53,4 +53,4 @@ class AbstractTimes(eqx.Module):
 
 def check_batch_size(batch_size: int) -> None:
     """**Raises:** `ValueError` if `batch_size` is below 1."""
-    check_at_least(batch_size, 1, "batch_size")
+    check_count(batch_size, 1, "batch_size")

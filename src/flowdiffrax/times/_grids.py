@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from .._check import check_at_least
+from .._check import check_count
 from .._tree import is_concrete
 from ._base import AbstractTimes, Times
 
@@ -25,7 +25,7 @@ class Dyadic(AbstractTimes):
     max_level: int = eqx.field(static=True, default=7)
 
     def __check_init__(self):
-        check_at_least(self.max_level, 0, "max_level")
+        check_count(self.max_level, 0, "max_level")
 
     def from_uniform(self, first: Times, second: Times) -> tuple[Times, Times]:
         level = jnp.floor(first * (self.max_level + 1))

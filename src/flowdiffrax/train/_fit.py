@@ -10,7 +10,7 @@ import jax
 import optax
 from jaxtyping import Array, Key
 
-from .._check import check_at_least, check_instance, check_whole
+from .._check import check_count, check_instance
 from .._tree import num_rows
 from ..data import ConditionDropout, StreamBatches, TrajectoryBatches
 from ..flow_maps._base import AbstractFlowMap
@@ -116,11 +116,9 @@ def fit(
     [`flowdiffrax.train.TrainingDiverged`][], with the last good state, if too many steps
     were skipped.
     """
-    check_whole(num_steps, "num_steps")
-    check_whole(report_every, "report_every")
-    check_at_least(num_steps, 1, "num_steps")
-    check_at_least(report_every, 1, "report_every")
-    check_at_least(max_skipped, 0, "max_skipped")
+    check_count(num_steps, 1, "num_steps")
+    check_count(report_every, 1, "report_every")
+    check_count(max_skipped, 0, "max_skipped")
     what = "a flow map or a `TrainState`. Wrap a network as `FlowMap(net)`"
     check_instance(flow_map, AbstractFlowMap | TrainState, "flow_map", what)
     check_instance(run, Run | None, "run", "a `train.Run` or `None`")

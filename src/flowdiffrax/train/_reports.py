@@ -12,7 +12,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Key, PyTree
 
-from .._check import check_at_least, check_callable
+from .._check import check_callable, check_count
 from .._io import StrPath, import_extra
 from ..metrics._loss import bin_losses, weighted_losses
 from ..objectives._base import AbstractObjective
@@ -73,8 +73,8 @@ class LossByTimes:
     ):
         check_objective(objective)
         check_callable(batches, "batches", "batches(key)")
-        check_at_least(num_bins, 1, "num_bins")
-        check_at_least(num_batches, 1, "num_batches")
+        check_count(num_bins, 1, "num_bins")
+        check_count(num_batches, 1, "num_batches")
         self._inputs = objective, batches, teacher
         self._key_data, self._key_impl = jr.key_data(key), jr.key_impl(key)
         self._num_batches = num_batches
@@ -190,7 +190,7 @@ class WeightsAndBiases:
 
 
 def checked_every(every: int) -> int:
-    check_at_least(every, 1, "every")
+    check_count(every, 1, "every")
     return every
 
 

@@ -15,12 +15,11 @@ from jax import lax
 from jaxtyping import Array, Int, Key, PyTree
 
 from .._check import (
-    check_at_least,
     check_callable,
+    check_count,
     check_instance,
     check_key,
     check_optimiser,
-    check_whole,
 )
 from .._time import at_least_float32
 from .._tree import all_finite, is_concrete, squared_norm
@@ -226,8 +225,7 @@ def make_step(
         for decay in () if is_left_out else _decays(decays):
             if not 0 <= decay < 1:
                 raise ValueError(f"`{name}` must be in [0, 1); got {decay}.")
-    check_whole(accumulate, "accumulate")
-    check_at_least(accumulate, 1, "accumulate")
+    check_count(accumulate, 1, "accumulate")
 
     @eqx.filter_jit(donate="all-except-first")
     def step(

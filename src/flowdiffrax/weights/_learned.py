@@ -3,7 +3,7 @@ import math
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .._check import check_at_least, check_positive
+from .._check import check_count, check_positive
 from .._types import Scalar, Time
 from ._base import AbstractWeight
 
@@ -43,7 +43,7 @@ class LearnedWeight(AbstractLearnedWeight):
 
     def __init__(self, num_frequencies: int = 8, dtype=None, *, scale: float = 1.0):
         check_positive(scale, "scale")
-        check_at_least(num_frequencies, 1, "num_frequencies")
+        check_count(num_frequencies, 1, "num_frequencies")
         dtype = jnp.result_type(float) if dtype is None else dtype
         zeros = jnp.zeros((2, 2, num_frequencies), dtype)
         # The cosine with zero periods is the constant function.
