@@ -28,7 +28,7 @@ from .._types import Args, State, Time, TwoTimeMap, VectorField
 from ..flow_maps._inverse import check_composable
 from ._base import AbstractErrorEstimate
 from ._clock import Clock
-from ._quadrature import integral, last, radau
+from ._quadrature import barycentric_weights, integral, last, radau
 
 _GOLDEN = (5**0.5 - 1) / 2
 
@@ -143,6 +143,18 @@ def at_probe(nodes: Nodes, states: State) -> State:
     return jtu.tree_map(value, nodes.start, states)
 
 
+def total_size(first: State, second: State) -> State:
+    """Returns the sum of the sizes of two errors, entry by entry."""
+    size = lambda a, b: (jnp.abs(a) + jnp.abs(b)).astype(a.dtype)
+    return jtu.tree_map(size, first, second)
+
+
+def largest(values: State) -> State:
+    """Returns the largest size of each entry along the leading axis of every leaf."""
+    most = lambda leaf: jnp.max(jnp.abs(leaf), axis=0).astype(leaf.dtype)
+    return jtu.tree_map(most, values)
+
+
 def picard_defects(nodes: Nodes) -> State:
     """Returns the Picard defect at every node."""
     from_start = radau(nodes.num_nodes).from_start
@@ -204,18 +216,12 @@ def _reduced(miss, rates):
 
 def quadrature_gap(nodes: Nodes) -> State:
     """Returns by how much the integral over the jump may be wrong."""
-    first, second = (scale(miss.width, miss.reduced) for miss in misses(nodes))
-    add = lambda a, b: (jnp.abs(a) + jnp.abs(b)).astype(a.dtype)
-    return jtu.tree_map(add, first, second)
+    return total_size(*(scale(miss.width, miss.reduced) for miss in misses(nodes)))
 
 
 def at_share(nodes: np.ndarray, share: Array) -> Float[Array, " nodes"]:
     """Returns the weights for the value at `share` of the polynomial through nodes."""
-    gaps = nodes[:, None] - nodes[None, :]
-    np.fill_diagonal(gaps, 1.0)
-    barycentric = 1 / np.prod(gaps, axis=1)
-    # Only their ratios matter, and for many nodes they are too large for float32.
-    barycentric = jnp.asarray(barycentric / np.abs(barycentric).max(), share.dtype)
+    barycentric = jnp.asarray(barycentric_weights(nodes), share.dtype)
     away = share - jnp.asarray(nodes, share.dtype)
     is_node = away == 0
     parts = barycentric / jnp.where(is_node, 1, away)
@@ -266,10 +272,4 @@ class AbstractCollocationEstimate(AbstractErrorEstimate):
         args: Args = None,
     ) -> tuple[State, State]:
         end, error, gap = self.errors(flow_map, teacher, s, t, x, args)
-        return end, _total(error, gap)
-
-
-def _total(error: State, gap: State) -> State:
-    """Returns the sum of the sizes of two errors."""
-    size = lambda e, g: (jnp.abs(e) + jnp.abs(g)).astype(e.dtype)
-    return jtu.tree_map(size, error, gap)
+        return end, total_size(error, gap)

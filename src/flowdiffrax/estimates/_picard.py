@@ -1,10 +1,8 @@
-import jax.numpy as jnp
-import jax.tree_util as jtu
-
 from .._types import Args, State, Time, TwoTimeMap, VectorField
 from ._collocation import (
     AbstractCollocationEstimate,
     at_nodes,
+    largest,
     picard_defects,
     quadrature_gap,
 )
@@ -39,7 +37,5 @@ class PicardDefect(AbstractCollocationEstimate):
     ) -> tuple[State, State, State]:
         """Returns the jump, its largest defect, and how wrong the quadrature may be."""
         nodes = at_nodes(flow_map, teacher, s, t, x, args, self.num_nodes)
-        defects = picard_defects(nodes)
-        largest = lambda d: jnp.max(jnp.abs(d), axis=0).astype(d.dtype)
-        gap = quadrature_gap(nodes)
-        return last(nodes.states), jtu.tree_map(largest, defects), gap
+        defects = largest(picard_defects(nodes))
+        return last(nodes.states), defects, quadrature_gap(nodes)

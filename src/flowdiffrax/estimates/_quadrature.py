@@ -55,6 +55,17 @@ def last(values: State) -> State:
     return jtu.tree_map(lambda leaf: leaf[-1], values)
 
 
+def barycentric_weights(nodes: np.ndarray) -> Float[np.ndarray, " nodes"]:
+    """Returns the weights of barycentric interpolation, of which only ratios matter.
+
+    The largest is 1: for many nodes they would be too large for float32 otherwise.
+    """
+    gaps = nodes[:, None] - nodes
+    np.fill_diagonal(gaps, 1.0)
+    weights = 1 / np.prod(gaps, axis=1)
+    return weights / np.abs(weights).max()
+
+
 class Radau(NamedTuple):
     """Right Radau quadrature on [0, 1], exact for polynomials as far as there are nodes.
 

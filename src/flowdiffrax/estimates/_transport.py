@@ -16,10 +16,9 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from ._quadrature import radau
+from ._quadrature import barycentric_weights, radau
 
-# The coefficients of the two-stage Radau IIA method, whose stages are at 1/3 and 1.
-_STAGES = np.array([[5 / 12, -1 / 12], [3 / 4, 1 / 4]])
+# The first stage of the two-stage Radau IIA method. The second is at 1.
 _FIRST = 1 / 3
 
 
@@ -66,7 +65,7 @@ def transport(jacobians: Float[Array, "nodes size size"]) -> Transport:
                 -step * float(a) * matrix
                 for a, matrix in zip(row, (first, last), strict=True)
             ]
-            for row in _STAGES
+            for row in radau(2).from_start
         ]
         blocks[0][0] += identity
         blocks[1][1] += identity
@@ -81,9 +80,7 @@ def _at_first(num_nodes: int) -> Float[np.ndarray, "nodes nodes"]:
     """The defects at first stages of the intervals, by the polynomial through nodes."""
     nodes = radau(num_nodes).nodes
     stages = (1 - _FIRST) * nodes[:-1] + _FIRST * nodes[1:]
-    gaps = nodes[:, None] - nodes
-    np.fill_diagonal(gaps, 1.0)
-    parts = 1 / np.prod(gaps, axis=1) / (stages[:, None] - nodes)
+    parts = barycentric_weights(nodes) / (stages[:, None] - nodes)
     # A defect may rise from 0 at the start to its size within the first interval.
     first = np.concatenate([[_FIRST], np.zeros(num_nodes - 1)])
     return np.concatenate([first[None], parts / parts.sum(1, keepdims=True)])

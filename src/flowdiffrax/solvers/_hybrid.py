@@ -21,7 +21,7 @@ from ..flow_maps._inverse import check_composable
 from ._base import AbstractFlowMapSolver, true_field, true_times
 from ._branches import run_if_any, where, with_derivative
 from ._jump import Jump
-from ._predict import correct, is_fine, is_hopeless, predict
+from ._predict import correct, error_ratio, is_fine, is_hopeless, predict
 
 Terms = PyTree[diffrax.AbstractTerm]
 
@@ -386,15 +386,8 @@ class HybridSolver(diffrax.AbstractImplicitSolver, diffrax.AbstractAdaptiveSolve
         return fallback
 
     def _ratio(self, error: State, y0: State, y1: State) -> Array:
-        """Returns the norm of an error as the step size controller computes it."""
-
-        def scaled(error, y0, y1):
-            size = jnp.maximum(jnp.abs(y0), jnp.abs(y1))
-            return error / (self.atol + self.rtol * size).astype(error.dtype)
-
-        return lax.stop_gradient(
-            jnp.asarray(self.norm(jtu.tree_map(scaled, error, y0, y1)))
-        )
+        ratio = error_ratio(error, y0, y1, self.rtol, self.atol, self.norm)
+        return lax.stop_gradient(ratio)
 
     def _remember(self, state, tried, taken, ratio, length, memory) -> HybridState:
         # If the map's error requires short steps, many in succession would keep the

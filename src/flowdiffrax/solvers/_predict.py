@@ -1,7 +1,7 @@
 """A jump that the map predicts and the vector field corrects."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +17,11 @@ from ..estimates._collocation import (
     Nodes,
     at_nodes,
     at_states,
+    largest,
     picard_defects,
     probe_share,
     quadrature_gap,
+    total_size,
 )
 from ..estimates._newton import linearise, newton_step
 from ..estimates._quadrature import between, last
@@ -57,10 +59,21 @@ def is_hopeless(
     slopes = jtu.tree_map(lambda leaf: jnp.mean(leaf, axis=0), rates)
     expected = scale(us[1] - us[0], slopes)
     end = last(states)
-    both = jtu.tree_map(_total, moves, expected)
     # What is far below the tolerance may be rounding.
-    least = jnp.maximum(_WRONG * norm(both, end), 0.05)
+    least = jnp.maximum(_WRONG * norm(total_size(moves, expected), end), 0.05)
     return ~(norm(subtract(moves, expected), end) < least)
+
+
+def error_ratio(
+    error: State, y0: State, y1: State, rtol: Any, atol: Any, norm: Callable
+) -> Array:
+    """Returns the norm of an error as Diffrax's step size controllers compute it."""
+
+    def scaled(error, y0, y1):
+        size = jnp.maximum(jnp.abs(y0), jnp.abs(y1))
+        return error / (atol + rtol * size).astype(error.dtype)
+
+    return jnp.asarray(norm(jtu.tree_map(scaled, error, y0, y1)))
 
 
 class Prediction(NamedTuple):
@@ -104,11 +117,10 @@ def predict(
     nodes = at_nodes(flow_map, teacher, s, t, x, args, num_nodes, grade)
     end = last(nodes.states)
     gap = quadrature_gap(nodes)
-    largest = lambda d: jnp.max(jnp.abs(d), axis=0).astype(d.dtype)
-    error = jtu.tree_map(_total, jtu.tree_map(largest, picard_defects(nodes)), gap)
+    error = total_size(largest(picard_defects(nodes)), gap)
     moves = jtu.tree_map(lambda ys, y: ys - jnp.expand_dims(y, 0), nodes.states, x)
     ratio = norm(error, end)
-    is_promising = ratio < _HOPELESS * norm(jtu.tree_map(largest, moves), end)
+    is_promising = ratio < _HOPELESS * norm(largest(moves), end)
     is_close = is_promising & (norm(gap, end) < _UNRESOLVED)
     return Prediction(nodes, ratio, error, is_promising, is_close)
 
@@ -143,9 +155,9 @@ def correct(
         errors, gap, between = newton_step(at, linear, teacher, args)
         states = subtract(states, errors)
         part = jnp.where(is_first & (not implicit), _LEFT, 1)
-        error = jtu.tree_map(_total, scale(part, last(errors)), gap)
+        error = total_size(scale(part, last(errors)), gap)
         if implicit:
-            error = jtu.tree_map(_total, error, between)
+            error = total_size(error, between)
         is_trusted = (norm(error, last(states)) < 0.5) & (not implicit)
         is_done = ~wanted | ~is_first | is_trusted
         move = lambda: changing(at_states(at, states, teacher, args))
@@ -161,7 +173,3 @@ def correct(
 def is_fine(ratio: Array, states: State) -> Array:
     """Whether a jump may be taken. A NaN compares as false."""
     return (ratio < 1) & all_finite(states)
-
-
-def _total(error, gap):
-    return (jnp.abs(error) + jnp.abs(gap)).astype(error.dtype)

@@ -26,7 +26,7 @@ from ..estimates._quadrature import last
 from ..flow_maps._base import times_out_of_range
 from ..flow_maps._inverse import check_composable
 from ._hybrid import can_correct, check_fallback, default_nodes, is_implicit
-from ._predict import correct, is_fine, predict
+from ._predict import correct, error_ratio, is_fine, predict
 
 # After so many examples, one in so many must have passed for others to be tried.
 _SAMPLE, _SHARE = 16, 8
@@ -147,11 +147,8 @@ def solve_batch(
     check_between(safety, 0, 1, "safety", "(]")
 
     def ratio_from(x):
-        def scaled(e, x, y):
-            size = jnp.maximum(jnp.abs(x), jnp.abs(y))
-            return e / (safety * (atol + rtol * size)).astype(e.dtype)
-
-        return lambda error, y: optx.rms_norm(jtu.tree_map(scaled, error, x, y))
+        how = rtol, atol, optx.rms_norm
+        return lambda error, y: error_ratio(error, x, y, *how) / safety
 
     def predicted(s, t, x, args):
         norm = ratio_from(x)
