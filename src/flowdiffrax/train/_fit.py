@@ -20,6 +20,7 @@ from ..objectives._mixture import Mixture
 from ..objectives._scheduled import Scheduled
 from ..objectives._trajectory import TrajectoryMatching
 from ._parallel import DataParallel
+from ._power_average import PowerAverage
 from ._run import Run
 from ._signals import StopRequests
 from ._step import StepInfo, TrainState, at_step, make_step
@@ -51,7 +52,7 @@ def fit(
     num_steps: int,
     teacher: Any = None,
     key: Key[Array, ""] | None = None,
-    ema_decay: float | Sequence[float] = 0.999,
+    ema_decay: float | PowerAverage | Sequence[float | PowerAverage] = 0.999,
     teacher_decay: float | None = None,
     accumulate: int = 1,
     parallel: DataParallel | None = None,
@@ -79,7 +80,9 @@ def fit(
     - `teacher`: what the objective learns from, if anything; a tuple for a mixture whose
       objectives learn from different teachers.
     - `key`: the root key. It is needed unless `flow_map` is a state, which has its own.
-    - `ema_decay`: the decay per step of the moving average, or several decays.
+    - `ema_decay`: the decay per step of the moving average, a
+      [`flowdiffrax.train.PowerAverage`][], or several of them. The first is the one that
+      `ema_map` returns.
     - `teacher_decay`: if given, the decay of a second average, which is the teacher.
     - `accumulate`: the number of batches per step. Their gradients are averaged.
     - `parallel`: the devices to train on, a [`flowdiffrax.train.DataParallel`][].

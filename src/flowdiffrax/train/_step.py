@@ -1,6 +1,6 @@
 import functools
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import diffrax
 import equinox as eqx
@@ -42,6 +42,9 @@ from ..objectives._mixture import Mixture
 from ..objectives._scheduled import Scheduled
 from ..weights._learned import AbstractLearnedWeight
 from ._parallel import DataParallel
+from ._power_average import PowerAverage
+
+_Decays: TypeAlias = float | PowerAverage | Sequence[float | PowerAverage]
 
 
 class TrainState(eqx.Module):
@@ -54,9 +57,9 @@ class TrainState(eqx.Module):
     **Attributes:**
 
     - `flow_map`: the map that is trained.
-    - `averages`: copies of the map with exponential moving averages of the weights, one
-      for each decay. They have at least float32 precision, because in a lower precision
-      an average would not move.
+    - `averages`: copies of the map with moving averages of the weights, one for each
+      entry of `ema_decay`. They have at least float32 precision, because in a lower
+      precision an average would not move.
     - `teacher_average`: a further average that serves as the teacher, or `None`.
     - `ema_maps`, `teacher_map`: the averages in the precision of the map itself.
     - `ema_map`: the first of the averages, the one to evaluate and to sample from.
@@ -85,7 +88,7 @@ class TrainState(eqx.Module):
         *,
         key: Key[Array, ""],
         objective: AbstractObjective | Mixture | Scheduled | None = None,
-        ema_decay: float | Sequence[float] = 0.999,
+        ema_decay: float | PowerAverage | Sequence[float | PowerAverage] = 0.999,
         teacher_decay: float | None = None,
     ) -> "TrainState":
         """Creates the state before the first step.
@@ -116,8 +119,8 @@ class TrainState(eqx.Module):
         return cls(
             flow_map=copy(flow_map),
             # Start from the weights, not from zeros, so that no debiasing is needed.
-            averages=tuple(_precise(flow_map) for _ in _decays(ema_decay)),
-            teacher_average=None if teacher_decay is None else _precise(flow_map),
+            averages=tuple(precise(flow_map) for _ in decays_of(ema_decay)),
+            teacher_average=None if teacher_decay is None else precise(flow_map),
             learned=copy(learned),
             opt_state=copy(opt_state),
             step=start,
@@ -146,19 +149,19 @@ class TrainState(eqx.Module):
     @property
     def ema_maps(self) -> tuple[AbstractFlowMap, ...]:
         """The averages in the precision of the map."""
-        return tuple(_in_precision_of(self.flow_map, one) for one in self.averages)
+        return tuple(in_precision_of(self.flow_map, one) for one in self.averages)
 
     @property
     def ema_map(self) -> AbstractFlowMap:
         """The first of the averages."""
-        return _in_precision_of(self.flow_map, self.averages[0])
+        return in_precision_of(self.flow_map, self.averages[0])
 
     @property
     def teacher_map(self) -> AbstractFlowMap | None:
         """The average that serves as the teacher."""
         if self.teacher_average is None:
             return None
-        return _in_precision_of(self.flow_map, self.teacher_average)
+        return in_precision_of(self.flow_map, self.teacher_average)
 
 
 class StepInfo(eqx.Module):
@@ -183,7 +186,7 @@ def make_step(
     objective: AbstractObjective | Mixture | Scheduled,
     optim: optax.GradientTransformation,
     *,
-    ema_decay: float | Sequence[float] = 0.999,
+    ema_decay: float | PowerAverage | Sequence[float | PowerAverage] = 0.999,
     teacher_decay: float | None = None,
     accumulate: int = 1,
     parallel: DataParallel | None = None,
@@ -197,8 +200,9 @@ def make_step(
     - `optim`: an Optax optimiser.
     - `ema_decay`: the decay per step of the moving average, in [0, 1). Step $n$ uses at
       most $(1 + n)/(10 + n)$, so that a new average soon forgets the initial weights.
-      Several decays keep several averages; the state must be created with the same
-      number.
+      Or a [`flowdiffrax.train.PowerAverage`][], whose width is a share of the run.
+      Several of either kind keep several averages; the state must be created with the
+      same number.
     - `teacher_decay`: if given, the decay of a further average of the map, which is the
       teacher. Use it for self-distillation from an average.
     - `accumulate`: the number of batches per step, at least 1. Their gradients are
@@ -222,8 +226,8 @@ def make_step(
     check_optimiser(optim)
     for name, decays in (("ema_decay", ema_decay), ("teacher_decay", teacher_decay)):
         is_left_out = name == "teacher_decay" and decays is None
-        for decay in () if is_left_out else _decays(decays):
-            if not 0 <= decay < 1:
+        for decay in () if is_left_out else decays_of(decays):
+            if not isinstance(decay, PowerAverage) and not 0 <= decay < 1:
                 raise ValueError(f"`{name}` must be in [0, 1); got {decay}.")
     check_count(accumulate, 1, "accumulate")
 
@@ -274,7 +278,7 @@ def update(
     args: Args,
     *,
     key: Key[Array, ""],
-    ema_decay: float | Sequence[float],
+    ema_decay: float | PowerAverage | Sequence[float | PowerAverage],
     teacher_decay: float | None = None,
 ) -> tuple[TrainState, StepInfo]:
     """Makes one training step on a given batch, for use in a custom training loop.
@@ -294,7 +298,7 @@ def _prepare(
     state: TrainState,
     objective: AbstractObjective | Mixture | Scheduled,
     teacher: Any,
-    ema_decay: float | Sequence[float],
+    ema_decay: _Decays,
     teacher_decay: float | None,
 ) -> tuple[Mixture, Any]:
     """The objective and the teacher of this step.
@@ -305,7 +309,7 @@ def _prepare(
     has_average = state.teacher_map is not None
     for name, argument, of_step, of_state in (
         ("learned weights", "objective", len(learned_of(objective)), len(state.learned)),
-        ("averages", "ema_decay", len(_decays(ema_decay)), len(state.averages)),
+        ("averages", "ema_decay", len(decays_of(ema_decay)), len(state.averages)),
         ("averages as teachers", "teacher_decay", teacher_decay is not None, has_average),
     ):
         if of_step != of_state:
@@ -420,7 +424,7 @@ def _apply(
     state: TrainState,
     optim: optax.GradientTransformation,
     means: _Means,
-    ema_decay: float | Sequence[float],
+    ema_decay: _Decays,
     teacher_decay: float | None,
 ) -> tuple[TrainState, StepInfo]:
     """Updates weights and averages, unless something is not finite."""
@@ -435,10 +439,10 @@ def _apply(
     keep = lambda new, old: jnp.where(is_finite, new, old) if eqx.is_array(new) else new
     new: Any = eqx.combine(new_weights, rest)
     flow_map, learned = new if state.learned else (new, ())
-    average = lambda old, decay: _average(old, flow_map, decay, state.step)
+    average = lambda old, decay: _average(old, flow_map, decay, state)
     proposed = TrainState(
         flow_map=flow_map,
-        averages=tuple(map(average, state.averages, _decays(ema_decay))),
+        averages=tuple(map(average, state.averages, decays_of(ema_decay))),
         teacher_average=average(state.teacher_average, teacher_decay),
         learned=learned,
         opt_state=opt_state,
@@ -458,11 +462,17 @@ def _trained(state: TrainState) -> Any:
     return (state.flow_map, state.learned) if state.learned else state.flow_map
 
 
-def _decays(ema_decay: float | Sequence[float] | None) -> tuple[float, ...]:
-    decays = () if ema_decay is None else tuple(np.atleast_1d(ema_decay).tolist())
+def decays_of(ema_decay: _Decays | None) -> tuple[float | PowerAverage, ...]:
+    given: Any = () if ema_decay is None else ema_decay
+    decays = tuple(given) if np.ndim(given) > 0 else (given,)
     if len(decays) == 0:
-        raise ValueError("`ema_decay` must be a decay or more; 0 keeps the last weights.")
-    return decays
+        raise ValueError(
+            "`ema_decay` must be a decay or more, or a `PowerAverage`; 0 keeps the last "
+            "weights."
+        )
+    return tuple(
+        decay if isinstance(decay, PowerAverage) else float(decay) for decay in decays
+    )
 
 
 def draw(batches: Any, key: Key[Array, ""]) -> tuple[diffrax.AbstractPath, Args]:
@@ -477,12 +487,21 @@ def draw(batches: Any, key: Key[Array, ""]) -> tuple[diffrax.AbstractPath, Args]
     )
 
 
-def _average(old: Any, flow_map: AbstractFlowMap, decay: float | None, step: Array):
+def _average(
+    old: Any,
+    flow_map: AbstractFlowMap,
+    decay: float | PowerAverage | None,
+    state: TrainState,
+):
     if decay is None:
         return old
-    # Use a smaller decay early on: with a fixed decay, a run of a few thousand steps
-    # would never forget the initial weights.
-    rate = 1 - jnp.minimum(decay, (1 + step.astype(float)) / (10 + step.astype(float)))
+    step = state.step.astype(float)
+    if isinstance(decay, PowerAverage):
+        rate = decay.rate(state.step - state.skipped + 1)
+    else:
+        # Use a smaller decay early on: with a fixed decay, a run of a few thousand steps
+        # would never forget the initial weights.
+        rate = 1 - jnp.minimum(decay, (1 + step) / (10 + step))
 
     def move(old, new):
         if not eqx.is_inexact_array(old):
@@ -492,7 +511,7 @@ def _average(old: Any, flow_map: AbstractFlowMap, decay: float | None, step: Arr
     return jtu.tree_map(move, old, flow_map)
 
 
-def _precise(flow_map: AbstractFlowMap) -> AbstractFlowMap:
+def precise(flow_map: AbstractFlowMap) -> AbstractFlowMap:
     """A copy whose weights have at least float32 precision."""
 
     def copy(leaf):
@@ -504,7 +523,7 @@ def _precise(flow_map: AbstractFlowMap) -> AbstractFlowMap:
     return jtu.tree_map(copy, flow_map)
 
 
-def _in_precision_of(flow_map: AbstractFlowMap, average: Any) -> AbstractFlowMap:
+def in_precision_of(flow_map: AbstractFlowMap, average: Any) -> AbstractFlowMap:
     cast = lambda leaf, like: (
         leaf.astype(like.dtype) if eqx.is_inexact_array(leaf) else leaf
     )
