@@ -53,3 +53,19 @@ class GuidanceArgs(NamedTuple):
 
     condition: Args
     scale: Time
+
+
+class AugmentationArgs(NamedTuple):
+    """The `args` of a network that takes the labels of an augmentation as an input.
+
+    With a guidance scale too, they are the condition of
+    [`flowdiffrax.velocities.GuidanceArgs`][].
+
+    **Arguments:**
+
+    - `condition`: the condition, such as a label; `None` if there is none.
+    - `labels`: how the example was transformed; zeros if it was not.
+    """
+
+    condition: Args
+    labels: Float[Array, " labels"]

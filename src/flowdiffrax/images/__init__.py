@@ -1,6 +1,8 @@
 """Image data sets, on-device batches, scores, recipes of papers, and a command line."""
 
 from . import command as command
+from ._augmentation import Augmentation as Augmentation
+from ._augmentation import AugmentationParameters as AugmentationParameters
 from ._device import DeviceImages as DeviceImages
 from ._device import from_uint8 as from_uint8
 from ._device import to_uint8 as to_uint8

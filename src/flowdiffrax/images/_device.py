@@ -7,7 +7,9 @@ from jaxtyping import Array, Bool, Float, Float32, Integer, Key, UInt8
 
 from .._time import at_least_float32
 from .._tree import is_concrete
+from .._types import AugmentationArgs
 from ..data import ConditionedPoints
+from ._augmentation import Augmentation
 from .sets._images import Images, check_images, check_labels
 
 
@@ -26,6 +28,9 @@ class DeviceImages(eqx.Module):
     - `labels`: the labels, if `images` is an array.
     - `flip`: whether to mirror each image left to right with probability 1/2. Not
       suitable for digits and letters.
+    - `augmentation`: an [`flowdiffrax.images.Augmentation`][] of each batch, after
+      mirroring, or `None`. The conditions are then
+      [`flowdiffrax.velocities.AugmentationArgs`][].
     - `draw`: whether to draw images at random. If `False`, a batch is all the images in
       order, for example one batch of [`flowdiffrax.data.stream`][].
 
@@ -36,6 +41,7 @@ class DeviceImages(eqx.Module):
     images: UInt8[Array, "n height width channels"]
     labels: Integer[Array, " n"] | None
     flip: bool = eqx.field(static=True)
+    augmentation: Augmentation | None
     draw: bool = eqx.field(static=True)
 
     def __init__(
@@ -44,6 +50,7 @@ class DeviceImages(eqx.Module):
         labels: Integer[Array | np.ndarray, " n"] | None = None,
         *,
         flip: bool = False,
+        augmentation: Augmentation | None = None,
         draw: bool = True,
     ):
         if isinstance(images, Images):
@@ -53,6 +60,7 @@ class DeviceImages(eqx.Module):
         self.images = jnp.asarray(images)
         self.labels = None if labels is None else jnp.asarray(labels)
         self.flip = flip
+        self.augmentation = augmentation
         self.draw = draw
 
     def __check_init__(self):
@@ -62,7 +70,7 @@ class DeviceImages(eqx.Module):
 
     def __call__(self, key: Key[Array, ""], batch_size: int) -> ConditionedPoints:
         """Returns a batch of points, `(batch_size, height, width, channels)`."""
-        rows_key, flip_key = jr.split(key)
+        rows_key, flip_key, augment_key = jr.split(key, 3)
         num_images = self.images.shape[0]
         images, labels = self.images, self.labels
         if self.draw:
@@ -75,7 +83,11 @@ class DeviceImages(eqx.Module):
             )
         if self.flip:
             images = _mirror(images, jr.bernoulli(flip_key, shape=(batch_size,)))
-        return ConditionedPoints(from_uint8(images), labels)
+        points = from_uint8(images)
+        if self.augmentation is None:
+            return ConditionedPoints(points, labels)
+        points, how = self.augmentation(augment_key, points)
+        return ConditionedPoints(points, AugmentationArgs(labels, how))
 
 
 def _mirror(

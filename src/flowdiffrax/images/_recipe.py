@@ -20,6 +20,7 @@ from ..objectives._mixture import Mixture
 from ..objectives._scheduled import Scheduled
 from ..paths._base import AbstractInterpolant
 from ..paths._interpolants import LinearInterpolant
+from ._augmentation import Augmentation
 from ._device import DeviceImages
 from .sets._images import Images
 
@@ -39,6 +40,8 @@ class Recipe:
       `flowdiffrax.data`.
     - `num_classes`: the number of classes; `None` if the recipe is not class-conditional.
     - `flip`: whether images are mirrored at random.
+    - `augmentation`: the augmentation of images, whose labels the network takes as an
+      input; `None` for none.
     - `label_dropout`: the rate at which labels are dropped, for guidance.
     - `interpolant`, `base_std`: the interpolant of the paths, and the standard deviation
       of their base.
@@ -62,6 +65,7 @@ class Recipe:
     data: str
     num_classes: int | None = None
     flip: bool = False
+    augmentation: Augmentation | None = None
     label_dropout: float = 0.0
     interpolant: AbstractInterpolant = LinearInterpolant()
     base_std: float
@@ -124,7 +128,9 @@ class Recipe:
                     f"num_classes={found})`."
                 )
             labels = None if self.num_classes is None else data.labels
-            data = DeviceImages(data.images, labels, flip=self.flip)
+            data = DeviceImages(
+                data.images, labels, flip=self.flip, augmentation=self.augmentation
+            )
         check_callable(data, "data", "data(key, batch_size)")
         batches = InterpolantBatches(
             self.interpolant,

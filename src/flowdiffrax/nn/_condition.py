@@ -9,10 +9,10 @@ import jax.random as jr
 from jaxtyping import Array, Float, Integer, Key
 
 from .._check import check_between, check_count, check_scalar
-from .._types import Args, GuidanceArgs, Time
+from .._types import Args, AugmentationArgs, GuidanceArgs, Time
 from ._embedding import MagnitudePreservingEmbedding, TwoTimeEmbedding, waves
 from ._layers import Linear
-from ._magnitude import ForcedLinear, ForcedWeight
+from ._magnitude import ForcedLinear, ForcedWeight, gained
 from ._mlp import as_vector
 
 
@@ -50,6 +50,7 @@ class Condition(eqx.Module):
     - `num_classes`: the number of classes; 0 for none.
     - `guidance`: whether the guidance scale is an input.
     - `args_size`: the length of the vector `args`, in place of a label; 0 for none.
+    - `augment_size`: the number of labels of an augmentation; 0 for none.
     - `preserving`: whether all layers preserve magnitudes.
     """
 
@@ -57,6 +58,7 @@ class Condition(eqx.Module):
     classes: Float[Array, "classes size"] | ForcedWeight | None
     vector: VectorEmbedding | None
     guidance: Linear | ForcedLinear | None
+    augmentation: "_Augmentation | None"
     num_classes: int = eqx.field(static=True)
 
     def __init__(
@@ -69,17 +71,19 @@ class Condition(eqx.Module):
         max_frequency: float,
         args_size: int = 0,
         *,
+        augment_size: int = 0,
         preserving: bool = False,
         key: Key[Array, ""],
     ):
         check_count(num_classes, 0, "num_classes")
         check_count(args_size, 0, "args_size")
+        check_count(augment_size, 0, "augment_size")
         if num_classes > 0 and args_size > 0:
             raise ValueError(
                 "`args` are a label or a vector, so give `num_classes` or `args_size`; "
                 f"got {num_classes} and {args_size}."
             )
-        time_key, class_key, guidance_key = jr.split(key, 3)
+        time_key, class_key, guidance_key, augment_key = jr.split(key, 4)
         embedding = MagnitudePreservingEmbedding if preserving else TwoTimeEmbedding
         self.times = embedding(
             size,
@@ -88,7 +92,7 @@ class Condition(eqx.Module):
             two_times=two_times,
             key=time_key,
         )
-        self.classes = self.guidance = self.vector = None
+        self.classes = self.guidance = self.vector = self.augmentation = None
         if args_size > 0:
             self.vector = VectorEmbedding(size, args_size, key=class_key)
         if num_classes > 0:
@@ -98,12 +102,19 @@ class Condition(eqx.Module):
         if guidance:
             linear = ForcedLinear if preserving else Linear
             self.guidance = linear(self.times.num_features, size, key=guidance_key)
+        if augment_size > 0:
+            self.augmentation = _Augmentation(
+                augment_size, size, preserving, key=augment_key
+            )
         self.num_classes = num_classes
 
     def __call__(self, s: Time, t: Time, args: Args) -> Float[Array, " size"]:
         scale = None
         if isinstance(args, GuidanceArgs) and self.guidance is not None:
             args, scale = args
+        labels = None
+        if isinstance(args, AugmentationArgs) and self.augmentation is not None:
+            args, labels = args
         parts = [self.times(s, t)]
         dtype = parts[0].dtype
         if self.vector is not None:
@@ -123,16 +134,20 @@ class Condition(eqx.Module):
             parts.append(self.guidance(features))
         total = sum(parts[1:], parts[0])
         if isinstance(self.times, MagnitudePreservingEmbedding):
-            return total / math.sqrt(len(parts))
-        return total
+            total = total / math.sqrt(len(parts))
+        if labels is None or self.augmentation is None:
+            return total
+        return total + self.augmentation(labels.astype(dtype))
 
     def _label(self, args: Args) -> Integer[Array, ""]:
         if args is None:
             return jnp.asarray(self.num_classes)
-        if self.num_classes == 0 or isinstance(args, GuidanceArgs):
+        wrapped = isinstance(args, GuidanceArgs | AugmentationArgs)
+        if self.num_classes == 0 or wrapped:
             raise ValueError(
                 f"This network cannot take {_kind(args)} as `args`. For labels, make it "
-                "with `num_classes`; for `GuidanceArgs`, with `guidance=True`."
+                "with `num_classes`; for `GuidanceArgs`, with `guidance=True`; for "
+                "`AugmentationArgs`, with `augment_size`."
             )
         is_scalar = eqx.is_array_like(args) and jnp.shape(args) == ()
         if not is_scalar or not jnp.issubdtype(jnp.result_type(args), jnp.integer):
@@ -143,6 +158,24 @@ class Condition(eqx.Module):
         # The number of classes stands for no class.
         check_between(args, 0, self.num_classes, "args")
         return jnp.asarray(args)
+
+
+class _Augmentation(eqx.Module):
+    """Embeds the labels of an augmentation; zero for labels that are zero."""
+
+    weight: Linear | ForcedLinear
+    gain: Float[Array, ""] | None
+
+    def __init__(self, number: int, size: int, preserving: bool, *, key: Key[Array, ""]):
+        if preserving:
+            # These weights cannot start at zero, but their gain can.
+            self.weight, self.gain = ForcedLinear(number, size, key=key), jnp.zeros(())
+        else:
+            self.weight, self.gain = Linear(number, size, bias=False, key=None), None
+
+    def __call__(self, labels: Float[Array, " labels"]) -> Float[Array, " size"]:
+        vector = self.weight(labels)
+        return vector if self.gain is None else gained(vector, self.gain)
 
 
 def _row(

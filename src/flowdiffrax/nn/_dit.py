@@ -41,8 +41,8 @@ class DiT(AbstractImageNetwork):
     - `depth`: the number of blocks.
     - `num_heads`: the number of attention heads; `None` for one head per 64 entries.
     - `ratio`: the width of a block's hidden layer, divided by `width`.
-    - `num_classes`, `guidance`, `scale`, `max_frequency`, `two_times`, `dtype`, `remat`,
-      `key`: as for [`flowdiffrax.nn.UNet`][].
+    - `num_classes`, `guidance`, `augment_size`, `scale`, `max_frequency`, `two_times`,
+      `dtype`, `remat`, `key`: as for [`flowdiffrax.nn.UNet`][].
 
     **Raises:** `ValueError` for settings that are invalid or do not fit together. When
     called, `ValueError` or `TypeError` for a state or `args` of the wrong shape or type.
@@ -69,6 +69,7 @@ class DiT(AbstractImageNetwork):
         ratio: int = 4,
         num_classes: int = 0,
         guidance: bool = False,
+        augment_size: int = 0,
         scale: float = 1.0,
         max_frequency: float = 1.0,
         two_times: bool = True,
@@ -85,7 +86,9 @@ class DiT(AbstractImageNetwork):
         num_heads = num_heads_for(width, num_heads)
         first_key, condition_key, block_key = jr.split(key, 3)
         inputs = num_classes, guidance, two_times, max_frequency
-        self.condition = Condition(width, 256, *inputs, key=condition_key)
+        self.condition = Condition(
+            width, 256, *inputs, augment_size=augment_size, key=condition_key
+        )
         size = patch**2 * self.shape[-1]
         self.first = Linear(size, width, key=first_key)
         block = lambda key: _Block(width, num_heads, ratio, key=key)

@@ -37,8 +37,8 @@ class MagnitudePreservingUNet(AbstractImageNetwork):
     **Arguments:**
 
     - `shape`, `channels`, `multipliers`, `num_blocks`, `attention`, `num_heads`,
-      `num_classes`, `guidance`, `max_frequency`, `two_times`, `dtype`, `remat`, `key`: as
-      for [`flowdiffrax.nn.UNet`][].
+      `num_classes`, `guidance`, `augment_size`, `max_frequency`, `two_times`, `dtype`,
+      `remat`, `key`: as for [`flowdiffrax.nn.UNet`][].
     - `scale`: the standard deviation of the state's entries, 1/2 for images in [-1, 1].
       Inputs are divided by it, and outputs are multiplied by it.
 
@@ -67,6 +67,7 @@ class MagnitudePreservingUNet(AbstractImageNetwork):
         num_heads: int | None = None,
         num_classes: int = 0,
         guidance: bool = False,
+        augment_size: int = 0,
         scale: float = 0.5,
         max_frequency: float = 1.0,
         two_times: bool = True,
@@ -80,7 +81,9 @@ class MagnitudePreservingUNet(AbstractImageNetwork):
         first_key, condition_key, down_key, up_key, last_key = keys
         size, num_features = channels * max(multipliers), channels * multipliers[0]
         inputs = num_features, num_classes, guidance, two_times, max_frequency
-        self.condition = Condition(size, *inputs, preserving=True, key=condition_key)
+        self.condition = Condition(
+            size, *inputs, augment_size=augment_size, preserving=True, key=condition_key
+        )
         self.first = ForcedConv(self.shape[-1] + 1, down[0].inputs, key=first_key)
         block = lambda key, index, level, is_down: _Block(
             level, size, num_heads, is_down, key=jr.fold_in(key, index)

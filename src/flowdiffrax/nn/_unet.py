@@ -55,6 +55,10 @@ class UNet(AbstractImageNetwork):
       `None` and `num_classes` stand for no class. A traced label out of range gives NaN.
     - `guidance`: whether `args` may be [`flowdiffrax.velocities.GuidanceArgs`][], a label
       and a guidance scale. For other `args`, the scale is 1.
+    - `augment_size`: the number of labels of an augmentation, such as
+      [`flowdiffrax.images.Augmentation`][]; 0 for none. `args` may then be
+      [`flowdiffrax.velocities.AugmentationArgs`][]. For other `args`, as in sampling, the
+      labels are zero.
     - `scale`: the typical size of the state's entries. Inputs are divided by it, and
       outputs are multiplied by it.
     - `max_frequency`: as for [`flowdiffrax.nn.TwoTimeEmbedding`][].
@@ -94,6 +98,7 @@ class UNet(AbstractImageNetwork):
         args_size: int = 0,
         num_classes: int = 0,
         guidance: bool = False,
+        augment_size: int = 0,
         scale: float = 1.0,
         max_frequency: float = 1.0,
         two_times: bool = True,
@@ -107,7 +112,9 @@ class UNet(AbstractImageNetwork):
         size = 4 * channels
         inputs = num_classes, guidance, two_times, max_frequency, args_size
         sides = check_boundary(boundary, len(self.shape) - 1)
-        self.condition = Condition(size, channels, *inputs, key=condition_key)
+        self.condition = Condition(
+            size, channels, *inputs, augment_size=augment_size, key=condition_key
+        )
         self.first = Conv(self.shape[-1], down[0].inputs, sides, key=first_key)
         block = lambda key, index, level: _Block(
             level, size, num_heads, sides, key=jr.fold_in(key, index)

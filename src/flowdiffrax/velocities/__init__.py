@@ -1,5 +1,6 @@
 """Velocities from scores, noise predictors and denoisers, and guided velocities."""
 
+from .._types import AugmentationArgs as AugmentationArgs
 from .._types import GuidanceArgs as GuidanceArgs
 from ._conversions import PredictedVelocity as PredictedVelocity
 from ._conversions import Prediction as Prediction

@@ -2,13 +2,19 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import PyTree
 
+from .._types import AugmentationArgs
+
 
 def null_like(null: PyTree, condition: PyTree) -> PyTree:
     """Casts the unconditional `null` to arrays with the dtypes of a condition.
 
+    The labels of an augmentation stay: they describe the state, not the condition.
+
     **Raises:** `ValueError` if the PyTree structure or the shapes differ from those of
     `condition`, `TypeError` if `null` has a fraction where `condition` has an integer.
     """
+    if isinstance(condition, AugmentationArgs):
+        return condition._replace(condition=null_like(null, condition.condition))
     got, expected = jtu.tree_structure(null), jtu.tree_structure(condition)
     if got != expected:
         raise ValueError(

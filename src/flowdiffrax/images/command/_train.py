@@ -56,7 +56,9 @@ def batches_of(recipe: Recipe, options: Options, images: Images) -> Any:
         images = dataclasses.replace(images, labels=None)
 
     def make(batch):
-        on_device = DeviceImages(*batch, flip=recipe.flip, draw=False)
+        on_device = DeviceImages(
+            *batch, flip=recipe.flip, augmentation=recipe.augmentation, draw=False
+        )
         return recipe.batches(on_device, size)
 
     return StreamBatches(images, size, make)
