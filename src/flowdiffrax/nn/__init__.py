@@ -2,6 +2,7 @@
 
 from ._dilated import DilatedResNet as DilatedResNet
 from ._dit import DiT as DiT
+from ._dropout import with_dropout as with_dropout
 from ._embedding import MagnitudePreservingEmbedding as MagnitudePreservingEmbedding
 from ._embedding import TwoTimeEmbedding as TwoTimeEmbedding
 from ._embedding import two_times as two_times

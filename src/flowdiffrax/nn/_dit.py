@@ -29,9 +29,9 @@ class DiT(AbstractImageNetwork):
 
     !!! info "Numerics"
 
-        Precision and the absence of dropout are as for [`flowdiffrax.nn.UNet`][]. All
-        blocks run as a single compiled block in a loop, so their weights have a leading
-        axis for the depth.
+        Precision and dropout are as for [`flowdiffrax.nn.UNet`][]. All blocks run as a
+        single compiled block in a loop, so their weights have a leading axis for the
+        depth.
 
     **Arguments:**
 
@@ -41,6 +41,8 @@ class DiT(AbstractImageNetwork):
     - `depth`: the number of blocks.
     - `num_heads`: the number of attention heads; `None` for one head per 64 entries.
     - `ratio`: the width of a block's hidden layer, divided by `width`.
+    - `dropout`: the rate at which the outputs of attention and of the hidden layer are
+      dropped in training, in [0, 1).
     - `num_classes`, `guidance`, `augment_size`, `scale`, `max_frequency`, `two_times`,
       `dtype`, `remat`, `key`: as for [`flowdiffrax.nn.UNet`][].
 
@@ -73,11 +75,12 @@ class DiT(AbstractImageNetwork):
         scale: float = 1.0,
         max_frequency: float = 1.0,
         two_times: bool = True,
+        dropout: float = 0.0,
         dtype: Any = None,
         remat: bool = False,
         key: Key[Array, ""],
     ):
-        super().__init__(shape, scale, dtype, remat, key)
+        super().__init__(shape, scale, dtype, remat, dropout, key)
         sizes = {"patch": patch, "width": width, "depth": depth, "ratio": ratio}
         for name, number in sizes.items():
             check_count(number, 1, name)
@@ -107,11 +110,14 @@ class DiT(AbstractImageNetwork):
         tokens = tokens + _places(rows, columns, tokens)
         weights, static = eqx.partition(self.blocks, eqx.is_array)
 
-        def step(tokens, weights):
+        def step(tokens, one):
+            weights, dropout = one
             block = eqx.combine(weights, static)
-            return run(block, self.remat, tokens, vector, self.dtype), None
+            return run(block, self.remat, tokens, vector, self.dtype, dropout), None
 
-        tokens, _ = jax.lax.scan(step, tokens, weights)
+        depth = self.blocks.qkv.weight.shape[0]
+        each = weights, self.dropout.each(depth)
+        tokens, _ = jax.lax.scan(step, tokens, each)
         factor, shift = jnp.split(self.last_modulation(vector), 2)
         tokens = _modulated(tokens, factor, shift)
         return einops.rearrange(
@@ -146,13 +152,13 @@ class _Block(eqx.Module):
         self.last = Linear(ratio * width, width, key=last_key)
         self.num_heads = num_heads
 
-    def __call__(self, tokens, vector, dtype):
+    def __call__(self, tokens, vector, dtype, dropout):
         numbers = jnp.split(self.modulation(vector), 6)
         h = self._mix(_modulated(tokens, *numbers[:2]), dtype)
-        tokens = tokens + modulate(h, numbers[2])
+        tokens = tokens + modulate(dropout.at(0)(h), numbers[2])
         h = self.hidden(_modulated(tokens, *numbers[3:5]), dtype)
         h = self.last(jax.nn.gelu(h), dtype)
-        return tokens + modulate(h, numbers[5])
+        return tokens + modulate(dropout.at(1)(h), numbers[5])
 
     def _mix(self, tokens, dtype):
         q, k, v = einops.rearrange(

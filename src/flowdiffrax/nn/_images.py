@@ -14,6 +14,7 @@ from .._time import time_dtype, times_like
 from .._types import Args, Time
 from ._condition import Condition
 from ._describe import describe
+from ._dropout import Dropout
 from ._layers import double, halve
 
 Shape = tuple[int, ...]
@@ -37,6 +38,7 @@ class AbstractImageNetwork(eqx.Module):
     num_dims: ClassVar[tuple[int, ...]] = (2,)
 
     condition: Condition
+    dropout: Dropout
     shape: Shape = eqx.field(static=True)
     scale: float = eqx.field(static=True)
     dtype: jnp.dtype | None = eqx.field(static=True)
@@ -48,6 +50,7 @@ class AbstractImageNetwork(eqx.Module):
         scale: float,
         dtype: Any,
         remat: bool,
+        dropout: float,
         key: Key[Array, ""],
     ):
         # Subclasses split the key, and make `condition` with one of the new ones.
@@ -57,6 +60,7 @@ class AbstractImageNetwork(eqx.Module):
         self.scale = float(scale)
         self.dtype = check_dtype(dtype)
         self.remat = remat
+        self.dropout = Dropout(dropout)
 
     def __call__(
         self,
@@ -138,13 +142,13 @@ def down_and_up(
 ) -> Float[Array, "*grid outputs"]:
     """Runs the blocks of a U-Net. On the way up, `join` adds the skip connections."""
     skips = [h]
-    for block in net.down:
-        h = run(block, net.remat, h, vector, net.dtype)
+    for index, block in enumerate(net.down):
+        h = run(block, net.remat, h, vector, net.dtype, net.dropout.at(index))
         skips.append(h)
-    for block in net.up:
+    for index, block in enumerate(net.up, len(net.down)):
         if block.skip > 0:
             h = join(h, skips.pop())
-        h = run(block, net.remat, h, vector, net.dtype)
+        h = run(block, net.remat, h, vector, net.dtype, net.dropout.at(index))
     return h
 
 

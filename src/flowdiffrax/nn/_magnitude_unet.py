@@ -31,14 +31,14 @@ class MagnitudePreservingUNet(AbstractImageNetwork):
 
     !!! info "Numerics"
 
-        Precision and the absence of dropout are as for [`flowdiffrax.nn.UNet`][].
+        Precision and dropout are as for [`flowdiffrax.nn.UNet`][].
         Activations are not clipped, which float16 would require.
 
     **Arguments:**
 
     - `shape`, `channels`, `multipliers`, `num_blocks`, `attention`, `num_heads`,
-      `num_classes`, `guidance`, `augment_size`, `max_frequency`, `two_times`, `dtype`,
-      `remat`, `key`: as for [`flowdiffrax.nn.UNet`][].
+      `num_classes`, `guidance`, `augment_size`, `max_frequency`, `two_times`, `dropout`,
+      `dtype`, `remat`, `key`: as for [`flowdiffrax.nn.UNet`][].
     - `scale`: the standard deviation of the state's entries, 1/2 for images in [-1, 1].
       Inputs are divided by it, and outputs are multiplied by it.
 
@@ -71,11 +71,12 @@ class MagnitudePreservingUNet(AbstractImageNetwork):
         scale: float = 0.5,
         max_frequency: float = 1.0,
         two_times: bool = True,
+        dropout: float = 0.0,
         dtype: Any = None,
         remat: bool = False,
         key: Key[Array, ""],
     ):
-        super().__init__(shape, scale, dtype, remat, key)
+        super().__init__(shape, scale, dtype, remat, dropout, key)
         down, up = levels(self.shape, channels, multipliers, num_blocks, attention)
         keys = jr.split(key, 5)
         first_key, condition_key, down_key, up_key, last_key = keys
@@ -139,14 +140,14 @@ class _Block(eqx.Module):
         self.skip = level.skip
         self.is_down = is_down
 
-    def __call__(self, x, vector, dtype):
+    def __call__(self, x, vector, dtype, dropout):
         if self.resample is not None:
             x = self.resample(x)
         if self.is_down:
             x = unit_rms(self._widen(x, dtype), -1)
         h = self.first(silu(x), dtype)
         factor = 1 + gained(self.modulation(vector), self.modulation_gain)
-        h = self.last(silu(modulate(h, factor)), dtype)
+        h = self.last(dropout(silu(modulate(h, factor))), dtype)
         if not self.is_down:
             x = self._widen(x, dtype)
         # The shares of the residual branches, here and below, are those of the paper.

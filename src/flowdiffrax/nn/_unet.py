@@ -27,8 +27,10 @@ class UNet(AbstractImageNetwork):
 
     !!! info "Numerics"
 
-        There is no dropout. Objectives evaluate a network several times and compare the
-        results, so it must be a deterministic function of its inputs.
+        Dropout acts in training only, and there on some rows only; see
+        [Networks](../networks.md#dropout). Everywhere else, the network is a
+        deterministic function of its inputs. All evaluations for one example drop the
+        same entries.
 
         With `dtype`, convolutions and matrix products of activations round their operands
         to it. Everything else keeps the precision of the state, and at least float32:
@@ -64,6 +66,8 @@ class UNet(AbstractImageNetwork):
     - `max_frequency`: as for [`flowdiffrax.nn.TwoTimeEmbedding`][].
     - `two_times`: `False` for a velocity, which ignores the end time; see
       [`flowdiffrax.nn.two_times`][].
+    - `dropout`: the rate at which entries are dropped in training, before the last
+      convolution of each block, in [0, 1).
     - `dtype`: the dtype of convolutions and matrix products, such as `jnp.bfloat16`;
       `None` for the dtype of the state.
     - `remat`: whether the reverse pass recomputes each block, to save memory.
@@ -102,11 +106,12 @@ class UNet(AbstractImageNetwork):
         scale: float = 1.0,
         max_frequency: float = 1.0,
         two_times: bool = True,
+        dropout: float = 0.0,
         dtype: Any = None,
         remat: bool = False,
         key: Key[Array, ""],
     ):
-        super().__init__(shape, scale, dtype, remat, key)
+        super().__init__(shape, scale, dtype, remat, dropout, key)
         down, up = levels(self.shape, channels, multipliers, num_blocks, attention)
         first_key, condition_key, down_key, up_key = jr.split(key, 4)
         size = 4 * channels
@@ -168,13 +173,13 @@ class _Block(eqx.Module):
         self.resample = level.resample
         self.skip = level.skip
 
-    def __call__(self, x, vector, dtype):
+    def __call__(self, x, vector, dtype, dropout):
         h = jax.nn.silu(self.first_norm(x))
         if self.resample is not None:
             h, x = self.resample(h), self.resample(x)
         factor, shift = jnp.split(self.modulation(vector), 2)
         h = modulate(self.last_norm(self.first(h, dtype)), 1 + factor, shift)
-        h = self.last(jax.nn.silu(h), dtype)
+        h = self.last(dropout(jax.nn.silu(h)), dtype)
         x = (x if self.across is None else self.across(x, dtype)) + h
         return x if self.attention is None else self.attention(x, dtype)
 

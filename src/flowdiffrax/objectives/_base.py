@@ -69,6 +69,9 @@ class AbstractObjective(eqx.Module):
     # Whether the velocity is learned on the diagonal only, so that a batch needs rows
     # there.
     needs_diagonal = False
+    # Whether a network has dropout in rows off the diagonal too. The default is not to:
+    # these rows compare several evaluations of the map, or a derivative with a value.
+    has_dropout_off_diagonal = False
 
     def __check_init__(self):
         check_instance(self.times, AbstractTimes, "times")

@@ -18,6 +18,7 @@ from .._check import check_flow_map
 from .._tree import num_rows
 from .._types import Args, Scalar
 from ..flow_maps._base import AbstractFlowMap
+from ..nn._dropout import has_dropout, with_dropout
 from ..times._shares import split_by_shares
 from ._base import AbstractObjective
 from ._mixture import Mixture
@@ -41,7 +42,8 @@ def batch_loss(
       learn from different teachers, pass a tuple with one teacher for each.
     - `paths`: paths with a leading batch axis on every leaf.
     - `args`: conditions with the same leading axis, or `None`.
-    - `key`: for the times, and for objectives that draw random numbers.
+    - `key`: for the times, for objectives that draw random numbers, and for networks with
+      dropout. The teacher has no dropout.
 
     **Returns:** the loss, and a dictionary with the mean loss of each objective under
     its name. If an objective has rows both on and off the diagonal, the mean over the
@@ -53,7 +55,9 @@ def batch_loss(
     the diagonal to learn from. `TypeError` if `flow_map` is not a flow map.
     """
     mixture = as_mixture(objective)
-    examples = example_losses(mixture, flow_map, teacher, paths, args, key=key)
+    examples = example_losses(
+        mixture, flow_map, teacher, paths, args, key=key, dropout=True
+    )
     segments = segments_of(mixture, sum(len(rows.loss) for rows in examples))
     return summed(mixture, segments, segments, examples)
 
@@ -116,14 +120,14 @@ def draw_times(mixture: Mixture, batch_size: int, key: Key[Array, ""]) -> DrawnT
     slices = split_by_shares(batch_size, mixture.shares)
     for index, (part, rows) in enumerate(zip(mixture.objectives, slices, strict=True)):
         size = rows.stop - rows.start
-        times_key, _ = _keys(key, index)
+        times_key, *_ = _keys(key, index)
         drawn.append((*part.times(times_key, size), jnp.arange(size)))
     return DrawnTimes(*map(jnp.concatenate, zip(*drawn, strict=True)))
 
 
-def _keys(key: Key[Array, ""], index: int) -> Key[Array, " 2"]:
-    """One key for the times of an objective, and one for the draws of its rows."""
-    return jr.split(jr.fold_in(key, index))
+def _keys(key: Key[Array, ""], index: int) -> Key[Array, " 3"]:
+    """Keys for the times of an objective, and for the draws and dropout of its rows."""
+    return jr.split(jr.fold_in(key, index), 3)
 
 
 def deal(segments: list[Segment], num_parts: int) -> list[list[Segment]]:
@@ -164,15 +168,19 @@ def example_losses(
     args: Args,
     *,
     key: Key[Array, ""],
+    dropout: bool = False,
 ) -> list[ExampleLosses]:
     """The losses that [`flowdiffrax.objectives.batch_loss`][] averages, by segment.
 
-    **Arguments:** as there. **Raises:** as there.
+    **Arguments:** as there, and `dropout`: whether networks drop entries, as in training.
+    **Raises:** as there.
     """
     batch_size = num_examples(paths, args)
     segments = segments_of(mixture, batch_size)
     drawn = draw_times(mixture, batch_size, key)
-    return losses_of(mixture, flow_map, teacher, paths, args, drawn, segments, key=key)
+    return losses_of(
+        mixture, flow_map, teacher, paths, args, drawn, segments, key=key, dropout=dropout
+    )
 
 
 def num_examples(paths: diffrax.AbstractPath, args: Args) -> int:
@@ -191,6 +199,7 @@ def losses_of(
     segments: list[Segment],
     *,
     key: Key[Array, ""],
+    dropout: bool,
 ) -> list[ExampleLosses]:
     """The losses of a batch, or of a part of it, at times that are already drawn.
 
@@ -204,33 +213,47 @@ def losses_of(
         raise ValueError(
             f"There are {len(teachers)} teachers and {num_objectives} objectives."
         )
+    dropout = dropout and has_dropout(flow_map)
     examples, start = [], 0
     for index, on_diagonal, size in segments:
         rows = slice(start, start + size)
         start += size
         form = _on_diagonal if on_diagonal else _off_diagonal
-        one = functools.partial(
-            form, mixture.objectives[index], flow_map, teachers[index]
-        )
+        objective = mixture.objectives[index]
+        one = functools.partial(form, objective, flow_map, teachers[index])
         axes = eqx.if_array(0)
         s, t, row = _rows(drawn, rows)
-        _, draw_key = _keys(key, index)
+        _, draw_key, dropout_key = _keys(key, index)
         # By row number, so that a row draws the same in any part as in the whole batch.
-        keys = jax.vmap(jr.fold_in, (None, 0))(draw_key, row)
-        losses = eqx.filter_vmap(one, in_axes=(axes, 0, 0, axes, 0))(
-            _rows(paths, rows), s, t, _rows(args, rows), keys
+        by_row = jax.vmap(jr.fold_in, (None, 0))
+        drops = dropout and (on_diagonal or objective.has_dropout_off_diagonal)
+        dropout_keys = by_row(dropout_key, row) if drops else None
+        losses = eqx.filter_vmap(one, in_axes=(axes, 0, 0, axes, 0, axes))(
+            _rows(paths, rows),
+            s,
+            t,
+            _rows(args, rows),
+            by_row(draw_key, row),
+            dropout_keys,
         )
         examples.append(ExampleLosses(s, t, losses))
     return examples
 
 
-def _off_diagonal(objective, flow_map, teacher, path, s, t, args, key):
+def _off_diagonal(objective, flow_map, teacher, path, s, t, args, key, dropout_key):
+    flow_map = _dropping(flow_map, dropout_key)
     return objective(flow_map, teacher, path, s, t, args, key=key)
 
 
-def _on_diagonal(objective, flow_map, teacher, path, s, t, args, key):
+def _on_diagonal(objective, flow_map, teacher, path, s, t, args, key, dropout_key):
     del s
+    flow_map = _dropping(flow_map, dropout_key)
     return objective.on_diagonal(flow_map, teacher, path, t, args, key=key)
+
+
+def _dropping(flow_map, key):
+    # One key for all evaluations of an example, so that they are of one function.
+    return flow_map if key is None else with_dropout(flow_map, key)
 
 
 def summed(

@@ -53,6 +53,8 @@ class ConsistencyTraining(AbstractResidualObjective):
     weight: AbstractWeight = InverseNoiseGap()
     end: float = 1.0
 
+    has_dropout_off_diagonal = True
+
     def residual(self, flow_map, teacher, path, s, t, args, key) -> State:
         del key
         if isinstance(path, StatePath):
@@ -142,6 +144,8 @@ class ContinuousConsistency(AbstractEulerian):
         static=True, default=StopGradient.DERIVATIVE, init=False
     )
     jvp: Derivative = jax.jvp
+
+    has_dropout_off_diagonal = True
 
     def direction(self, flow_map, teacher, path, s, I_s, args) -> State:
         del flow_map

@@ -66,6 +66,8 @@ class MeanFlow(AbstractEulerian):
     stop_gradient: StopGradient = stop_gradient_field(StopGradient.DERIVATIVE)
     jvp: Derivative = jax.jvp
 
+    has_dropout_off_diagonal = True
+
     def direction(self, flow_map, teacher, path, s, I_s, args) -> State:
         if teacher is not None:
             if self.guidance is not None:

@@ -341,7 +341,9 @@ def _part_gradients(
     def loss_fn(trained):
         flow_map, learned = trained if state.learned else (trained, ())
         own = with_learned(mixture, learned)
-        examples = losses_of(own, flow_map, teacher, paths, args, drawn, part, key=key)
+        examples = losses_of(
+            own, flow_map, teacher, paths, args, drawn, part, key=key, dropout=True
+        )
         return summed(own, whole, part, examples)
 
     value_and_grad = eqx.filter_value_and_grad(loss_fn, has_aux=True)
