@@ -68,7 +68,9 @@ def data_of(recipe, images, labels):
     if recipe.data == "checkerboard":
         return fd.data.checkerboard
     labels = None if recipe.num_classes is None else labels
-    return fd.images.DeviceImages(images, labels, flip=recipe.flip)
+    return fd.images.DeviceImages(
+        images, labels, flip=recipe.flip, augmentation=recipe.augmentation
+    )
 
 
 def inputs_of(recipe, batch, settings):

@@ -109,12 +109,34 @@ def test_teacher(name):
 def test_batches():
     recipe = fd.images.recipe("cifar10-lsd")
     batches = recipe.batches(toy_data(recipe), 512)
-    assert batches.data.flip and batches.batch_size == 512
+    # As in the authors' code, which does not mirror images.
+    assert not batches.data.flip and batches.batch_size == 512
     paths, args = batches(jr.key(0))
     assert args is None
     x0 = eqx.filter_vmap(lambda path: path.evaluate(jnp.zeros(())))(paths)
     assert abs(float(jnp.std(x0)) - recipe.base_std) < 0.01
     assert recipe.batches(toy_data(recipe)).batch_size == 512
+
+
+def test_batches_of_mean_flow_are_augmented():
+    recipe = fd.images.recipe("cifar10-meanflow")
+    aug = recipe.augmentation
+    # In the order of EDM: mirrored, zoom, stretch and move.
+    assert (aug.rate, aug.size) == (0.12, 6) and not (aug.flip or aug.rotate or aug.shift)
+    batches = recipe.batches(toy_data(recipe), 16)
+    assert batches.data.flip
+    _, args = eqx.filter_jit(batches)(jr.key(0))
+    assert args.condition is None and args.labels.shape == (16, 6)
+
+
+def test_dropout():
+    rates = {
+        name: fd.images.recipe(name).architecture.keywords.get("dropout")
+        for name in NAMES
+    }
+    assert rates.pop("checkerboard-lsd") is None and rates.pop("cifar10-sct") == 0.2
+    for name, rate in rates.items():
+        assert rate == (0.2 if "meanflow" in name else 0.13), name
 
 
 def test_batches_of_classes():
@@ -150,6 +172,7 @@ def test_data_without_labels():
         ("cifar10-psd-u", 54.67),
         ("cifar10-sct", 54.67),
         ("cifar10-meanflow", 61.52),
+        ("cifar10-meanflow-v1", 61.52),
         ("checkerboard-lsd", 1.05421),
     ],
 )
@@ -232,6 +255,19 @@ def test_times_of_mean_flow():
     s, t = times.times.from_uniform(*jnp.asarray([[0.5, 1 - high], [0.5, 0.5]]))
     assert_close(1 - s, jnp.asarray([0.119202922, 0.5]), 1e-8)
     assert_close(1 - t, jnp.asarray([0.119202922, 0.119202922]), 1e-8)
+
+
+def test_times_of_the_second_setting():
+    times = fd.images.recipe("cifar10-meanflow-v1").objective.times
+    assert times.num_diagonal(1024) == 256
+    # On the paper's clock, the medians are sigmoid(-0.6) and sigmoid(-4).
+    s, t = times.times.from_uniform(*jnp.asarray([[0.5, 0.5], [0.5, 1e-9]]))
+    assert_close(1 - s, jnp.asarray([0.354343694, 0.354343694]), 1e-8)
+    # The second end would come before the start.
+    assert_close(1 - t, jnp.asarray([0.0179862100, 0.354343694]), 1e-8)
+    s, t = times.diagonal.from_uniform(*jnp.asarray([[0.5], [0.9]]))
+    assert_close(1 - s, jnp.asarray([0.354343694]), 1e-8)
+    assert_close(s, t, 0)
 
 
 def test_noise_of_consistency_training():

@@ -21,6 +21,7 @@ LAWS = {
     "mixture": lambda: fd.times.DiagonalMixture(fd.times.UniformTriangle(), 0.25),
     "logit-normal": lambda: fd.times.LogitNormal(-0.4, 1.2),
     "logit-normal-unsorted": lambda: fd.times.LogitNormal(sort=False),
+    "logit-normal-pair": lambda: fd.times.LogitNormalPair(),
     "logit-normal-gap": lambda: fd.times.LogitNormalGap(),
     "logit-normal-end": lambda: fd.times.LogitNormalGap(-0.8, 1.0, 0.4, 1.0),
     "neighbours": lambda: fd.times.Neighbours(jnp.asarray([0.0, 0.1, 0.4, 1.0])),
@@ -196,6 +197,19 @@ def test_mixture_with_its_own_diagonal():
     s, t = draw(fd.times.DiagonalMixture(law, 0.5, fd.times.Diagonal(law, start=True)))
     low, _ = draw(law, seed=7)
     assert (s[: N // 2] == t[: N // 2]).all() and same_law(s[: N // 2], low)
+
+
+def test_pair_of_logit_normals():
+    s, t = draw(fd.times.LogitNormalPair(0.6, 1.6, 2.0, 1.2))
+    rng = np.random.default_rng(0)
+    starts, ends = (
+        1 / (1 + np.exp(-mean - std * rng.standard_normal(N)))
+        for mean, std in ((0.6, 1.6), (2.0, 1.2))
+    )
+    assert same_law(s, starts) and same_law(t, np.maximum(starts, ends))
+    # The difference of the logits is normal with mean 1.4 and standard deviation 2.
+    share = stats.norm.cdf(-0.7)
+    assert abs(np.mean(s == t) - share) < 4 * (share * (1 - share) / N) ** 0.5
 
 
 def test_gap_is_logit_normal_and_its_place_uniform():
@@ -522,6 +536,8 @@ DIAGONAL = fd.times.Diagonal()
             "A batch of 1 has no room for a share of 0.75",
         ),
         (lambda: fd.times.LogitNormal(0.0, 0.0), "`std` must be positive"),
+        (lambda: fd.times.LogitNormalPair(0.0, 0.0), "`std` must be positive"),
+        (lambda: fd.times.LogitNormalPair(end_std=-1.0), "`end_std` must be positive"),
         (lambda: fd.times.LogitNormalGap(0.0, 0.0), "`std` must be positive"),
         (lambda: fd.times.LogitNormalGap(0.0, 1.0, 0.0, 0.0), "`end_std` must be pos"),
         (lambda: fd.times.LogitNormalGap(end_mean=0.0), "together"),

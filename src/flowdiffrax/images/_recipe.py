@@ -20,6 +20,7 @@ from ..objectives._mixture import Mixture
 from ..objectives._scheduled import Scheduled
 from ..paths._base import AbstractInterpolant
 from ..paths._interpolants import LinearInterpolant
+from ..train._power_average import PowerAverage
 from ._augmentation import Augmentation
 from ._device import DeviceImages
 from .sets._images import Images
@@ -77,7 +78,7 @@ class Recipe:
     optimiser: Callable[[], optax.GradientTransformation]
     batch_size: int
     num_steps: int
-    ema_decay: tuple[float, ...]
+    ema_decay: tuple[float | PowerAverage, ...]
     metric: str = "FID"
     figures: Mapping[int, float] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()

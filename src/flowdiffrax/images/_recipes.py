@@ -22,12 +22,14 @@ from ..objectives._lagrangian import LagrangianMapDistillation, LagrangianSelfDi
 from ..objectives._mean_flow import ImprovedMeanFlow, MeanFlow
 from ..objectives._progressive import ProgressiveSelfDistillation
 from ..objectives._scheduled import Scheduled
+from ..times._base import AbstractTimes
 from ..times._changes import EndAt
-from ..times._logit_normal import LogitNormal
+from ..times._logit_normal import LogitNormal, LogitNormalPair
 from ..times._mixtures import DiagonalMixture
 from ..times._uniform import Diagonal
 from ..weights._learned import LearnedWeight
 from ..weights._norms import NormalisedTangent, PowerWeight
+from ._augmentation import Augmentation
 from ._optim import decayed_radam
 from ._recipe import Recipe
 
@@ -86,19 +88,16 @@ _NOT_STATED = (
 )
 
 
-_NO_DROPOUT = (
-    "There is no dropout, since objectives compare several evaluations of one function. "
-    "The paper has dropout of 0.13, on the diagonal only."
-)
-
-
 _LEARNED_WEIGHT = (
-    "The learned weight is linear in eight cosines and sines of each time; the paper's "
+    "The learned weight is linear in eight cosines and sines of each time; the authors' "
     "is linear in embeddings of size 128."
 )
 
 
-_FLIPPED = "Images are mirrored at random; we do not know whether the paper does so."
+_BATCHES = (
+    "Images are drawn with replacement; the authors' loader shuffles them and repeats. "
+    "They are not mirrored, as in the authors' code."
+)
 
 
 _NO_FIGURE = "We know of no result of the paper on these data that we could check."
@@ -107,7 +106,7 @@ _NO_FIGURE = "We know of no result of the paper on these data that we could chec
 _FROM_TEACHER = "Initialising the network from the teacher is our choice."
 
 
-def _preserving_unet(**settings: Any) -> Callable[..., Any]:
+def _preserving_unet(dropout: float = 0.13, **settings: Any) -> Callable[..., Any]:
     return functools.partial(
         MagnitudePreservingUNet,
         shape=(32, 32, 3),
@@ -116,6 +115,7 @@ def _preserving_unet(**settings: Any) -> Callable[..., Any]:
         num_blocks=4,
         attention=(16,),
         scale=0.5,
+        dropout=dropout,
         **settings,
     )
 
@@ -124,7 +124,6 @@ def _images(name: str, **settings: Any) -> Recipe:
     """The run of arXiv:2505.18825 on CIFAR-10, with `settings` replaced."""
     shared: dict[str, Any] = {
         "data": "cifar10",
-        "flip": True,
         "base_std": 0.5,
         "architecture": _preserving_unet(),
         "optimiser": functools.partial(
@@ -152,7 +151,6 @@ def _teacher(name: str, data: str = "cifar10", num_classes: int | None = None) -
         notes=(
             "This velocity is the teacher for distillation on this data set.",
             _NOT_STATED,
-            _FLIPPED,
             *_without_figure(data, num_classes),
         ),
     )
@@ -170,7 +168,6 @@ def _lmd(name: str, data: str = "cifar10", num_classes: int | None = None) -> Re
         notes=(
             _NOT_STATED,
             _FROM_TEACHER,
-            _FLIPPED,
             *_without_figure(data, num_classes),
         ),
     )
@@ -200,9 +197,8 @@ def _self_distillation(
         figures=figures,
         notes=(
             *notes,
-            _NO_DROPOUT,
             _LEARNED_WEIGHT,
-            _FLIPPED,
+            _BATCHES,
             "Each figure is from the best checkpoint for its number of jumps.",
         ),
     )
@@ -226,10 +222,13 @@ def _psd(name: str, split: float | None, figures: Mapping[int, float]) -> Recipe
 def _mean_flow_images(name: str, **settings: Any) -> Recipe:
     # An epoch of 50,000 images has 48 whole batches of 1024.
     steps_an_epoch = 48
+    # The authors switch off EDM's flips and rotations.
+    augmentation = Augmentation(0.12, flip=False, rotate=False)
     return Recipe(
         name=name,
         data="cifar10",
         flip=True,
+        augmentation=augmentation,
         base_std=1.0,
         architecture=functools.partial(
             UNet,
@@ -238,6 +237,8 @@ def _mean_flow_images(name: str, **settings: Any) -> Recipe:
             multipliers=(2, 2, 2),
             num_blocks=4,
             attention=(16,),
+            augment_size=augmentation.size,
+            dropout=0.2,
         ),
         optimiser=functools.partial(
             _warm_adam, 6e-4, warm_up_steps=200 * steps_an_epoch, b1=0.9, b2=0.999
@@ -256,29 +257,53 @@ _PAIRS = DiagonalMixture(
 )
 
 
-_UNET = (
-    "The network is a U-Net as in ADM, with the sizes of the authors' NCSN++ and without "
-    "its dropout of 0.2."
+# In the authors' second setting, ends near the data are more frequent.
+_LATE_PAIRS = DiagonalMixture(
+    LogitNormalPair(0.6, 1.6, 4.0, 1.6), 0.25, Diagonal(LogitNormalPair(0.6), start=True)
 )
 
 
-_AUGMENTATION = "Images are only mirrored; the authors use the augmentation of EDM."
+_UNET = (
+    "The network is a U-Net as in ADM, with the sizes and the dropout of the authors' "
+    "DDPM++."
+)
 
 
-def _mean_flow(name: str) -> Recipe:
+_EMA_PERIOD = (
+    "Averages move in every step, and early in training with a smaller decay; the "
+    "authors' move in every sixteenth."
+)
+
+
+def _mean_flow(
+    name: str,
+    setting: str = "cifar10_v0",
+    times: AbstractTimes = _PAIRS,
+    figure: float = 2.92,
+    *notes: str,
+) -> Recipe:
     return _mean_flow_images(
         name,
-        source="arXiv:2505.13447; settings of the authors' py-meanflow, cifar10_v0",
+        source=f"arXiv:2505.13447; settings of the authors' py-meanflow, {setting}",
         precision="float32, with products in TF32",
-        objective=MeanFlow(times=_PAIRS, weight=PowerWeight(0.75, 1e-3)),
-        figures={1: 2.92},
+        objective=MeanFlow(times=times, weight=PowerWeight(0.75, 1e-3)),
+        figures={1: figure},
         notes=(
+            *notes,
             _UNET,
-            _AUGMENTATION,
+            _EMA_PERIOD,
             "There are 16,000 epochs of 48 steps, which the authors' page rounds to "
-            "800,000 steps.",
+            "800,000 steps. Images are drawn with replacement.",
         ),
     )
+
+
+def _mean_flow_v1(name: str) -> Recipe:
+    note = (
+        "The figure is of the authors' checkpoint of this setting, by their page. It is "
+        "an improvement made after the paper."
+    )
+    return _mean_flow(name, "cifar10_v1", _LATE_PAIRS, 2.80, note)
 
 
 def _improved_mean_flow(name: str) -> Recipe:
@@ -290,7 +315,7 @@ def _improved_mean_flow(name: str) -> Recipe:
             "The paper is about ImageNet. We chose the settings of cifar10-meanflow for "
             "all but the objective.",
             _UNET,
-            _AUGMENTATION,
+            "This objective compares two evaluations, so only the diagonal has dropout.",
             _NO_FIGURE,
         ),
     )
@@ -312,7 +337,6 @@ def _align_your_flow(name: str) -> Recipe:
             "adversarial training follows.",
             "We chose the network, optimiser, batch size and training length of "
             "arXiv:2505.18825.",
-            _FLIPPED,
             _NO_FIGURE,
         ),
     )
@@ -328,20 +352,21 @@ def _sct(name: str) -> Recipe:
         name,
         source="arXiv:2410.11081, sCT; FID of table 1",
         base_std=base_std,
+        architecture=_preserving_unet(0.2),
         objective=Scheduled(_TangentWarmUp(objective, 1.0, 10_000)),
         figures={1: 2.85, 2: 2.06},
         notes=(
             "The interpolant is linear, with the paper's noise levels; the paper's is "
             "trigonometric. The two differ by a time-dependent factor.",
             "We chose the network, optimiser, batch size and training length of "
-            "arXiv:2505.18825, and to start from random weights.",
+            "arXiv:2505.18825, and to start from random weights. The dropout of 0.2 is "
+            "that of re-implementations.",
             "The distribution of noise levels is from a note on the paper and not "
             "checked.",
             "There is no learned weight: the paper's applies to a loss that normalised "
             "tangents bring near 1 at all times.",
             "The second figure is for two jumps to the data with noise added in between, "
             "not for two jumps in a row.",
-            _FLIPPED,
         ),
     )
 
@@ -390,6 +415,7 @@ _RECIPES: dict[str, Callable[..., Recipe]] = {
     "cifar10-lmd": _lmd,
     "cifar10-lsd": _lsd,
     "cifar10-meanflow": _mean_flow,
+    "cifar10-meanflow-v1": _mean_flow_v1,
     "cifar10-psd-m": functools.partial(
         _psd,
         split=0.5,

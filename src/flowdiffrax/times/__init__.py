@@ -14,6 +14,7 @@ from ._karras import doubling_schedule as doubling_schedule
 from ._karras import karras_times as karras_times
 from ._logit_normal import LogitNormal as LogitNormal
 from ._logit_normal import LogitNormalGap as LogitNormalGap
+from ._logit_normal import LogitNormalPair as LogitNormalPair
 from ._mixtures import DiagonalMixture as DiagonalMixture
 from ._mixtures import MixedTimes as MixedTimes
 from ._uniform import Diagonal as Diagonal
