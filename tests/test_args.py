@@ -504,7 +504,7 @@ OTHERS = {
     *("exact.GaussianFlowMap", "exact.GaussianMixtureVelocity", "exact.LinearFlowMap"),
     *("exact.UniformBoxesVelocity", "testing.KnownField"),
     # `args` are inputs of the network: `tests/nn`.
-    *("nn.MLP", "nn.DiT", "nn.UNet", "nn.MagnitudePreservingUNet"),
+    *("nn.MLP", "nn.DiT", "nn.UNet", "nn.DDPMUNet", "nn.MagnitudePreservingUNet"),
     *("nn.DilatedResNet", "nn.FNO", "nn.RelaxationMLP", "nn.LogUnits"),
     # From the vector field to a map of the same `args`: `tests/learn`.
     *("advise", "learn_solver", "learn.export_jump", "learn.learn_from_data"),

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int
 
+from ..nn._ddpm_unet import DDPMUNet
 from ..nn._magnitude_unet import MagnitudePreservingUNet
 from ..nn._mlp import MLP
-from ..nn._unet import UNet
 from ..objectives._align_your_flow import AlignYourFlowEMD
 from ..objectives._base import AbstractObjective
 from ..objectives._consistency import ContinuousConsistency
@@ -231,7 +231,7 @@ def _mean_flow_images(name: str, **settings: Any) -> Recipe:
         augmentation=augmentation,
         base_std=1.0,
         architecture=functools.partial(
-            UNet,
+            DDPMUNet,
             shape=(32, 32, 3),
             channels=128,
             multipliers=(2, 2, 2),
@@ -264,8 +264,7 @@ _LATE_PAIRS = DiagonalMixture(
 
 
 _UNET = (
-    "The network is a U-Net as in ADM, with the sizes and the dropout of the authors' "
-    "DDPM++."
+    "Initial weights, and how the labels of the augmentation enter, are the library's."
 )
 
 

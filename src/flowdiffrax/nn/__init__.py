@@ -1,5 +1,6 @@
 """Networks of two times and a state, `net(s, t, x, args)`."""
 
+from ._ddpm_unet import DDPMUNet as DDPMUNet
 from ._dilated import DilatedResNet as DilatedResNet
 from ._dit import DiT as DiT
 from ._dropout import with_dropout as with_dropout

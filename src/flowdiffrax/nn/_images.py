@@ -93,10 +93,17 @@ def levels(
     multipliers: Sequence[int],
     num_blocks: int,
     attention: Sequence[int],
+    *,
+    resample: tuple[Callable, Callable] = (halve, double),
+    attend_last: bool = False,
+    first: int | None = None,
 ) -> tuple[list[Level], list[Level]]:
     """Returns the blocks on the way down, after a first convolution, and on the way up.
 
-    The blocks up begin with two at the lowest resolution, the first with attention.
+    The blocks up begin with two at the lowest resolution, the first with attention. With
+    `attend_last`, only the last block up of a resolution has attention. `resample` halves
+    and doubles an image. `first` is the width of the first convolution, by default that
+    of the first resolution.
     """
     check_count(channels, 1, "channels")
     check_count(num_blocks, 1, "num_blocks")
@@ -114,10 +121,11 @@ def levels(
             f"`attention` must list heights out of {heights}; got {tuple(attention)}."
         )
     widths = [channels * multiplier for multiplier in multipliers]
-    down, skips, now = [], [widths[0]], widths[0]
+    now = widths[0] if first is None else first
+    down, skips = [], [now]
     for level, (height, width) in enumerate(zip(heights, widths, strict=True)):
         if level > 0:
-            down.append(Level(now, now, halve))
+            down.append(Level(now, now, resample[0]))
             skips.append(now)
         for _ in range(num_blocks):
             down.append(Level(now, width, None, height in attention))
@@ -126,10 +134,12 @@ def levels(
     up = [Level(now, now, None, True), Level(now, now)]
     for level in reversed(range(len(widths))):
         if level < len(widths) - 1:
-            up.append(Level(now, now, double))
-        for _ in range(num_blocks + 1):
+            up.append(Level(now, now, resample[1]))
+        for index in range(num_blocks + 1):
             skip, width = skips.pop(), widths[level]
-            up.append(Level(now + skip, width, None, heights[level] in attention, skip))
+            attends = heights[level] in attention
+            attends = attends and (index == num_blocks or not attend_last)
+            up.append(Level(now + skip, width, None, attends, skip))
             now = width
     return down, up
 

@@ -81,13 +81,15 @@ class GroupNorm(eqx.Module):
     factor: Float[Array, " channels"]
     shift: Float[Array, " channels"]
     num_groups: int = eqx.field(static=True)
+    epsilon: float = eqx.field(static=True)
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, epsilon: float = 1e-5):
         self.factor = jnp.ones(channels)
         self.shift = jnp.zeros(channels)
         # 32 groups, or fewer so that each has at least four channels.
         most = max(1, min(32, channels // 4))
         self.num_groups = max(n for n in range(1, most + 1) if channels % n == 0)
+        self.epsilon = epsilon
 
     def __call__(
         self, x: Float[Array, "*grid channels"]
@@ -99,7 +101,7 @@ class GroupNorm(eqx.Module):
             return jnp.repeat(groups, means.size // groups.size, -1)
 
         centred = x - mean(x)
-        y = centred * jax.lax.rsqrt(mean(centred**2) + 1e-5)
+        y = centred * jax.lax.rsqrt(mean(centred**2) + self.epsilon)
         return modulate(y, self.factor, self.shift)
 
 
@@ -217,3 +219,34 @@ def double(x: Float[Array, "*grid channels"]) -> Float[Array, "*twice channels"]
     pairs, apart = _IN_PAIRS[x.ndim - 1], _APART[x.ndim - 1]
     twos = dict.fromkeys("abe"[: x.ndim - 1], 2)
     return einops.repeat(x, f"{apart} c -> {pairs} c", **twos)
+
+
+def smooth_halve(
+    x: Float[Array, "height width channels"],
+) -> Float[Array, "half_height half_width channels"]:
+    """Averages four pixels along each axis with the weights 1, 3, 3, 1."""
+    for axis in (0, 1):
+        pads = [(1, 1) if other == axis else (0, 0) for other in range(3)]
+        size, padded = x.shape[axis], jnp.pad(x, pads)
+        a, b, c, d = (
+            jax.lax.slice_in_dim(padded, first, first + size - 1, 2, axis)
+            for first in range(4)
+        )
+        x = (a + 3 * b + 3 * c + d) / 8
+    return x
+
+
+def smooth_double(
+    x: Float[Array, "height width channels"],
+) -> Float[Array, "twice_height twice_width channels"]:
+    """Doubles each axis with the filter of `smooth_halve`: three parts of the pixel, and
+    one of the neighbour that is nearer."""
+    for axis in (0, 1):
+        pads = [(1, 1) if other == axis else (0, 0) for other in range(3)]
+        size, padded = x.shape[axis], jnp.pad(x, pads)
+        before = jax.lax.slice_in_dim(padded, 0, size, axis=axis)
+        after = jax.lax.slice_in_dim(padded, 2, size + 2, axis=axis)
+        pairs = jnp.stack([3 * x + before, 3 * x + after], axis + 1) / 4
+        shape = [2 * n if other == axis else n for other, n in enumerate(x.shape)]
+        x = pairs.reshape(shape)
+    return x

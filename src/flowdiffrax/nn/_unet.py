@@ -145,7 +145,7 @@ class _Block(eqx.Module):
     last_norm: GroupNorm
     last: Conv
     across: Linear | None
-    attention: "_Attention | None"
+    attention: "Attention | None"
     resample: Callable[[Array], Array] | None = eqx.field(static=True)
     skip: int = eqx.field(static=True)
 
@@ -169,7 +169,7 @@ class _Block(eqx.Module):
         self.across = None if same else Linear(inputs, outputs, key=across_key)
         self.attention = None
         if level.attention:
-            self.attention = _Attention(outputs, num_heads, key=attention_key)
+            self.attention = Attention(outputs, num_heads, key=attention_key)
         self.resample = level.resample
         self.skip = level.skip
 
@@ -184,7 +184,7 @@ class _Block(eqx.Module):
         return x if self.attention is None else self.attention(x, dtype)
 
 
-class _Attention(eqx.Module):
+class Attention(eqx.Module):
     """Attention between all pixels."""
 
     norm: GroupNorm
@@ -192,9 +192,16 @@ class _Attention(eqx.Module):
     last: Linear
     num_heads: int = eqx.field(static=True)
 
-    def __init__(self, channels: int, num_heads: int | None, *, key: Key[Array, ""]):
+    def __init__(
+        self,
+        channels: int,
+        num_heads: int | None,
+        epsilon: float = 1e-5,
+        *,
+        key: Key[Array, ""],
+    ):
         self.num_heads = num_heads_for(channels, num_heads)
-        self.norm = GroupNorm(channels)
+        self.norm = GroupNorm(channels, epsilon)
         self.first = Linear(channels, 3 * channels, key=key)
         self.last = Linear(channels, channels, key=None)
 
