@@ -76,7 +76,8 @@ def main(line=None):
     options = command.parse(
         "cifar10", __doc__, presets(), "smoke", line, own={"smoke": short}
     )
-    if options.data is None and options.preset != "smoke":
+    needed = not options.dry_run and options.preset != "smoke"
+    if options.data is None and needed:
         raise SystemExit("--data is needed: the archive, or its folder; see docs/data.md")
     return command.run(options, presets(), lambda: load(options))
 

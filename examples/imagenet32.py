@@ -30,7 +30,7 @@ def load(options):
 def main(line=None):
     """Does what the command line says; returns the scores."""
     options = command.parse("imagenet32", __doc__, presets(), "teacher", line)
-    if options.data is None:
+    if options.data is None and not options.dry_run:
         raise SystemExit("--data is needed: the folder of the images; see docs/data.md")
     return command.run(options, presets(), lambda: load(options))
 

@@ -189,6 +189,81 @@ def test_statistics_of_other_features(tmp_path):
     refused(digits, words, f"is of the features {features.fingerprint}, and --features")
 
 
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"images": np.zeros((20, 9, 8, 1), np.uint8)}, r"of \(8, 8, 1\).*are \(9, 8, 1"),
+        ({"images": np.zeros((20, 8, 8), np.float32)}, "must be uint8; .* has float32"),
+        ({"images": np.zeros((20, 8, 8), np.uint8)}, "has 10 classes, and .* no labels"),
+        (
+            {"images": np.zeros((20, 8, 8), np.uint8), "labels": np.zeros(19, int)},
+            r"has 20 images and labels of shape \(19,\)",
+        ),
+        ({"pictures": np.zeros((20, 8, 8), np.uint8)}, "has no array `images`"),
+    ],
+)
+def test_files_are_refused_by_their_headers(tmp_path, arrays, message):
+    np.savez(tmp_path / "mine.npz", **arrays)
+    refused(digits, ["--data", str(tmp_path / "mine.npz")], message)
+
+
+def test_data_that_are_not_there_or_damaged(tmp_path):
+    refused(digits, ["--data", str(tmp_path / "absent")], "--data: .*absent is not there")
+    for name in ("bad.npz", "bad.npy"):
+        (tmp_path / name).write_bytes(b"nothing of the kind")
+        refused(digits, ["--data", str(tmp_path / name)], name)
+
+
+def test_headers_of_good_files(tmp_path):
+    np.savez(tmp_path / "mine.npz", np.zeros((25, 8, 8), np.uint8), np.arange(25) % 10)
+    np.save(tmp_path / "mine.npy", np.zeros((30, 32, 32, 3), np.uint8))
+    options = digits_options("--data", str(tmp_path / "mine.npz"))
+    # Every tenth is held out: three of 25.
+    assert _checks.check_data(recipe_of(digits, options), options) == 22
+    line = ["--data", str(tmp_path / "mine.npy")]
+    options = command.parse("cifar10", "", cifar10.presets(), "smoke", line)
+    assert _checks.check_data(cifar10.smoke(), options) == 27
+    options = dataclasses.replace(options, data=tmp_path)
+    assert _checks.check_data(cifar10.smoke(), options) is None
+
+
+def test_own_files_with_a_split(tmp_path):
+    for name, number in (("train", 20), ("test", 7)):
+        np.savez(tmp_path / f"{name}.npz", np.zeros((number, 8, 8), np.uint8))
+    train, held_out = command.load_split(tmp_path)
+    assert (len(train), len(held_out)) == (20, 7)
+
+
+def test_another_run_in_the_folder_is_refused_before_images_are_read(tmp_path):
+    options = digits_options("--out", str(tmp_path), "--steps", "70")
+    config = _maps.config_of(recipe_of(digits, options), options)
+    about = {"config": config | {"training_images": "1234", "teacher_weights": None}}
+    (tmp_path / "config.json").write_text(json.dumps(about))
+    _checks.check_same_run(options, config)
+    words = ["--out", str(tmp_path), "--steps", "80"]
+    refused(digits, words, "--out: .* has a run with other options: .*steps")
+
+
+def test_dry_run_of_no_training():
+    refused(digits, ["--dry-run", "--do", "grid"], "--dry-run describes training")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["lsd", "lmd"])
+def test_dry_run(tmp_path, capsys, preset):
+    made = digits.presets()
+    words = ["--preset", preset, "--dry-run", "--platform", "cuda", *SMALL]
+    words += ["--num-blocks", "1", "--accumulate", "2", "--out", str(tmp_path / "run")]
+    options = command.parse("digits", "", made, "lsd", words)
+    # Neither images nor a teacher are needed, and nothing is written.
+    assert command.run(options, made, never, teach="teacher") == []
+    shown = capsys.readouterr().out
+    assert "lowers for cuda" in shown and "parameters" in shown
+    flops = float(re.search(r"operations +(\S+) a step", shown)[1])
+    assert flops > 1e6
+    assert not (tmp_path / "run").exists()
+
+
 def test_guidance_needs_classes():
     refused(cifar10, ["--guidance", "2"], "--guidance needs a preset with classes; smoke")
 
@@ -517,7 +592,7 @@ def test_the_script_of_the_page_reads_its_options():
     script = script_of_page()
     with pytest.raises(SystemExit, match="--data is needed"):
         script.main([*SMALL, "--preset", "psd"])
-    with pytest.raises(SystemExit, match="No such file or directory: .absent."):
+    with pytest.raises(SystemExit, match="--data: absent is not there"):
         script.main([*SMALL, "--data", "absent"])
 
 

@@ -3,6 +3,7 @@
 from ._ddpm_unet import DDPMUNet as DDPMUNet
 from ._dilated import DilatedResNet as DilatedResNet
 from ._dit import DiT as DiT
+from ._dropout import Dropout as Dropout
 from ._dropout import with_dropout as with_dropout
 from ._embedding import MagnitudePreservingEmbedding as MagnitudePreservingEmbedding
 from ._embedding import TwoTimeEmbedding as TwoTimeEmbedding

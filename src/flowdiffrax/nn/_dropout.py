@@ -13,13 +13,22 @@ _Tree = TypeVar("_Tree", bound=PyTree)
 
 
 class Dropout(eqx.Module):
-    """Sets entries to zero at random, and divides the others by the rate that remains.
+    """Sets entries to zero at random, and divides the others by the share that remains.
 
-    Without a key, it returns its input. The key is kept as its numbers: using it for
-    several evaluations is the purpose, which JAX's check of keys would report as a
-    mistake.
+    Without a key, it returns its input. Give a network of your own one of these, without
+    a key: the training step sets the key in the rows that have dropout, see
+    [Networks](../networks.md#dropout).
+
+    **Arguments:**
+
+    - `rate`: the probability that an entry is dropped, in [0, 1).
+    - `key`: a random key, or `None`.
+
+    **Raises:** `ValueError` for a rate outside [0, 1).
     """
 
+    # As numbers: several evaluations use one key on purpose, which JAX's check of keys
+    # would report as a mistake.
     key_data: UInt32[Array, "*batch numbers"] | None
     key_impl: Hashable = eqx.field(static=True)
     rate: float = eqx.field(static=True)
@@ -38,12 +47,22 @@ class Dropout(eqx.Module):
         return jnp.where(kept, x / (1 - self.rate), 0)
 
     def at(self, index: int) -> "Dropout":
-        """Returns the same with another key, for one place in the network."""
+        """Returns the same with another key, for one of several places in a network.
+
+        **Arguments:**
+
+        - `index`: the number of the place.
+        """
         key = self._key()
         return self if key is None else Dropout(self.rate, jr.fold_in(key, index))
 
     def each(self, number: int) -> "Dropout":
-        """Returns the same with an array of keys, for a loop over blocks."""
+        """Returns the same with an array of keys, for a loop over blocks.
+
+        **Arguments:**
+
+        - `number`: the number of blocks.
+        """
         key = self._key()
         return self if key is None else Dropout(self.rate, jr.split(key, number))
 

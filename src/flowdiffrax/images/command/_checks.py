@@ -1,15 +1,19 @@
 """Checks of the options and their files, before anything takes time."""
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 
 from ..._io import import_extra
 from ...flow_maps._base import AbstractFlowMap
 from ...train import fingerprint
+from ...train._json import differences
 from .._recipe import Recipe
 from ..scores._frechet import FeatureStatistics
+from ..sets._arrays import image_headers
 from ..sets._images import Images
 from ._options import Options
 from ._scores import features_of_file, random_features
@@ -31,6 +35,8 @@ def check(recipe: Recipe, options: Options) -> None:
     }.items():
         if min(values, default=0) < 1:
             raise ValueError(f"--{name} must be at least 1; got {values}")
+    if options.dry_run and "train" not in options.do:
+        raise ValueError("--dry-run describes training, which --do leaves out")
     part, rest = divmod(recipe.batch_size, options.accumulate)
     if rest != 0:
         raise ValueError(
@@ -42,9 +48,10 @@ def check(recipe: Recipe, options: Options) -> None:
             f"--all-devices: {jax.device_count()} devices do not divide {part} images at "
             "a time; change --batch-size or --accumulate"
         )
-    if recipe.teacher is not None and options.teacher is None and "train" in options.do:
+    taught = recipe.teacher is None or options.teacher is not None or options.dry_run
+    if not taught and "train" in options.do:
         # The names of recipes start with the data set; those of presets do not.
-        preset = recipe.teacher.removeprefix(f"{recipe.data}-")
+        preset = str(recipe.teacher).removeprefix(f"{recipe.data}-")
         raise ValueError(
             f"The preset learns from a teacher: train `--preset {preset}` first, "
             "and give its folder as --teacher."
@@ -75,6 +82,63 @@ def _check_features(recipe: Recipe, options: Options) -> None:
             f"--statistics: {options.statistics} is of the features {known}, and "
             f"--features {options.features} are {features.fingerprint}; give both of one "
             "network"
+        )
+
+
+def check_data(recipe: Recipe, options: Options) -> int | None:
+    """Checks what a file of images says of itself, before it is read.
+
+    Returns the number of training images, if it is known.
+    """
+    path = options.data
+    if path is None:
+        return None
+    if not path.exists():
+        raise FileNotFoundError(f"--data: {path} is not there")
+    found = image_headers(path)
+    if found is None:
+        return None
+    images, labels = found
+    number, *shape = images.shape
+    if images.dtype != np.uint8:
+        raise ValueError(f"--data: images must be uint8; {path} has {images.dtype}")
+    # Grey images may lack the axis of channels.
+    own = list(shape_of(recipe))
+    if own not in (shape, [*shape, 1]):
+        raise ValueError(
+            f"--data: the preset is for images of {tuple(own)}; those in {path} are "
+            f"{tuple(shape)}"
+        )
+    if recipe.num_classes is not None and labels is None:
+        raise ValueError(
+            f"--data: the preset has {recipe.num_classes} classes, and {path} no labels"
+        )
+    if labels is not None and labels.shape != (number,):
+        raise ValueError(
+            f"--data: {path} has {number} images and labels of shape {labels.shape}"
+        )
+    # One in ten is held out.
+    return number - len(range(0, number, 10))
+
+
+def check_same_run(options: Options, config: Mapping[str, Any]) -> None:
+    """Checks that a folder that has a run already has this one, before images are read.
+
+    The fingerprint of the images is compared later.
+    """
+    path = options.folder / "config.json"
+    if not path.is_file():
+        return
+    try:
+        found = json.loads(path.read_text())["config"]
+    except (ValueError, KeyError, TypeError):
+        return  # `Run` says what is wrong.
+    own = json.loads(json.dumps(config))
+    found = {name: value for name, value in found.items() if name in own}
+    if found != own:
+        raise ValueError(
+            f"--out: {options.folder} has a run with other options: "
+            f"{differences(found, own)}. Use another folder, or the options of that run."
         )
 
 

@@ -22,10 +22,11 @@ def load_split(
     """Reads training and held-out images, whatever format they have.
 
     The format is a folder of Parquet files `train*.parquet` and `<test>*.parquet`; a
-    folder with the folders `train` and `<test>`; an `.npz` or `.npy` file; a folder of
-    pictures, or one written by [`flowdiffrax.images.save_images`][]; or anything that
-    `archive` reads. Every tenth image is held out if the format has no split. Otherwise
-    the held-out part is read first: if it is missing, no time is lost on the larger part.
+    folder with the folders `train` and `<test>`, or with `train.npz` and `<test>.npz`; an
+    `.npz` or `.npy` file; a folder of pictures, or one written by
+    [`flowdiffrax.images.save_images`][]; or anything that `archive` reads. Every tenth
+    image is held out if the format has no split. Otherwise the held-out part is read
+    first: if it is missing, no time is lost on the larger part.
 
     **Arguments:**
 
@@ -48,6 +49,8 @@ def load_split(
         read = functools.partial(parquet_images, path)
     elif (path / "train").is_dir() and (path / test).is_dir():
         read = lambda part: _read_folder(path / part, checksums)
+    elif (path / "train.npz").is_file() and (path / f"{test}.npz").is_file():
+        read = lambda part: load_images(path / f"{part}.npz")
     elif path.suffix in (".npz", ".npy"):
         return _one_in_ten(load_images(path))
     elif archive is None or (path.is_dir() and not any(path.glob("*batch*"))):

@@ -66,12 +66,14 @@ def config_of(recipe: Recipe, options: Options) -> dict[str, Any]:
     return config | {"steps": recipe.num_steps, "batch_size": recipe.batch_size}
 
 
-def contents(images: Images, teacher: FlowMap | None) -> dict[str, str | None]:
-    """Besides the options, what must be the same when a run continues."""
-    return {
-        "training_images": fingerprint((images.images, images.labels)),
-        "teacher_weights": None if teacher is None else fingerprint(teacher),
-    }
+def training_images(images: Images) -> dict[str, str]:
+    """The images, which must be the same when a run continues."""
+    return {"training_images": fingerprint((images.images, images.labels))}
+
+
+def teacher_weights(teacher: FlowMap | None) -> dict[str, str | None]:
+    """The teacher, which must be the same when a run continues."""
+    return {"teacher_weights": None if teacher is None else fingerprint(teacher)}
 
 
 def teacher_of(recipe: Recipe, options: Options, presets: Presets) -> FlowMap | None:

@@ -56,6 +56,11 @@ class Options:
     out: pathlib.Path | None = None
     """Folder of the run; `out/<script>-<preset>` if not given. The same command continues
     from the newest checkpoint in it, and skips what is done."""
+    dry_run: bool = False
+    """Check everything, and print the run with the memory and cost of a step, without
+    reading images. Compiling the step may take minutes."""
+    platform: Literal["cpu", "cuda", "rocm", "tpu"] | None = None
+    """With `--dry-run`, the platform to lower the step for; by default this machine's."""
     do: tuple[Task, ...] = ("train", "grid", "scores", "inversion")
     """Which parts to do. Without `train`, the map is read from the folder."""
 

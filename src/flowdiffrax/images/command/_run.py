@@ -11,8 +11,23 @@ from jax.experimental import multihost_utils
 from ...train import Run, save
 from .._recipe import Recipe
 from ..sets._images import Images
-from ._checks import check, check_finished, check_images
-from ._maps import FILE, config_of, contents, load_map, teacher_of, untrained
+from ._checks import (
+    check,
+    check_data,
+    check_finished,
+    check_images,
+    check_same_run,
+)
+from ._dry_run import dry_run
+from ._maps import (
+    FILE,
+    config_of,
+    load_map,
+    teacher_of,
+    teacher_weights,
+    training_images,
+    untrained,
+)
 from ._options import Options
 from ._pictures import grid, inversion
 from ._presets import Presets, recipe_of, with_options
@@ -31,7 +46,8 @@ def run(
 
     All files are written to `options.folder`. A run that was stopped continues from its
     newest checkpoint. Mistakes in the options, the files or the images end the program
-    with one line, before anything takes time.
+    with one line, before anything takes time. With `--dry-run`, it only checks and prints
+    the run, and what a step costs.
 
     **Arguments:**
 
@@ -55,14 +71,20 @@ def run(
     with _in_one_line():
         _join(options)
         recipe = with_options(recipe_of(presets, options.preset), options)
-    if teach is not None and recipe.teacher is not None and options.teacher is None:
+    untaught = recipe.teacher is not None and options.teacher is None
+    if teach is not None and untaught and not options.dry_run:
         options = _taught(recipe, options, presets, load, teach)
     with _in_one_line():
         check(recipe, options)
+        num_images = check_data(recipe, options)
         teacher = teacher_of(recipe, options, presets)
         if "train" in options.do:
-            flow_map = untrained(recipe, options, teacher)
             config = config_of(recipe, options)
+            check_same_run(options, config | teacher_weights(teacher))
+            if options.dry_run:
+                print(recipe, dry_run(recipe, options, teacher, num_images), sep="\n")
+                return []
+            flow_map = untrained(recipe, options, teacher)
         else:
             config, flow_map = load_map(options.folder, presets, options.script)
             check_finished(options, config, teacher)
@@ -70,7 +92,7 @@ def run(
         check_images(recipe, options, images)
         folder = None
         if "train" in options.do:
-            config |= contents(images, teacher)
+            config |= training_images(images) | teacher_weights(teacher)
             folder = Run(options.folder, config, save_every=options.save_every)
     print(recipe, f"Images\n  {images!r}\n  {held_out!r}, held out\n", sep="\n")
     if folder is not None:

@@ -2,8 +2,9 @@ import json
 import os
 import pathlib
 import shutil
+import zipfile
 import zlib
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
@@ -56,6 +57,52 @@ def load_images(path: StrPath, *, checksums: bool = True) -> Images:
                 name=path.stem,
             )
     raise ValueError(f"{path} has no array `images`; it has {sorted(arrays)}.")
+
+
+class ArrayHeader(NamedTuple):
+    """What a file says of an array before its values."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+
+def image_headers(
+    path: pathlib.Path,
+) -> tuple[ArrayHeader, ArrayHeader | None] | None:
+    """The headers of images and labels in a file of `load_images`, without their values.
+
+    Returns `None` for anything but an `.npz` or `.npy`.
+
+    **Raises:** `ValueError` if the file is damaged or has no images.
+    """
+    if path.suffix == ".npy":
+        with reading(path), open(path, "rb") as file:
+            return _header(file), None
+    if path.suffix != ".npz":
+        return None
+    with reading(path, zipfile.BadZipFile), zipfile.ZipFile(path) as archive:
+        names = {name.removesuffix(".npy") for name in archive.namelist()}
+        for images, labels in _NPZ_KEYS:
+            if images in names:
+                keys = [images] + [labels] * (labels in names)
+                found = []
+                for key in keys:
+                    with archive.open(f"{key}.npy") as file:
+                        found.append(_header(file))
+                return found[0], found[1] if len(found) > 1 else None
+    raise ValueError(f"{path} has no array `images`; it has {sorted(names)}.")
+
+
+def _header(file: IO) -> ArrayHeader:
+    version = np.lib.format.read_magic(file)
+    read = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }
+    if version not in read:
+        raise ValueError(f"version {version} of NumPy's format")
+    shape, _, dtype = read[version](file)
+    return ArrayHeader(shape, dtype)
 
 
 def save_images(path: StrPath, images: Images) -> None:
