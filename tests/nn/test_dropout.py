@@ -65,7 +65,10 @@ def test_rate_outside(rate):
 # --- networks -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+SLOW = pytest.param("MagnitudePreservingUNet", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("name", ["UNet", SLOW, "DiT"])
 def test_network(name):
     net, without = shaken(name, dropout=0.3), shaken(name)
     # Without a key, as in sampling, it is the network without dropout.
