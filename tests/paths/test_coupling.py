@@ -1,5 +1,6 @@
 """Couplings: what is re-ordered, how well, and what stays."""
 
+import dataclasses
 import sys
 
 import equinox as eqx
@@ -183,10 +184,14 @@ def test_conditions_of_other_kinds_are_labels(transport, same):
     assert_close(transport(jr.key(0), x0, x1, jnp.linspace(0.0, 1.0, 40)), x0)
 
 
-def test_without_the_extra(monkeypatch):
+@pytest.mark.parametrize(
+    "coupling",
+    [fd.paths.OptimalTransportCoupling, fd.paths.ConditionalOptimalTransportCoupling],
+)
+def test_without_the_extra(monkeypatch, coupling):
     monkeypatch.setitem(sys.modules, "ott.tools.unreg", None)
     with pytest.raises(ImportError, match=r'pip install "flowdiffrax\[ot\]"'):
-        fd.paths.OptimalTransportCoupling()
+        coupling()
 
 
 @pytest.mark.parametrize("sizes", [(40, 40, 39), (39, 40, 40)])
@@ -194,3 +199,102 @@ def test_batches_of_two_sizes(transport, sizes):
     rows = [jnp.ones((size, 2)) for size in sizes]
     with pytest.raises(ValueError, match="common leading axis"):
         transport(jr.key(0), *rows)
+
+
+# --- transport between similar conditions ---------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def conditional():
+    pytest.importorskip("ott")
+    return fd.paths.ConditionalOptimalTransportCoupling
+
+
+def condition_costs(conditions):
+    return np.sum(np.asarray(conditions[:, None] - conditions[None]) ** 2, axis=-1)
+
+
+def test_a_fixed_weight_adds_the_distance_of_conditions(conditional):
+    x0, x1 = points(0)
+    conditions = jr.normal(jr.key(1), (40, 2))
+    cost = squared_distances(x0, x1) + 0.7 * condition_costs(conditions)
+    rows, columns = linear_sum_assignment(cost)
+    y0 = conditional(weight=0.7)(jr.key(0), x0, x1, conditions)
+    assert_close(y0, x0[rows[np.argsort(columns)]], 0, 0)
+
+
+@pytest.mark.parametrize("share", [0.05, 0.2])
+def test_the_weight_gives_the_share_of_cheaper_pairs(conditional, share):
+    # The mean of the data does not matter, so that the check centres them too.
+    x0, x1 = (x - x.mean(0, keepdims=True) for x in points(0))
+    conditions = jr.normal(jr.key(1), (40, 2))
+    cost, distances = squared_distances(x0, x1), condition_costs(conditions)
+    own = np.diagonal(cost)[None]
+    is_cheaper = lambda weight: np.mean(cost + weight * distances <= own) + 1e-9
+    # By bisection, as the authors find it.
+    low, high = 0.0, 1e4
+    for _ in range(100):
+        weight = (low + high) / 2
+        low, high = (weight, high) if is_cheaper(weight) >= share else (low, weight)
+    rows, columns = linear_sum_assignment(cost + weight * distances)
+    y0 = conditional(share)(jr.key(0), x0, x1 + 5.0, conditions)
+    assert_close(y0, x0[rows[np.argsort(columns)]], 1e-12)
+
+
+@pytest.mark.parametrize("noise", [0.3, 1.0])
+def test_the_base_given_a_continuous_condition_stays(conditional, noise):
+    # Data of mean c, so that transport alone moves base draws to like conditions.
+    size, keys = 512, jr.split(jr.key(0), 3)
+    conditions = jr.normal(keys[0], (size, 1))
+    x1 = conditions + noise * jr.normal(keys[1], (size, 1))
+    x0 = jr.normal(keys[2], (size, 1))
+    correlation = lambda y0: np.corrcoef(y0[:, 0], conditions[:, 0])[0, 1]
+    plain = fd.paths.OptimalTransportCoupling(within_labels=False)
+    y0 = conditional()(jr.key(0), x0, x1, conditions)
+    assert correlation(plain(jr.key(0), x0, x1, conditions)) > 0.6
+    # 512 independent pairs have a correlation of 0.04.
+    assert abs(correlation(y0)) < 0.1
+    # Moments of the base for low, middle and high conditions.
+    for part in np.array_split(np.argsort(conditions[:, 0]), 4):
+        own = np.asarray(y0)[part, 0]
+        assert abs(own.mean()) < 4 / np.sqrt(len(own))
+        assert abs(own.std() - 1) < 4 / np.sqrt(2 * len(own))
+    # Labels of their own leave nothing to transport; similar conditions do.
+    within = fd.paths.OptimalTransportCoupling()
+    assert_close(within(jr.key(0), x0, x1, conditions), x0, 0, 0)
+    assert paired_cost(y0, x1) < paired_cost(x0, x1) * (0.95 if noise < 1 else 0.6)
+
+
+@pytest.mark.parametrize("kind", [lambda x: x, lambda x: jax.nn.one_hot(x, 4)])
+def test_labels_with_a_share_each_are_kept_apart(conditional, transport, kind):
+    labels, (x0, x1) = kind(jnp.arange(40) % 4), points(2)
+    expected = transport(jr.key(0), x0, x1, labels)
+    assert_close(conditional()(jr.key(0), x0, x1, labels), expected, 0, 0)
+
+
+def test_conditional_transport_in_batches(conditional):
+    conditions = jr.normal(jr.key(1), (100, 2)).astype(jnp.float32)
+    source = fd.data.InterpolantBatches(
+        fd.LinearInterpolant(),
+        {"a": jr.normal(jr.key(2), (100, 3)), "b": jr.normal(jr.key(3), (100,))},
+        32,
+        coupling=conditional(0.2),
+        args={"kind": jnp.arange(100) % 2, "parameters": conditions},
+    )
+    paths, _ = eqx.filter_jit(source)(jr.key(0))
+    plain, _ = dataclasses.replace(source, coupling=fd.paths.IndependentCoupling())(
+        jr.key(0)
+    )
+    assert_close(sorted_rows(paths.x0["a"]), sorted_rows(plain.x0["a"]), 1e-12)
+    assert not np.array_equal(paths.x0["a"], plain.x0["a"])
+
+
+def test_conditional_transport_without_conditions(conditional):
+    with pytest.raises(ValueError, match="needs conditions"):
+        conditional()(jr.key(0), *points(0))
+
+
+@pytest.mark.parametrize("settings", [{"share": 0.0}, {"share": 1.0}, {"weight": -1.0}])
+def test_settings_of_conditional_transport(conditional, settings):
+    with pytest.raises(ValueError, match=next(iter(settings))):
+        conditional(**settings)

@@ -11,6 +11,9 @@ from ._interpolants import VarianceExplodingInterpolant as VarianceExplodingInte
 from ._interpolants import VariancePreservingInterpolant as VariancePreservingInterpolant
 from ._latents import BrownianLatent as BrownianLatent
 from ._latents import SineSquaredLatent as SineSquaredLatent
+from ._optimal_transport import (
+    ConditionalOptimalTransportCoupling as ConditionalOptimalTransportCoupling,
+)
 from ._optimal_transport import OptimalTransportCoupling as OptimalTransportCoupling
 from ._trajectory import StatePath as StatePath
 from ._trajectory import TrajectoryPath as TrajectoryPath

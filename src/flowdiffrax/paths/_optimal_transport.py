@@ -4,13 +4,14 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, ArrayLike, Float, Int, Key
 
+from .._check import check_at_least, check_between
 from .._io import import_extra
 from .._time import time_dtype
 from .._tree import num_rows
-from .._types import Args, State
-from ._coupling import AbstractCoupling
+from .._types import Args, Scalar, State
+from ._coupling import AbstractCoupling, same_label
 
 
 class OptimalTransportCoupling(AbstractCoupling):
@@ -66,40 +67,143 @@ class OptimalTransportCoupling(AbstractCoupling):
     ) -> State:
         del key
         size = num_rows((x0, x1), "Base draws and data points")
-        cost = _cost(x0, x1)
+        cost, _ = _cost(x0, x1)
         if self.within_labels and args is not None:
             num_rows((x0, args), "Base draws and conditions")
-            cost = jnp.where(_same_label(args, size), cost, jnp.inf)
-        order = _assign(cost)
-        return jtu.tree_map(lambda leaf: jnp.asarray(leaf)[order], x0)
+            cost = jnp.where(same_label(args, size), cost, jnp.inf)
+        return _take(x0, _assign(cost))
 
 
-def _import_ott() -> tuple[Any, Any, Any]:
-    names = "ott.geometry.geometry", "ott.solvers.linear", "ott.tools.unreg"
-    geometry, linear, unreg = (
-        import_extra(name, "ot", "OptimalTransportCoupling") for name in names
+class ConditionalOptimalTransportCoupling(AbstractCoupling):
+    r"""C²OT: mini-batch optimal transport between examples with similar conditions.
+
+    Every base draw starts with the condition of the data point it was drawn with. The
+    coupling takes the permutation $\sigma$ of the batch that minimises
+    $\sum_i |x_0^{\sigma(i)} - x_1^i|^2 + w\,d(c_{\sigma(i)}, c_i)$, so that a base draw
+    moves to a data point only if their conditions are close. The distribution of the base
+    given the condition then stays close to that of the base, as sampling assumes; plain
+    transport skews it. The larger $w$, the smaller the skew, and the less is re-ordered.
+
+    The distance $d$ of two conditions is the sum, over their arrays, of the squared
+    distance of the entries; for integers, which are labels, it is 1 if they differ. Scale
+    conditions in different units to a common one. For labels alone, use
+    [`flowdiffrax.paths.OptimalTransportCoupling`][], which is the limit of a large $w$.
+
+    It requires ott-jax: `pip install "flowdiffrax[ot]"`. Cost, precision and the warning
+    are as there.
+
+    **Arguments:**
+
+    - `share`: chooses $w$ for each batch: the share of base draws that would be cheaper
+      for a data point than its own, on average over the data points, in (0, 1). If more
+      than this share have an equal condition, base draws move among these only. A small
+      share means a large $w$; below 1 over the batch size, nothing moves.
+    - `weight`: a fixed $w$ instead, not negative, in squared units of the data by units
+      of $d$; or `None`.
+
+    **Raises:** `ImportError` without ott-jax; `ValueError` for a `share` outside (0, 1)
+    or a negative `weight`. When called, `ValueError` for conditions without the batch
+    axis, or without conditions.
+
+    ??? cite "Reference"
+
+        [arXiv:2503.10636](https://arxiv.org/abs/2503.10636). The default share is that of
+        the authors' example in the plane.
+    """
+
+    share: float = 0.05
+    weight: ArrayLike | None = None
+
+    def __check_init__(self):
+        check_between(self.share, 0, 1, "share", "()")
+        if self.weight is not None:
+            check_at_least(self.weight, 0, "weight")
+        _import_ott("ConditionalOptimalTransportCoupling")
+
+    def __call__(
+        self, key: Key[Array, ""], x0: State, x1: State, args: Args = None
+    ) -> State:
+        del key
+        size = num_rows((x0, x1), "Base draws and data points")
+        if args is None:
+            raise ValueError(
+                "`ConditionalOptimalTransportCoupling` needs conditions, for example "
+                "`InterpolantBatches(..., args=conditions)`. Without any, use "
+                "`OptimalTransportCoupling`."
+            )
+        num_rows((x0, args), "Base draws and conditions")
+        cost, unit = _cost(x0, x1)
+        distances = _condition_distances(args, size, cost.dtype)
+        if self.weight is None:
+            weight = _adaptive_weight(x0, cost, unit, distances, self.share)
+        else:
+            # `_cost` is half the squared distance, up to terms of one point.
+            weight = jnp.asarray(self.weight, cost.dtype) / (2 * unit)
+        # The weight may be infinite, and its product with zero is NaN.
+        penalty = jnp.where(distances > 0, weight * distances, 0)
+        return _take(x0, _assign(cost + penalty))
+
+
+def _adaptive_weight(
+    x0: State,
+    cost: Float[Array, "batch batch"],
+    unit: Scalar,
+    distances: Float[Array, "batch batch"],
+    share: float,
+) -> Scalar:
+    """The weight at which `share` of all pairs cost no more than those of the diagonal.
+
+    Each pair does so up to a weight of its own, which is infinite for equal conditions.
+    Hence the weight sought is a quantile, and needs no search.
+    """
+    rows = _centred_rows(jax.lax.stop_gradient(x0), cost.dtype)
+    # With this term of the base draw, costs compare within a column.
+    full = cost + jnp.sum(rows**2, axis=1, keepdims=True) / (2 * unit)
+    saved = jnp.diagonal(full)[None] - full
+    limits = jnp.where(
+        distances > 0,
+        saved / jnp.where(distances > 0, distances, 1),
+        jnp.where(saved >= 0, jnp.inf, -jnp.inf),
     )
+    rank = min(max(round(share * limits.size), 1), limits.size)
+    return jnp.maximum(jnp.sort(limits.ravel())[-rank], 0)
+
+
+def _condition_distances(
+    args: Args, size: int, dtype: jnp.dtype
+) -> Float[Array, "batch batch"]:
+    distances = jnp.zeros((size, size), dtype)
+    for leaf in jtu.tree_leaves(args):
+        rows = jnp.reshape(leaf, (size, -1))
+        if jnp.issubdtype(rows.dtype, jnp.inexact):
+            difference = rows[:, None] - rows[None]
+            squares = jnp.sum(jnp.abs(difference) ** 2, axis=-1)
+            distances = distances + squares.astype(dtype)
+        else:
+            distances = distances + (~same_label(rows, size)).astype(dtype)
+    return distances
+
+
+def _import_ott(name: str = "OptimalTransportCoupling") -> tuple[Any, Any, Any]:
+    modules = "ott.geometry.geometry", "ott.solvers.linear", "ott.tools.unreg"
+    geometry, linear, unreg = (import_extra(module, "ot", name) for module in modules)
     return geometry.Geometry, linear.solve, unreg.hungarian
 
 
-def _same_label(args: Args, size: int) -> Bool[Array, "batch batch"]:
-    same = jnp.ones((size, size), bool)
-    for leaf in jtu.tree_leaves(args):
-        rows = jnp.reshape(leaf, (size, -1))
-        same = same & jnp.all(rows[:, None] == rows[None, :], axis=-1)
-    return same
+def _cost(x0: State, x1: State) -> tuple[Float[Array, "batch batch"], Scalar]:
+    """Half the squared distances, up to terms of one point, and the unit they are in.
 
-
-def _cost(x0: State, x1: State) -> Float[Array, "batch batch"]:
-    # The squared distance without the terms that depend on one point only, which do not
-    # affect the order. For the same reason the rows may be centred, which saves digits.
+    Terms that depend on one point only do not affect the order. For the same reason the
+    rows may be centred, which saves digits.
+    """
     dtype = time_dtype((x0, x1))
     rows = [_centred_rows(jax.lax.stop_gradient(x), dtype) for x in (x0, x1)]
     cost = -jnp.matmul(rows[0], rows[1].T, precision="highest")
     rms = jnp.sqrt(jnp.mean(cost**2))
-    cost = cost / jnp.where(rms > 0, rms, 1)
+    unit = jnp.where(rms > 0, rms, 1)
+    cost = cost / unit
     # NaNs could move points across labels. The loss reports values that are not finite.
-    return jnp.where(jnp.isfinite(cost), cost, 0)
+    return jnp.where(jnp.isfinite(cost), cost, 0), unit
 
 
 def _centred_rows(x: State, dtype: jnp.dtype) -> Float[Array, "batch entries"]:
@@ -111,6 +215,10 @@ def _centred_rows(x: State, dtype: jnp.dtype) -> Float[Array, "batch entries"]:
     ]
     rows = jnp.concatenate(parts, axis=1)
     return rows - jnp.mean(rows, axis=0, keepdims=True)
+
+
+def _take(x0: State, order: Int[Array, " batch"]) -> State:
+    return jtu.tree_map(lambda leaf: jnp.asarray(leaf)[order], x0)
 
 
 @jax.jit
