@@ -15,6 +15,7 @@ from .._tree import is_concrete, num_rows, rows_not_finite
 from .._types import Args, State
 from ..paths._base import AbstractInterpolant
 from ..paths._coupling import AbstractCoupling, IndependentCoupling
+from ..paths._plug_in import plug_in_paths
 from ..paths._trajectory import StatePath, TrajectoryPath, check_one_length
 from ..times._base import check_batch_size
 
@@ -91,10 +92,15 @@ class GaussianBase(eqx.Module):
     def __call__(self, key: Key[Array, ""], x1: State) -> State:
         """Draws base points with the structure and shape of the batch `x1`."""
 
-        def move(leaf):
-            return leaf + jnp.broadcast_to(jnp.asarray(self.mean, leaf.dtype), leaf.shape)
+        noise = _normal_like(key, x1, self.std)
+        return jtu.tree_map(jnp.add, noise, self.mean_like(x1))
 
-        return jtu.tree_map(move, _normal_like(key, x1, self.std))
+    def mean_like(self, x1: State) -> State:
+        """The mean with the structure and shape of the batch `x1`."""
+        return jtu.tree_map(
+            lambda leaf: jnp.broadcast_to(jnp.asarray(self.mean, leaf.dtype), leaf.shape),
+            x1,
+        )
 
 
 class ConditionedPoints(NamedTuple):
@@ -128,12 +134,18 @@ class InterpolantBatches(eqx.Module):
     - `draw`: whether to draw rows at random. If `False`, a batch consists of all rows in
       order, as when they are one batch of [`flowdiffrax.data.stream`][], and their values
       are not checked.
+    - `plug_in`: whether the rates of the paths are the plug-in velocity, the mean over
+      all data points of the batch with an equal condition: see
+      [`flowdiffrax.paths.PlugInPath`][]. It has less variance than the rate of one pair,
+      and works with every objective that learns from data. It needs a `GaussianBase` and
+      independent pairs. If all conditions differ, it changes nothing.
 
     **Raises:** `ValueError` for a batch size below 1, data without points, rows that are
-    not finite (see [`flowdiffrax.data.finite_rows`][]), or conditions that do not match
-    the data; `TypeError` for integer data, a memory map, an `interpolant` that is not an
-    interpolant, or functions that do not take the arguments above. When called with
-    `draw=False`, `ValueError` if the number of rows is not `batch_size`.
+    not finite (see [`flowdiffrax.data.finite_rows`][]), conditions that do not match
+    the data, or `plug_in` with another base or coupling; `TypeError` for integer data, a
+    memory map, an `interpolant` that is not an interpolant, functions that do not take
+    the arguments above, or `plug_in` with complex data. When called with `draw=False`,
+    `ValueError` if the number of rows is not `batch_size`.
     """
 
     interpolant: AbstractInterpolant
@@ -145,6 +157,7 @@ class InterpolantBatches(eqx.Module):
     coupling: AbstractCoupling = IndependentCoupling()
     args: Args = eqx.field(converter=_as_jax, default=None)
     draw: bool = eqx.field(static=True, default=True)
+    plug_in: bool = eqx.field(static=True, default=False)
 
     def __check_init__(self):
         check_batch_size(self.batch_size)
@@ -152,6 +165,8 @@ class InterpolantBatches(eqx.Module):
         check_instance(self.interpolant, AbstractInterpolant, "interpolant", what)
         check_callable(self.base, "base", "base(key, x1)")
         check_callable(self.coupling, "coupling", "coupling(key, x0, x1, args)")
+        if self.plug_in:
+            _check_plug_in(self.base, self.coupling)
         if callable(self.data):
             check_callable(self.data, "data", "data(key, batch_size)")
             _check_no_rows(self.args, "`ConditionedPoints(points, args)`")
@@ -187,7 +202,11 @@ class InterpolantBatches(eqx.Module):
             else leaf
         )
         shared = jtu.tree_map(broadcast, self.interpolant)
-        return eqx.tree_at(lambda p: p.interpolant, paths, shared), args
+        paths = eqx.tree_at(lambda p: p.interpolant, paths, shared)
+        if self.plug_in:
+            base: Any = self.base
+            paths = plug_in_paths(paths, args, base.mean_like(x1), base.std)
+        return paths, args
 
 
 class TrajectoryBatches(eqx.Module):
@@ -305,6 +324,19 @@ def _normal_like(key, x, std):
 
 def _num_rows(tree) -> int:
     return num_rows(tree, "Data and conditions")
+
+
+def _check_plug_in(base: object, coupling: object) -> None:
+    """**Raises:** `ValueError` if pairs are not independent, or the base not Gaussian."""
+    if not isinstance(coupling, IndependentCoupling):
+        raise ValueError(
+            "`plug_in=True` needs independent pairs, since only then does it know how "
+            f"likely each data point is; got `coupling={type(coupling).__name__}(...)`."
+        )
+    if not isinstance(base, GaussianBase):
+        raise ValueError(
+            "`plug_in=True` needs a base of known density, `base=GaussianBase(...)`."
+        )
 
 
 def _check_no_rows(args: Args, cure: str) -> None:

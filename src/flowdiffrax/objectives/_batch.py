@@ -19,6 +19,7 @@ from .._tree import num_rows
 from .._types import Args, Scalar
 from ..flow_maps._base import AbstractFlowMap
 from ..nn._dropout import has_dropout, with_dropout
+from ..paths._plug_in import is_shared
 from ..times._shares import split_by_shares
 from ._base import AbstractObjective
 from ._mixture import Mixture
@@ -221,14 +222,14 @@ def losses_of(
         form = _on_diagonal if on_diagonal else _off_diagonal
         objective = mixture.objectives[index]
         one = functools.partial(form, objective, flow_map, teachers[index])
-        axes = eqx.if_array(0)
         s, t, row = _rows(drawn, rows)
         _, draw_key, dropout_key = _keys(key, index)
         # By row number, so that a row draws the same in any part as in the whole batch.
         by_row = jax.vmap(jr.fold_in, (None, 0))
         drops = dropout and (on_diagonal or objective.has_dropout_off_diagonal)
         dropout_keys = by_row(dropout_key, row) if drops else None
-        losses = eqx.filter_vmap(one, in_axes=(axes, 0, 0, axes, 0, axes))(
+        axes = _axes(paths), 0, 0, _axes(args), 0, eqx.if_array(0)
+        losses = eqx.filter_vmap(one, in_axes=axes)(
             _rows(paths, rows),
             s,
             t,
@@ -300,4 +301,10 @@ def _term_names(
 
 def _rows(tree, rows):
     cut = lambda leaf: leaf[rows] if eqx.is_array(leaf) else leaf
-    return jtu.tree_map(cut, tree)
+    return jtu.tree_map(cut, tree, is_leaf=is_shared)
+
+
+def _axes(tree):
+    """The axis to map over: the first of all arrays, except those that rows share."""
+    of_leaf = lambda leaf: 0 if eqx.is_array(leaf) else None
+    return jtu.tree_map(of_leaf, tree, is_leaf=is_shared)

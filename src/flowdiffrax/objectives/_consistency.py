@@ -16,7 +16,7 @@ from ..weights._base import AbstractWeight, NoWeight
 from ..weights._gaps import InverseNoiseGap
 from ._base import AbstractResidualObjective, StopGradient
 from ._eulerian import AbstractEulerian
-from ._teaching import own_map, teacher_velocity
+from ._teaching import data_neighbour, own_map, teacher_velocity
 
 
 class ConsistencyTraining(AbstractResidualObjective):
@@ -26,7 +26,8 @@ class ConsistencyTraining(AbstractResidualObjective):
     where $u$ is the next time on a grid, $\sigma$ the noise level, and $I_u$ on the same
     path. Only jumps to the end are learned. At the data end, the target is the data point
     itself; all other targets depend on this one. Finer grids have less bias and more
-    variance.
+    variance. On a [`flowdiffrax.paths.PlugInPath`][], $I_u$ is a step from $I_s$ along
+    the plug-in velocity: this approaches consistency distillation as the batch grows.
 
     **Arguments:**
 
@@ -60,7 +61,8 @@ class ConsistencyTraining(AbstractResidualObjective):
         if isinstance(path, StatePath):
             # Raises `TypeError`: a single state is not a path of the data.
             path.derivative(s)
-        target = own_map(flow_map, teacher)(t, self.end, path.evaluate(t), args)
+        I_u = data_neighbour(path, s, t)
+        target = own_map(flow_map, teacher)(t, self.end, I_u, args)
         X_s1 = flow_map(s, self.end, path.evaluate(s), args)
         return subtract(X_s1, freeze(target))
 

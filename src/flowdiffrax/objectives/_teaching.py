@@ -9,6 +9,7 @@ from .._check import check_callable, check_instance, check_like
 from .._tree import freeze, subtract
 from .._types import Args, GuidanceArgs, State, Time, VectorField
 from ..flow_maps._base import AbstractFlowMap
+from ..paths._plug_in import PlugInPath
 from ..velocities._guidance import (
     ClassifierFreeGuidance,
     GuidanceRule,
@@ -31,6 +32,15 @@ def data_residual(
     I_t = path.evaluate(t)
     dI_t = check_like(path.derivative(t), I_t, "`path.derivative`")
     return subtract(flow_map.velocity(t, I_t, args), dI_t)
+
+
+def data_neighbour(path: diffrax.AbstractPath, s: Time, u: Time) -> State:
+    r"""The state at time $u$ of the path through $I_s$: of its pair, or of the mean path.
+
+    With a [`flowdiffrax.paths.PlugInPath`][], this is a step of the plug-in velocity.
+    """
+    through = path.through(s) if isinstance(path, PlugInPath) else path
+    return through.evaluate(u)
 
 
 def check_velocity(teacher: object) -> None:

@@ -15,6 +15,7 @@ from ._optimal_transport import (
     ConditionalOptimalTransportCoupling as ConditionalOptimalTransportCoupling,
 )
 from ._optimal_transport import OptimalTransportCoupling as OptimalTransportCoupling
+from ._plug_in import PlugInPath as PlugInPath
 from ._trajectory import StatePath as StatePath
 from ._trajectory import TrajectoryPath as TrajectoryPath
 from ._trajectory import solve_trajectories as solve_trajectories
