@@ -140,7 +140,7 @@ class Method(NamedTuple):
     """An objective, its teacher, and its evaluations per example off the diagonal.
 
     `single` marks objectives that learn only jumps to the end or from the start. They are
-    sampled in one jump.
+    sampled in one jump. `plug_in` learns from the plug-in velocity of each batch.
     """
 
     make: object  # () -> an objective or a mixture
@@ -148,6 +148,7 @@ class Method(NamedTuple):
     needs_teacher: bool = False
     single: bool = False
     diagonal: float | None = None  # its share, if the objective does not have it
+    plug_in: bool = False
 
 
 def tamed(objective):
@@ -214,6 +215,10 @@ METHODS = {
     "CD": Method(fd.objectives.ConsistencyDistillation, 4, True, True),
     "FreeFlow": Method(fd.objectives.free_flow, 3, True, True),
 }
+METHODS |= {
+    f"{name}, plug-in": METHODS[name]._replace(plug_in=True)
+    for name in ("LSD", "MeanFlow", "CT")
+}
 
 # The rows of the figure.
 FAMILIES = {
@@ -225,6 +230,7 @@ FAMILIES = {
         *("MeanFlow", "MeanFlow, uniform"),
         *("improved MeanFlow", "improved MeanFlow, uniform", "AlphaFlow"),
     ),
+    "plug-in velocity": ("LSD, plug-in", "MeanFlow, plug-in", "CT, plug-in"),
 }
 
 
@@ -241,6 +247,9 @@ def evaluations_per_example(method):
 # --- one run --------------------------------------------------------------------------
 
 
+NETWORKS = ("fourier", "residual", "plain", "data")
+
+
 class PlainMLP(eqx.Module):
     """Plain layers on raw inputs, without residual connections or waves."""
 
@@ -252,16 +261,27 @@ class PlainMLP(eqx.Module):
         return self.scale * self.mlp(inputs)
 
 
+class DataPrediction(eqx.Module):
+    """The average velocity towards a data point that a network predicts."""
+
+    net: fd.nn.MLP
+    floor: float = 0.05  # of the time that is left
+
+    def __call__(self, s, t, x, args):
+        return (self.net(s, t, x, args) - x) / jnp.maximum(1 - s, self.floor)
+
+
 def make_map(network, density, width, key):
     if network == "plain":
         mlp = eqx.nn.MLP(density.size + 2, density.size, width, 4, jax.nn.gelu, key=key)
         net = PlainMLP(mlp, density.base_std)
     else:
         # Waves of the state help in the plane; in high dimension they only add cost.
-        waves = (0.5, 1.0, 2.0) if network == "fourier" else ()
+        waves = () if network == "residual" else (0.5, 1.0, 2.0)
         net = fd.nn.MLP(
             density.size, width, 5, scale=density.base_std, frequencies=waves, key=key
         )
+        net = DataPrediction(net) if network == "data" else net
     return fd.FlowMap(net, time_range=(0.0, 1.0))
 
 
@@ -294,6 +314,7 @@ def training(name, data, budget, batch_size):
         density.draw,
         batch_size,
         base=fd.data.GaussianBase(density.base_std),
+        plug_in=method.plug_in,
     )
     teacher = teachers_of(name, density)
     return steps, create, lambda state: step(state, batches, teacher)
@@ -634,7 +655,7 @@ if __name__ == "__main__":
     )
     parser.add_argument("--objectives", nargs="+", choices=METHODS, metavar="NAME")
     parser.add_argument("--data", nargs="+", choices=DATA)
-    parser.add_argument("--networks", nargs="+", choices=("fourier", "residual", "plain"))
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS)
     parser.add_argument("--budget", type=int, help="evaluations per row; default 20000")
     parser.add_argument("--batch-size", type=int, help="default 1024")
     parser.add_argument("--width", type=int, help="of the network; default 128")

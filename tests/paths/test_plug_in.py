@@ -269,7 +269,13 @@ def gradients(objective, flow_map, plug_in, num_batches, size=16):
     return each @ rng.standard_normal((each.shape[1], 8)) / np.sqrt(each.shape[1])
 
 
-@pytest.mark.parametrize("name", LINEAR)
+QUICK = ("FlowMatching", "MeanFlow")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.slow] * (n not in QUICK)) for n in LINEAR],
+)
 def test_mean_gradients_are_the_same(name):
     objective, flow_map = getattr(fd.objectives, name)(), mlp_map(1)
     own = gradients(objective, flow_map, False, 1500)

@@ -38,7 +38,7 @@ def begin(devices, address=None, processes=1, index=0):
         jax.distributed.initialize(address, int(processes), int(index))
 
 
-def train(parallel, *, num_steps=4, end_at=None, **settings):
+def train(parallel, *, num_steps=4, end_at=None, plug_in=False, **settings):
     """Losses and final weights of a few steps of self-distillation."""
     losses, data = [], jr.normal(jr.key(3), (200, 2)) + 1.0
 
@@ -53,7 +53,7 @@ def train(parallel, *, num_steps=4, end_at=None, **settings):
     state = fd.train.fit(
         fd.FlowMap(fd.nn.MLP(2, 64, 2, key=jr.key(0))),
         fd.LagrangianSelfDistillation(),
-        fd.data.InterpolantBatches(fd.LinearInterpolant(), data, 32),
+        fd.data.InterpolantBatches(fd.LinearInterpolant(), data, 32, plug_in=plug_in),
         optax.adam(1e-2),
         num_steps=num_steps,
         key=jr.key(1),
@@ -89,6 +89,8 @@ if __name__ == "__main__":
         found["alone, long"] = summary(train(None, num_steps=LONG))
         found["accumulated"] = summary(train(everywhere, accumulate=2))
         found["alone, accumulated"] = summary(train(None, accumulate=2))
+        found["plug-in"] = summary(train(everywhere, accumulate=2, plug_in=True))
+        found["alone, plug-in"] = summary(train(None, accumulate=2, plug_in=True))
     else:
         found["whole"] = summary(train(everywhere))
         found["parts"] = summary(split := train(in_parts))

@@ -53,8 +53,9 @@ def test_eight_devices_equal_one(devices, many, one):
 
 
 @pytest.mark.slow
-def test_accumulation_on_eight_devices_equals_one(more):
-    made, expected = more["accumulated"], more["alone, accumulated"]
+@pytest.mark.parametrize("kind", ["accumulated", "plug-in"])
+def test_accumulation_on_eight_devices_equals_one(more, kind):
+    made, expected = more[kind], more[f"alone, {kind}"]
     np.testing.assert_allclose(made, expected, rtol=1e-12, atol=1e-13)
 
 

@@ -177,7 +177,9 @@ class AlphaFlow(AbstractResidualObjective):
 
     ??? cite "Reference"
 
-        [arXiv:2510.20771](https://arxiv.org/abs/2510.20771).
+        [arXiv:2510.20771](https://arxiv.org/abs/2510.20771). The consistency loss of
+        SoFlow, [arXiv:2512.15657](https://arxiv.org/abs/2512.15657), is this loss too, up
+        to its weight, with an `alpha` that falls during training.
     """
 
     times: AbstractTimes = DiagonalMixture(UniformTriangle(), 0.25)

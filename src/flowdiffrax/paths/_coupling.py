@@ -1,9 +1,7 @@
 import abc
 
 import equinox as eqx
-import jax.numpy as jnp
-import jax.tree_util as jtu
-from jaxtyping import Array, Bool, Key
+from jaxtyping import Array, Key
 
 from .._types import Args, State
 
@@ -38,12 +36,3 @@ class IndependentCoupling(AbstractCoupling):
     ) -> State:
         del key, x1, args
         return x0
-
-
-def same_label(args: Args, size: int) -> Bool[Array, "batch batch"]:
-    """Which pairs of examples have equal conditions."""
-    same = jnp.ones((size, size), bool)
-    for leaf in jtu.tree_leaves(args):
-        rows = jnp.reshape(leaf, (size, -1))
-        same = same & jnp.all(rows[:, None] == rows[None, :], axis=-1)
-    return same

@@ -11,7 +11,8 @@ from .._io import import_extra
 from .._time import time_dtype
 from .._tree import num_rows
 from .._types import Args, Scalar, State
-from ._coupling import AbstractCoupling, same_label
+from ._coupling import AbstractCoupling
+from ._rows import centred_rows, same_label
 
 
 class OptimalTransportCoupling(AbstractCoupling):
@@ -156,7 +157,7 @@ def _adaptive_weight(
     Each pair does so up to a weight of its own, which is infinite for equal conditions.
     Hence the weight sought is a quantile, and needs no search.
     """
-    rows = _centred_rows(jax.lax.stop_gradient(x0), cost.dtype)
+    rows = centred_rows(jax.lax.stop_gradient(x0), cost.dtype)
     # With this term of the base draw, costs compare within a column.
     full = cost + jnp.sum(rows**2, axis=1, keepdims=True) / (2 * unit)
     saved = jnp.diagonal(full)[None] - full
@@ -197,24 +198,13 @@ def _cost(x0: State, x1: State) -> tuple[Float[Array, "batch batch"], Scalar]:
     rows may be centred, which saves digits.
     """
     dtype = time_dtype((x0, x1))
-    rows = [_centred_rows(jax.lax.stop_gradient(x), dtype) for x in (x0, x1)]
+    rows = [centred_rows(jax.lax.stop_gradient(x), dtype) for x in (x0, x1)]
     cost = -jnp.matmul(rows[0], rows[1].T, precision="highest")
     rms = jnp.sqrt(jnp.mean(cost**2))
     unit = jnp.where(rms > 0, rms, 1)
     cost = cost / unit
     # NaNs could move points across labels. The loss reports values that are not finite.
     return jnp.where(jnp.isfinite(cost), cost, 0), unit
-
-
-def _centred_rows(x: State, dtype: jnp.dtype) -> Float[Array, "batch entries"]:
-    leaves = [jnp.reshape(leaf, (jnp.shape(leaf)[0], -1)) for leaf in jtu.tree_leaves(x)]
-    parts = [
-        part(leaf).astype(dtype)
-        for leaf in leaves
-        for part in ((jnp.real, jnp.imag) if jnp.iscomplexobj(leaf) else (jnp.real,))
-    ]
-    rows = jnp.concatenate(parts, axis=1)
-    return rows - jnp.mean(rows, axis=0, keepdims=True)
 
 
 def _take(x0: State, order: Int[Array, " batch"]) -> State:
