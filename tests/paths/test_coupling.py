@@ -289,6 +289,18 @@ def test_conditional_transport_in_batches(conditional):
     assert not np.array_equal(paths.x0["a"], plain.x0["a"])
 
 
+@pytest.mark.parametrize("value", [0.0, np.nan, np.inf])
+@pytest.mark.parametrize("where", ["data", "conditions"])
+def test_conditional_transport_of_values_that_are_not_finite(conditional, value, where):
+    (x0, x1), conditions = points(7), jr.normal(jr.key(1), (40, 2))
+    if where == "data":
+        x1 = x1.at[3].set(value)
+    else:
+        conditions = conditions.at[3].set(value)
+    y0 = jax.jit(conditional())(jr.key(0), x0, x1, conditions)
+    assert_close(sorted_rows(y0), sorted_rows(x0), 0, 0)
+
+
 def test_conditional_transport_without_conditions(conditional):
     with pytest.raises(ValueError, match="needs conditions"):
         conditional()(jr.key(0), *points(0))

@@ -95,10 +95,10 @@ class ConditionalOptimalTransportCoupling(AbstractCoupling):
 
     **Arguments:**
 
-    - `share`: chooses $w$ for each batch: the share of base draws that would be cheaper
-      for a data point than its own, on average over the data points, in (0, 1). If more
-      than this share have an equal condition, base draws move among these only. A small
-      share means a large $w$; below 1 over the batch size, nothing moves.
+    - `share`: chooses $w$ for each batch: the share of base draws, in (0, 1), that cost
+      no more than a data point's own, which is one of them, on average over the data
+      points. If those with an equal condition are enough, base draws move among these
+      only. A small share means a large $w$; below 1 over the batch size, nothing moves.
     - `weight`: a fixed $w$ instead, not negative, in squared units of the data by units
       of $d$; or `None`.
 
@@ -164,10 +164,29 @@ def _adaptive_weight(
     limits = jnp.where(
         distances > 0,
         saved / jnp.where(distances > 0, distances, 1),
-        jnp.where(saved >= 0, jnp.inf, -jnp.inf),
+        jnp.where(saved >= 0, jnp.inf, 0),
     )
-    rank = min(max(round(share * limits.size), 1), limits.size)
-    return jnp.maximum(jnp.sort(limits.ravel())[-rank], 0)
+    # The comparison leaves no NaN, from values that are not finite.
+    limits = jnp.where(limits > 0, limits, 0)
+    return _nth_largest(limits, max(round(share * limits.size), 1))
+
+
+def _nth_largest(values: Float[Array, "*shape"], n: int) -> Scalar:
+    """The `n`-th largest of some numbers, none of which is negative.
+
+    Their bits, read as integers, have the same order. Bisection finds the largest integer
+    that `n` of them reach, which is much faster than sorting on a CPU.
+    """
+    size = jnp.finfo(values.dtype).bits
+    bits = jax.lax.bitcast_convert_type(values, f"int{size}")
+    one = jnp.ones((), bits.dtype)
+
+    def add_bit(index, found):
+        tried = found | (one << (size - 2 - index).astype(bits.dtype))
+        return jnp.where(jnp.sum(bits >= tried) >= n, tried, found)
+
+    found = jax.lax.fori_loop(0, size - 1, add_bit, 0 * one)
+    return jax.lax.bitcast_convert_type(found, values.dtype)
 
 
 def _condition_distances(
