@@ -169,6 +169,18 @@ def of_images(objective, share, floor=1e-2):
     return lambda: objective(times, fd.weights.PowerWeight(1.0, floor))
 
 
+def soflow():
+    """SoFlow's schedule, over the first 2,400 steps, as settings of AlphaFlow."""
+    alpha = lambda step: 0.1 * 0.02 ** jnp.minimum(step / 2400, 1.0)
+    return fd.objectives.Scheduled(
+        lambda step: fd.objectives.AlphaFlow(mostly_diagonal(), alpha=alpha(step))
+    )
+
+
+def mostly_diagonal():
+    return fd.times.DiagonalMixture(fd.times.UniformTriangle(), 0.75)
+
+
 METHODS = {
     "FM": Method(fd.FlowMatching, 1),
     "FMM": Method(fd.objectives.FlowMapMatching, 3),
@@ -184,6 +196,10 @@ METHODS = {
     "EE": Method(fd.objectives.StopGradientEulerian, 4),
     "naive Eulerian": Method(fd.objectives.NaiveEulerian, 2),
     "MeanFlow": Method(fd.objectives.MeanFlow, 2),
+    "MeanFlow, 3/4 diagonal": Method(
+        lambda: fd.objectives.MeanFlow(mostly_diagonal()), 2
+    ),
+    "SoFlow": Method(soflow, 2, diagonal=0.75),
     "improved MeanFlow": Method(fd.objectives.ImprovedMeanFlow, 3),
     "AlphaFlow": Method(fd.objectives.AlphaFlow, 2),
     "MeanFlow, images": Method(of_images(fd.objectives.MeanFlow, 0.75), 2),
@@ -344,10 +360,12 @@ def memory(name, data, network, width, batch_size):
     paths = jax.vmap(INTERPOLANT)(x0, x0)
     teacher = teachers_of(name, density)
 
+    objective = method.make()
+    if isinstance(objective, fd.objectives.Scheduled):
+        objective = objective.at(jnp.asarray(0))
+
     def loss(flow_map, paths, key):
-        return fd.objectives.batch_loss(method.make(), flow_map, teacher, paths, key=key)[
-            0
-        ]
+        return fd.objectives.batch_loss(objective, flow_map, teacher, paths, key=key)[0]
 
     lowered = eqx.filter_jit(eqx.filter_grad(loss)).lower(flow_map, paths, jr.key(0))
     return lowered.compile().compiled.memory_analysis().temp_size_in_bytes / 1e6
