@@ -245,6 +245,7 @@ FAMILIES = {
     "mean flows": (
         *("MeanFlow", "MeanFlow, uniform"),
         *("improved MeanFlow", "improved MeanFlow, uniform", "AlphaFlow"),
+        *("MeanFlow, 3/4 diagonal", "SoFlow"),
     ),
     "plug-in velocity": ("LSD, plug-in", "MeanFlow, plug-in", "CT, plug-in"),
 }
