@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from helpers import assert_close, gaussian_map, without_type_checks
+from helpers import RUN_TIME_ERROR, assert_close, gaussian_map, without_type_checks
 
 import flowdiffrax as fd
 
@@ -424,3 +424,13 @@ def test_mistakes(name):
     with without_type_checks(), pytest.raises(error) as caught:
         fd.solvers.sample_tilted(**(settings | change), key=jr.key(7))
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [jnp.nan, -jnp.inf])
+def test_reward_that_is_not_finite(value):
+    reward = lambda x, args: jnp.where(x[0] > 0, x[1], value)
+    x0 = jr.normal(jr.key(8), (20, 2))
+    with pytest.raises(RUN_TIME_ERROR, match="`reward` was not finite"):
+        jax.block_until_ready(
+            tilted(gaussian_map(), LINEAR, reward, x0, 3, key=jr.key(9))
+        )

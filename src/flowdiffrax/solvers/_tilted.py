@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -134,7 +135,8 @@ def sample_tilted(
     **Returns:** [`flowdiffrax.solvers.TiltedSamples`][].
 
     **Raises:** `TypeError` if `flow_map` or `interpolant` is not one, or for complex
-    states or rewards; `ValueError` if the reward is not a scalar, the times do not rise
+    states or rewards; `RuntimeError` at run time if a reward is not finite; `ValueError`
+    if the reward is not a scalar, the times do not rise
     from 0 to 1, `tilt` has other values at the ends, or a setting is out of range.
 
     ??? cite "Reference"
@@ -219,6 +221,12 @@ def sample_tilted(
     # At the data nothing is ahead, and there is no noise left to move in.
     x = jax.vmap(jump, (None, None, 0))(grid[-2], grid[-1], x)
     log_weights = log_weights + jax.vmap(reward_of)(x) - potential
+    log_weights = eqx.error_if(
+        log_weights,
+        ~jnp.isfinite(log_weights).all(),
+        "`reward` was not finite at a look-ahead. Replace a hard constraint by a steep "
+        "penalty, and look for NaNs in the map.",
+    )
     sizes = jnp.append(sizes, _effective_size(log_weights))
     log_normaliser = _log_mean(log_weights)
     x = jax.vmap(as_state)(x)
