@@ -63,6 +63,7 @@ def test_no_script_starts_jax_to_show_its_options(folder):
 
 
 JOINS = """
+import json, sys
 import jax
 import cifar10, digits, imagenet32
 
@@ -82,15 +83,24 @@ for script in (cifar10, digits, imagenet32):
                 script.main(line)
             except Joined:
                 print(script.__name__, preset)
+    try:
+        script.main(json.loads(sys.argv[1])[script.__name__])
+    except Joined:
+        print("a command of SLURM")
 """
 
 
 def test_processes_join_before_anything_starts_jax():
     # With each preset, and with an objective whose times are an array.
     path = os.pathsep.join([str(ROOT / "examples"), os.environ.get("PYTHONPATH", "")])
-    done = run_python("-c", JOINS, **NO_BACKEND, PYTHONPATH=path)
+    commands = {
+        name: shlex.split(line)[shlex.split(line).index(f"examples/{name}.py") + 1 :]
+        for name, line in printed_commands().items()
+    }
+    done = run_python("-c", JOINS, json.dumps(commands), **NO_BACKEND, PYTHONPATH=path)
     assert done.returncode == 0, done.stderr[-2000:]
-    number = 2 * (1 + len(fd.images.recipes()) - len(["checkerboard-lsd"]) + 5)
+    assert done.stdout.count("a command of SLURM\n") == 3
+    number = 3 + 2 * (1 + len(fd.images.recipes()) - len(["checkerboard-lsd"]) + 5)
     assert len(done.stdout.splitlines()) == number
 
 
@@ -206,7 +216,14 @@ class Cluster:
         return "\n".join(file.read_text()[-2000:] for file in files)
 
 
-@pytest.mark.parametrize("script", ["digits", "cifar10", "imagenet32"])
+@pytest.mark.parametrize(
+    "script",
+    [
+        "cifar10",
+        pytest.param("digits", marks=pytest.mark.slow),
+        pytest.param("imagenet32", marks=pytest.mark.slow),
+    ],
+)
 def test_printed_command_of_slurm_is_stopped_and_goes_on(script, tmp_path):
     write = {"cifar10": write_cifar10, "imagenet32": write_imagenet32}.get(script)
     cluster = Cluster(tmp_path, write(tmp_path) if write else "")

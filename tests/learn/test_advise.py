@@ -7,6 +7,7 @@ import pytest
 
 import flowdiffrax as fd
 from flowdiffrax.learn._advise import warnings_of
+from flowdiffrax.learn._costs import ClassicalSolves
 from flowdiffrax.learn._probe import probe
 from flowdiffrax.learn._problem import make_problem
 
@@ -16,12 +17,23 @@ def box(low, high, size):
 
 
 def test_a_cheap_field_cannot_be_beaten():
-    advice = fd.advise(lambda t, x, args: -x, box(0.5, 2.0, 1), 0.0, 1.0)
+    field, args = lambda t, x, args: -args * x, lambda key: jnp.ones(1)
+    advice = fd.advise(field, box(0.5, 2.0, 1), 0.0, 1.0, args)
     assert not advice.is_stiff and advice.is_autonomous
     assert advice.field_flops <= 2 and advice.warnings == ()
     # Shrinks to exp(-1) of the largest size.
     np.testing.assert_allclose(advice.growth, np.exp(-1.0), rtol=1e-2)
     assert advice.solve.median <= 1e-2 and advice.solve.batch_size == 1024
+    check_flops(advice)
+
+
+def check_flops(advice):
+    flops = [row.flops for row in advice.networks]
+    assert flops == sorted(flops)
+    # The hidden matrices alone.
+    for row in advice.networks:
+        hidden = 2 * (row.depth - 1) * row.width**2
+        assert hidden < row.flops < 4 * hidden + 20_000
 
 
 def kinetics(t, x, args):
@@ -30,16 +42,22 @@ def kinetics(t, x, args):
     return jnp.stack([-fast, slow - fast, fast - slow])
 
 
+@pytest.mark.slow
 def test_stiff_kinetics_can():
     args = lambda key: jr.uniform(key, (1,), minval=0.5)
     advice = fd.advise(kinetics, box(0.1, 1.0, 3), 0.0, 20.0, args, batch_size=64)
     assert advice.is_stiff and advice.solve.solver.startswith("Kvaerno")
-    flops = [row.flops for row in advice.networks]
-    assert flops == sorted(flops)
-    # The hidden matrices alone.
-    for row in advice.networks:
-        hidden = 2 * (row.depth - 1) * row.width**2
-        assert hidden < row.flops < 4 * hidden + 20_000
+    check_flops(advice)
+
+
+def test_stiff_solves_are_implicit_and_in_float64():
+    field, x0 = lambda t, x, args: -1e4 * (x - 1), np.full((40, 1), 2.0)
+    problem = make_problem(field, x0, 0.0, 1.0, None, False)
+    solves = ClassicalSolves(problem, True, np.ones(1))
+    assert solves.names == ("Kvaerno3", "Kvaerno5")
+    ys, num_steps, seconds = solves("Kvaerno3", x0[:3], None, 1e-9)
+    np.testing.assert_allclose(ys, 1.0, atol=1e-8)
+    assert (num_steps < 4000).all() and seconds > 0
 
 
 @pytest.mark.parametrize(

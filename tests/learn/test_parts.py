@@ -133,30 +133,27 @@ def test_relaxation_net_with_a_time():
     np.testing.assert_allclose(still(1.0, 1.5, x)[0], still(2.0, 2.5, x)[0], rtol=1e-12)
 
 
-@pytest.mark.parametrize(
-    "compiled",
-    [
-        "",
-        "jax.jit(field)(0.0, x0[0], None)",
-        "field = jax.jit(field); field(0.0, x0[0], None)",
-    ],
-)
-def test_a_field_that_indexes_by_numpy_arrays_without_float64(compiled):
-    code = f"""
+def test_a_field_that_indexes_by_numpy_arrays_without_float64():
+    code = """
 import jax, jax.numpy as jnp, numpy as np
 from flowdiffrax.learn._problem import make_problem
 
-index = np.array([1, 0])
-field = lambda t, x, args: x[index]
 x0 = jnp.ones((60, 2)) * jnp.array([1.0, 3.0])
-{compiled}
-problem = make_problem(field, x0, 0.0, 1.0, None, False)
-x, _ = problem.draw(jax.random.key(0), 2)
-assert problem.rates(np.zeros(len(x)), x, None).tolist() == [[3.0, 1.0]] * len(x)
-problem.give_back()
-one = jnp.array([1.0, 3.0])
-assert field(0.0, one, None).tolist() == [3.0, 1.0]
-assert jax.jit(field)(0.0, one, None).dtype == jnp.float32
+for compiled in ("never", "before", "itself"):
+    index = np.array([1, 0])
+    field = lambda t, x, args, index=index: x[index]
+    if compiled == "itself":
+        field = jax.jit(field)
+    if compiled != "never":
+        jax.jit(field)(0.0, x0[0], None)
+    problem = make_problem(field, x0, 0.0, 1.0, None, False)
+    x, _ = problem.draw(jax.random.key(0), 2)
+    rates = problem.rates(np.zeros(len(x)), x, None)
+    assert rates.tolist() == [[3.0, 1.0]] * len(x), compiled
+    problem.give_back()
+    one = jnp.array([1.0, 3.0])
+    assert field(0.0, one, None).tolist() == [3.0, 1.0], compiled
+    assert jax.jit(field)(0.0, one, None).dtype == jnp.float32, compiled
 """
     environment = os.environ | {"JAX_ENABLE_X64": "0"}
     command = [sys.executable, "-W", "error", "-c", code]
@@ -174,13 +171,18 @@ def test_exported_jump_does_not_extrapolate(tmp_path):
     assert jnp.isnan(jump(0.2, 1.1, jnp.ones((3, 2)))).all()
 
 
-@pytest.mark.parametrize("only_solver", [True, False])
-def test_a_cheaper_teacher_is_exact_enough(only_solver):
+@pytest.fixture(scope="module")
+def stiff():
     # The first decays, and the second follows it at once.
     field = lambda t, x, args: jnp.stack([-x[0], 1e4 * (x[0] - x[1])])
     draw = lambda key: jr.uniform(key, (2,), minval=0.5)
     problem = make_problem(field, draw, 0.0, 1.0, None, False)
-    facts = dataclasses.replace(probe(problem, jr.key(0)), solve_seconds=1.0)
+    return problem, dataclasses.replace(probe(problem, jr.key(0)), solve_seconds=1.0)
+
+
+@pytest.mark.parametrize("only_solver", [True, False])
+def test_a_cheaper_teacher_is_exact_enough(stiff, only_solver):
+    problem, facts = stiff
     assert facts.is_stiff and facts.rtol == TEACHER_RTOL
     # All that there can be are solved in time, or as many as are plenty.
     for num, seconds in ((10, 11.0), (10**9, 1e5)):
