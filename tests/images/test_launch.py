@@ -118,8 +118,8 @@ exit $status
 """
 STEPS = 16
 TOY = (
-    f"--channels 8 --num-blocks 1 --batch-size 8 --steps {STEPS} --report-every 1 "
-    "--save-every 1000 --grid-every 1000 --jumps 1 --no-checksums"
+    "--channels 8 --num-blocks 1 --batch-size 8 --report-every 1 --save-every 1000 "
+    "--grid-every 1000 --jumps 1 --no-checksums --steps"
 )
 
 
@@ -211,26 +211,51 @@ class Cluster:
     def signal(self, task, number):
         os.kill(int((self.folder / f"task{task}.pid").read_text()), number)
 
+    def kill(self, job):
+        if job.poll() is None:
+            for task in (0, 1):
+                self.signal(task, signal.SIGKILL)
+
     def said(self):
         files = sorted(self.folder.glob("task*.txt"))
         return "\n".join(file.read_text()[-2000:] for file in files)
 
 
-@pytest.mark.parametrize(
-    "script",
-    [
-        "cifar10",
-        pytest.param("digits", marks=pytest.mark.slow),
-        pytest.param("imagenet32", marks=pytest.mark.slow),
-    ],
-)
-def test_printed_command_of_slurm_is_stopped_and_goes_on(script, tmp_path):
+def prepared(script, folder):
+    """A cluster, the command that the page prints for it, and the folder of its run."""
     write = {"cifar10": write_cifar10, "imagenet32": write_imagenet32}.get(script)
-    cluster = Cluster(tmp_path, write(tmp_path) if write else "")
+    cluster = Cluster(folder, write(folder) if write else "")
     command = printed_commands()[script]
     preset = re.search(r"--preset (\S+)", command)[1]
-    run = tmp_path / "out" / f"{script}-{preset}"
-    job = cluster.start(f"{command} {TOY}")
+    return cluster, f"{command} {TOY}", folder / "out" / f"{script}-{preset}"
+
+
+def check_run(run, steps):
+    """Every step once, and a map at the end."""
+    lines = [
+        json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert [line["step"] for line in lines] == [*range(1, steps + 1)]
+    assert np.isfinite([line["loss"] for line in lines]).all()
+    assert (run / "map.safetensors").is_file()
+
+
+def test_printed_command_of_slurm_trains(tmp_path):
+    cluster, command, run = prepared("cifar10", tmp_path)
+    job = cluster.start(f"{command} 3")
+    try:
+        assert job.wait(300) == 0, cluster.said()
+    finally:
+        cluster.kill(job)
+    check_run(run, 3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["digits", "cifar10", "imagenet32"])
+def test_printed_command_of_slurm_is_stopped_and_goes_on(script, tmp_path):
+    cluster, command, run = prepared(script, tmp_path)
+    command = f"{command} {STEPS}"
+    job = cluster.start(command)
     try:
         metrics = run / "metrics.jsonl"
         late = time.monotonic() + 300
@@ -246,17 +271,11 @@ def test_printed_command_of_slurm_is_stopped_and_goes_on(script, tmp_path):
         assert job.wait(300) == 128 + signal.SIGTERM, cluster.said()
         (stopped,) = fd.train.Run(run, json_config(run)).steps
         assert 2 <= stopped < STEPS and not (run / "map.safetensors").exists()
-        job = cluster.start(f"{command} {TOY}")
+        job = cluster.start(command)
         assert job.wait(300) == 0, cluster.said()
     finally:
-        if job.poll() is None:
-            for task in (0, 1):
-                cluster.signal(task, signal.SIGKILL)
-    # Every step once, made by both of them, and a map at the end.
-    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
-    assert [line["step"] for line in lines] == [*range(1, STEPS + 1)]
-    assert np.isfinite([line["loss"] for line in lines]).all()
-    assert (run / "map.safetensors").is_file()
+        cluster.kill(job)
+    check_run(run, STEPS)
     for task in (0, 1):
         assert f"{stopped}/{STEPS}" in (tmp_path / f"task{task}.txt").read_text()
 

@@ -48,7 +48,7 @@ def toy_data(recipe):
     return fd.images.Images(images, rng.integers(0, 10, 16), num_classes=1000)
 
 
-# All of them, in CI too, but not among the quick tests.
+# All of them every night, and three in CI too.
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.slow
 def test_trains(name):

@@ -98,7 +98,7 @@ def test_save_load_and_report(learned, tmp_path):
         assert (tmp_path / "report.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_residual_form_with_times_of_its_own():
+def test_residual_form_with_times_of_its_own(unmeasured):
     # A drive: dx/dt = t, from times that differ between trajectories.
     rng = np.random.default_rng(0)
     ts = np.sort(rng.uniform(0.0, 2.0, (200, 8)), axis=1)
@@ -118,7 +118,7 @@ def test_residual_form_with_times_of_its_own():
         np.testing.assert_allclose(end, 0.4 + (t**2 - s**2) / 2, atol=0.1)
 
 
-def test_pairs_of_two_times():
+def test_pairs_of_two_times(unmeasured):
     rng = np.random.default_rng(0)
     x0 = rng.uniform(0.5, 2.0, (200, 2))
     ys = np.stack([x0, x0 * np.exp([-1.0, -2.0])], axis=1)
@@ -132,7 +132,7 @@ def test_noise_too_small_to_matter():
     np.testing.assert_allclose(smooth(ts, ys, np.full(2, 1e-12)), ys, rtol=1e-4)
 
 
-def test_scalar_args_and_what_is_given(capsys):
+def test_scalar_args_and_what_is_given(unmeasured, capsys):
     ts, ys, args = decays(61)
     args[7] = np.nan
     given = dict(invariants=np.ones((1, 2)), is_positive=[True, False], batch_size=64)
@@ -150,7 +150,7 @@ def test_scalar_args_and_what_is_given(capsys):
 # --- noise ----------------------------------------------------------------------------
 
 
-def test_map_is_closer_to_the_flow_if_the_noise_is_known(tmp_path):
+def test_map_is_closer_to_the_flow_if_the_noise_is_known(unmeasured, tmp_path):
     ts, _, ys = rotations(0.4, num_times=30)
     x = np.random.default_rng(1).normal(size=(256, 2))
     off = []
@@ -262,7 +262,7 @@ def test_bad_trajectories_are_dropped_and_counted():
     np.testing.assert_array_equal(observed.args, kept)
 
 
-def test_interrupted_and_resumed(learned, tmp_path, monkeypatch):
+def test_interrupted_and_resumed(learned, unmeasured, tmp_path, monkeypatch):
     settings = QUICK | dict(progress=True, run=tmp_path)
     stream = Interrupting("step 150")
     monkeypatch.setattr(sys, "stderr", stream)

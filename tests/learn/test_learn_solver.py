@@ -61,12 +61,6 @@ def learned(folder):
     return learn_solver(decay, draw, 0.0, 2.0, draw_args, run=folder, **QUICK)
 
 
-@pytest.fixture
-def uncompared(monkeypatch):
-    """Leaves out the classical solvers, which `learned` is compared with."""
-    monkeypatch.setattr(_learned, "scan_tolerances", lambda *given: [])
-
-
 @pytest.fixture(scope="module")
 def fresh():
     keys = jr.split(jr.key(99), 128)
@@ -169,14 +163,14 @@ def test_exported_jump_runs_in_another_process(learned, fresh, tmp_path):
     np.testing.assert_allclose(np.load(tmp_path / "ends.npy"), ends, rtol=1e-6)
 
 
-def test_states_of_any_structure_and_time(uncompared):
+def test_states_of_any_structure_and_time(unmeasured):
     learned = learn_solver(
         pendulum,
         draw_pendulum,
         1.0,
         2.0,
         lambda key: {"drive": jr.uniform(key)},
-        **QUICK | dict(num_steps=200),
+        **QUICK | dict(num_steps=200, solver=diffrax.Tsit5()),
     )
     assert not learned.plan.is_autonomous and not learned.plan.is_positive.any()
     x = {"angle": jnp.asarray(0.3), "speed": jnp.asarray(-0.2)}
@@ -189,7 +183,7 @@ def test_states_of_any_structure_and_time(uncompared):
         learned.flow_map(0.0, 1.5, x, args)
 
 
-def test_what_is_given_is_taken(uncompared, tmp_path):
+def test_what_is_given_is_taken(unmeasured, tmp_path):
     rotate = lambda t, x, args: jnp.stack([x[1], -x[0]])
     ts = np.asarray([0.0, 0.1, 0.4, 0.8, 1.2, 1.5])
     given = dict(ts=ts, is_positive=False, batch_size=256, both_directions=True)
@@ -226,7 +220,7 @@ def test_what_is_given_is_taken(uncompared, tmp_path):
 # --- interruption ---------------------------------------------------------------------
 
 
-def test_interrupted_and_resumed(learned, uncompared, tmp_path, monkeypatch):
+def test_interrupted_and_resumed(learned, unmeasured, tmp_path, monkeypatch):
     settings = QUICK | dict(progress=True, run=tmp_path)
     stream = Interrupting("step 150")
     monkeypatch.setattr(sys, "stderr", stream)
@@ -261,7 +255,7 @@ def test_interrupted_and_resumed(learned, uncompared, tmp_path, monkeypatch):
         path.write_bytes(whole)
 
 
-def test_interrupted_without_a_run(uncompared, monkeypatch):
+def test_interrupted_without_a_run(unmeasured, monkeypatch):
     # One start in twenty blows up.
     def field(t, x, args):
         return jnp.where(x > 1.9, x**3, -x)
@@ -269,7 +263,8 @@ def test_interrupted_without_a_run(uncompared, monkeypatch):
     stream = Interrupting("step 150")
     monkeypatch.setattr(sys, "stderr", stream)
     x0 = jr.uniform(jr.key(0), (400, 1), minval=0.5, maxval=2.0)
-    stopped = learn_solver(field, x0, 0.0, 1.0, **QUICK | dict(progress=True))
+    settings = QUICK | dict(progress=True, solver=diffrax.Tsit5())
+    stopped = learn_solver(field, x0, 0.0, 1.0, **settings)
     assert 150 <= stopped.history[-1]["step"] < 300
     # The map with the least error so far.
     best = min(stopped.history, key=lambda row: row["error"])
@@ -475,7 +470,7 @@ def test_the_teacher_resolves_entries_that_vary_little(centre, size):
     assert abs(facts.growth - 1) < 1e-3 and abs(facts.contraction - 1) < 1e-3
 
 
-def test_entries_that_vary_little_or_not_at_all(uncompared):
+def test_entries_that_vary_little_or_not_at_all(unmeasured):
     def field(t, x, args):
         return jnp.stack([1e5 - x[0], 0 * x[1], 0 * x[2], -x[3]])
 
@@ -483,7 +478,7 @@ def test_entries_that_vary_little_or_not_at_all(uncompared):
         near, other = jr.uniform(key, (2,), minval=0.5, maxval=1.5)
         return jnp.stack([1e5 + near, 1.5, 0.0, other])
 
-    learned = learn_solver(field, draw, 0.0, 2.0, **QUICK)
+    learned = learn_solver(field, draw, 0.0, 2.0, solver=diffrax.Tsit5(), **QUICK)
     assert learned.plan.is_positive.all()
     x = jax.vmap(draw)(jr.split(jr.key(9), 64))
     ends = jax.vmap(learned.flow_map, (None, None, 0))(0.0, 2.0, x)

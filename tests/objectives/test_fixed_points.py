@@ -47,7 +47,7 @@ def slice_rule(n=24):
     return s, np.ones_like(s), w
 
 
-def triangle_rule(n=12):
+def triangle_rule(n=10):
     """The triangle s < t, by gap and start."""
     gap, w_gap = gauss(n)
     share, w_share = gauss(n)
@@ -153,5 +153,5 @@ def test_jumps_to_the_end_are_unbiased(name):
 
 @pytest.mark.parametrize("name", ALL_JUMPS)
 def test_all_jumps_are_unbiased(name):
-    made = slopes(ALL_JUMPS[name], (9, 9), triangle_rule(), 0.5)
+    made = slopes(ALL_JUMPS[name], (7, 7), triangle_rule(), 0.5)
     assert_close(made, jnp.asarray(TARGETS), 1e-2, 0)

@@ -155,14 +155,18 @@ def test_state_of_a_solve_continues_it():
 # Times
 
 
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
     "time, dtype",
     [
         (int, jnp.float64),
-        (float, jnp.float64),
-        (np.float64, jnp.float64),
+        slow(float, jnp.float64),
+        slow(np.float64, jnp.float64),
         (lambda t: jnp.asarray(t, jnp.float16), jnp.float32),
-        (lambda t: jnp.asarray(t, jnp.bfloat16), jnp.float32),
+        slow(lambda t: jnp.asarray(t, jnp.bfloat16), jnp.float32),
         (lambda t: jnp.asarray(t, jnp.float32), jnp.float32),
         (lambda t: jnp.asarray(t, jnp.float64), jnp.float64),
         (lambda t: jnp.asarray(t, jnp.int32), jnp.float64),

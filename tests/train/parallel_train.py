@@ -92,11 +92,11 @@ if __name__ == "__main__":
         found["plug-in"] = summary(train(everywhere, accumulate=2, plug_in=True))
         found["alone, plug-in"] = summary(train(None, accumulate=2, plug_in=True))
     else:
-        found["whole"] = summary(train(everywhere))
         found["parts"] = summary(split := train(in_parts))
         weight = split[1].flow_map.net.hidden[0].weight
         found["share"] = weight.addressable_shards[0].data.size / weight.size
         if not joined:
+            found["whole"] = summary(train(everywhere))
             found["alone"] = summary(train(None))
             try:
                 train(fd.train.DataParallel(jax.devices()[:3]))

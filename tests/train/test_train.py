@@ -286,7 +286,9 @@ class Fixed(eqx.Module):
         return jax.vmap(fd.LinearInterpolant())(self.x0, self.x1), None
 
 
-@pytest.mark.parametrize("size, number", [(5, 3), (1, 4), (6, 2)])
+@pytest.mark.parametrize(
+    "size, number", [(5, 3), (1, 4), pytest.param(6, 2, marks=pytest.mark.slow)]
+)
 def test_accumulated_parts_are_one_batch(size, number):
     # Shares that no part of the batch can hold alone, and splits that are drawn.
     shares = 0.25, 0.75
