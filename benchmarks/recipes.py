@@ -88,7 +88,9 @@ def inputs_of(recipe, batch, settings):
         teacher = None
         if recipe.teacher is not None:
             net = fd.images.recipe(recipe.teacher).network(key=teacher_key, **settings)
-            teacher = fd.FlowMap(net).velocity
+            teacher = fd.FlowMap(net)
+            if not getattr(recipe.objective, "teacher_is_map", False):
+                teacher = teacher.velocity
         return state, recipe.batches(data_of(recipe, images, labels), batch), teacher
 
     number = NUM_IMAGES.get(recipe.data, 1)

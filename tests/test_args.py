@@ -499,7 +499,7 @@ OTHERS = {
     # `args` are conditions of a pool, drawn with its points: `test_data.py`.
     *("data.ConditionedPoints", "data.InterpolantBatches", "data.StateBatches"),
     *("data.TrajectoryBatches", "AbstractCoupling", "IndependentCoupling"),
-    "OptimalTransportCoupling",
+    *("OptimalTransportCoupling", "ConditionalOptimalTransportCoupling"),
     # Closed forms take them and need none.
     *("exact.GaussianFlowMap", "exact.GaussianMixtureVelocity", "exact.LinearFlowMap"),
     *("exact.UniformBoxesVelocity", "testing.KnownField"),

@@ -35,12 +35,12 @@ class Clock(NamedTuple):
       0 or `None` for equally fast.
     """
 
-    start: Float[Array, ""]
-    end: Float[Array, ""]
+    start: Time
+    end: Time
     grade: Float[Array, ""] | None = None
 
     @property
-    def length(self) -> Float[Array, ""]:
+    def length(self) -> Time:
         """The length of the jump in time, with its sign."""
         return self.end - self.start
 

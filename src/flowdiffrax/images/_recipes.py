@@ -17,16 +17,20 @@ from ..nn._mlp import MLP
 from ..objectives._align_your_flow import AlignYourFlowEMD
 from ..objectives._base import AbstractObjective
 from ..objectives._consistency import ContinuousConsistency
-from ..objectives._flow_matching import FlowMatching
+from ..objectives._eulerian import EulerianMapDistillation
+from ..objectives._flow_matching import FlowMapMatching, FlowMatching
 from ..objectives._lagrangian import LagrangianMapDistillation, LagrangianSelfDistillation
 from ..objectives._mean_flow import ImprovedMeanFlow, MeanFlow
-from ..objectives._progressive import ProgressiveSelfDistillation
+from ..objectives._progressive import (
+    ProgressiveFlowMapMatching,
+    ProgressiveSelfDistillation,
+)
 from ..objectives._scheduled import Scheduled
 from ..times._base import AbstractTimes
 from ..times._changes import EndAt
 from ..times._logit_normal import LogitNormal, LogitNormalPair
 from ..times._mixtures import DiagonalMixture
-from ..times._uniform import Diagonal
+from ..times._uniform import Diagonal, UniformSquare
 from ..weights._learned import LearnedWeight
 from ..weights._norms import NormalisedTangent, PowerWeight
 from ._augmentation import Augmentation
@@ -156,21 +160,70 @@ def _teacher(name: str, data: str = "cifar10", num_classes: int | None = None) -
     )
 
 
-def _lmd(name: str, data: str = "cifar10", num_classes: int | None = None) -> Recipe:
+def _distilled(
+    name: str,
+    source: str,
+    objective: AbstractObjective,
+    teacher: str,
+    *notes: str,
+    data: str = "cifar10",
+    num_classes: int | None = None,
+) -> Recipe:
     return _images(
         name,
-        source="arXiv:2406.07507, equation (3.1)",
+        source=f"arXiv:2406.07507, {source}",
         **_classes(data, num_classes),
         architecture=_preserving_unet(num_classes=num_classes or 0),
-        objective=LagrangianMapDistillation(weight=LearnedWeight()),
-        teacher=name.replace("lmd", "teacher"),
+        objective=objective,
+        teacher=teacher,
         starts_from_teacher=True,
         notes=(
+            *notes,
             _NOT_STATED,
             _FROM_TEACHER,
             *_without_figure(data, num_classes),
         ),
     )
+
+
+def _lmd(name: str, **settings: Any) -> Recipe:
+    objective = LagrangianMapDistillation(weight=LearnedWeight())
+    teacher = name.replace("lmd", "teacher")
+    return _distilled(name, "equation (3.1)", objective, teacher, **settings)
+
+
+def _emd(name: str, **settings: Any) -> Recipe:
+    objective = EulerianMapDistillation(weight=LearnedWeight())
+    teacher = name.replace("emd", "teacher")
+    return _distilled(name, "section 3", objective, teacher, **settings)
+
+
+# The length of the jumps that `fmm` learns, and how many of them `pfmm` composes.
+_NUM_PIECES = 4
+
+
+_CHECKERBOARD = "The paper trains this on the checkerboard only, with jumps of a quarter."
+
+
+def _fmm(name: str, data: str = "cifar10") -> Recipe:
+    times = UniformSquare(max_gap=1 / _NUM_PIECES)
+    return _images(
+        name,
+        source="arXiv:2406.07507, proposition 3.11",
+        data=data,
+        objective=FlowMapMatching(times=times, weight=LearnedWeight()),
+        notes=(
+            _CHECKERBOARD + " Sample in four jumps or more.",
+            _NOT_STATED,
+            *_without_figure(data, None),
+        ),
+    )
+
+
+def _pfmm(name: str, **settings: Any) -> Recipe:
+    objective = ProgressiveFlowMapMatching(num_jumps=_NUM_PIECES, weight=LearnedWeight())
+    teacher, source = name.replace("pfmm", "fmm"), "section 3.3"
+    return _distilled(name, source, objective, teacher, _CHECKERBOARD, **settings)
 
 
 def _without_figure(data: str, num_classes: int | None) -> tuple[str, ...]:
@@ -410,11 +463,14 @@ def _checkerboard(name: str) -> Recipe:
 _RECIPES: dict[str, Callable[..., Recipe]] = {
     "checkerboard-lsd": _checkerboard,
     "cifar10-align-your-flow": _align_your_flow,
+    "cifar10-emd": _emd,
+    "cifar10-fmm": _fmm,
     "cifar10-improved-meanflow": _improved_mean_flow,
     "cifar10-lmd": _lmd,
     "cifar10-lsd": _lsd,
     "cifar10-meanflow": _mean_flow,
     "cifar10-meanflow-v1": _mean_flow_v1,
+    "cifar10-pfmm": _pfmm,
     "cifar10-psd-m": functools.partial(
         _psd,
         split=0.5,
@@ -431,6 +487,9 @@ _RECIPES: dict[str, Callable[..., Recipe]] = {
     "imagenet32-class-teacher": functools.partial(
         _teacher, data="imagenet32", num_classes=1000
     ),
+    "imagenet32-emd": functools.partial(_emd, data="imagenet32"),
+    "imagenet32-fmm": functools.partial(_fmm, data="imagenet32"),
     "imagenet32-lmd": functools.partial(_lmd, data="imagenet32"),
+    "imagenet32-pfmm": functools.partial(_pfmm, data="imagenet32"),
     "imagenet32-teacher": functools.partial(_teacher, data="imagenet32"),
 }

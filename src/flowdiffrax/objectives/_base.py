@@ -69,6 +69,8 @@ class AbstractObjective(eqx.Module):
     # Whether the velocity is learned on the diagonal only, so that a batch needs rows
     # there.
     needs_diagonal = False
+    # Whether the teacher is a map rather than a velocity.
+    teacher_is_map = False
     # Whether a network has dropout in rows off the diagonal too. The default is not to:
     # these rows compare several evaluations of the map, or a derivative with a value.
     has_dropout_off_diagonal = False

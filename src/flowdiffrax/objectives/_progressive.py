@@ -58,6 +58,8 @@ class ProgressiveFlowMapMatching(AbstractResidualObjective):
         [arXiv:2406.07507](https://arxiv.org/abs/2406.07507), section 3.3.
     """
 
+    teacher_is_map = True
+
     num_jumps: int = eqx.field(static=True, default=2)
     times: AbstractTimes = UniformTriangle()
     weight: AbstractWeight = NoWeight()

@@ -13,7 +13,7 @@ from ...train import TrainState, make_step
 from .._device import DeviceImages
 from .._recipe import Recipe
 from ._checks import shape_of
-from ._maps import untrained
+from ._maps import taught_by, untrained
 from ._options import Options
 
 # On a CPU, only the plan is wanted. With these, compiling takes less than half the time.
@@ -81,7 +81,7 @@ def _inputs(
             images, labels, flip=recipe.flip, augmentation=recipe.augmentation
         )
         batches = recipe.batches(on_device, recipe.batch_size // options.accumulate)
-        return state, batches, None if teacher is None else teacher.velocity
+        return state, batches, taught_by(recipe, teacher)
 
     shape = (num_images, *shape_of(recipe))
     images = jax.ShapeDtypeStruct(shape, jnp.uint8)

@@ -9,6 +9,7 @@ import jax
 import jax.random as jr
 
 from ..._io import StrPath
+from ...flow_maps._base import AbstractFlowMap
 from ...flow_maps._residual import FlowMap
 from ...nn import two_times
 from ...train import fingerprint, load
@@ -92,13 +93,26 @@ def teacher_of(recipe: Recipe, options: Options, presets: Presets) -> FlowMap | 
     return teacher
 
 
+def taught_by(recipe: Recipe, teacher: AbstractFlowMap | None) -> Any:
+    """What the objective learns from: the teacher's velocity, or the map itself."""
+    if teacher is None or is_taught_by_map(recipe):
+        return teacher
+    return teacher.velocity
+
+
+def is_taught_by_map(recipe: Recipe) -> bool:
+    return getattr(recipe.objective, "teacher_is_map", False)
+
+
 def untrained(recipe: Recipe, options: Options, teacher: FlowMap | None) -> FlowMap:
     """The map before training: a new network, or one with the teacher's weights."""
     key = jr.key(options.seed)
     net = recipe.network(key=key)
     if recipe.starts_from_teacher and teacher is not None:
         weights, settings = eqx.partition(net, eqx.is_array)
-        given = eqx.filter(two_times(teacher.net, key=key), eqx.is_array)
+        theirs = teacher.net
+        grown = theirs if is_taught_by_map(recipe) else two_times(theirs, key=key)
+        given = eqx.filter(grown, eqx.is_array)
         given, own = jax.tree.leaves(given), jax.tree.leaves(weights)
         if [leaf.shape for leaf in given] != [leaf.shape for leaf in own]:
             raise ValueError(

@@ -12,6 +12,7 @@ from .._device import DeviceImages
 from .._recipe import Recipe
 from .._sample_grids import SampleGrids
 from ..sets._images import Images
+from ._maps import taught_by
 from ._options import Options
 from ._samplers import noise
 
@@ -36,7 +37,7 @@ def train(
         batches_of(recipe, options, images),
         recipe.optim(),
         num_steps=recipe.num_steps,
-        teacher=None if teacher is None else teacher.velocity,
+        teacher=taught_by(recipe, teacher),
         ema_decay=recipe.ema_decay,
         accumulate=options.accumulate,
         parallel=DataParallel() if options.all_devices else None,
