@@ -46,6 +46,9 @@ LIMIT = 0.2
 COUNTS = {
     "FlowMatching": 3,
     "LagrangianMapDistillation": 7,
+    "EulerianMapDistillation": 7,
+    "FlowMapMatching": 9,
+    "ProgressiveFlowMapMatching": 7,
     "LagrangianSelfDistillation": 7,
     "ProgressiveSelfDistillation": 5,
     "MeanFlow": 4,
