@@ -49,7 +49,7 @@ ESTIMATES = {
     ),
     "linearised error, 24 graded nodes": (
         lambda *jump: fd.estimates.LinearisedError(24, is_graded=True)(*jump)[1],
-        "26, 28 + 50d",
+        "26, 28 + 48d",
     ),
 }
 

@@ -42,8 +42,8 @@ class Nodes(NamedTuple):
     - `clock`: the times of shares of the jump.
     - `states`, `rates`: the states of the map, and their rates. Every leaf has the nodes
       as its leading axis.
-    - `probe_share`, `probe`, `probe_rate`: a place between the nodes, the state there,
-      and its rate.
+    - `probe_share`, `probe_rate`: a place between the nodes, and the rate of the map's
+      state there.
     """
 
     start: State
@@ -52,7 +52,6 @@ class Nodes(NamedTuple):
     states: State
     rates: State
     probe_share: Float[Array, ""]
-    probe: State
     probe_rate: State
 
     @property
@@ -93,7 +92,6 @@ def at_nodes(
         states=_head(states, -1),
         rates=_head(rates, -2),
         probe_share=share,
-        probe=last(states),
         probe_rate=_row(rates, -2),
     )
 
@@ -126,9 +124,7 @@ def at_states(nodes: Nodes, states: State, teacher: VectorField, args: Args) -> 
     shares = jnp.asarray(radau(nodes.num_nodes).nodes, nodes.probe_share.dtype)
     shares = jnp.append(shares, nodes.probe_share)
     rates = nodes.clock.rates(shares, append(states, y), teacher, args)
-    return nodes._replace(
-        states=states, rates=_head(rates, -1), probe=y, probe_rate=last(rates)
-    )
+    return nodes._replace(states=states, rates=_head(rates, -1), probe_rate=last(rates))
 
 
 def at_probe(nodes: Nodes, states: State) -> State:
@@ -175,11 +171,13 @@ class Miss(NamedTuple):
     - `reduced`: what it tells of the integral, which is less if it is small.
     - `width`: for which share of the jump its integral may be wrong by it: the interval
       between two nodes.
+    - `node`: the node at the end of this interval.
     """
 
     rate: State
     reduced: State
     width: Array
+    node: Array
 
 
 def misses(nodes: Nodes) -> tuple[Miss, Miss]:
@@ -199,7 +197,7 @@ def misses(nodes: Nodes) -> tuple[Miss, Miss]:
     def miss(rate, weights, index):
         difference = subtract(rate, integral(nodes.rates, weights))
         reduced = jtu.tree_map(_reduced, difference, nodes.rates)
-        return Miss(difference, reduced, widths[index])
+        return Miss(difference, reduced, widths[index], index)
 
     at_probe = at_share(rule.nodes, share)
     return (

@@ -62,5 +62,5 @@ class LinearisedError(AbstractCollocationEstimate):
             share = probe_share(*times_like(x, s, t))
             grade = grade_of(flow_map, teacher, s, t, x, args, share)
         nodes = at_nodes(flow_map, teacher, s, t, x, args, self.num_nodes, grade)
-        found = newton_step(nodes, linearise(nodes, teacher, args), teacher, args)
+        found = newton_step(nodes, linearise(nodes, teacher, args))
         return last(nodes.states), last(found.errors), found.gap

@@ -12,7 +12,7 @@ from .._tree import freeze, ravel, subtract
 from .._types import Args, State, VectorField
 from ._clock import Clock
 from ._collocation import Nodes, misses, picard_defects
-from ._quadrature import last, radau
+from ._quadrature import radau
 from ._transport import Transport, solve, transport
 
 _NAME = "A Newton step"
@@ -52,21 +52,13 @@ def check_real(x: State) -> None:
 
 def linearise(nodes: Nodes, teacher: VectorField, args: Args) -> Linearised:
     """Evaluates the Jacobians of the rates at the nodes."""
-    shares = radau(nodes.num_nodes).nodes
-    jacobians = _jacobians(nodes.clock, shares, nodes.states, teacher, args)
+    _, unravel = ravel(nodes.start, _NAME)
+    field = lambda u, y: ravel(teacher(u, unravel(y), args), _NAME)[0]
+    states = flat_rows(nodes.states)
+    jacobians = jax.vmap(jax.jacfwd(field, argnums=1))(nodes.us, states)
+    paces = nodes.clock.paces(radau(nodes.num_nodes).nodes).astype(jacobians.dtype)
+    jacobians *= paces[:, None, None]
     return Linearised(jacobians, transport(jacobians))
-
-
-def _jacobians(clock, shares, states, teacher, args):
-    """Returns the Jacobians of the rates of states at shares."""
-    _, unravel = ravel(last(states), _NAME)
-
-    def rate(share, y):
-        states = jtu.tree_map(lambda leaf: leaf[None], unravel(y))
-        return flat_rows(clock.rates(share[None], states, teacher, args))[0]
-
-    shares = jnp.asarray(shares, clock.end.dtype)
-    return jax.vmap(jax.jacfwd(rate, argnums=1))(shares, flat_rows(states))
 
 
 def flat_rows(states: State) -> Float[Array, "nodes size"]:
@@ -89,31 +81,24 @@ class NewtonStep(NamedTuple):
     between: State
 
 
-def newton_step(
-    nodes: Nodes, linear: Linearised, teacher: VectorField, args: Args
-) -> NewtonStep:
+def newton_step(nodes: Nodes, linear: Linearised) -> NewtonStep:
     """Solves the linearised equations for the errors of the states at the nodes."""
     _, unravel = ravel(nodes.start, _NAME)
-    add_axis = lambda tree: jtu.tree_map(lambda leaf: jnp.expand_dims(leaf, 0), tree)
-    # In a stiff system, the rates of states that are nearly right differ much. Only with
-    # the Jacobian at the probe itself does all of the difference decay.
-    share, probe = add_axis((nodes.probe_share, nodes.probe))
-    (jacobian,) = _jacobians(nodes.clock, share, probe, teacher, args)
-    identity = jnp.eye(len(jacobian), dtype=jacobian.dtype)
+    dtype, size = linear.jacobians.dtype, linear.jacobians.shape[-1]
+    identity = jnp.eye(size, dtype=dtype)
 
-    def damped(rate, width, jacobian):
+    def damped(miss):
         # What decays within the interval is not missing at its end.
-        width = width.astype(jacobian.dtype)
-        right = width * ravel(rate, _NAME)[0][:, None]
-        return jnp.abs(solve(identity - width * jacobian, right)[:, 0])
+        width = miss.width.astype(dtype)
+        rates = [ravel(rate, _NAME)[0] for rate in (miss.reduced, miss.rate)]
+        right = width * jnp.stack(rates, axis=1)
+        matrix = identity - width * linear.jacobians[miss.node]
+        return jnp.abs(solve(matrix, right)).T
 
-    at_start, at_probe = misses(nodes)
-    gap = damped(at_start.reduced, at_start.width, linear.jacobians[0])
-    gap += damped(at_probe.reduced, at_probe.width, jacobian)
-    between = damped(at_probe.rate, at_probe.width, jacobian)
+    (at_start, _), (at_probe, between) = map(damped, misses(nodes))
     defects = flat_rows(picard_defects(nodes))
     # What is missing in an interval is missing at every node that follows.
-    gaps = jnp.broadcast_to(gap, defects.shape)
+    gaps = jnp.broadcast_to(at_start + at_probe, defects.shape)
     errors, gaps = jax.vmap(linear.errors)(jnp.stack([defects, gaps]))
     return NewtonStep(jax.vmap(unravel)(errors), unravel(gaps[-1]), unravel(between))
 
@@ -133,7 +118,7 @@ def implicit_states(
     fixed = freeze(states)
     shares = radau(len(jtu.tree_leaves(states)[0])).nodes
     rates = clock.rates(shares, fixed, teacher, args)
-    nodes = Nodes(x, x, clock, fixed, rates, clock.end, x, x)
+    nodes = Nodes(x, x, clock, fixed, rates, clock.end, x)
     linear = freeze(linearise(*freeze((nodes, teacher, args))))
     defects = flat_rows(picard_defects(nodes))
     _, unravel = ravel(x, _NAME)

@@ -144,15 +144,13 @@ def correct(
     linear = linearise(nodes, teacher, args)
 
     # What a step changes of the nodes.
-    changing = lambda nodes: (nodes.states, nodes.rates, nodes.probe, nodes.probe_rate)
+    changing = lambda nodes: (nodes.states, nodes.rates, nodes.probe_rate)
 
     def step(carry):
         changed, *_, is_first, _ = carry
-        states, rates, probe, probe_rate = changed
-        at = nodes._replace(
-            states=states, rates=rates, probe=probe, probe_rate=probe_rate
-        )
-        errors, gap, between = newton_step(at, linear, teacher, args)
+        states, rates, probe_rate = changed
+        at = nodes._replace(states=states, rates=rates, probe_rate=probe_rate)
+        errors, gap, between = newton_step(at, linear)
         states = subtract(states, errors)
         part = jnp.where(is_first & (not implicit), _LEFT, 1)
         error = total_size(scale(part, last(errors)), gap)
