@@ -23,7 +23,6 @@ products times an assumed utilisation. They are only as good as this assumption.
 """
 
 import argparse
-import functools
 import json
 import os
 import pathlib
@@ -37,6 +36,7 @@ import jax.random as jr
 import jax.tree_util as jtu
 
 import flowdiffrax as fd
+from flowdiffrax.images.command._flops import count_products
 
 # Dense FLOP/s of one H100 SXM, from its data sheet.
 PEAKS = {"bfloat16": 989e12, "TF32": 494e12}
@@ -114,27 +114,6 @@ def lowered(recipe, inputs, **options):
     return jax.jit(run, donate_argnums=0).trace(state, others).lower(**options)
 
 
-def products(jaxpr):
-    """FLOPs of all products and convolutions, also with zeros around images."""
-    total = 0
-    for equation in jaxpr.eqns:
-        out = equation.outvars[0].aval
-        if equation.primitive.name == "dot_general":
-            (contracted, _), _ = equation.params["dimension_numbers"]
-            left = equation.invars[0].aval.shape
-            inner = functools.reduce(lambda n, axis: n * left[axis], contracted, 1)
-            total += 2 * out.size * inner
-        elif equation.primitive.name == "conv_general_dilated":
-            kernel = equation.invars[1].aval
-            spec = equation.params["dimension_numbers"].rhs_spec
-            total += 2 * out.size * kernel.size // kernel.shape[spec[0]]
-        for value in jtu.tree_leaves(list(equation.params.values())):
-            inner = getattr(value, "jaxpr", value)
-            if hasattr(inner, "eqns"):
-                total += products(inner)
-    return total
-
-
 def counted(recipe, flow_map, batch):
     """FLOPs of a step counted by hand, as a multiple of one forward evaluation."""
     objective = recipe.objective
@@ -150,7 +129,7 @@ def counted(recipe, flow_map, batch):
     )
     time, state = (jax.ShapeDtypeStruct(size, jnp.float32) for size in ((), shape))
     jaxpr = jax.make_jaxpr(forward)(weights, time, state).jaxpr
-    return evaluations, evaluations * batch * products(jaxpr)
+    return evaluations, evaluations * batch * count_products(jaxpr)
 
 
 def measure(name, options):

@@ -29,6 +29,7 @@ from flowdiffrax.images.command import (
     _samplers,
     _scores,
 )
+from flowdiffrax.images.command._flops import count_products
 
 pytest.importorskip("tyro")
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "examples"))
@@ -267,6 +268,19 @@ def test_dry_run(tmp_path, capsys, preset):
     flops = float(re.search(r"operations +(\S+) a step", shown)[1])
     assert flops > 1e6
     assert not (tmp_path / "run").exists()
+
+
+def test_operations_of_a_loop_count_as_often_as_it_runs():
+    square = lambda x, _: (x @ x, None)
+    loop = lambda x: jax.lax.scan(square, x, None, length=5)[0]
+    x, kernel = jnp.ones((3, 3)), jnp.ones((3, 3, 2, 7))
+    assert count_products(jax.make_jaxpr(loop)(x).jaxpr) == 5 * 2 * 3**3
+    # Each of 6 x 6 x 7 outputs is a product with 3 x 3 x 2 weights.
+    convolve = lambda image: jax.lax.conv_general_dilated(
+        image, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    made = jax.make_jaxpr(convolve)(jnp.ones((1, 6, 6, 2)))
+    assert count_products(made.jaxpr) == 2 * (6 * 6 * 7) * (3 * 3 * 2)
 
 
 def test_guidance_needs_classes():

@@ -9,9 +9,9 @@ import jax.random as jr
 from jaxtyping import Array, Key
 
 from ._condition import Condition
-from ._images import AbstractImageNetwork, Level, down_and_up, levels, num_heads_for
+from ._images import AbstractImageNetwork, Level, levels, num_heads_for
 from ._layers import Conv, GroupNorm, Linear, smooth_double, smooth_halve
-from ._unet import Attention
+from ._unet import Attention, through_levels
 
 # The sum of a branch and its input has about twice the variance of each.
 _SHARE = math.sqrt(0.5)
@@ -108,10 +108,7 @@ class DDPMUNet(AbstractImageNetwork):
         self.last = Conv(up[-1].outputs, self.shape[-1], key=None)
 
     def normalised(self, x, vector):
-        vector = jax.nn.silu(vector)
-        join = lambda h, skip: jnp.concatenate([h, skip], -1)
-        h = down_and_up(self, self.first(x, self.dtype), vector, join)
-        return self.last(jax.nn.silu(self.last_norm(h)))
+        return through_levels(self, x, vector)
 
 
 class _Block(eqx.Module):

@@ -6,7 +6,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-from jaxtyping import Array, Key
+from jaxtyping import Array, Float, Key
 
 from ._condition import Condition
 from ._grids import check_boundary
@@ -130,10 +130,17 @@ class UNet(AbstractImageNetwork):
         self.last = Conv(up[-1].outputs, self.shape[-1], sides, key=None)
 
     def normalised(self, x, vector):
-        vector = jax.nn.silu(vector)
-        join = lambda h, skip: jnp.concatenate([h, skip], -1)
-        h = down_and_up(self, self.first(x, self.dtype), vector, join)
-        return self.last(jax.nn.silu(self.last_norm(h)))
+        return through_levels(self, x, vector)
+
+
+def through_levels(
+    net: Any, x: Float[Array, "*grid channels"], vector: Float[Array, " size"]
+) -> Float[Array, "*grid channels"]:
+    """Applies a U-Net whose skip connections are more channels."""
+    vector = jax.nn.silu(vector)
+    join = lambda h, skip: jnp.concatenate([h, skip], -1)
+    h = down_and_up(net, net.first(x, net.dtype), vector, join)
+    return net.last(jax.nn.silu(net.last_norm(h)))
 
 
 class _Block(eqx.Module):
