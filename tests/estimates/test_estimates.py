@@ -17,7 +17,7 @@ from helpers import (
 )
 
 import flowdiffrax as fd
-from flowdiffrax.estimates import _quadrature
+from flowdiffrax.estimates import _collocation, _quadrature
 
 X = jnp.asarray([0.8, -0.5])
 SPANS = [(0.1, 0.9), (0.85, 0.2)]
@@ -359,6 +359,26 @@ def test_radau_quadrature_has_its_degree(num_nodes):
         rest = (1 - nodes ** (degree + 1)) / (degree + 1)
         to_end = _quadrature.radau(num_nodes).to_end
         np.testing.assert_allclose(to_end @ nodes**degree, rest, atol=1e-12)
+
+
+@pytest.mark.parametrize("num_nodes, of_last", [(4, 1), (24, 4)])
+def test_last_coefficients_of_a_jump(num_nodes, of_last):
+    # Polynomials of Chebyshev in the share of the time, and less where a start is off.
+    coefficients = jnp.arange(1.0, num_nodes + 2).at[0].set(0.3)
+    shares = np.concatenate([[0.0], _quadrature.radau(num_nodes).nodes])
+    values = np.polynomial.chebyshev.chebval(2 * shares - 1, np.asarray(coefficients))
+    values = jnp.stack([values, -values], axis=1)
+    nodes = _collocation.at_nodes(
+        lambda s, t, x, args: x,
+        lambda t, x, args: x,
+        0.2,
+        0.7,
+        values[0],
+        None,
+        num_nodes,
+    )
+    found = _collocation.tail(nodes, values[1:])
+    assert_close(found, jnp.full(2, sum(coefficients[-of_last:])), 1e-9)
 
 
 def test_eulerian_error_asks_the_exact_map_that_is_given():

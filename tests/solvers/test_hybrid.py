@@ -296,6 +296,53 @@ def error_in_kaps(wild, off, tol):
     return error, (state.num_learned, state.num_classical)
 
 
+NEWTON = optx.Newton(1e-6, 1e-10)
+
+
+def onto_a_wave(t, x, args):
+    return -100 * (x - jnp.cos(t)) - jnp.sin(t)
+
+
+def along_a_wave(s, t, x, args):
+    return jnp.cos(t) + (x - jnp.cos(s)) * jnp.exp(-100 * (t - s))
+
+
+@eqx.filter_jit
+def follow(x, ts, dt0, tol, stepsize_controller=None):
+    fallback = diffrax.Kvaerno5(root_finder=NEWTON)
+    return diffrax.diffeqsolve(
+        diffrax.ODETerm(onto_a_wave),
+        fd.HybridSolver(along_a_wave, fallback, rtol=tol, atol=tol),
+        0.0,
+        ts[-1],
+        dt0,
+        x,
+        saveat=diffrax.SaveAt(ts=ts, solver_state=True),
+        stepsize_controller=stepsize_controller or diffrax.PIDController(tol, tol),
+    )
+
+
+@pytest.mark.parametrize("end, start, tol", [(480, 480, 1e-6), (300, 1e-3, 1e-3)])
+def test_nodes_that_miss_most_periods_of_a_stiff_system(end, start, tol):
+    ts = jnp.linspace(0.0, end, 31)[1:]
+    sol = follow(jnp.asarray(1.5), ts, *map(jnp.asarray, (start, tol)))
+    assert max_abs(sol.ys - jnp.cos(ts)) < 3 * tol
+    # Kvaerno5 takes 284 steps at the looser tolerance, and 5,800 at the other.
+    assert sol.stats["num_steps"] < 200
+
+
+def test_long_fixed_steps_of_a_stiff_system():
+    # Where nothing controls the steps, none can be refused.
+    x, ts, tol = jnp.asarray(1.5), jnp.asarray([0.5, 40.0]), jnp.asarray(1e-8)
+    how = {"stepsize_controller": diffrax.StepTo(jnp.asarray([0.0, 1e-3, 0.5, 40.0]))}
+    sol = follow(x, ts, None, tol, **how)
+    assert sol.solver_state.num_classical > 0
+    how |= {"saveat": diffrax.SaveAt(ts=ts)}
+    term, solver = diffrax.ODETerm(onto_a_wave), diffrax.Kvaerno5(root_finder=NEWTON)
+    alone = diffrax.diffeqsolve(term, solver, 0.0, 40.0, None, x, **how)
+    assert_close(sol.ys, alone.ys, 1e-5)
+
+
 class Shortcut(eqx.Module):
     """Follows x' = -x from soon after the start on, a tenth off."""
 

@@ -28,7 +28,7 @@ from .._types import Args, State, Time, TwoTimeMap, VectorField
 from ..flow_maps._inverse import check_composable
 from ._base import AbstractErrorEstimate
 from ._clock import Clock
-from ._quadrature import barycentric_weights, integral, last, radau
+from ._quadrature import barycentric_weights, integral, last, radau, to_chebyshev
 
 _GOLDEN = (5**0.5 - 1) / 2
 
@@ -137,6 +137,24 @@ def at_probe(nodes: Nodes, states: State) -> State:
         return jnp.tensordot(weights.astype(both.dtype), both, axes=1)
 
     return jtu.tree_map(value, nodes.start, states)
+
+
+def tail(nodes: Nodes, states: State) -> State:
+    """Returns the size of the last coefficients of the polynomial through states.
+
+    Where the nodes resolve the states, they are as small as what is left out. States that
+    vary faster than the nodes can tell are as good as random there, so that several of
+    their coefficients are never small together.
+    """
+    # Without the column of the start, where the displacement is zero.
+    rows = to_chebyshev(nodes.num_nodes)[-max(1, nodes.num_nodes // 6) :, 1:]
+
+    def size(x, states):
+        moved = states - jnp.expand_dims(x, 0)
+        last = jnp.tensordot(jnp.asarray(rows, moved.dtype), moved, axes=1)
+        return jnp.sum(jnp.abs(last), axis=0).astype(moved.dtype)
+
+    return jtu.tree_map(size, nodes.start, states)
 
 
 def total_size(first: State, second: State) -> State:

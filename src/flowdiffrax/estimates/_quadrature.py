@@ -55,6 +55,13 @@ def last(values: State) -> State:
     return jtu.tree_map(lambda leaf: leaf[-1], values)
 
 
+@functools.cache
+def to_chebyshev(num_nodes: int) -> Float[np.ndarray, "degrees values"]:
+    """The matrix from values at the start and the nodes to Chebyshev coefficients."""
+    ends = np.concatenate([[0.0], radau(num_nodes).nodes])
+    return np.linalg.inv(np.polynomial.chebyshev.chebvander(2 * ends - 1, num_nodes))
+
+
 def barycentric_weights(nodes: np.ndarray) -> Float[np.ndarray, " nodes"]:
     """Returns the weights of barycentric interpolation, of which only ratios matter.
 

@@ -15,7 +15,7 @@ from .._tree import all_finite, freeze, nan_where, scale, subtract
 from .._types import Args, State, Time, TwoTimeMap
 from ..estimates._clock import Clock
 from ..estimates._newton import implicit_states
-from ..estimates._quadrature import last, radau
+from ..estimates._quadrature import last
 from ..flow_maps._base import times_out_of_range
 from ..flow_maps._inverse import check_composable
 from ._base import AbstractFlowMapSolver, true_field, true_times
@@ -30,6 +30,11 @@ Terms = PyTree[diffrax.AbstractTerm]
 _SMALL = 32
 # A map that was refused is not tried for so many steps, and then for four times as many.
 _FIRST_WAIT = 4
+# An implicit step may be so many times as long as the last one. Much longer ones, where a
+# jump was refused, can converge to a wrong solution that their own estimate approves.
+_LONGER = 10
+# How fast an attempt that is too long is shortened: as fast as Diffrax allows by default.
+_SHORTENED = 0.2
 # Diffrax's placeholder for a tolerance that the step size controller provides.
 _FROM_CONTROLLER = diffrax.with_stepsize_controller_tols(optx.Newton)().rtol
 
@@ -42,7 +47,9 @@ class HybridState(NamedTuple):
     - `num_learned`, `num_classical`: the numbers of accepted steps of each kind so far.
     - `wait`: for how many more steps the map is not tried.
     - `patience`: for how many steps it will not be tried after its next failure.
-    - `shortest`: the length of the last classical step.
+    - `shortest`: the length of the last classical step; before it, 0. With an implicit
+      fallback, a length that is safe for it: before the first step, a guess from the
+      vector field, and after a jump at least a hundredth of that.
     - `is_fresh`: whether `fallback` belongs to the last step.
     - `fallback`: the state of the classical solver.
     """
@@ -80,10 +87,8 @@ class HybridSolver(diffrax.AbstractImplicitSolver, diffrax.AbstractAdaptiveSolve
     The term must hold the exact vector field, since it decides whether a jump is taken.
     Start with a step longer than the whole interval, which Diffrax cuts at `t1`: rounding
     may let a step of `t1 - t0` end just before it, and Diffrax's own guess, `dt0=None`,
-    starts at 0.01. With an implicit fallback, start with the step that the fallback would
-    start with; jumps grow tenfold from there. If a long first jump were refused, the
-    fallback would try a step that is far too long, and implicit solvers can then converge
-    to a wrong solution.
+    starts at 0.01. With an implicit fallback, the step that the fallback would start with
+    is often the better choice; jumps grow tenfold from there.
 
     !!! info "What decides"
 
@@ -109,8 +114,11 @@ class HybridSolver(diffrax.AbstractImplicitSolver, diffrax.AbstractAdaptiveSolve
         to 32 real entries, and for larger ones with an implicit fallback. With such a
         fallback, every jump is corrected and checked, since most errors of stiff systems
         decay at once, and its nodes are dense at the start if the vector field is slower
-        later along the jump. If you pass a root finder to an implicit fallback, it should
-        be more accurate than the tolerance, such as `optimistix.Newton(1e-6, 1e-12)`.
+        later along the jump. Implicit solvers can converge to a wrong solution if a step
+        is far too long: where a jump is refused, shorter ones are tried, down to ten
+        times the last classical step or a tenth of the last jump. If you pass a root
+        finder to an implicit fallback, it should be more accurate than the tolerance,
+        such as `optimistix.Newton(1e-6, 1e-12)`.
 
     !!! warning "Short events within a long jump"
 
@@ -235,20 +243,24 @@ class HybridSolver(diffrax.AbstractImplicitSolver, diffrax.AbstractAdaptiveSolve
         leaves = jtu.tree_leaves(y0)
         if not any(map(jnp.size, leaves)):
             raise ValueError("The state has no entries, so that it has no error either.")
-        if jnp.finfo(jnp.result_type(t0)).bits < 32:
+        times = jnp.result_type(t0)
+        if jnp.finfo(times).bits < 32:
             raise TypeError(
-                f"Times must be float32 or float64; got {jnp.result_type(t0)}. Pass "
+                f"Times must be float32 or float64; got {times}. Pass "
                 "`t0`, `t1` and `dt0` as Python floats."
             )
         # Like the state, so that a loop under `jax.shard_map` can carry them.
         like = leaves[0]
         full = lambda value, dtype: jnp.full_like(like, value, dtype, shape=())
+        shortest = full(0, times)
+        if is_implicit(self.fallback):
+            shortest = jnp.minimum(jnp.abs(t1 - t0), self._guess(terms, t0, y0, args))
         return HybridState(
             num_learned=full(0, jnp.int32),
             num_classical=full(0, jnp.int32),
             wait=full(0, jnp.int32),
             patience=full(min(_FIRST_WAIT, self.max_wait), jnp.int32),
-            shortest=full(0, jnp.result_type(t0)),
+            shortest=shortest.astype(times),
             is_fresh=full(True, jnp.bool_),
             fallback=self._fallback().init(terms, t0, t1, y0, args),
         )
@@ -291,7 +303,8 @@ class HybridSolver(diffrax.AbstractImplicitSolver, diffrax.AbstractAdaptiveSolve
         # Many jumps not much longer than classical steps would cost more, and add up to
         # larger errors.
         worth = 1 if implicit else num_nodes / 3
-        tried = (state.wait == 0) & (length >= worth * state.shortest)
+        is_first = state.num_learned + state.num_classical == 0
+        tried = (state.wait == 0) & (is_first | (length >= worth * state.shortest))
         outside = times_out_of_range(self.flow_map, s, t)
         if outside is not None:
             tried = tried & ~outside
@@ -337,6 +350,16 @@ class HybridSolver(diffrax.AbstractImplicitSolver, diffrax.AbstractAdaptiveSolve
         is_last = (state.wait == 1) & (ratio_1 < 1)
         error_1 = scale(jnp.where(is_last, jnp.minimum(1, wish), 1), error_1)
         error = where(taken | is_near, error, error_1)
+        if implicit:
+            # Controllers of step sizes refuse such a step, and others accept it.
+            too_long = ~taken & (length > _LONGER * state.shortest)
+            times = (0.9 / _SHORTENED) ** order
+
+            def refused(y0, y1):
+                size = jnp.maximum(jnp.abs(y0), jnp.abs(y1))
+                return (times * (self.atol + self.rtol * size)).astype(y0.dtype)
+
+            error = where(too_long, jtu.tree_map(refused, y0, y1), error)
 
         along = with_derivative(states, as_predicted, predicted)
         if corrects:
@@ -347,7 +370,7 @@ class HybridSolver(diffrax.AbstractImplicitSolver, diffrax.AbstractAdaptiveSolve
             along = where(is_solved, with_derivative(states, is_solved, solved), along)
         dense_info = {
             "is_jump": taken,
-            "jump": Jump.through(y0, radau(num_nodes).nodes, along, grade),
+            "jump": Jump.through(y0, along, grade),
             "fallback": info,
         }
         y1 = where(taken, last(along), y1)
@@ -362,6 +385,13 @@ class HybridSolver(diffrax.AbstractImplicitSolver, diffrax.AbstractAdaptiveSolve
             self._remember(state, tried, taken, ratio, length, memory),
             diffrax.RESULTS.where(taken, diffrax.RESULTS.successful, result),
         )
+
+    def _guess(self, terms: Terms, t0: Time, y0: State, args: Args) -> Array:
+        """Returns a first step: Hairer, Nørsett and Wanner (1993), Section II.4, (a)."""
+        size = self._ratio(y0, y0, y0)
+        rate = self._ratio(self.func(terms, t0, y0, args), y0, y0)
+        is_known = (size > 1e-5) & (rate > 1e-5)
+        return jnp.where(is_known, 0.01 * size / jnp.where(is_known, rate, 1), 1e-6)
 
     def _fallback(self) -> diffrax.AbstractSolver:
         """Returns the classical solver, with the settings that Diffrax would give it."""
@@ -396,12 +426,15 @@ class HybridSolver(diffrax.AbstractImplicitSolver, diffrax.AbstractAdaptiveSolve
         failed = tried & ~helps
         patience = jnp.where(failed, 4 * state.patience, state.patience)
         waits = (state.wait == 0) & ~helps
+        after_jump = state.shortest
+        if is_implicit(self.fallback):
+            after_jump = jnp.maximum(after_jump, length / _LONGER**2)
         return HybridState(
             num_learned=jnp.where(taken, state.num_learned + 1, state.num_learned),
             num_classical=jnp.where(taken, state.num_classical, state.num_classical + 1),
             wait=jnp.where(waits, state.patience, jnp.maximum(state.wait - 1, 0)),
             patience=jnp.minimum(jnp.where(helps, _FIRST_WAIT, patience), self.max_wait),
-            shortest=jnp.where(taken, state.shortest, length),
+            shortest=jnp.where(taken, after_jump, length),
             is_fresh=~taken,
             fallback=memory,
         )

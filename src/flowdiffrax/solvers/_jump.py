@@ -10,6 +10,7 @@ import numpy as np
 from .._tree import subtract
 from .._types import State, Time
 from ..estimates._clock import Clock
+from ..estimates._quadrature import to_chebyshev
 
 
 @jtu.register_pytree_node_class
@@ -39,14 +40,13 @@ class Jump:
         return cls(y0, series, flow=flow)
 
     @classmethod
-    def through(cls, y0: State, shares: np.ndarray, ys: State, grade: Any):
-        """Passes through the start and states at rising shares of the step.
+    def through(cls, y0: State, ys: State, grade: Any):
+        """Passes through the start and states at the Radau nodes of the step.
 
         They are shares by the clock of this grade.
         """
-        ends = np.concatenate([[0.0], shares])
-        values = np.polynomial.chebyshev.chebvander(2 * ends - 1, len(shares))
-        return cls(y0, _series(np.linalg.inv(values), ys, y0), grade)
+        num_nodes = len(jtu.tree_leaves(ys)[0])
+        return cls(y0, _series(to_chebyshev(num_nodes), ys, y0), grade)
 
     def evaluate(self, t: Time, t0: Time, t1: Time) -> State:
         if self.flow is not None:

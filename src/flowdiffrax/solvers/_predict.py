@@ -21,6 +21,7 @@ from ..estimates._collocation import (
     picard_defects,
     probe_share,
     quadrature_gap,
+    tail,
     total_size,
 )
 from ..estimates._newton import linearise, newton_step
@@ -33,6 +34,8 @@ _HOPELESS = 0.3
 _WRONG, _PART = 0.5, 0.01
 # A prediction whose quadrature is this many times outside of the tolerance is not either.
 _UNRESOLVED = 4
+# How much the last coefficients count, which show a start that is off as well.
+_UNEVEN = 0.3
 # What a Newton step is expected to leave of an error that it has not checked.
 _LEFT = 0.1
 
@@ -139,7 +142,8 @@ def correct(
     corrects, is well below 1, unless the fallback is implicit. Otherwise the equations
     are evaluated at the corrected states, so that the estimated error is what the first
     step has left. In stiff systems, states that decay fast may be right at the nodes and
-    far off between them; the error includes how wrong the polynomial is at the probe.
+    far off between them. The error includes how wrong the polynomial is at the probe, and
+    its last coefficients: a solution that oscillates fast may look right at a probe.
     """
     linear = linearise(nodes, teacher, args)
 
@@ -152,10 +156,11 @@ def correct(
         at = nodes._replace(states=states, rates=rates, probe_rate=probe_rate)
         errors, gap, between = newton_step(at, linear)
         states = subtract(states, errors)
-        part = jnp.where(is_first & (not implicit), _LEFT, 1)
+        part = jnp.where(is_first & (not implicit), _LEFT, 1.0)
         error = total_size(scale(part, last(errors)), gap)
         if implicit:
-            error = total_size(error, between)
+            uneven = scale(jnp.full_like(part, _UNEVEN), tail(at, states))
+            error = total_size(error, total_size(between, uneven))
         is_trusted = (norm(error, last(states)) < 0.5) & (not implicit)
         is_done = ~wanted | ~is_first | is_trusted
         move = lambda: changing(at_states(at, states, teacher, args))
