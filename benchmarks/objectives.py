@@ -91,6 +91,8 @@ def rows():
     return {
         "FlowMatching": Row(fd.FlowMatching(), trained=1),
         "TrajectoryMatching": Row(fd.TrajectoryMatching(), trained=1),
+        # Two jumps.
+        "RollOutMatching": Row(fd.objectives.RollOutMatching(unroll=True), trained=2),
         "VelocityDistillation": Row_(
             fd.objectives.VelocityDistillation(), trained=1, frozen=1
         ),
@@ -383,7 +385,9 @@ def measure(network, chosen, options):
     def program(case):
         teacher = velocity if case.has_teacher else None
         run = functools.partial(step, case.loss_fn, optim)
-        solved = isinstance(case.objective, fd.TrajectoryMatching)
+        solved = isinstance(
+            case.objective, fd.TrajectoryMatching | fd.objectives.RollOutMatching
+        )
         data = trajectories if solved else paths
         return Program(run, case.objective, flow_map, opt_state, teacher, data, jr.key(4))
 

@@ -51,6 +51,7 @@ OBJECTIVES = {
     "ConsistencyDistillation": "velocity",
     "ContinuousConsistency": None,
     "TrajectoryMatching": None,
+    "RollOutMatching": None,
 }
 
 

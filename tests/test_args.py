@@ -71,7 +71,7 @@ def of_objective(objective, kind):
     """At a jump and on the diagonal."""
     teacher = {"velocity": field, "map": MAP, None: None}[kind]
     path = PATH
-    if isinstance(objective, fd.TrajectoryMatching):
+    if isinstance(objective, fd.TrajectoryMatching | fd.objectives.RollOutMatching):
         ts = jnp.linspace(0.0, 1.0, 5)
         path = fd.paths.TrajectoryPath(ts, jnp.outer(1 + ts, X))
 
@@ -79,7 +79,7 @@ def of_objective(objective, kind):
         inputs = MAP_OF_NET, teacher, path
         jump = objective(*inputs, S, T, args, key=KEY)
         try:
-            return jump, objective.on_diagonal(*inputs, T, args, key=KEY)
+            return jump, objective.on_diagonal(*inputs, T, args, key=jr.key(1))
         except ValueError:  # it has none
             return jump
 
@@ -288,6 +288,10 @@ SAMPLES = {
             fd.HybridSolver(MAP).func(TERM, 0.1, X, args),
         ),
         BOTH,
+    ),
+    "solvers.roll_out": (
+        lambda args: fd.solvers.roll_out(MAP, X, jnp.stack([S, T]), args),
+        {"map"},
     ),
     "solve_batch": (
         lambda args: (
@@ -508,6 +512,8 @@ OTHERS = {
     *("nn.DilatedResNet", "nn.FNO", "nn.RelaxationMLP", "nn.LogUnits"),
     # From the vector field to a map of the same `args`: `tests/learn`.
     *("advise", "learn_solver", "learn.export_jump", "learn.learn_from_data"),
+    # Handed to the invariants: `test_roll_outs.py`.
+    "metrics.invariant_drift",
     # By the maps that use it, `ProjectedFlowMap` above.
     *("ConserveInvariants", "flow_maps.ConserveLinear"),
     # Abstract, or a result that quotes them.

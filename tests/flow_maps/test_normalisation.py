@@ -132,6 +132,39 @@ def test_statistics_in_low_precision(dtype):
     assert zs.dtype == dtype and times.dtype == jnp.float32
 
 
+def test_statistics_by_channel():
+    rng = np.random.default_rng(0)
+    scales, means = np.asarray([0.1, 30.0]), np.asarray([5.0, -2.0])
+    field = means + scales * rng.standard_normal((20, 5, 8, 6, 2))
+    ys = {"field": jnp.asarray(field), "total": jnp.asarray(field[:, :, 0, 0, :])}
+    made = fd.Normalisation.of(jnp.linspace(0, 1, 5), ys, by_channel=True)
+    assert made.mean["field"].shape == made.std["field"].shape == (1, 1, 2)
+    expected = field.reshape(-1, 2)
+    np.testing.assert_allclose(made.mean["field"][0, 0], expected.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(made.std["field"][0, 0], expected.std(0), rtol=1e-12)
+    # The units hold on any grid, and there and back.
+    x = {"field": 3 + jnp.ones((4, 16, 2)), "total": jnp.ones(2)}
+    assert_close(made.undo_state(made.state(x)), x, 1e-12)
+    batch = jtu.tree_map(lambda leaf: jnp.stack([leaf, leaf]), x)
+    with pytest.raises(ValueError, match="For a batch, use `jax.vmap`"):
+        made.state(batch)
+
+
+def test_map_in_units_by_channel():
+    made = fd.Normalisation(jnp.asarray([[1.0, 2.0]]), jnp.asarray([[3.0, 0.5]]), T0, T1)
+    inner = fd.FlowMap(lambda s, t, x, args: jnp.ones_like(x))
+    x = jnp.zeros((7, 2))
+    moved = made.flow_map(inner)(2.0, 4.5, x)
+    assert_close(moved, jnp.broadcast_to(jnp.asarray([1.5, 0.25]), (7, 2)), 1e-12)
+    velocity = made.flow_map(inner).velocity(2.0, x)
+    assert_close(velocity, jnp.broadcast_to(jnp.asarray([0.6, 0.1]), (7, 2)), 1e-12)
+
+
+def test_numbers_have_no_channels():
+    with pytest.raises(ValueError, match="`by_channel` is for fields"):
+        fd.Normalisation.of(jnp.linspace(0, 1, 3), jnp.ones((2, 3)), by_channel=True)
+
+
 # --- the same ODE, the same map -----------------------------------------------------
 
 

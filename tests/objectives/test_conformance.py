@@ -26,6 +26,8 @@ I = lambda t: (1 - t) * X0 + t * X1  # noqa: E741
 RATE = X1 - X0
 # Two states of a trajectory, at S and T.
 X_S, X_T = np.asarray([0.3, -0.7]), np.asarray([0.9, 0.4])
+# And one between them, as a roll-out of two jumps visits it.
+M, X_M = 0.5, np.asarray([0.7, -0.1])
 
 
 class Net(eqx.Module):
@@ -250,6 +252,13 @@ def trajectory_matching(p, q):
     return square((X(p, S, T, X_S) - X_T) / (T - S))
 
 
+def roll_out(p, q):
+    """Of weights `q` up to the last jump; unrolled if they are `p`."""
+    first, second = X(p, S, M, X_S), X(p, M, T, X(q, S, M, X_S))
+    errors = square((first - X_M) / (M - S)), square((second - X_T) / (T - S))
+    return sum(errors) / 2
+
+
 class Equation(NamedTuple):
     objective: fd.objectives.AbstractObjective
     loss: object  # (p, q) -> the paper's loss
@@ -351,6 +360,15 @@ EQUATIONS = {
     "trajectory matching": Equation(
         fd.TrajectoryMatching(), trajectory_matching, path="trajectory"
     ),
+    "roll-out": Equation(
+        fd.objectives.RollOutMatching(), lambda p, q: roll_out(p, p), path="roll-out"
+    ),
+    "roll-out, push-forward": Equation(
+        fd.objectives.RollOutMatching(push_forward=True), roll_out, path="roll-out"
+    ),
+    "roll-out, one jump": Equation(
+        fd.objectives.RollOutMatching(1), trajectory_matching, path="roll-out"
+    ),
 }
 
 
@@ -370,6 +388,9 @@ def test_the_papers_equation(name):
         "interpolant": fd.LinearInterpolant()(jnp.asarray(X0), jnp.asarray(X1)),
         "trajectory": fd.paths.TrajectoryPath(
             jnp.asarray([S, T]), jnp.asarray([X_S, X_T])
+        ),
+        "roll-out": fd.paths.TrajectoryPath(
+            jnp.asarray([S, M, T]), jnp.asarray([X_S, X_M, X_T])
         ),
     }[row.path]
     teach = {None: None, "velocity": teacher}[row.teacher]
@@ -504,6 +525,7 @@ TIMES = {
     "sCT": (fd.objectives.ContinuousConsistency(), 0.0, to_the_data),
     "FreeFlow": (fd.objectives.free_flow(), 0.0, from_the_base),
     "trajectory matching": (fd.TrajectoryMatching(), 0.0, triangle),
+    "roll-out": (fd.objectives.RollOutMatching(), 0.0, triangle),
     "recipe cifar10-meanflow": ("cifar10-meanflow", 0.25, mean_flow_cifar),
     "recipe cifar10-sct": ("cifar10-sct", 0.0, sct_noise),
     "recipe cifar10-align-your-flow": ("cifar10-align-your-flow", 0.0, align_times),

@@ -8,6 +8,7 @@ import jax.random as jr
 import numpy as np
 import pytest
 from helpers import (
+    RUN_TIME_ERROR,
     assert_close,
     finite_difference,
     gaussian_map,
@@ -51,6 +52,28 @@ def test_sample_equals_loop(ts, kind):
 def test_unrolling_changes_nothing(turns):
     y = fd.sample(mlp_map(), X, jnp.asarray(GRIDS[1]), ARGS, unroll=turns)
     assert_close(y, unroll(mlp_map(), GRIDS[1], X, ARGS), 1e-14, 1e-14)
+
+
+@pytest.mark.parametrize("ts", GRIDS)
+def test_roll_out_has_all_states(ts):
+    xs = fd.solvers.roll_out(mlp_map(), X, jnp.asarray(ts), ARGS)
+    ends = [unroll(mlp_map(), ts[: k + 1], X, ARGS) for k in range(len(ts))]
+    assert_close(xs, jnp.stack(ends), 1e-14, 1e-14)
+
+
+def test_roll_out_says_where_it_blows_up():
+    # Ten times as large with each jump, in float32.
+    grow = lambda s, t, x, args: args * x
+    run = lambda x, args, **how: fd.solvers.roll_out(grow, x, 50, args, **how)
+    x = jnp.asarray([1.0, 2.0], jnp.float32)
+    rates = jnp.asarray([1.0, 10.0, 100.0], jnp.float32)
+    with pytest.raises(RUN_TIME_ERROR, match="blew up: jump 39 of 50 returned a state"):
+        jax.block_until_ready(jax.jit(run)(x, rates[1]))
+    with pytest.raises(RUN_TIME_ERROR, match="blew up: jump"):
+        jax.block_until_ready(jax.jit(jax.vmap(run, (None, 0)))(x, rates))
+    xs = jax.vmap(lambda args: run(x, args, throw=False))(rates)
+    assert fd.metrics.first_bad_jump(xs).tolist() == [0, 39, 20]
+    assert np.isfinite(xs[0]).all() and np.isinf(xs[1, -1]).all()
 
 
 @pytest.mark.parametrize("ts", GRIDS)

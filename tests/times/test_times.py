@@ -25,6 +25,7 @@ LAWS = {
     "logit-normal-gap": lambda: fd.times.LogitNormalGap(),
     "logit-normal-end": lambda: fd.times.LogitNormalGap(-0.8, 1.0, 0.4, 1.0),
     "neighbours": lambda: fd.times.Neighbours(jnp.asarray([0.0, 0.1, 0.4, 1.0])),
+    "windows": lambda: fd.times.Neighbours(jnp.asarray([0.0, 0.1, 0.4, 1.0]), 2),
     "mean-flow": lambda: fd.objectives.MeanFlow().times,
     "consistency": lambda: fd.objectives.ConsistencyTraining().times,
     "dyadic": lambda: fd.times.Dyadic(3),

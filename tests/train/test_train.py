@@ -86,6 +86,13 @@ LEARNING = {
         None,
         trajectories,
     ),
+    "roll-out": (
+        fd.objectives.RollOutMatching(
+            3, times=fd.times.GridTimes(jnp.linspace(0.0, 1.0, 5)), noise=0.01
+        ),
+        None,
+        trajectories,
+    ),
 }
 
 
@@ -663,7 +670,7 @@ def test_every_objective_trains_in_float32(name):
     teacher = {"velocity": TEACHER.velocity, "map": TEACHER, None: None}[OBJECTIVES[name]]
     objective = getattr(fd.objectives, name)()
     source = batches(dtype=jnp.float32)
-    if name == "TrajectoryMatching":
+    if name in ("TrajectoryMatching", "RollOutMatching"):
         cast = lambda leaf: leaf.astype(jnp.float32)
         source = jtu.tree_map(cast, trajectories())
     flow_map = small_map(dtype=jnp.float32)

@@ -44,7 +44,8 @@ class Normalisation(eqx.Module):
     **Arguments:**
 
     - `mean`, `std`: PyTrees with the structure of the state. Each leaf is an array with
-      the shape of the state's leaf, or one number for all its entries.
+      the shape of the state's leaf, one number for all its entries, or an array with
+      axes of length 1 where entries share a number, such as `(1, 1, channels)`.
     - `t0`, `t1`: the time interval that is mapped to [0, 1]; Python numbers with
       `t0 < t1`.
     - `args_mean`, `args_std`: the same for `args`, if they vary between examples; `None`
@@ -72,7 +73,14 @@ class Normalisation(eqx.Module):
                 check_positive(leaf, f"{prefix}std")
 
     @classmethod
-    def of(cls, ts: Array | np.ndarray, ys: State, args: Args = None) -> "Normalisation":
+    def of(
+        cls,
+        ts: Array | np.ndarray,
+        ys: State,
+        args: Args = None,
+        *,
+        by_channel: bool = False,
+    ) -> "Normalisation":
         """Computes units in which each entry of a pool has mean 0 and variance 1.
 
         An entry that does not vary gets a `std` of 1. Integers in `args`, such as labels,
@@ -86,19 +94,23 @@ class Normalisation(eqx.Module):
           [`flowdiffrax.solve_trajectories`][] returns it.
         - `args`: the conditions to normalise as well, one row for each trajectory; `None`
           to leave them unchanged.
+        - `by_channel`: whether all points of a grid share the units of their channel, for
+          states that are fields, of shape `(*grid, channels)`. The units then hold on any
+          grid, and the PDE keeps its symmetry under translation.
 
-        **Raises:** `ValueError` for shapes that do not match, or for trajectories that
-        are not finite; `TypeError` for integer trajectories.
+        **Raises:** `ValueError` for shapes that do not match, for trajectories that are
+        not finite, or for a state without channels and `by_channel`; `TypeError` for
+        integer trajectories.
         """
         real_dtype(ys)
         _check_pool(ts, ys)
-        mean, std = _statistics(ys, 2)
+        mean, std = _statistics(ys, 2, by_channel)
         if not all(np.isfinite(leaf).all() for leaf in jtu.tree_leaves((mean, std))):
             raise ValueError("Trajectories must be finite, and so must their squares.")
         args_mean, args_std = None, None
         if args is not None:
             num_rows((ys, args), "Trajectories and conditions")
-            args_mean, args_std = _statistics(args, 1)
+            args_mean, args_std = _statistics(args, 1, False)
         t0, t1 = float(np.min(ts)), float(np.max(ts))
         return cls(mean, std, t0, t1, args_mean, args_std)
 
@@ -310,7 +322,7 @@ def _undo(z, mean, std, name):
 def _map_units(one, x, mean, std, name):
     def checked(leaf, mean, std):
         # Broadcasting would accept a batch.
-        if jnp.shape(mean) not in ((), jnp.shape(leaf)):
+        if not _fits(jnp.shape(mean), jnp.shape(leaf)):
             raise ValueError(
                 f"The {name} must have the shape of its normalisation, "
                 f"{jnp.shape(mean)}; got {jnp.shape(leaf)}. For a batch, use `jax.vmap`."
@@ -320,6 +332,14 @@ def _map_units(one, x, mean, std, name):
     if jtu.tree_structure(x) != jtu.tree_structure(mean):
         raise ValueError(f"The {name} differs in structure from its normalisation.")
     return jtu.tree_map(checked, x, mean, std)
+
+
+def _fits(units: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+    """Whether each entry has its unit, or shares it with others along whole axes."""
+    if units == ():
+        return True
+    pairs = zip(units, shape, strict=False)
+    return len(units) == len(shape) and all(unit in (1, size) for unit, size in pairs)
 
 
 def _check_pool(ts, ys) -> None:
@@ -332,24 +352,35 @@ def _check_pool(ts, ys) -> None:
             )
 
 
-def _statistics(tree, num_axes):
-    """Returns means and standard deviations over the leading axes, leaf by leaf."""
-    axes = tuple(range(num_axes))
+def _statistics(tree, num_axes, by_channel):
+    """Returns means and standard deviations over the leading axes, leaf by leaf.
+
+    By channel, they are also over all other axes but the last, which become of length 1.
+    """
+
+    def over(statistic, leaf):
+        if by_channel and jnp.ndim(leaf) == num_axes:
+            raise ValueError(
+                "`by_channel` is for fields, in a pool of shape (pool, times, *grid, "
+                f"channels); got {jnp.shape(leaf)}."
+            )
+        num = jnp.ndim(leaf) - 1 if by_channel else num_axes
+        value = statistic(leaf, axis=tuple(range(num)), keepdims=True)
+        return jnp.reshape(value, jnp.shape(value)[num_axes:])
 
     def mean(leaf):
         if _is_integer(leaf):
             return jnp.zeros(jnp.shape(leaf)[num_axes:])
-        wide = jnp.asarray(leaf, at_least_float32(jnp.result_type(leaf)))
-        return jnp.mean(wide, axis=axes)
+        return over(jnp.mean, jnp.asarray(leaf, at_least_float32(jnp.result_type(leaf))))
 
     def std(leaf, mean):
         if _is_integer(leaf):
             return jnp.ones_like(mean)
         wide = jnp.asarray(leaf, mean.dtype)
-        deviation = jnp.abs(wide - jnp.expand_dims(mean, axes))
-        spread = jnp.sqrt(jnp.mean(deviation**2, axis=axes))
+        deviation = jnp.abs(wide - jnp.expand_dims(mean, tuple(range(num_axes))))
+        spread = jnp.sqrt(over(jnp.mean, deviation**2))
         # Rounding makes the mean of equal numbers differ from them.
-        rounding = 100 * jnp.finfo(wide.dtype).eps * jnp.max(jnp.abs(wide), axis=axes)
+        rounding = 100 * jnp.finfo(wide.dtype).eps * over(jnp.max, jnp.abs(wide))
         return jnp.where(spread > rounding, spread, jnp.ones_like(spread))
 
     means = jtu.tree_map(mean, tree)

@@ -10,3 +10,7 @@ from ._distances import kernel_distance as kernel_distance
 from ._distances import sliced_wasserstein as sliced_wasserstein
 from ._loss import BinnedLoss as BinnedLoss
 from ._loss import loss_by_times as loss_by_times
+from ._roll_outs import energy_spectrum as energy_spectrum
+from ._roll_outs import first_bad_jump as first_bad_jump
+from ._roll_outs import invariant_drift as invariant_drift
+from ._roll_outs import roll_out_errors as roll_out_errors

@@ -30,5 +30,6 @@ from ._progressive import ProgressiveFlowMapMatching as ProgressiveFlowMapMatchi
 from ._progressive import ProgressiveSelfDistillation as ProgressiveSelfDistillation
 from ._progressive import Shortcut as Shortcut
 from ._progressive import split_mean_flow as split_mean_flow
+from ._roll_out import RollOutMatching as RollOutMatching
 from ._scheduled import Scheduled as Scheduled
 from ._trajectory import TrajectoryMatching as TrajectoryMatching

@@ -124,6 +124,11 @@ class AbstractObjective(eqx.Module):
         """
         return self(flow_map, teacher, path, t, t, args, key=key)
 
+    def _weighted(self, s: Time, t: Time, error: State) -> Scalar:
+        loss = self.weight(s, t, squared_norm(error))
+        check_scalar(loss, "weight(s, t, squared_error)")
+        return loss
+
 
 class AbstractResidualObjective(AbstractObjective):
     """An objective that is the weighted squared norm of a residual."""
@@ -182,8 +187,3 @@ class AbstractResidualObjective(AbstractObjective):
     ) -> Scalar:
         error = self.diagonal_residual(flow_map, teacher, path, t, args, key)
         return self._weighted(t, t, error)
-
-    def _weighted(self, s: Time, t: Time, error: State) -> Scalar:
-        loss = self.weight(s, t, squared_norm(error))
-        check_scalar(loss, "weight(s, t, squared_error)")
-        return loss

@@ -56,8 +56,7 @@ class TrajectoryMatching(AbstractResidualObjective):
     def __call__(self, flow_map, teacher, path, s, t, args=None, *, key=None) -> Scalar:
         if not self.positions:
             return super().__call__(flow_map, teacher, path, s, t, args, key=key)
-        if not isinstance(path, TrajectoryPath):
-            raise TypeError(_wrong_path(path))
+        path = as_trajectory(path, self)
         x_s, x_t = path.saved_state(s), path.saved_state(t)
         # Converted before the weight, which needs the gap in time.
         s, t = path.saved_time(s), path.saved_time(t)
@@ -68,14 +67,21 @@ class TrajectoryMatching(AbstractResidualObjective):
         del teacher, key
         # These paths give states as well, but they do not solve the ODE.
         if isinstance(path, InterpolantPath | StatePath):
-            raise TypeError(_wrong_path(path))
+            raise _wrong_path(path, self)
         x_s, x_t = path.evaluate(s), path.evaluate(t)
         return self.difference(flow_map(s, t, x_s, args), x_t)
 
 
-def _wrong_path(path: object) -> str:
-    return (
-        "`TrajectoryMatching` learns from trajectories of the ODE; got a "
+def as_trajectory(path: object, objective: object) -> TrajectoryPath:
+    """Returns the path. **Raises:** `TypeError` if it is not a saved trajectory."""
+    if not isinstance(path, TrajectoryPath):
+        raise _wrong_path(path, objective)
+    return path
+
+
+def _wrong_path(path: object, objective: object) -> TypeError:
+    return TypeError(
+        f"`{type(objective).__name__}` learns from trajectories of the ODE; got a "
         f"{type(path).__name__}. Use `solve_trajectories` and "
         "`data.TrajectoryBatches`."
     )

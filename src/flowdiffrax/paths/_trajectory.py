@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, PyTree, Real
+from jaxtyping import Array, Float, Int, PyTree, Real
 
 from .._check import check_callable, check_count
 from .._time import real_dtype, time_dtype, times_like
@@ -67,15 +67,22 @@ class TrajectoryPath(diffrax.AbstractPath):
     def saved_time(self, position: Time) -> Float[Array, ""]:
         """The saved time nearest to a position, where 0 is the first and 1 the last."""
         (position,) = times_like(self.ys, position)
-        return self.ts[self._nearest(position)].astype(position.dtype)
+        return self.ts[self.index_of_position(position)].astype(position.dtype)
 
     def saved_state(self, position: Time) -> State:
         """The state at `saved_time`, without interpolation: others may be NaN."""
-        index = self._nearest(*times_like(self.ys, position))
+        index = self.index_of_position(position)
         return jtu.tree_map(lambda leaf: leaf[index], self.ys)
 
-    def _nearest(self, position: Array) -> Array:
-        index = jnp.round(position * (self.ts.size - 1)).astype(jnp.int32)
+    def index_of_time(self, t: Time) -> Int[Array, ""]:
+        """The number of the saved time nearest to a time."""
+        (t,) = times_like(self.ys, t)
+        return jnp.argmin(jnp.abs(self.ts.astype(t.dtype) - t))
+
+    def index_of_position(self, position: Time) -> Int[Array, ""]:
+        """The number of the saved time nearest to a position, as in `saved_time`."""
+        (position,) = times_like(self.ys, position)
+        index = jnp.round(position * (self.ts.size - 1)).astype(int)
         return jnp.clip(index, 0, self.ts.size - 1)
 
     def evaluate(self, t0: Time, t1: Time | None = None, left: bool = True) -> State:

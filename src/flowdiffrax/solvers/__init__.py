@@ -5,6 +5,7 @@ from ._dense import FlowMapInterpolation as FlowMapInterpolation
 from ._fixed import FlowMapSolver as FlowMapSolver
 from ._hybrid import HybridSolver as HybridSolver
 from ._hybrid import HybridState as HybridState
+from ._sample import roll_out as roll_out
 from ._sample import sample as sample
 from ._sample import sample_with_restarts as sample_with_restarts
 from ._solve_batch import BatchSolution as BatchSolution

@@ -53,6 +53,62 @@ def sample(
     `TypeError` if the map's output is not like `x0`. Inside `jit`, times outside the
     range raise an error at run time.
     """
+    x0, grid, jump = _start(flow_map, x0, ts, args)
+    if grid.shape[0] == 2:
+        return jump(x0, (grid[0], grid[1]))  # a scan would make a loop
+    turn = lambda x, ends: (jump(x, ends), None)
+    x1, _ = lax.scan(turn, x0, (grid[:-1], grid[1:]), unroll=unroll)
+    return x1
+
+
+def roll_out(
+    flow_map: TwoTimeMap,
+    x0: State,
+    ts: int | np.integer | Real[ArrayLike, " times"],
+    args: Args = None,
+    *,
+    unroll: int | bool = 1,
+    throw: bool = True,
+) -> State:
+    r"""Jumps along a grid of times as [`flowdiffrax.sample`][], and returns all states.
+
+    A learned map can be unstable: a roll-out is good for some jumps, and then grows
+    without bound. This is an error that names the jump.
+
+    **Arguments:**
+
+    - `flow_map`, `x0`, `ts`, `args`, `unroll`: as for [`flowdiffrax.sample`][].
+    - `throw`: whether to raise an error if the roll-out blows up. If not, its states are
+      infinite or NaN from there on; [`flowdiffrax.metrics.first_bad_jump`][] finds where.
+
+    **Returns:** the states at all times of the grid, every leaf of shape `(times, ...)`.
+    The first is `x0`.
+
+    **Raises:** as [`flowdiffrax.sample`][]; and at run time, an error that names the
+    first jump whose end is not finite.
+    """
+    x0, grid, jump = _start(flow_map, x0, ts, args)
+
+    def turn(x, ends):
+        x = jump(x, ends)
+        return x, (x, all_finite(x))
+
+    _, (xs, is_finite) = lax.scan(turn, x0, (grid[:-1], grid[1:]), unroll=unroll)
+    if throw:
+        total = grid.shape[0] - 1
+        messages = [
+            f"The roll-out blew up: jump {number} of {total} returned a state that is "
+            "not finite. Train through roll-outs, with `objectives.RollOutMatching`, "
+            "make longer jumps, of which there are fewer, or pass `throw=False`."
+            for number in range(1, total + 1)
+        ]
+        first = jnp.argmin(is_finite)
+        xs = eqx.branched_error_if(xs, ~jnp.all(is_finite), first, messages)
+    return jtu.tree_map(lambda x, rest: jnp.concatenate([x[None], rest]), x0, xs)
+
+
+def _start(flow_map, x0, ts, args):
+    """Checks the start and the grid; returns them, and a function that jumps."""
     check_composable(flow_map)
     x0 = jtu.tree_map(jnp.asarray, x0)
     if is_concrete(x0):
@@ -73,13 +129,9 @@ def sample(
 
     def jump(x, ends):
         s, t = ends
-        return check_like(flow_map(s, t, x, args), x, "`flow_map`"), None
+        return check_like(flow_map(s, t, x, args), x, "`flow_map`")
 
-    if grid.shape[0] == 2:
-        x1, _ = jump(x0, (grid[0], grid[1]))  # a scan would make a loop
-    else:
-        x1, _ = lax.scan(jump, x0, (grid[:-1], grid[1:]), unroll=unroll)
-    return x1
+    return x0, grid, jump
 
 
 def sample_with_restarts(

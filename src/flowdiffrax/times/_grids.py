@@ -70,26 +70,37 @@ class GridTimes(AbstractTimes):
 class Neighbours(AbstractTimes):
     r"""Neighbouring times of a grid, $s = t_i$ and $t = t_{i+1}$, all equally likely.
 
-    Discrete consistency models are trained on these pairs.
+    Discrete consistency models are trained on these pairs. At a larger distance, they
+    are the ends of roll-outs over consecutive times.
 
     **Arguments:**
 
     - `ts`: the grid, at least two increasing times.
+    - `distance`: the number $n$ of steps of the grid between $s$ and $t = t_{i+n}$, at
+      least 1.
 
-    **Raises:** as [`flowdiffrax.times.GridTimes`][].
+    **Raises:** as [`flowdiffrax.times.GridTimes`][], and `ValueError` if `distance` is
+    below 1 or the grid has too few times for it.
     """
 
     ts: Float[Array, " grid"] = eqx.field(converter=jnp.asarray)
+    distance: int = eqx.field(static=True, default=1)
 
     def __check_init__(self):
         _check_grid(self.ts)
+        check_count(self.distance, 1, "distance")
+        if self.ts.shape[0] <= self.distance:
+            raise ValueError(
+                f"A grid of {self.ts.shape[0]} times has no two that are "
+                f"{self.distance} steps apart."
+            )
 
     def from_uniform(self, first: Times, second: Times) -> tuple[Times, Times]:
         del second
-        num_pairs = self.ts.shape[0] - 1
+        num_pairs = self.ts.shape[0] - self.distance
         i = jnp.minimum((first * num_pairs).astype(int), num_pairs - 1)
         ts = self.ts.astype(first.dtype)
-        return ts[i], ts[i + 1]
+        return ts[i], ts[i + self.distance]
 
 
 def _check_grid(ts: Array) -> None:

@@ -17,6 +17,7 @@ from ..flow_maps._base import AbstractFlowMap
 from ..objectives._base import AbstractObjective
 from ..objectives._batch import as_mixture
 from ..objectives._mixture import Mixture
+from ..objectives._roll_out import RollOutMatching
 from ..objectives._scheduled import Scheduled
 from ..objectives._trajectory import TrajectoryMatching
 from ._parallel import DataParallel
@@ -113,11 +114,11 @@ def fit(
     **Raises:** `ValueError` if `num_steps` is below 1, there is no key or several, the
     checkpoints belong to another run, a function of `on_report` returns a name that the
     report already has, or the trajectories end before the times that
-    [`flowdiffrax.TrajectoryMatching`][] draws; `TypeError` if `flow_map`, `objective`,
-    `batches`, `optim`, `key`, `parallel`, `run` or a number of steps has the wrong type;
-    `OSError` if a checkpoint cannot be written; and
-    [`flowdiffrax.train.TrainingDiverged`][], with the last good state, if too many steps
-    were skipped.
+    [`flowdiffrax.TrajectoryMatching`][] or [`flowdiffrax.objectives.RollOutMatching`][]
+    draws; `TypeError` if `flow_map`, `objective`, `batches`, `optim`, `key`, `parallel`,
+    `run` or a number of steps has the wrong type; `OSError` if a checkpoint cannot be
+    written; and [`flowdiffrax.train.TrainingDiverged`][], with the last good state, if
+    too many steps were skipped.
     """
     check_count(num_steps, 1, "num_steps")
     check_count(report_every, 1, "report_every")
@@ -267,15 +268,16 @@ def _check_times(objective: Any, batches: Any, state: TrainState) -> None:
     high = float(batches.ts[..., -1].min())
     slack = 1e-6 * max(abs(low), abs(high))
     for one in as_mixture(at_step(objective, state.step)).objectives:
-        if not isinstance(one, TrajectoryMatching) or one.positions:
+        if not isinstance(one, TrajectoryMatching | RollOutMatching) or one.positions:
             continue
+        name = type(one).__name__
         drawn = jax.numpy.stack(one.times(jax.random.key(0), 1024))
         first, last = float(drawn.min()), float(drawn.max())
         if first < low - slack or last > high + slack:
             raise ValueError(
-                f"`TrajectoryMatching` draws times from {first:.3g} to {last:.3g}, but "
+                f"`{name}` draws times from {first:.3g} to {last:.3g}, but "
                 f"trajectories cover only [{low:.3g}, {high:.3g}]. If each has its own "
-                "times, use `TrajectoryMatching(positions=True)`; if they share them, "
+                f"times, use `{name}(positions=True)`; if they share them, "
                 "`GridTimes(ts)` or `OnInterval(times, low, high)`."
             )
 
