@@ -12,6 +12,7 @@ from helpers import (
     jump_solve,
     nonlinear_field,
     tight_solve,
+    without_type_checks,
 )
 
 import flowdiffrax as fd
@@ -173,3 +174,116 @@ def test_event_with_args_of_any_kind():
             flow_map, 0.9, 0.1, X, args, field=nonlinear_field, steps=1, event=event
         )
     assert_close(sol.ts[0], 0.5)
+
+
+def falls(t, y, args):
+    return jnp.stack([y[1], -2.0])
+
+
+def fallen(s, t, y, args):
+    h = t - s
+    return jnp.stack([y[0] + y[1] * h - h**2, y[1] - 2 * h])
+
+
+# Thrown upwards from the ground, backwards in time as well: its height is h (4 - h).
+UP = {1.0: jnp.asarray([0.0, 4.0]), -1.0: jnp.asarray([0.0, -4.0])}
+CONTROLLER = diffrax.PIDController(rtol=1e-6, atol=1e-6)
+height = lambda level: lambda t, y, args, **kwargs: y[0] - level
+slower = lambda t, y, args, **kwargs: jnp.abs(y[1]) - 3.0
+above = lambda t, y, args, **kwargs: (y[0] > 3.0) & (jnp.abs(y[1]) > 1.6)
+THROWN = {
+    "solver of a map": fd.FlowMapSolver(fallen),
+    "hybrid": fd.HybridSolver(fallen),
+    "explicit": diffrax.Tsit5(),
+    "implicit": diffrax.Kvaerno5(),
+}
+
+
+def throw(solver, conditions, way=1.0, shorten=True, **kwargs):
+    event = diffrax.Event(conditions, NEWTON)
+    solver = fd.solvers.EventSolver(solver, event) if shorten else solver
+    return diffrax.diffeqsolve(
+        diffrax.ODETerm(falls),
+        solver,
+        0.5,
+        0.5 + 3.9 * way,
+        8.0 * way,
+        UP[way],
+        stepsize_controller=CONTROLLER,
+        event=event,
+        **kwargs,
+    )
+
+
+@pytest.mark.parametrize(
+    "name, way",
+    [
+        ("solver of a map", 1.0),
+        ("solver of a map", -1.0),
+        ("hybrid", -1.0),
+        ("explicit", 1.0),
+        ("implicit", 1.0),
+    ],
+)
+def test_condition_that_a_long_step_meets_twice(name, way):
+    solver, level = THROWN[name], height(1.0)
+    if name == "explicit":
+        missed = throw(solver, level, way, shorten=False)
+        assert missed.result == diffrax.RESULTS.successful
+    sol = throw(solver, level, way)
+    assert sol.result == diffrax.RESULTS.event_occurred
+    assert_close((sol.ts[0] - 0.5) * way, 2 - 3**0.5, 1e-8)
+    assert_close(sol.ys[0, 0], 1.0, 1e-8)
+
+
+def test_earliest_of_two_conditions_in_a_long_step():
+    conditions = {"first": height(2.0), "second": slower}
+    late = throw(THROWN["explicit"], conditions, shorten=False)
+    assert not late.event_mask["second"]
+    for name in ("solver of a map", "explicit"):
+        sol = throw(THROWN[name], conditions)
+        assert sol.event_mask == {"first": False, "second": True}
+        assert_close(sol.ts[0], 1.0, 1e-8)
+
+
+def test_conditions_that_are_met_at_the_same_time():
+    sol = throw(THROWN["solver of a map"], [height(3.0), height(3.0)], max_steps=200)
+    assert sol.event_mask == [True, False]
+    assert_close(sol.ts[0], 1.5, 1e-8)
+
+
+def test_boolean_condition_that_holds_for_a_short_time():
+    # For a twentieth of the interval, from 1 on, and again before 3.
+    sol = throw(THROWN["solver of a map"], above, way=1.0)
+    assert sol.result == diffrax.RESULTS.event_occurred
+    assert above(None, sol.ys[0], None)
+
+
+def test_without_events_steps_are_as_long_as_before():
+    never = height(100.0)
+    sol = throw(THROWN["explicit"], never)
+    plain = throw(THROWN["explicit"], never, shorten=False)
+    assert_close((sol.ts, sol.ys, sol.stats), (plain.ts, plain.ys, plain.stats))
+    sol = throw(THROWN["solver of a map"], never)
+    assert sol.stats["num_steps"] == 1
+
+
+def test_gradient_and_batch_of_shortened_steps():
+    def time_of(level):
+        return throw(THROWN["solver of a map"], height(level)).ts[0]
+
+    levels = jnp.asarray([1.0, 3.0, 3.75])
+    ts, slopes = jax.vmap(jax.value_and_grad(time_of))(levels)
+    assert_close(ts, 2.5 - jnp.sqrt(4 - levels), 1e-8)
+    assert_close(slopes, 0.5 / jnp.sqrt(4 - levels), 1e-6)
+
+
+def test_bad_arguments_of_an_event_solver():
+    event = diffrax.Event(crossing)
+    with without_type_checks():
+        with pytest.raises(TypeError, match="`event` must be a `diffrax.Event`; got"):
+            fd.solvers.EventSolver(PLAIN, crossing)
+        with pytest.raises(TypeError, match="`solver` must be a `diffrax.Abstract"):
+            fd.solvers.EventSolver(EXACT, event)
+    with pytest.raises(ValueError, match="`num_points` must be at least 1; got 0"):
+        fd.solvers.EventSolver(PLAIN, event, 0)

@@ -2,6 +2,7 @@
 
 from ._adaptive import AdaptiveFlowMapSolver as AdaptiveFlowMapSolver
 from ._dense import FlowMapInterpolation as FlowMapInterpolation
+from ._event import EventSolver as EventSolver
 from ._fixed import FlowMapSolver as FlowMapSolver
 from ._hybrid import HybridSolver as HybridSolver
 from ._hybrid import HybridState as HybridState

@@ -36,7 +36,8 @@ class FlowMapSolver(AbstractFlowMapSolver):
         are made only if the series is stored.
 
         Diffrax looks for events at the ends of steps. As with any solver, an event that
-        begins and ends within a long jump is missed; take short enough steps.
+        begins and ends within a long jump is missed; take short enough steps, or wrap the
+        solver in a [`flowdiffrax.solvers.EventSolver`][].
 
     !!! info "Differentiation"
 

@@ -152,8 +152,8 @@ class HybridSolver(diffrax.AbstractImplicitSolver, diffrax.AbstractAdaptiveSolve
 
     Events are detected at the ends of steps and located within them, on the polynomial
     through the nodes if the step is a jump. Use `optimistix.Bisection` as the root finder
-    of the event: Newton's method may leave a long jump. An event that begins and ends
-    within one is missed.
+    of the event: Newton's method may leave a long jump. To detect events that begin and
+    end within one, wrap the solver in a [`flowdiffrax.solvers.EventSolver`][].
 
     **Arguments:**
 
