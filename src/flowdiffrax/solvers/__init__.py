@@ -6,6 +6,8 @@ from ._event import EventSolver as EventSolver
 from ._fixed import FlowMapSolver as FlowMapSolver
 from ._hybrid import HybridSolver as HybridSolver
 from ._hybrid import HybridState as HybridState
+from ._parareal import PararealSolution as PararealSolution
+from ._parareal import parareal as parareal
 from ._sample import roll_out as roll_out
 from ._sample import sample as sample
 from ._sample import sample_with_restarts as sample_with_restarts
