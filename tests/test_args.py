@@ -325,6 +325,10 @@ SAMPLES = {
         ),
         {"map"},
     ),
+    "paths.step_trajectories": (
+        lambda args: fd.paths.step_trajectories(MAP, X[None], jnp.stack([S, T]), args),
+        {"map"},
+    ),
     "solve_trajectories": (
         lambda args: fd.solve_trajectories(field, X[None], jnp.stack([S, T]), args),
         {"field"},
@@ -502,6 +506,7 @@ OTHERS = {
     *("ClassifierFreeGuidance", "MeanFlowGuidance"),
     # `args` are conditions of a pool, drawn with its points: `test_data.py`.
     *("data.ConditionedPoints", "data.InterpolantBatches", "data.StateBatches"),
+    "data.StoredTrajectories",
     *("data.TrajectoryBatches", "AbstractCoupling", "IndependentCoupling"),
     *("OptimalTransportCoupling", "ConditionalOptimalTransportCoupling"),
     # Closed forms take them and need none.

@@ -19,3 +19,4 @@ from ._plug_in import PlugInPath as PlugInPath
 from ._trajectory import StatePath as StatePath
 from ._trajectory import TrajectoryPath as TrajectoryPath
 from ._trajectory import solve_trajectories as solve_trajectories
+from ._trajectory import step_trajectories as step_trajectories

@@ -8,10 +8,10 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int, PyTree, Real
 
-from .._check import check_callable, check_count
+from .._check import check_callable, check_count, check_like
 from .._time import real_dtype, time_dtype, times_like
 from .._tree import is_concrete, nan_where, num_rows, rows_not_finite, subtract
-from .._types import Args, State, Time, VectorField
+from .._types import Args, State, Time, TwoTimeMap, VectorField
 
 
 class StatePath(diffrax.AbstractPath):
@@ -168,6 +168,58 @@ def solve_trajectories(
     `vector_field` does not take the arguments `(t, x, args)`.
     """
     check_callable(vector_field, "vector_field", "vector_field(t, x, args)")
+    rows, shared = _rows_of_batch(x0, ts, args, args_per_example, chunk_size)
+    return _solve_trajectories(
+        vector_field, rows, shared, solver, rtol, atol, max_steps, chunk_size, throw
+    )
+
+
+def step_trajectories(
+    step: TwoTimeMap,
+    x0: State,
+    ts: Real[Array, "*batch times"] | np.ndarray,
+    args: Args = None,
+    *,
+    args_per_example: bool = False,
+    num_substeps: int = 1,
+    chunk_size: int = 4096,
+) -> State:
+    """Integrates a batch of initial states with any stepper, with steps of fixed length.
+
+    Use it instead of [`flowdiffrax.solve_trajectories`][] where an integrator for the
+    equation at hand is faster than a solver of Diffrax: an exponential or an
+    implicit-explicit step, or a stepper of another library. Gradients are stopped.
+
+    **Arguments:**
+
+    - `step`: a callable `step(s, t, x, args)` that takes one state from time `s` to time
+      `t`. A stepper with a built-in step `dt` ignores the times; then `ts` must have
+      steps of `num_substeps * dt`.
+    - `x0`, `ts`, `args`, `args_per_example`, `chunk_size`: as for
+      [`flowdiffrax.solve_trajectories`][].
+    - `num_substeps`: the number of steps between two saved times, at least 1.
+
+    **Returns:** the states, every leaf of shape `(batch, times, ...)`. They are infinite
+    or NaN where the stepper is unstable; [`flowdiffrax.data.finite_rows`][] drops and
+    counts such rows.
+
+    **Raises:** as [`flowdiffrax.solve_trajectories`][]; `ValueError` if `num_substeps` is
+    below 1, or if `step` does not return a state.
+    """
+    check_callable(step, "step", "step(s, t, x, args)")
+    check_count(num_substeps, 1, "num_substeps")
+    rows, shared = _rows_of_batch(x0, ts, args, args_per_example, chunk_size)
+    return _step_trajectories(step, rows, shared, num_substeps, chunk_size)
+
+
+def _rows_of_batch(
+    x0: State,
+    ts: Real[Array, "*batch times"] | np.ndarray,
+    args: Args,
+    args_per_example: bool,
+    chunk_size: int,
+) -> tuple[tuple, tuple]:
+    """Checks a batch; returns what it has for each example, and what is shared."""
     batch_size = num_rows(x0, "`x0` is a batch of states: its leaves")
     check_one_length(ts)
     check_count(chunk_size, 1, "chunk_size")
@@ -192,9 +244,7 @@ def solve_trajectories(
             f"not, the first of them example {bad[0]}."
         )
     shared = None if jnp.ndim(ts) == 2 else ts, None if args_per_example else args
-    return _solve_trajectories(
-        vector_field, rows, shared, solver, rtol, atol, max_steps, chunk_size, throw
-    )
+    return rows, shared
 
 
 def _check_rows(name: str, tree: PyTree, batch_size: int) -> None:
@@ -245,3 +295,29 @@ def _solve_trajectories(
         return nan_where(failed, solution.ys)
 
     return lax.stop_gradient(lax.map(solve, rows, batch_size=chunk_size))
+
+
+@eqx.filter_jit
+def _step_trajectories(step, rows, shared, num_substeps, chunk_size):
+    dtype = time_dtype(rows[0])
+
+    def run(row):
+        x0, ts, args = row
+        ts = jnp.asarray(shared[0] if ts is None else ts, dtype)
+        args = shared[1] if args is None else args
+
+        def interval(x, ends):
+            s, t = ends
+            # This form ends exactly at the saved time.
+            at = lambda k: s + (t - s) * (k / num_substeps)
+
+            def substep(x, k):
+                return check_like(step(at(k), at(k + 1), x, args), x, "`step`"), None
+
+            x, _ = lax.scan(substep, x, jnp.arange(num_substeps, dtype=dtype))
+            return x, x
+
+        _, xs = lax.scan(interval, x0, (ts[:-1], ts[1:]))
+        return jtu.tree_map(lambda x, xs: jnp.concatenate([x[None], xs]), x0, xs)
+
+    return lax.stop_gradient(lax.map(run, rows, batch_size=chunk_size))
