@@ -1,5 +1,6 @@
 """The files around the package: what workflows and instructions name is there."""
 
+import importlib.util
 import pathlib
 import re
 import shlex
@@ -73,6 +74,56 @@ def test_pip_is_new_enough_for_groups():
             block = path.read_text().partition(line)[0].rpartition("```bash")[2] + line
             before = block.partition("--group")[0]
             assert re.search(r"(-U|--upgrade) pip\b", before), line
+
+
+@pytest.fixture
+def release(tmp_path, monkeypatch):
+    """`.ci/release.py`, on a copy of the files that it reads."""
+    spec = importlib.util.spec_from_file_location("release", ROOT / ".ci" / "release.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    (tmp_path / ".ci").mkdir()
+    for name in ("pyproject.toml", "README.md", "CHANGELOG.md", "CITATION.cff"):
+        (tmp_path / name).write_text((ROOT / name).read_text())
+    (tmp_path / ".ci/release.toml").write_text(
+        'repository = "https://code.example/flowdiffrax"\ndocumentation = ""\n'
+    )
+    monkeypatch.setattr(module, "ROOT", tmp_path)
+    return module
+
+
+def test_release_needs_an_address_a_date_and_its_own_tag(release, tmp_path):
+    assert [fault.split()[0] for fault in release.faults()] == [
+        "CHANGELOG.md",
+        "CITATION.cff",
+    ]
+    release.prepare("2031-02-03")
+    assert "\n## 0.1.0 - 2031-02-03\n" in (tmp_path / "CHANGELOG.md").read_text()
+    assert "\ndate-released: 2031-02-03\n" in (tmp_path / "CITATION.cff").read_text()
+    assert release.faults("v0.1.0") == []
+    assert "must be v0.1.0" in release.faults("v0.2.0")[0]
+    (tmp_path / ".ci/release.toml").write_text((ROOT / ".ci/release.toml").read_text())
+    # Until its owner says where the project lives.
+    assert release.addresses()["repository"] or "`repository`" in release.faults()[0]
+
+
+def test_readme_of_a_release_links_to_what_there_is(release):
+    text = release.readme(release.addresses(), "0.1.0")
+    targets = re.findall(r"\]\(([^)\s]+)\)", text)
+    base = "https://code.example/flowdiffrax/"
+    own = [target.removeprefix(base) for target in targets if target.startswith(base)]
+    assert len(own) > 10 and all(target.startswith("https://") for target in targets)
+    for target in own:
+        kind, version, path = target.split("/", 2)
+        assert (kind, version) == ("raw" if path.endswith(".png") else "blob", "v0.1.0")
+        assert (ROOT / path).exists()
+
+
+def test_addresses_are_metadata(release):
+    table = tomllib.loads(release.urls(release.addresses()))["project"]["urls"]
+    assert table["Repository"] == "https://code.example/flowdiffrax"
+    assert table["Documentation"].endswith("/tree/main/docs")
+    assert release.urls({"repository": "", "documentation": ""}) == ""
 
 
 def _pytest_options(name):

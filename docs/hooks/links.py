@@ -7,6 +7,7 @@ Our own names are those of the API pages. Those of other libraries are listed in
 import html
 import pathlib
 import re
+import tomllib
 
 HERE = pathlib.Path(__file__).parent
 # A name, alone or called: `UniformSquare(max_gap)`.
@@ -44,6 +45,14 @@ def other_names() -> dict[str, str]:
 
 
 OWN, OTHER = own_names(), other_names()
+
+
+def on_config(config):
+    """The project's addresses, as far as `.ci/release.toml` has them."""
+    addresses = tomllib.loads((HERE.parents[1] / ".ci" / "release.toml").read_text())
+    config.repo_url = addresses["repository"] or None
+    config.site_url = addresses["documentation"] or config.site_url
+    return config
 
 
 def on_env(env, config, files):
