@@ -18,6 +18,7 @@ from flowdiffrax.learn._autonomous import depends_on_time
 from flowdiffrax.learn._errors import scaled_errors
 from flowdiffrax.learn._probe import probe
 from flowdiffrax.learn._problem import make_problem
+from flowdiffrax.testing.__main__ import main as check_map
 
 # A quick training, so that only compilation takes time.
 QUICK = dict(minutes=10, num_steps=300, pool_size=512, width=16, depth=2, progress=False)
@@ -212,6 +213,9 @@ def test_what_is_given_is_taken(unmeasured, tmp_path):
         ends = loaded.flow_map(*given), loaded.trained(*given)
     np.testing.assert_allclose(ends[0], learned.flow_map(*given), rtol=1e-5)
     np.testing.assert_allclose(ends[1], learned.trained(*given), rtol=1e-5)
+    # The command knows its states, times and directions.
+    line = [str(tmp_path / "map.safetensors"), "--num-points", "64", "--budget"]
+    assert check_map([*line, "0.3"]) == 0 and check_map([*line, "1e-9"]) == 1
     fd.train.save(tmp_path / "other", {}, x)
     with pytest.raises(ValueError, match="not one of a learned solver"):
         LearnedSolver.load(tmp_path / "other")
