@@ -186,11 +186,11 @@ def conda(requirement):
 
 TRIAL = """
 import time
-begin = time.perf_counter()
+begin = time.process_time()
 import diffrax, jax.numpy as jnp
-middle = time.perf_counter()
+middle = time.process_time()
 import flowdiffrax as fd
-end = time.perf_counter()
+end = time.process_time()
 assert "site-packages" in fd.__file__, fd.__file__
 flow_map = fd.exact.LinearFlowMap([[0.0, 1.0], [-1.0, 0.0]], [0.0, 0.0])
 sol = diffrax.diffeqsolve(

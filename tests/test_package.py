@@ -1,5 +1,6 @@
 """The package as a whole: light imports, documented names, abstract or final classes."""
 
+import ast
 import importlib.metadata
 import importlib.resources
 import inspect
@@ -12,14 +13,15 @@ import pytest
 import flowdiffrax as fd
 import flowdiffrax.testing
 
+ALL = {name: getattr(fd, name) for name in dir(fd)}
 ROOMS = {
     name: value
-    for name, value in vars(fd).items()
+    for name, value in ALL.items()
     if inspect.ismodule(value) and value.__name__ == f"flowdiffrax.{name}"
     if not name.startswith("_")
 }
 ROOMS["images.command"] = fd.images.command
-TOP = {name: value for name, value in vars(fd).items() if not inspect.ismodule(value)}
+TOP = {name: value for name, value in ALL.items() if not inspect.ismodule(value)}
 TOP = {name: value for name, value in TOP.items() if not name.startswith("_")}
 
 
@@ -39,10 +41,14 @@ NAMES = TOP | {
 CLASSES = [value for value in NAMES.values() if inspect.isclass(value)]
 
 
+# With everything that is imported later.
+IMPORT = "import flowdiffrax as fd; [getattr(fd, name) for name in dir(fd)]"
+
+
 def test_import_is_light():
     extras = {"tqdm", "matplotlib", "scipy.stats", "ott", "orbax", "pandas", "torch"}
     extras |= {"grain", "PIL", "pyarrow", "tensorboardX", "wandb", "hypothesis", "tyro"}
-    code = f"import sys, flowdiffrax; print(sorted({extras!r} & set(sys.modules)))"
+    code = f"{IMPORT}; import sys; print(sorted({extras!r} & set(sys.modules)))"
     # `python -c` would otherwise find whatever lies in the working directory.
     done = subprocess.run(
         [sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True
@@ -56,12 +62,36 @@ def test_import_computes_nothing():
     code = (
         "import jax._src.xla_bridge as bridge;"
         "import diffrax; before = bridge.backends_are_initialized();"
-        "import flowdiffrax; print(bridge.backends_are_initialized() and not before)"
+        f"{IMPORT}; print(bridge.backends_are_initialized() and not before)"
     )
     done = subprocess.run(
         [sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "False"
+
+
+def test_namespaces_are_imported_when_they_are_used():
+    code = (
+        "import sys, flowdiffrax as fd; names = lambda: {name.split('.')[1] for name in "
+        "sys.modules if name.startswith('flowdiffrax.')}; before = names();"
+        "fd.identities; print(before, 'flow_maps' in names(), 'solvers' in names())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "set() True False"
+
+
+def test_type_checkers_see_the_same_names():
+    (branch, *_) = [
+        node for node in ast.parse(inspect.getsource(fd)).body if isinstance(node, ast.If)
+    ]
+    seen = {alias.asname: node.module for node in branch.body for alias in node.names}
+    rooms = {name for name, module in seen.items() if module is None}
+    assert rooms == {*ROOMS} - {"images.command", "testing"}
+    assert {*seen} - rooms == {*TOP}
+    for name in TOP:
+        assert getattr(ROOMS[seen[name]], name) is TOP[name]
 
 
 def test_one_meaning_for_a_name():

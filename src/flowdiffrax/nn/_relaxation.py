@@ -21,7 +21,7 @@ _TIME_FREQUENCIES = 1, 2, 4
 
 
 class RelaxationMLP(eqx.Module):
-    r"""A network of rates and targets for a [`flowdiffrax.RelaxationFlowMap`][].
+    r"""The rates and targets of a [`flowdiffrax.flow_maps.RelaxationFlowMap`][].
 
     Its inputs are the state in [`flowdiffrax.nn.LogUnits`][] and as $x / (|x| + m)$, the
     length of the jump and its logarithm, and `args`. Targets of positive entries are
