@@ -346,7 +346,7 @@ LMD = fd.LagrangianMapDistillation()
 
 def updated(args):
     optim, start = optax.sgd(0.1), fd.FlowMap(fd.nn.MLP(2, 4, 1, key=KEY))
-    state = fd.train.TrainState.create(start, optim, key=KEY)
+    state = fd.train.TrainState.create(start, optim, key=KEY, ema_decay=0.9)
     inputs = state, LMD, optim, field, PATHS, rows(args)
     return fd.train.update(*inputs, key=KEY, ema_decay=0.9)[1].loss
 

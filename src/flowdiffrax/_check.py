@@ -1,18 +1,21 @@
 """Checks of arguments, with error messages that name a cure."""
 
+import enum
 import inspect
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar, get_args
 
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, ArrayLike
 
 from ._tree import is_concrete
 from ._types import State
+
+_Member = TypeVar("_Member", bound=enum.Enum)
 
 
 def check_like(out: State, x: State, name: str) -> State:
@@ -137,17 +140,19 @@ def check_key(key: Any) -> None:
         )
 
 
-def check_at_least(number: Any, least: float, name: str) -> None:
-    """**Raises:** `ValueError` if a known number is less than `least`."""
-    if _is_false(number, lambda number: number >= least):
+def check_at_least(
+    number: Any, least: float, name: str, *, or_none: bool = False
+) -> None:
+    """**Raises:** `TypeError` unless it is a real number, `ValueError` if it is less.
+
+    Tracers are not checked, here and in the following verbs.
+    """
+    if _is_false(number, name, lambda number: number >= least, or_none):
         raise ValueError(f"`{name}` must be at least {least}; got {number}.")
 
 
 def check_count(number: Any, least: int, name: str, *, or_none: bool = False) -> None:
-    """**Raises:** `TypeError` unless a number is whole, `ValueError` if it is too small.
-
-    Tracers are not checked.
-    """
+    """**Raises:** `TypeError` unless a number is whole, `ValueError` if it is less."""
     if number is None:
         if or_none:
             return
@@ -169,14 +174,28 @@ def check_counts(numbers: Sequence[Any], least: int, name: str) -> None:
         check_count(number, least, name)
 
 
-def check_positive(number: Any, name: str) -> None:
-    """**Raises:** `ValueError` if a known number is not positive."""
-    if _is_false(number, lambda number: number > 0):
+def check_positive(number: Any, name: str, *, or_none: bool = False) -> None:
+    """**Raises:** `TypeError` unless it is a real number, `ValueError` below or at 0."""
+    if _is_false(number, name, lambda number: number > 0, or_none):
         raise ValueError(f"`{name}` must be positive; got {number}.")
 
 
-def check_between(number: Any, low: Any, high: Any, name: str, ends: str = "[]") -> None:
-    """**Raises:** `ValueError` if a known number is outside an interval of known ends.
+def check_finite_number(number: Any, name: str, *, or_none: bool = False) -> None:
+    """**Raises:** `TypeError` unless it is a real number, `ValueError` if not finite."""
+    if _is_false(number, name, np.isfinite, or_none):
+        raise ValueError(f"`{name}` must be finite; got {number}.")
+
+
+def check_between(
+    number: Any,
+    low: Any,
+    high: Any,
+    name: str,
+    ends: str = "[]",
+    *,
+    or_none: bool = False,
+) -> None:
+    """**Raises:** `TypeError` unless it is a real number, `ValueError` if it is outside.
 
     `ends` are the brackets of the interval; a round one excludes that end.
     """
@@ -185,21 +204,44 @@ def check_between(number: Any, low: Any, high: Any, name: str, ends: str = "[]")
     if not is_concrete((low, high)):
         return
     first, last = np.asarray(low), np.asarray(high)
-    if _is_false(number, lambda number: above(number, first) & below(number, last)):
+    inside = lambda number: above(number, first) & below(number, last)
+    if _is_false(number, name, inside, or_none):
         interval = f"{ends[0]}{low}, {high}{ends[1]}"
         raise ValueError(f"`{name}` must be in {interval}; got {number}.")
 
 
-def _is_false(number: Any, condition: Callable[[np.ndarray], Any]) -> bool:
-    """Whether a known number fails a condition. `None` does not, nor does a tracer."""
-    if number is None or not is_concrete(number):
+def _is_false(
+    number: Any, name: str, condition: Callable[[np.ndarray], Any], or_none: bool
+) -> bool:
+    """Whether a known number fails a condition; a tracer does not.
+
+    **Raises:** `TypeError` for what is not a real number, or an array of them.
+    """
+    if not is_concrete(number) or (or_none and number is None):
         return False
     # In NumPy: inside `jit`, JAX would trace a comparison of known numbers too.
-    return not np.all(condition(np.asarray(number)))
+    value = np.asarray(number)
+    # NumPy does not know that bfloat16 is a floating dtype.
+    kinds = np.bool_, np.integer, jnp.floating
+    if not any(jnp.issubdtype(value.dtype, kind) for kind in kinds):
+        what = "a real number or `None`" if or_none else "a real number"
+        raise TypeError(f"`{name}` must be {what}; got {number!r}.")
+    return not np.all(condition(value))
+
+
+def check_bools(**values: Any) -> None:
+    """**Raises:** `TypeError` unless all are `True` or `False`, by their names.
+
+    Any other value would pass for one of them: the string "no" is true.
+    """
+    for name, value in values.items():
+        if not isinstance(value, bool | np.bool_):
+            raise TypeError(f"`{name}` must be `True` or `False`; got {value!r}.")
 
 
 def check_scalar(value: Any, name: str) -> None:
-    """**Raises:** `ValueError` if `value` is not a single number."""
+    """**Raises:** `TypeError` if it is no number, `ValueError` if there are several."""
+    check_instance(value, ArrayLike, name, "a number")
     if jnp.shape(value) != ():
         raise ValueError(
             f"`{name}` must be a scalar; got shape {jnp.shape(value)}. For a batch, use "
@@ -209,9 +251,21 @@ def check_scalar(value: Any, name: str) -> None:
 
 def check_instance(value: object, kind: Any, name: str, what: str | None = None) -> None:
     """**Raises:** `TypeError` if `value` is not of the type `kind`, in words `what`."""
-    if not isinstance(value, kind):
+    # A tracer is an instance of an array, but not of a union with arrays.
+    if not isinstance(value, get_args(kind) or kind):
         what = what or f"an instance of `{kind.__name__}`"
         raise TypeError(f"`{name}` must be {what}; got {_kind(value)}.")
+
+
+def as_member(value: Any, kind: type[_Member], name: str) -> _Member:
+    """**Raises:** `ValueError` for what is neither a member of `kind` nor its value."""
+    try:
+        return kind(value)
+    except ValueError as error:
+        values = ", ".join(f'"{member.value}"' for member in kind)
+        raise ValueError(
+            f"`{name}` must be a `{kind.__name__}`, or one of {values}; got {value!r}."
+        ) from error
 
 
 def _kind(value: object) -> str:

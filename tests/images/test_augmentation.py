@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from helpers import assert_close
+from helpers import assert_close, without_type_checks
 from scipy import ndimage, signal
 
 import flowdiffrax as fd
@@ -16,6 +16,7 @@ from flowdiffrax.velocities import AugmentationArgs
 
 HEIGHT, WIDTH = 8, 10
 ALL = Augmentation(shift=True)
+AFFINE_OFF = dict(zoom=False, rotate=False, stretch=False, move=False)
 # The decomposition filter sym6, from its table.
 TAPS = _augmentation._SYM6
 
@@ -180,6 +181,25 @@ def test_what_is_off_is_never_drawn():
     p = aug.draw(jr.key(0), 50)
     assert not any(jnp.any(leaf) for leaf in (p.mirror, p.flip, p.angle, p.move, p.shift))
     assert jnp.all(p.zoom != 0) and jnp.all(p.stretch != 0)
+
+
+@pytest.mark.parametrize("settings", [{}, AFFINE_OFF], ids=["affine", "whole pixels"])
+def test_half_precision_images_move_as_far(settings):
+    # In bfloat16, shifts by whole pixels and angles would be rounded.
+    aug = Augmentation(1.0, shift=True, **settings)
+    images = jr.normal(jr.key(1), (8, HEIGHT, WIDTH, 2), jnp.bfloat16)
+    run = jax.jit(lambda images: aug(jr.key(0), images))
+    moved, labels = run(images)
+    exact, same_labels = run(images.astype(jnp.float32))
+    assert moved.dtype == jnp.bfloat16
+    assert_close(moved, exact.astype(jnp.bfloat16), 0, 0)
+    assert_close(labels, same_labels, 0, 0)
+
+
+def test_one_image():
+    with without_type_checks():
+        with pytest.raises(ValueError, match=r"For one image, use `image\[None\]`"):
+            Augmentation()(jr.key(0), jnp.zeros((4, 4, 1)))
 
 
 def test_rate_outside():

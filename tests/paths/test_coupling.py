@@ -301,6 +301,21 @@ def test_conditional_transport_of_values_that_are_not_finite(conditional, value,
     assert_close(sorted_rows(y0), sorted_rows(x0), 0, 0)
 
 
+@pytest.mark.parametrize("value, settings", [(np.nan, {}), (np.inf, {"weight": 0.0})])
+def test_base_draw_of_a_condition_that_is_not_finite_stays(conditional, value, settings):
+    (x0, x1), conditions = points(7), jr.normal(jr.key(1), (40, 2))
+    conditions = conditions.at[jnp.asarray([3, 8]), 0].set(value)
+    y0 = conditional(**settings)(jr.key(0), x0, x1, conditions)
+    own, others = np.asarray([3, 8]), np.delete(np.arange(40), [3, 8])
+    assert_close(y0[own], x0[own], 0, 0)
+    assert_close(sorted_rows(y0[others]), sorted_rows(x0[others]), 0, 0)
+    # The others move as they would without it, apart from what `share` counts.
+    if settings:
+        rows = x0[others], x1[others], conditions[others]
+        rest = conditional(**settings)(jr.key(0), *rows)
+        assert_close(y0[others], rest, 0, 0)
+
+
 def test_conditional_transport_without_conditions(conditional):
     with pytest.raises(ValueError, match="needs conditions"):
         conditional()(jr.key(0), *points(0))

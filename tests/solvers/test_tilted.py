@@ -403,6 +403,16 @@ WRONG = {
         TypeError,
         "`interpolant` must be an instance of `AbstractInterpolant`",
     ),
+    "tilt of several numbers": (
+        {"tilt": lambda t: jnp.stack([t, t])},
+        ValueError,
+        "`tilt(t)` must be a scalar",
+    ),
+    "start that is not finite": (
+        {"x0": jnp.full((4, 2), jnp.nan)},
+        ValueError,
+        "`x0` is not finite",
+    ),
     "map without a velocity": (
         {"flow_map": lambda s, t, x, args: x},
         TypeError,
@@ -424,6 +434,54 @@ def test_mistakes(name):
     with without_type_checks(), pytest.raises(error) as caught:
         fd.solvers.sample_tilted(**(settings | change), key=jr.key(7))
     assert words in str(caught.value)
+
+
+@eqx.filter_jit
+def tilted_by_traced(ts, noise, end, share):
+    return fd.solvers.sample_tilted(
+        gaussian_map(),
+        LINEAR,
+        lambda x, args: jnp.sum(x),
+        jr.normal(jr.key(8), (4, 2)),
+        ts,
+        key=jr.key(9),
+        noise=noise,
+        tilt=lambda t: end * t,
+        resample_below=share,
+    )
+
+
+as_arrays = lambda settings: {k: jnp.asarray(v) for k, v in settings.items()}
+TRACED = {"ts": [0.0, 0.4, 1.0], "noise": 1.0, "end": 1.0, "share": 0.5}
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"ts": [0.0, 0.0, 1.0]}, "must rise from 0 to 1"),
+        ({"ts": [0.0, 1.1, 1.0]}, "must rise from 0 to 1"),
+        ({"ts": [0.0, 0.4, 0.9]}, "must rise from 0 to 1"),
+        ({"ts": [0.0, np.nan, 1.0]}, "must rise from 0 to 1"),
+        ({"noise": 0.0}, "`noise` must be positive"),
+        ({"noise": np.nan}, "`noise` must be positive"),
+        ({"end": 0.5}, "`tilt` must be 0 at t = 0 and 1 at t = 1"),
+        ({"share": 1.5}, "`resample_below` must be in"),
+    ],
+)
+def test_traced_mistakes(change, message):
+    with pytest.raises(RUN_TIME_ERROR, match=message):
+        jax.block_until_ready(tilted_by_traced(**as_arrays(TRACED | change)))
+
+
+def test_traced_settings_change_nothing():
+    traced = tilted_by_traced(**as_arrays(TRACED))
+    settings = {"noise": 1.0, "tilt": lambda t: t}
+    x0, ts = jr.normal(jr.key(8), (4, 2)), jnp.asarray(TRACED["ts"])
+    reward = lambda x, args: jnp.sum(x)
+    known = fd.solvers.sample_tilted(
+        gaussian_map(), LINEAR, reward, x0, ts, key=jr.key(9), **settings
+    )
+    assert_close(traced, known)
 
 
 @pytest.mark.parametrize("value", [jnp.nan, -jnp.inf])

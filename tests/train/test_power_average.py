@@ -162,6 +162,48 @@ def test_resumed_run_has_the_same_snapshots(tmp_path):
         assert one.read_bytes() == other.read_bytes()
 
 
+def write(folder, state, steps, *, every=1, scale=1.0, snapshots=None):
+    """Snapshots as a run makes them, of which another has other weights."""
+    snapshots = Snapshots(folder, DECAYS, every=every) if snapshots is None else snapshots
+    times = lambda leaf: leaf * scale if eqx.is_inexact_array(leaf) else leaf
+    state = jtu.tree_map(times, state)
+    for step in steps:
+        snapshots(state, {"step": step, "skipped": 0})
+
+
+@pytest.mark.parametrize(
+    "steps, every",
+    [(range(1, 4), 1), (range(1, 9), 8), (range(1, 13), 4)],
+    ids=["fewer", "rarer and longer", "overtaking"],
+)
+def test_second_run_in_a_folder(tmp_path, recorded, steps, every):
+    _, state, _ = recorded
+    write(tmp_path, state, range(2, 7))
+    write(tmp_path, state, steps, every=every, scale=2.0)
+    with pytest.raises(ValueError, match="does not continue the snapshots before it"):
+        power_average(tmp_path, state.flow_map, 0.1)
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0], ids=["same", "other device"])
+def test_run_that_repeats_all_of_its_steps(tmp_path, recorded, scale):
+    _, state, _ = recorded
+    write(tmp_path, state, range(1, 7))
+    write(tmp_path, state, range(4, 9), scale=scale)
+    (tmp_path / "5.safetensors").unlink()
+    built = power_average(tmp_path, state.flow_map, 0.1)
+    expected = vector(state.averages[2]) * scale
+    assert_close(vector(built), expected, 1e-9)
+
+
+def test_one_object_for_two_runs(tmp_path, recorded):
+    _, state, _ = recorded
+    snapshots = Snapshots(tmp_path, DECAYS)
+    for scale in (2.0, 1.0):
+        write(tmp_path, state, range(1, 5), scale=scale, snapshots=snapshots)
+    built = power_average(tmp_path, state.flow_map, 0.1)
+    assert_close(vector(built), vector(state.averages[2]), 1e-9)
+
+
 def refused(tmp_path, state):
     train(None, 2, width=8, ema_decay=WIDE, on_report=Snapshots(tmp_path / "a", WIDE))
     train(
@@ -177,11 +219,16 @@ def refused(tmp_path, state):
         (lambda: PowerAverage(0.3), ValueError, "`sigma_rel` must be in"),
         (lambda: PowerAverage(0.0), ValueError, "`sigma_rel` must be in"),
         (lambda: Snapshots(tmp_path, 0.9), ValueError, "`ema_decay` has none"),
-        (lambda: Snapshots(tmp_path, WIDE)(state, report), ValueError, "has 3"),
+        (lambda: Snapshots(tmp_path, WIDE)(state, report), ValueError, "the same `ema_"),
+        (
+            lambda: Snapshots(tmp_path, (0.9, WIDE, NARROW))(state, report),
+            ValueError,
+            r"0.9, .*0.1\), .*0.05\)\), but the state has \(0.9, .*0.05\), .*0.1\)\)",
+        ),
         (
             lambda: power_average(tmp_path / "a", state.flow_map, 0.1),
             ValueError,
-            "root keys",
+            "3.safetensors does not continue",
         ),
         (
             lambda: power_average(tmp_path / "b", begin(4), 0.1),

@@ -578,9 +578,10 @@ def six_steps(tmp_path_factory):
         ({"width": 8}, r"another model.*is float64\[16\] there, float64\[8\] here"),
         ({"optim": optax.sgd(0.1)}, "another model, optimiser"),
         ({"ema_decay": (0.9, 0.99)}, r"`.averages\[1\].*is absent there"),
+        ({"ema_decay": 0.9}, r"`.ema_decay` is \(0.999,\) there, \(0.9,\) here"),
         ({"key": 2}, "another root key"),
     ],
-    ids=["model", "optimiser", "averages", "key"],
+    ids=["model", "optimiser", "averages", "decay", "key"],
 )
 def test_checkpoint_of_another_run(six_steps, other, message):
     before = (six_steps / "metrics.jsonl").read_text()

@@ -356,7 +356,7 @@ def test_accumulated_batches_are_others():
 
 def test_sgd_step_by_hand():
     optim = optax.sgd(0.1)
-    state = fd.train.TrainState.create(small_map(), optim, key=jr.key(0))
+    state = fd.train.TrainState.create(small_map(), optim, key=jr.key(0), ema_decay=0.9)
     paths, args = batches(8)(jr.key(5))
     objective = fd.objectives.VelocityDistillation()
     step = eqx.filter_jit(fd.train.update)
@@ -764,17 +764,25 @@ REFUSALS = {
             ema_decay=(0.9, 0.99),
         ),
         ValueError,
-        r"has 2 averages, but the state has 1.*ema_decay=ema_decay\)",
+        r"`ema_decay` differs: \(0.9, 0.99\) in .* \(0.999,\) in .*ema_decay=ema_decay\)",
+    ),
+    "state with another kind of average": (
+        lambda: run(
+            flow_map=fd.train.TrainState.create(small_map(), OPTIM, key=jr.key(0)),
+            ema_decay=fd.train.PowerAverage(0.1),
+        ),
+        ValueError,
+        r"`ema_decay` differs: \(PowerAverage\(sigma_rel=0.1\),\) in the step",
     ),
     "state without learned weights": (
         lambda: step_of_a_plain_state(learned_objective()),
         ValueError,
-        "has 2 learned weights, but the state has 0",
+        "2 learned weights in the step, and 0 learned weights in the state",
     ),
     "state without the average that teaches": (
         lambda: step_of_a_plain_state(fd.objectives.Shortcut(), teacher_decay=0.9),
         ValueError,
-        "has 1 averages as teachers, but the state has 0",
+        "`teacher_decay` differs: 0.9 in the step, and None in the state",
     ),
     "two teachers": (
         lambda: run(teacher_decay=0.9),

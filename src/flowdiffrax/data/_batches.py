@@ -9,7 +9,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, ArrayLike, Key, PyTree
 
-from .._check import check_callable, check_instance
+from .._check import check_bools, check_callable, check_instance
 from .._time import real_dtype
 from .._tree import is_concrete, num_rows, rows_not_finite
 from .._types import Args, State
@@ -165,6 +165,7 @@ class InterpolantBatches(eqx.Module):
         check_instance(self.interpolant, AbstractInterpolant, "interpolant", what)
         check_callable(self.base, "base", "base(key, x1)")
         check_callable(self.coupling, "coupling", "coupling(key, x0, x1, args)")
+        check_bools(draw=self.draw, plug_in=self.plug_in)
         if self.plug_in:
             _check_plug_in(self.base, self.coupling)
         if callable(self.data):
@@ -238,6 +239,7 @@ class TrajectoryBatches(eqx.Module):
 
     def __check_init__(self):
         check_batch_size(self.batch_size)
+        check_bools(draw=self.draw)
         if isinstance(self.ys, list | tuple):
             check_one_length(jtu.tree_leaves(self.ys))
         _num_rows((self.ys, self.args))

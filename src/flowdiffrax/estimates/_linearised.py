@@ -1,5 +1,6 @@
 import equinox as eqx
 
+from .._check import check_bools
 from .._time import times_like
 from .._types import Args, State, Time, TwoTimeMap, VectorField
 from ._clock import grade_of
@@ -45,6 +46,9 @@ class LinearisedError(AbstractCollocationEstimate):
     """
 
     is_graded: bool = eqx.field(static=True, default=False)
+
+    def __check_init__(self):
+        check_bools(is_graded=self.is_graded)
 
     def errors(
         self,

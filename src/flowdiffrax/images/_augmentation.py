@@ -8,7 +8,8 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Float, Key
 
-from .._check import check_between
+from .._check import check_between, check_bools
+from .._time import at_least_float32
 
 # The low-pass filter of the wavelet "sym6", with which EDM resamples. It is orthogonal to
 # its shifts by two, so halving what was doubled returns the image.
@@ -60,9 +61,9 @@ class Augmentation(eqx.Module):
 
     The last four transformations are one affine map. The image is reflected at its
     border, doubled in size with the wavelet filter sym6, resampled bilinearly, and halved
-    again, all in float32. Beyond one reflection, it is zero. Given the same parameters,
-    values and labels are EDM's. EDM's rotations by quarter turns and changes of colour,
-    which its own runs do not use, are not included.
+    again, at least in float32. Beyond one reflection, it is zero. Given the same
+    parameters, values and labels are EDM's. EDM's rotations by quarter turns and changes
+    of colour, which its own runs do not use, are not included.
 
     **Arguments:**
 
@@ -74,7 +75,8 @@ class Augmentation(eqx.Module):
       EDM). A flip is a coin toss, so it happens with probability `rate / 2`. The defaults
       are those of EDM's runs.
 
-    **Raises:** `ValueError` for a `rate` outside [0, 1].
+    **Raises:** `ValueError` for a `rate` outside [0, 1], `TypeError` for settings of
+    another type.
 
     ??? cite "Reference"
 
@@ -92,6 +94,8 @@ class Augmentation(eqx.Module):
 
     def __check_init__(self):
         check_between(self.rate, 0, 1, "rate")
+        which = "mirror", "flip", "shift", "zoom", "rotate", "stretch", "move"
+        check_bools(**{name: getattr(self, name) for name in which})
 
     @property
     def size(self) -> int:
@@ -107,10 +111,13 @@ class Augmentation(eqx.Module):
         **Arguments:**
 
         - `key`: a random key for the parameters.
-        - `images`: the images, in any scale.
+        - `images`: the images, of a floating dtype and in any scale.
 
         **Returns:** the images, and their labels.
+
+        **Raises:** `TypeError` for integers, `ValueError` for what is no batch of images.
         """
+        _check_images(images)
         parameters = self.draw(key, images.shape[0])
         return self.apply(images, parameters), self.labels(parameters, images.shape)
 
@@ -157,9 +164,12 @@ class Augmentation(eqx.Module):
 
         **Arguments:**
 
-        - `images`: the images.
+        - `images`: the images, of a floating dtype.
         - `parameters`: the parameters of each image.
+
+        **Raises:** as for a call.
         """
+        _check_images(images)
         is_affine = self.zoom or self.rotate or self.stretch or self.move
         one = functools.partial(_transformed, is_affine=is_affine)
         return jax.vmap(one)(images, parameters)
@@ -195,13 +205,31 @@ class Augmentation(eqx.Module):
         return jnp.concatenate([jnp.zeros(0, p.mirror.dtype), *used])
 
 
+def _check_images(images: Array) -> None:
+    """**Raises:** `TypeError` for integers, `ValueError` for what is no batch."""
+    if not jnp.issubdtype(jnp.result_type(images), jnp.floating):
+        raise TypeError(
+            f"`images` must be of a floating dtype; got {jnp.result_type(images)}. Scale "
+            "8-bit images with `images.from_uint8`."
+        )
+    if jnp.ndim(images) != 4:
+        raise ValueError(
+            "`images` must be a batch, of shape (n, height, width, channels); got shape "
+            f"{jnp.shape(images)}. For one image, use `image[None]`."
+        )
+
+
 def _transformed(
     image: Float[Array, "height width channels"],
     parameters: AugmentationParameters,
     *,
     is_affine: bool,
 ) -> Float[Array, "height width channels"]:
-    p = jax.tree.map(lambda leaf: leaf.astype(image.dtype), parameters)
+    given = image.dtype
+    # Half precision would round shifts and angles.
+    dtype = at_least_float32(given)
+    image = image.astype(dtype)
+    p = jax.tree.map(lambda leaf: leaf.astype(dtype), parameters)
     height, width, _ = image.shape
     image = jnp.where(p.mirror == 1, image[:, ::-1], image)
     image = jnp.where(p.flip == 1, image[::-1], image)
@@ -209,7 +237,7 @@ def _transformed(
     image = image[_reflected(jnp.arange(height) + up, height)]
     image = image[:, _reflected(jnp.arange(width) - right, width)]
     if not is_affine:
-        return image
+        return image.astype(given)
     # From the pixels of the result to those of the image, both from its centre.
     factor = jnp.exp2(0.2 * p.stretch)
     inverse = (
@@ -220,7 +248,7 @@ def _transformed(
         @ _rotation(p.axis)
     )
     origin = inverse @ (-p.move * _eighth(height, width))
-    return _resampled(image, inverse, origin)
+    return _resampled(image, inverse, origin).astype(given)
 
 
 def _resampled(

@@ -5,6 +5,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Integer, Key, UInt8
 
+from .._check import check_bools
 from .._time import at_least_float32
 from .._tree import is_concrete
 from .._types import AugmentationArgs
@@ -65,6 +66,7 @@ class DeviceImages(eqx.Module):
 
     def __check_init__(self):
         check_images(self.images)
+        check_bools(flip=self.flip, draw=self.draw)
         if self.labels is not None:
             check_labels(self.labels, len(self.images))
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int
 
+from .._check import check_instance
 from ..nn._ddpm_unet import DDPMUNet
 from ..nn._magnitude_unet import MagnitudePreservingUNet
 from ..nn._mlp import MLP
@@ -45,8 +46,10 @@ def recipe(name: str) -> Recipe:
 
     - `name`: one of [`flowdiffrax.images.recipes`][].
 
-    **Raises:** `ValueError` if there is no recipe of this name.
+    **Raises:** `ValueError` if there is no recipe of this name, `TypeError` for what is
+    not a name.
     """
+    check_instance(name, str, "name", "the name of a recipe, see `images.recipes()`")
     if name not in _RECIPES:
         near = difflib.get_close_matches(name, _RECIPES, 1, 0)
         raise ValueError(

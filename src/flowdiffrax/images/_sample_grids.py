@@ -1,4 +1,3 @@
-import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,8 +16,8 @@ from ..flow_maps._base import AbstractFlowMap
 from ..solvers._sample import sample
 from ..train import TrainState
 from ..train._reports import (
+    as_folder,
     beside,
-    check_folder,
     checked_every,
     gathered,
     is_number,
@@ -102,9 +101,8 @@ class SampleGrids:
             )
         if distance is not None:
             check_callable(distance, "distance", "distance(samples)")
-        self._folder = None if folder is None else pathlib.Path(folder)
+        self._folder = None if folder is None else as_folder(folder)
         if self._folder is not None:
-            check_folder(self._folder)
             import_extra("matplotlib", "plot", "SampleGrids")
             if to_images is None:
                 _check_images(x0)

@@ -6,7 +6,7 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Key
 
-from .._check import check_count, check_key, check_positive
+from .._check import check_bools, check_count, check_key, check_positive
 from .._types import Args, State, VectorField
 from ._build import Pool, build
 from ._costs import (
@@ -159,6 +159,7 @@ def advise(
     **Raises:** as [`flowdiffrax.learn_solver`][], for the same arguments.
     """
     check_positive(tol, "tol")
+    check_bools(both_directions=both_directions)
     check_count(batch_size, 1, "batch_size")
     key = jr.key(0) if key is None else key
     check_key(key)

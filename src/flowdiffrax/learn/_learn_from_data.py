@@ -9,7 +9,7 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Key
 
-from .._check import check_count, check_key, check_positive
+from .._check import check_bools, check_count, check_key, check_positive
 from ..train import fingerprint
 from ._build import build
 from ._folder import Folder, as_config
@@ -97,6 +97,7 @@ def learn_from_data(
     """
     begin = time.perf_counter()
     check_positive(minutes, "minutes")
+    check_bools(is_autonomous=is_autonomous, progress=progress)
     key = jr.key(0) if key is None else key
     check_key(key)
     say = Progress(begin, 60 * minutes, progress)

@@ -10,7 +10,7 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Key
 
-from .._check import check_instance, check_key, check_positive
+from .._check import check_bools, check_instance, check_key, check_positive
 from .._types import Args, State, VectorField
 from ._advise import warnings_of
 from ._build import Parts, build
@@ -115,6 +115,7 @@ def learn_solver(
     """
     begin = time.perf_counter()
     check_positive(minutes, "minutes")
+    check_bools(both_directions=both_directions, progress=progress)
     check_instance(solver, diffrax.AbstractSolver | None, "solver", "a Diffrax solver")
     key = jr.key(0) if key is None else key
     check_key(key)

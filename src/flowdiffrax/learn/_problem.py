@@ -15,7 +15,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Float, Key
 
-from .._check import check_callable, check_key, check_like
+from .._check import check_bools, check_callable, check_key, check_like
 from .._time import real_dtype
 from .._tree import num_rows, ravel, rows_not_finite
 from .._types import Args, State, VectorField
@@ -154,6 +154,7 @@ def make_problem(
     that do not take the arguments above.
     """
     check_callable(vector_field, "vector_field", "vector_field(t, x, args)")
+    check_bools(args_per_example=args_per_example)
     t0, t1 = _as_times(t0, t1)
     draws_x0 = callable(x0)
     # A network in `args` can be called as well, but is no function of a key.

@@ -10,7 +10,7 @@ import optimistix as optx
 from jax import lax
 from jaxtyping import Array, Bool, Int
 
-from .._check import check_flow_map, check_instance, check_like
+from .._check import check_bools, check_flow_map, check_instance, check_like
 from .._time import real_dtype, time_dtype, times_like
 from .._tree import subtract, vary_like
 from .._types import Args, Scalar, State, Time, TwoTimeMap
@@ -108,6 +108,7 @@ def invert(
     time if the solver does not converge and `throw` is true.
     """
     check_flow_map(flow_map)
+    check_bools(throw=throw)
     kinds = optx.AbstractFixedPointSolver | optx.AbstractRootFinder
     kinds |= optx.AbstractLeastSquaresSolver | None
     what = "an Optimistix fixed-point, root-finding or least-squares solver"

@@ -9,7 +9,7 @@ import jax.random as jr
 from jax import lax
 from jaxtyping import Array, Float, Key
 
-from .._check import check_callable, check_flow_map, check_like
+from .._check import check_bools, check_callable, check_flow_map, check_like
 from .._time import time_dtype
 from .._types import Args, Scalar, State, Time, TwoTimeMap, VectorField
 from ..flow_maps._base import AbstractFlowMap
@@ -52,6 +52,7 @@ class LogDensityVelocity(eqx.Module):
 
     def __check_init__(self):
         check_callable(self.vector_field, "vector_field", "vector_field(t, x, args)")
+        check_bools(fresh=self.fresh)
 
     def __call__(
         self, t: Time, x: tuple[State, Float[Array, ""]], args: Args = None

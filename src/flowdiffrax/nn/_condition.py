@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, Integer, Key
 
-from .._check import check_between, check_count, check_scalar
+from .._check import check_between, check_bools, check_count, check_scalar
 from .._types import Args, AugmentationArgs, GuidanceArgs, Time
 from ._embedding import MagnitudePreservingEmbedding, TwoTimeEmbedding, waves
 from ._layers import Linear
@@ -78,6 +78,7 @@ class Condition(eqx.Module):
         check_count(num_classes, 0, "num_classes")
         check_count(args_size, 0, "args_size")
         check_count(augment_size, 0, "augment_size")
+        check_bools(guidance=guidance)
         if num_classes > 0 and args_size > 0:
             raise ValueError(
                 "`args` are a label or a vector, so give `num_classes` or `args_size`; "

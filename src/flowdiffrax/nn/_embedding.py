@@ -10,7 +10,7 @@ import jax.random as jr
 import jax.tree_util as jtu
 from jaxtyping import Array, Float, Key, PyTree
 
-from .._check import check_positive
+from .._check import check_bools, check_positive
 from .._time import as_times, at_least_float32
 from .._types import Time
 from ._layers import Linear
@@ -63,6 +63,7 @@ class TwoTimeEmbedding(eqx.Module):
         key: Key[Array, ""],
     ):
         check_positive(max_frequency, "max_frequency")
+        check_bools(two_times=two_times)
         num_features = _even(size if num_features is None else num_features)
         start_key, gap_key, last_key = jr.split(key, 3)
         self.start = Linear(num_features, size, key=start_key)
@@ -118,6 +119,7 @@ class MagnitudePreservingEmbedding(eqx.Module):
         key: Key[Array, ""],
     ):
         check_positive(max_frequency, "max_frequency")
+        check_bools(two_times=two_times)
         num_features = _even(size if num_features is None else num_features)
         start_key, gap_key = jr.split(key)
         self.start = ForcedLinear(num_features, size, key=start_key)

@@ -11,7 +11,7 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Float, Key
 
-from .._check import check_count, check_key
+from .._check import check_count, check_key, check_positive
 from .._time import time_dtype, times_like
 from .._types import Args, Time
 from ._condition import VectorEmbedding
@@ -89,6 +89,7 @@ class AbstractGridNetwork(eqx.Module):
         self.shape = check_shape(shape)
         self.boundary = check_boundary(boundary, len(self.shape) - 1)
         # A NumPy or JAX number, such as `data.std()`, cannot be a static field.
+        check_positive(scale, "scale")
         self.scale = float(scale)
 
     def __call__(

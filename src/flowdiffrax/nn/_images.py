@@ -9,7 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
-from .._check import check_count, check_counts, check_key
+from .._check import (
+    check_bools,
+    check_count,
+    check_counts,
+    check_key,
+    check_positive,
+)
 from .._time import time_dtype, times_like
 from .._types import Args, Time
 from ._condition import Condition
@@ -55,6 +61,8 @@ class AbstractImageNetwork(eqx.Module):
     ):
         # Subclasses split the key, and make `condition` with one of the new ones.
         check_key(key)
+        check_positive(scale, "scale")
+        check_bools(remat=remat)
         self.shape = check_shape(shape, self.num_dims)
         # A NumPy or JAX number, such as `data.std()`, cannot be a static field.
         self.scale = float(scale)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, Key
 
-from .._check import check_count, check_key
+from .._check import check_count, check_key, check_positive
 from .._time import times_like
 from .._types import Args, Time
 from ._describe import describe
@@ -73,6 +73,7 @@ class MLP(eqx.Module):
     ):
         check_count(width, 1, "width")
         check_count(depth, 1, "depth")
+        check_positive(scale, "scale")
         check_key(key)
         first_key, hidden_key, last_key = jr.split(key, 3)
         num_inputs = size * (1 + 2 * len(frequencies))

@@ -58,7 +58,7 @@ class AlignYourFlowEMD(AbstractEulerian):
     jvp: Derivative = jax.jvp
 
     def __check_init__(self):
-        check_between(self.epsilon, 0, 1, "epsilon", "(]")
+        check_between(self.epsilon, 0, 1, "epsilon", "(]", or_none=True)
 
     def direction(self, flow_map, teacher, path, s, I_s, args) -> State:
         del flow_map, path
@@ -109,7 +109,7 @@ class AlignYourFlowLMD(AbstractLagrangian):
     jvp: Derivative = jax.jvp
 
     def __check_init__(self):
-        check_between(self.epsilon, 0, 1, "epsilon", "(]")
+        check_between(self.epsilon, 0, 1, "epsilon", "(]", or_none=True)
 
     def followed(self, flow_map, teacher) -> VectorField:
         del flow_map

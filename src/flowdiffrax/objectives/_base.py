@@ -6,7 +6,7 @@ import diffrax
 import equinox as eqx
 from jaxtyping import Array, Key
 
-from .._check import check_instance, check_scalar
+from .._check import as_member, check_instance, check_scalar
 from .._tree import squared_norm
 from .._types import AbstractVar, Args, Scalar, State, Time
 from ..flow_maps._base import AbstractFlowMap
@@ -48,7 +48,8 @@ def check_stop_gradient(choice: StopGradient, *allowed: StopGradient) -> None:
 def stop_gradient_field(default: StopGradient) -> Any:
     """A field for a `StopGradient`, which also accepts a name such as `"teacher"`."""
     # Static, because it decides in Python which terms are traced.
-    return eqx.field(static=True, default=default, converter=StopGradient)
+    as_choice = lambda choice: as_member(choice, StopGradient, "stop_gradient")
+    return eqx.field(static=True, default=default, converter=as_choice)
 
 
 class AbstractObjective(eqx.Module):

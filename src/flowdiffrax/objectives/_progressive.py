@@ -6,7 +6,13 @@ import jax.random as jr
 import jax.tree_util as jtu
 from jaxtyping import Array, ArrayLike, Key
 
-from .._check import check_between, check_callable, check_count, check_positive
+from .._check import (
+    check_between,
+    check_bools,
+    check_callable,
+    check_count,
+    check_positive,
+)
 from .._time import times_like
 from .._tree import freeze, scale, subtract
 from .._types import State
@@ -160,7 +166,8 @@ class ProgressiveSelfDistillation(AbstractProgressiveSelfDistillation):
     def __check_init__(self):
         # No derivative is taken, so there is none to hold fixed.
         check_stop_gradient(self.stop_gradient, StopGradient.NONE, StopGradient.TEACHER)
-        check_between(self.split, 0, 1, "split", "()")
+        check_between(self.split, 0, 1, "split", "()", or_none=True)
+        check_bools(compare_states=self.compare_states)
 
     def share(self, key) -> ArrayLike:
         return self.split if self.split is not None else jr.uniform(key)  # pyright: ignore
@@ -222,7 +229,7 @@ class Shortcut(AbstractProgressiveSelfDistillation):
     clip: float | None = None
 
     def __check_init__(self):
-        check_positive(self.clip, "clip")
+        check_positive(self.clip, "clip", or_none=True)
 
     def share(self, key) -> ArrayLike:
         del key

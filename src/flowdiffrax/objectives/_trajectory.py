@@ -2,7 +2,7 @@ from collections.abc import Callable
 
 import equinox as eqx
 
-from .._check import check_callable
+from .._check import check_bools, check_callable
 from .._tree import subtract
 from .._types import Scalar, State
 from ..paths._base import InterpolantPath
@@ -52,6 +52,7 @@ class TrajectoryMatching(AbstractResidualObjective):
 
     def __check_init__(self):
         check_callable(self.difference, "difference", "difference(x, y)")
+        check_bools(positions=self.positions)
 
     def __call__(self, flow_map, teacher, path, s, t, args=None, *, key=None) -> Scalar:
         if not self.positions:

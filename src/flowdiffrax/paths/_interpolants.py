@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._check import check_between
+from .._check import check_between, check_positive
 from ._base import AbstractInterpolant, Coefficient
 
 
@@ -121,6 +121,7 @@ class VariancePreservingInterpolant(AbstractInterpolant):
     b_max: float = 20.0
 
     def __check_init__(self):
+        check_positive(self.b_max, "b_max")
         check_between(self.b_min, 0, self.b_max, "b_min", "()")
 
     def alpha(self, t):
@@ -169,6 +170,7 @@ class VarianceExplodingInterpolant(AbstractInterpolant):
     sigma_max: float = 50.0
 
     def __check_init__(self):
+        check_positive(self.sigma_max, "sigma_max")
         check_between(self.sigma_min, 0, self.sigma_max, "sigma_min", "()")
 
     def alpha(self, t):

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, ArrayLike, Float, Int, Key
 
-from .._check import check_at_least, check_between
+from .._check import check_at_least, check_between, check_bools
 from .._io import import_extra
 from .._time import time_dtype
 from .._tree import num_rows
@@ -60,6 +60,7 @@ class OptimalTransportCoupling(AbstractCoupling):
     within_labels: bool = eqx.field(static=True, default=True)
 
     def __check_init__(self):
+        check_bools(within_labels=self.within_labels)
         # Import early, rather than first while a batch is traced.
         _import_ott()
 
@@ -86,9 +87,11 @@ class ConditionalOptimalTransportCoupling(AbstractCoupling):
     transport skews it. The larger $w$, the smaller the skew, and the less is re-ordered.
 
     The distance $d$ of two conditions is the sum, over their arrays, of the squared
-    distance of the entries; for integers, which are labels, it is 1 if they differ. Scale
-    conditions in different units to a common one. For labels alone, use
-    [`flowdiffrax.paths.OptimalTransportCoupling`][], which is the limit of a large $w$.
+    distance of the entries; for integers, which are labels, it is 1 if they differ. A
+    condition that is not finite is infinitely far from all others, so its base draw stays
+    where it is. Scale conditions in different units to a common one. For labels alone,
+    use [`flowdiffrax.paths.OptimalTransportCoupling`][], which is the limit of a large
+    $w$.
 
     It requires ott-jax: `pip install "flowdiffrax[ot]"`. Cost, precision and the warning
     are as there.
@@ -117,8 +120,7 @@ class ConditionalOptimalTransportCoupling(AbstractCoupling):
 
     def __check_init__(self):
         check_between(self.share, 0, 1, "share", "()")
-        if self.weight is not None:
-            check_at_least(self.weight, 0, "weight")
+        check_at_least(self.weight, 0, "weight", or_none=True)
         _import_ott("ConditionalOptimalTransportCoupling")
 
     def __call__(
@@ -140,8 +142,9 @@ class ConditionalOptimalTransportCoupling(AbstractCoupling):
         else:
             # `_cost` is half the squared distance, up to terms of one point.
             weight = jnp.asarray(self.weight, cost.dtype) / (2 * unit)
-        # The weight may be infinite, and its product with zero is NaN.
+        # Both may be infinite, and the product with zero is NaN.
         penalty = jnp.where(distances > 0, weight * distances, 0)
+        penalty = jnp.where(jnp.isinf(distances), jnp.inf, penalty)
         return _take(x0, _assign(cost + penalty))
 
 
@@ -201,7 +204,9 @@ def _condition_distances(
             distances = distances + squares.astype(dtype)
         else:
             distances = distances + (~same_label(rows, size)).astype(dtype)
-    return distances
+    # The distance to a NaN is NaN, which would cost nothing.
+    distances = jnp.where(jnp.isfinite(distances), distances, jnp.inf)
+    return jnp.where(jnp.eye(size, dtype=bool), 0, distances)
 
 
 def _import_ott(name: str = "OptimalTransportCoupling") -> tuple[Any, Any, Any]:

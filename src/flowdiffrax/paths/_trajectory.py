@@ -8,7 +8,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int, PyTree, Real
 
-from .._check import check_callable, check_count, check_like
+from .._check import (check_bools, check_callable, check_count, check_like)
 from .._time import real_dtype, time_dtype, times_like
 from .._tree import is_concrete, nan_where, num_rows, rows_not_finite, subtract
 from .._types import Args, State, Time, TwoTimeMap, VectorField
@@ -223,6 +223,7 @@ def _rows_of_batch(
     batch_size = num_rows(x0, "`x0` is a batch of states: its leaves")
     check_one_length(ts)
     check_count(chunk_size, 1, "chunk_size")
+    check_bools(args_per_example=args_per_example, throw=throw)
     if jnp.ndim(ts) not in (1, 2) or jnp.shape(ts)[-1] < 2:
         raise ValueError(
             "`ts` must have at least two times, in shape (times,) or (batch, times); "

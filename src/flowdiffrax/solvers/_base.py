@@ -5,7 +5,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from .._check import check_count
+from .._check import check_bools, check_count
 from .._tree import all_finite
 from .._types import AbstractVar, Args, State, Time, TwoTimeMap, VectorField
 from ..flow_maps._base import out_of_range_message, times_out_of_range
@@ -38,6 +38,7 @@ class AbstractFlowMapSolver(diffrax.AbstractSolver):
     def __check_init__(self):
         check_composable(self.flow_map)
         check_count(self.dense_degree, 1, "dense_degree")
+        check_bools(check_finite=self.check_finite)
 
     def order(self, terms: Terms) -> int:
         """One, since a map's local error is mostly the step times its velocity's error.

@@ -10,10 +10,10 @@ import optax
 from jax import lax
 from jaxtyping import Array, ArrayLike, Key, Real
 
-from .._check import check_count, check_like
+from .._check import check_count, check_instance, check_like
 from .._time import time_dtype
 from .._tree import all_finite, is_concrete
-from .._types import Args, State, TwoTimeMap
+from .._types import Args, Numbers, State, TwoTimeMap
 from ..flow_maps._base import out_of_range_message, times_out_of_range
 from ..flow_maps._inverse import check_composable
 from ..paths._base import AbstractInterpolant
@@ -111,12 +111,7 @@ def _start(flow_map, x0, ts, args):
     """Checks the start and the grid; returns them, and a function that jumps."""
     check_composable(flow_map)
     x0 = jtu.tree_map(jnp.asarray, x0)
-    if is_concrete(x0):
-        # A constant within `jit` is concrete, but results computed from it are not.
-        with jax.ensure_compile_time_eval():
-            finite = bool(all_finite(x0))
-        if not finite:
-            raise ValueError("`x0` is not finite, but a flow map takes finite states.")
+    check_finite_state(x0)
     grid = make_grid(flow_map, ts)
     if is_concrete(grid):
         # The grid is checked as NumPy, which is concrete even inside `jit`.
@@ -198,7 +193,19 @@ def sample_with_restarts(
     return x1
 
 
+def check_finite_state(x0: State) -> None:
+    """**Raises:** `ValueError` for a concrete state that is not finite."""
+    if not is_concrete(x0):
+        return
+    # A constant within `jit` is concrete, but results computed from it are not.
+    with jax.ensure_compile_time_eval():
+        finite = bool(all_finite(x0))
+    if not finite:
+        raise ValueError("`x0` is not finite, but a flow map takes finite states.")
+
+
 def make_grid(flow_map: TwoTimeMap, ts) -> Real[ArrayLike, " times"]:
+    check_instance(ts, Numbers, "ts", "a number of jumps, or a grid of times")
     is_number = jnp.ndim(ts) == 0 and is_concrete(ts)
     if is_number and jnp.issubdtype(jnp.result_type(ts), jnp.integer):
         check_count(ts, 1, "ts")

@@ -14,6 +14,7 @@ from jaxtyping import Array, ArrayLike, Bool, PyTree, Real
 
 from .._check import (
     check_between,
+    check_bools,
     check_callable,
     check_count,
     check_like,
@@ -120,6 +121,7 @@ def solve_batch(
     check_count(chunk_size, 1, "chunk_size")
     check_count(max_steps, 1, "max_steps")
     check_fallback(fallback)
+    check_bools(args_per_example=args_per_example)
     num = num_rows(x0, "`x0` is a batch of examples: its leaves")
     if args_per_example:
         num_rows((x0, args), "`x0` and `args` have a row for each example: their leaves")

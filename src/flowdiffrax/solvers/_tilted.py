@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import equinox as eqx
 import jax
@@ -28,7 +28,9 @@ from .._types import Args, Scalar, State
 from ..flow_maps._base import AbstractFlowMap
 from ..flow_maps._inverse import check_composable
 from ..paths._base import AbstractInterpolant, Coefficient
-from ._sample import check_grid, make_grid
+from ._sample import check_finite_state, check_grid, make_grid
+
+_Value = TypeVar("_Value")
 
 
 def _quadratic(t: Array) -> Array:
@@ -136,8 +138,9 @@ def sample_tilted(
 
     **Raises:** `TypeError` if `flow_map` or `interpolant` is not one, or for complex
     states or rewards; `RuntimeError` at run time if a reward is not finite; `ValueError`
-    if the reward is not a scalar, the times do not rise
-    from 0 to 1, `tilt` has other values at the ends, or a setting is out of range.
+    if the reward is not a scalar, `x0` is not finite, the times do not rise from 0 to 1,
+    `tilt` has other values at the ends, or a setting is out of range. Traced times and
+    settings are checked at run time.
 
     ??? cite "Reference"
 
@@ -156,10 +159,19 @@ def sample_tilted(
         check_scalar(number, name)
         check_positive(number, name)
     check_between(resample_below, 0, 1, "resample_below")
-    _check_tilt(tilt)
     number = num_rows(x0, "`x0`")
     x0 = jtu.tree_map(jnp.asarray, x0)
+    check_finite_state(x0)
     grid = _rising_grid(flow_map, ts)
+    resample_below = _traced(
+        resample_below,
+        lambda share: (share >= 0) & (share <= 1),
+        "`resample_below` must be in [0, 1].",
+    )
+    noise, base_std = (
+        _traced(number, lambda number: number > 0, f"`{name}` must be positive.")
+        for name, number in (("noise", noise), ("base_std", base_std))
+    )
 
     # States are vectors here, in the precision of the times.
     dtype = time_dtype(x0)
@@ -167,7 +179,7 @@ def sample_tilted(
     own, unravel = ravel(jtu.tree_map(lambda leaf: leaf[0], x0), "`sample_tilted`")
     as_vector = lambda x: flatten(x).astype(dtype)
     as_state = lambda x: unravel(x.astype(own.dtype))
-    grid = jnp.asarray(grid, dtype)
+    grid = _with_tilt_checked(jnp.asarray(grid, dtype), tilt)
     noise, base_std = jnp.asarray(noise, dtype), jnp.asarray(base_std, dtype)
 
     def jump(s, t, x):
@@ -225,7 +237,7 @@ def sample_tilted(
         log_weights,
         ~jnp.isfinite(log_weights).all(),
         "`reward` was not finite at a look-ahead. Replace a hard constraint by a steep "
-        "penalty, and look for NaNs in the map.",
+        "penalty, and look for NaNs in `x0` and in the map.",
     )
     sizes = jnp.append(sizes, _effective_size(log_weights))
     log_normaliser = _log_mean(log_weights)
@@ -307,8 +319,8 @@ def _resample(
 
 
 def _as_reward(value: ArrayLike) -> Array:
-    value = jnp.asarray(value)
     check_scalar(value, "reward(x, args)")
+    value = jnp.asarray(value)
     if not jnp.issubdtype(value.dtype, jnp.floating):
         raise TypeError(
             f"`reward` must return a real floating-point number; got {value.dtype}."
@@ -316,23 +328,42 @@ def _as_reward(value: ArrayLike) -> Array:
     return value
 
 
-def _check_tilt(tilt: Coefficient) -> None:
+def _traced(value: _Value, is_right: Callable[[Array], Array], message: str) -> _Value:
+    """`value`, with an error at run time if it is traced and not right."""
+    return value if is_concrete(value) else eqx.error_if(value, ~is_right(value), message)
+
+
+def _with_tilt_checked(
+    grid: Float[Array, " times"], tilt: Coefficient
+) -> Float[Array, " times"]:
+    """**Raises:** `TypeError` or `ValueError` unless `tilt` is a number, from 0 to 1."""
     with jax.ensure_compile_time_eval():
         ends = [tilt(jnp.asarray(0.0)), tilt(jnp.asarray(1.0))]
-    if is_concrete(ends) and not np.allclose(np.asarray(ends), [0, 1], atol=1e-5):
-        raise ValueError(
-            f"`tilt` must be 0 at t = 0 and 1 at t = 1; got {ends[0]:g} and {ends[1]:g}."
-        )
+    for end in ends:
+        check_scalar(end, "tilt(t)")
+    message = "`tilt` must be 0 at t = 0 and 1 at t = 1"
+    if is_concrete(ends):
+        if not np.allclose(np.asarray(ends), [0, 1], atol=1e-5):
+            raise ValueError(f"{message}; got {ends[0]:g} and {ends[1]:g}.")
+        return grid
+    is_right = (jnp.abs(ends[0]) <= 1e-5) & (jnp.abs(ends[1] - 1) <= 1e-5)
+    return eqx.error_if(grid, ~is_right, f"{message}.")
 
 
 def _rising_grid(flow_map: AbstractFlowMap, ts) -> Real[ArrayLike, " times"]:
     grid = make_grid(flow_map, ts)
+    message = "`ts` must rise from 0 to 1, from the base to the data"
     if is_concrete(grid):
         known = np.asarray(grid)
         check_grid(flow_map, known)
         if not np.allclose(known[[0, -1]], [0, 1], atol=1e-6):
-            raise ValueError(
-                "`ts` must rise from 0 to 1, from the base to the data; got "
-                f"{known[0]:g} to {known[-1]:g}."
-            )
-    return grid
+            raise ValueError(f"{message}; got {known[0]:g} to {known[-1]:g}.")
+        return grid
+
+    check_grid(flow_map, np.asarray([0.0, 1.0]))
+
+    def is_right(grid):
+        rises = jnp.all(jnp.diff(grid) > 0)
+        return rises & (jnp.abs(grid[0]) <= 1e-6) & (jnp.abs(grid[-1] - 1) <= 1e-6)
+
+    return _traced(grid, is_right, f"{message}.")

@@ -7,7 +7,7 @@ from typing import Any
 import jax.tree_util as jtu
 import numpy as np
 
-from .._check import check_at_least, check_count
+from .._check import check_at_least, check_bools, check_count
 from .._derivative import Derivative
 from .._types import Args, State
 from ._assess import check_names, jacobian_is_cheap
@@ -105,6 +105,7 @@ def check(
     """
     names = tuple(IDENTITIES) if identities is None else tuple(identities)
     check_names(names)
+    check_bools(ordered=ordered)
     if identities is None:
         left_out = {"tangent"} if vector_field is None else set()
         left_out |= _BACKWARDS if ordered else set()

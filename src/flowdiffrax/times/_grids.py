@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from .._check import check_count
+from .._check import check_bools, check_count
 from .._tree import is_concrete
 from ._base import AbstractTimes, Times
 
@@ -54,6 +54,7 @@ class GridTimes(AbstractTimes):
 
     def __check_init__(self):
         _check_grid(self.ts)
+        check_bools(both_directions=self.both_directions)
 
     def from_uniform(self, first: Times, second: Times) -> tuple[Times, Times]:
         size = self.ts.shape[0]

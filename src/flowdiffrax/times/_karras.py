@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Int
 
-from .._check import check_between, check_count
+from .._check import check_between, check_count, check_positive
 from ._base import AbstractTimes, Times
 
 
@@ -118,6 +118,7 @@ def doubling_schedule(
         iCT, [arXiv:2310.14189](https://arxiv.org/abs/2310.14189), section 3.4.
     """
     check_count(num_steps, 1, "num_steps")
+    check_count(last, 1, "last")
     check_between(first, 1, last, "first")
     num_stages = math.log2(last // first) + 1
     steps_a_stage = max(math.floor(num_steps / num_stages), 1)
@@ -138,4 +139,5 @@ def _karras_time(share, sigma_min, sigma_max, base_std, power):
 
 def _check_karras(num_times: ArrayLike, sigma_min: float, sigma_max: float) -> None:
     check_count(num_times, 2, "num_times")
+    check_positive(sigma_max, "sigma_max")
     check_between(sigma_min, 0, sigma_max, "sigma_min", "()")

@@ -3,7 +3,7 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.special import ndtr, ndtri
 
-from .._check import check_positive
+from .._check import check_bools, check_finite_number, check_positive
 from ._base import AbstractTimes, Times
 
 
@@ -28,7 +28,9 @@ class LogitNormal(AbstractTimes):
     sort: bool = eqx.field(static=True, default=True)
 
     def __check_init__(self):
+        check_finite_number(self.mean, "mean")
         check_positive(self.std, "std")
+        check_bools(sort=self.sort)
 
     def from_uniform(self, first: Times, second: Times) -> tuple[Times, Times]:
         logit = lambda u: self.mean + self.std * _quantile(u)
@@ -65,7 +67,9 @@ class LogitNormalPair(AbstractTimes):
     end_std: float = 1.6
 
     def __check_init__(self):
+        check_finite_number(self.mean, "mean")
         check_positive(self.std, "std")
+        check_finite_number(self.end_mean, "end_mean")
         check_positive(self.end_std, "end_std")
 
     def from_uniform(self, first: Times, second: Times) -> tuple[Times, Times]:
@@ -101,8 +105,10 @@ class LogitNormalGap(AbstractTimes):
     end_std: float | None = None
 
     def __check_init__(self):
+        check_finite_number(self.mean, "mean")
         check_positive(self.std, "std")
-        check_positive(self.end_std, "end_std")
+        check_finite_number(self.end_mean, "end_mean", or_none=True)
+        check_positive(self.end_std, "end_std", or_none=True)
         if (self.end_mean is None) != (self.end_std is None):
             raise ValueError("`end_mean` and `end_std` must be given together.")
 

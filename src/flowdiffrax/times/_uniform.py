@@ -2,7 +2,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import ArrayLike
 
-from .._check import check_between
+from .._check import check_between, check_bools
 from ._base import AbstractTimes, Times
 
 
@@ -65,6 +65,9 @@ class Diagonal(AbstractTimes):
 
     times: AbstractTimes | None = None
     start: bool = eqx.field(static=True, default=False)
+
+    def __check_init__(self):
+        check_bools(start=self.start)
 
     def from_uniform(self, first: Times, second: Times) -> tuple[Times, Times]:
         if self.times is None:

@@ -83,12 +83,11 @@ class Checkpoints:
                 f"{list(self.steps)}."
             )
         about = self.about(step)
-        arrays, numbers = by_name(like)
-        leaves = describe(arrays, numbers)
+        arrays, leaves = _described(like)
         if about["leaves"] != leaves:
             raise ValueError(
                 f"The checkpoint of step {step} in {self._run} belongs to another model, "
-                "optimiser or number of averages: "
+                "optimiser or averages: "
                 f"{differences(about['leaves'], leaves)}."
             )
         found = self._read(step, arrays)
@@ -113,8 +112,7 @@ class Checkpoints:
                 f"`best_by` must name a number; {self._best_by!r} is "
                 f"{report[self._best_by]!r} in the report."
             )
-        arrays, numbers = by_name(state)
-        leaves = describe(arrays, numbers)
+        arrays, leaves = _described(state)
         # A copy: the next step reuses the memory while Orbax still reads.
         arrays = jtu.tree_map(jnp.array, without_keys(arrays))
         about = {
@@ -217,3 +215,14 @@ class Checkpoints:
             f"full, free some space. The checkpoints of steps {list(self.steps)} are "
             "complete: the same call resumes from the newest."
         )
+
+
+def _described(tree: PyTree) -> tuple[dict[str, Any], dict[str, str]]:
+    """The arrays of a tree, and a description of it that a resumed run must match."""
+    arrays, numbers = by_name(tree)
+    leaves = describe(arrays, numbers)
+    if isinstance(tree, TrainState):
+        # The arrays of two averages cannot tell which is which.
+        leaves |= {".ema_decay": repr(tree.ema_decay)}
+        leaves |= {".teacher_decay": repr(tree.teacher_decay)}
+    return arrays, leaves

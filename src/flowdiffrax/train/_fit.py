@@ -10,7 +10,7 @@ import jax
 import optax
 from jaxtyping import Array, Key
 
-from .._check import check_count, check_instance
+from .._check import check_bools, check_count, check_instance
 from .._tree import num_rows
 from ..data import ConditionDropout, StreamBatches, TrajectoryBatches
 from ..flow_maps._base import AbstractFlowMap
@@ -123,6 +123,7 @@ def fit(
     check_count(num_steps, 1, "num_steps")
     check_count(report_every, 1, "report_every")
     check_count(max_skipped, 0, "max_skipped")
+    check_bools(progress=progress)
     what = "a flow map or a `TrainState`. Wrap a network as `FlowMap(net)`"
     check_instance(flow_map, AbstractFlowMap | TrainState, "flow_map", what)
     check_instance(run, Run | None, "run", "a `train.Run` or `None`")

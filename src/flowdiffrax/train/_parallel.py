@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
+from .._check import check_bools
 from .._tree import is_concrete
 
 # A weight with fewer entries costs more to gather than to keep on every device.
@@ -37,6 +38,7 @@ class DataParallel:
     shard_weights: bool = False
 
     def __post_init__(self):
+        check_bools(shard_weights=self.shard_weights)
         devices = jax.devices() if self.devices is None else self.devices
         # A frozen class sets its own attributes like this.
         object.__setattr__(self, "devices", tuple(devices))

@@ -5,6 +5,8 @@ $p_{\gamma,n}(\tau) = (\gamma + 1)\,\tau^\gamma / n^{\gamma + 1}$. Its width is 
 share of the steps so far, so a longer run needs no other setting.
 """
 
+from typing import Any
+
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +16,11 @@ from .._check import check_between
 
 # At this width, all steps weigh the same, and the exponent is zero.
 _WIDEST = 12**-0.5
+
+
+def _as_width(sigma_rel: Any) -> float:
+    check_between(sigma_rel, 0, _WIDEST, "sigma_rel", "()")
+    return float(sigma_rel)
 
 
 class PowerAverage(eqx.Module):
@@ -40,7 +47,8 @@ class PowerAverage(eqx.Module):
     - `sigma_rel`: the relative width, between 0 and $1/\sqrt{12} \approx 0.289$. The
       paper tracks 0.05 and 0.10.
 
-    **Raises:** `ValueError` for a width outside this interval.
+    **Raises:** `ValueError` for a width outside this interval, `TypeError` for what is
+    not a number.
 
     ??? cite "Reference"
 
@@ -48,10 +56,7 @@ class PowerAverage(eqx.Module):
         appendix C.
     """
 
-    sigma_rel: float = eqx.field(static=True, converter=float)
-
-    def __check_init__(self):
-        check_between(self.sigma_rel, 0, _WIDEST, "sigma_rel", "()")
+    sigma_rel: float = eqx.field(static=True, converter=_as_width)
 
     @property
     def exponent(self) -> float:

@@ -12,7 +12,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Key, PyTree
 
-from .._check import check_callable, check_count
+from .._check import check_callable, check_count, check_instance
 from .._io import StrPath, import_extra
 from ..metrics._loss import bin_losses, weighted_losses
 from ..objectives._base import AbstractObjective
@@ -129,7 +129,7 @@ class TensorBoard:
 
     def __init__(self, folder: StrPath):
         tensorboard = import_extra("tensorboardX", "tensorboard", "TensorBoard")
-        check_folder(pathlib.Path(folder))
+        folder = as_folder(folder)
         self.writer = None
         if jax.process_index() == 0:
             # By default its thread writes every two minutes, which a killed run would
@@ -247,6 +247,10 @@ def is_number(value: Any) -> bool:
     return isinstance(value, kinds) and getattr(value, "ndim", 0) == 0
 
 
-def check_folder(folder: pathlib.Path) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"`folder` must be a folder; got {folder}, which is a file.")
+def as_folder(folder: StrPath) -> pathlib.Path:
+    """**Raises:** `TypeError` for what is no path, `ValueError` for a file."""
+    check_instance(folder, StrPath, "folder", 'a path, for example "out/run"')
+    path = pathlib.Path(folder)
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"`folder` must be a folder; got {path}, which is a file.")
+    return path

@@ -1,5 +1,6 @@
 import json
 import pathlib
+import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,7 +16,7 @@ from .._io import StrPath
 from ..flow_maps._base import AbstractFlowMap
 from ._checkpoint import load, save
 from ._power_average import PowerAverage, combination
-from ._reports import check_folder, checked_every, gathered
+from ._reports import as_folder, checked_every, gathered
 from ._step import TrainState, decays_of, in_precision_of, precise
 
 # Weights of an average that are this far from those wanted, relative to their norm,
@@ -39,8 +40,9 @@ class Snapshots:
     ```
 
     A file appears whole or not at all. A run that resumes writes the files of the steps
-    that it repeats again, with the same contents. With several processes, the first one
-    writes.
+    that it repeats again, with the same contents. Each file names the one before it, by
+    its checksum, so that files of another run in the same folder are found when they are
+    read. With several processes, the first one writes.
 
     **Arguments:**
 
@@ -51,8 +53,8 @@ class Snapshots:
       The paper keeps about 250 snapshots of a run.
 
     **Raises:** `ValueError` if no average is a [`flowdiffrax.train.PowerAverage`][], if
-    `every` is below 1, or if `folder` is a file. When called, `ValueError` if the state
-    has another number of averages.
+    `every` is below 1, or if `folder` is a file; `TypeError` if `folder` is no path. When
+    called, `ValueError` if the state has other averages.
     """
 
     def __init__(
@@ -62,13 +64,11 @@ class Snapshots:
         *,
         every: int = 1,
     ):
-        self._folder = pathlib.Path(folder)
-        check_folder(self._folder)
-        decays = decays_of(ema_decay)
-        self._number = len(decays)
+        self._folder = as_folder(folder)
+        self._decays = decays_of(ema_decay)
         self._tracked = {
             index: decay
-            for index, decay in enumerate(decays)
+            for index, decay in enumerate(self._decays)
             if isinstance(decay, PowerAverage)
         }
         if len(self._tracked) == 0:
@@ -77,6 +77,8 @@ class Snapshots:
                 "`PowerAverage(0.05)` and `PowerAverage(0.10)`."
             )
         self._every = checked_every(every)
+        self._reported = sys.maxsize
+        self._previous: dict[str, Any] | None = None
 
     def __call__(self, state: TrainState, report: Mapping[str, Any]) -> None:
         """Writes a snapshot.
@@ -87,13 +89,20 @@ class Snapshots:
         - `report`: the numbers so far, including `step`.
         """
         step = int(report["step"])
+        if state.ema_decay != self._decays:
+            raise ValueError(
+                f"The snapshots are of the averages {self._decays}, but the state has "
+                f"{state.ema_decay}. Give both the same `ema_decay`."
+            )
+        is_writer = jax.process_index() == 0
+        if is_writer and step <= self._reported:
+            # A run begins or resumes here. It continues from the files of earlier steps,
+            # and will write those of this step and later ones.
+            earlier = [path for path in _by_step(self._folder) if _step_of(path) < step]
+            self._previous = _reference(earlier[-1]) if earlier else None
+        self._reported = step
         if step % self._every != 0:
             return
-        if len(state.averages) != self._number:
-            raise ValueError(
-                f"The snapshots are of {self._number} averages, but the state has "
-                f"{len(state.averages)}. Give both the same `ema_decay`."
-            )
         averages = tuple(
             gathered(state, state.averages[index]) for index in self._tracked
         )
@@ -103,9 +112,12 @@ class Snapshots:
             "count": step - int(report["skipped"]),
             # Snapshots of different runs must not be mixed.
             "key": gathered(state, state.key_data).tolist(),
+            "previous": self._previous,
         }
-        if jax.process_index() == 0:
-            save(self._folder / f"{step}.safetensors", config, averages)
+        if is_writer:
+            path = self._folder / f"{step}.safetensors"
+            save(path, config, averages)
+            self._previous = _reference(path)
 
 
 def power_average(
@@ -129,7 +141,8 @@ def power_average(
     **Returns:** a map like `like` with the averaged weights, in its precision.
 
     **Raises:** `FileNotFoundError` if there are no snapshots, or none of this step;
-    `ValueError` if they are of different runs or another map, or if a file is damaged.
+    `ValueError` if they are of different runs or another map, or if a file is damaged;
+    `TypeError` if `folder` is no path or `like` no map.
     If the weights over the steps are more than 5 % off, for example because there are too
     few snapshots for so narrow an average, a `RuntimeWarning` reports it.
 
@@ -139,13 +152,9 @@ def power_average(
     """
     check_instance(like, AbstractFlowMap, "like", "a flow map")
     wanted = PowerAverage(sigma_rel)
-    paths = _files(pathlib.Path(folder), step)
+    paths = _files(as_folder(folder), step)
     abouts = [_about(path) for path in paths]
-    if any(about["key"] != abouts[-1]["key"] for about in abouts):
-        raise ValueError(
-            f"{folder} has snapshots of runs with different root keys. Give each run a "
-            "folder of its own."
-        )
+    _check_one_run(paths, abouts)
     counts = [about["count"] for about in abouts for _ in about["sigma_rel"]]
     widths = [width for about in abouts for width in about["sigma_rel"]]
     exponents = [PowerAverage(width).exponent for width in widths]
@@ -172,23 +181,61 @@ def power_average(
 
 def _files(folder: pathlib.Path, step: int | None) -> list[pathlib.Path]:
     """The snapshots up to a step, in order."""
-    names = [path.stem for path in folder.glob("*.safetensors")]
-    steps = sorted(int(name) for name in names if name.isdigit())
-    if len(steps) == 0:
+    paths = _by_step(folder)
+    if len(paths) == 0:
         raise FileNotFoundError(f"{folder} has no snapshots.")
+    steps = [_step_of(path) for path in paths]
     if step not in (None, *steps):
         raise FileNotFoundError(
             f"{folder} has no snapshot of step {step}; there are {steps}."
         )
-    last = steps[-1] if step is None else step
-    return [folder / f"{other}.safetensors" for other in steps if other <= last]
+    return [path for path in paths if step is None or _step_of(path) <= step]
+
+
+def _by_step(folder: pathlib.Path) -> list[pathlib.Path]:
+    paths = [path for path in folder.glob("*.safetensors") if path.stem.isdigit()]
+    return sorted(paths, key=_step_of)
+
+
+def _step_of(path: pathlib.Path) -> int:
+    return int(path.stem)
+
+
+def _reference(path: pathlib.Path) -> dict[str, Any]:
+    """What the next snapshot says of this one."""
+    return {"step": _step_of(path), "sha256": _about(path)["sha256"]}
+
+
+def _check_one_run(paths: list[pathlib.Path], abouts: list[dict[str, Any]]) -> None:
+    """**Raises:** `ValueError` if snapshots do not continue one another.
+
+    Those that were deleted since may be missing, but not the first.
+    """
+    sums = {}
+    for path, about in zip(paths, abouts, strict=True):
+        previous = about["previous"]
+        if previous is None:
+            continues = not sums
+        else:
+            continues = (
+                sums.get(previous["step"], previous["sha256"]) == previous["sha256"]
+            )
+        if not continues or about["key"] != abouts[0]["key"]:
+            raise ValueError(
+                f"{path} does not continue the snapshots before it: it is of another "
+                "run, or of one that repeated earlier steps on another device. Give each "
+                "run its own folder, or remove the files that do not belong to it."
+            )
+        sums[_step_of(path)] = about["sha256"]
 
 
 def _about(path: pathlib.Path) -> dict[str, Any]:
     try:
         with safetensors.safe_open(path, "numpy") as file:  # pyright: ignore
-            about = json.loads(file.metadata()["flowdiffrax"])["config"]
-        return {name: about[name] for name in ("sigma_rel", "count", "key")}
+            header = json.loads(file.metadata()["flowdiffrax"])
+        about = header["config"] | {"sha256": header["sha256"]}
+        names = "sigma_rel", "count", "key", "previous", "sha256"
+        return {name: about[name] for name in names}
     except (safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not a snapshot of averages: {error}.") from error
 

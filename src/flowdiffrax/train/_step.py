@@ -1,4 +1,5 @@
 import functools
+import numbers
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, TypeAlias
 
@@ -15,6 +16,7 @@ from jax import lax
 from jaxtyping import Array, Int, Key, PyTree
 
 from .._check import (
+    check_between,
     check_callable,
     check_count,
     check_instance,
@@ -68,6 +70,7 @@ class TrainState(eqx.Module):
     - `step`: how many steps have been made.
     - `skipped`: how many of them were skipped because something was not finite.
     - `key_data`, `key_impl`: the data of the root key, and its PRNG implementation.
+    - `ema_decay`, `teacher_decay`: what the averages are. A step with others is refused.
     """
 
     flow_map: AbstractFlowMap
@@ -79,6 +82,8 @@ class TrainState(eqx.Module):
     skipped: Int[Array, ""]
     key_data: Array
     key_impl: Hashable = eqx.field(static=True)
+    ema_decay: tuple[float | PowerAverage, ...] = eqx.field(static=True)
+    teacher_decay: float | PowerAverage | None = eqx.field(static=True)
 
     @classmethod
     def create(
@@ -103,11 +108,13 @@ class TrainState(eqx.Module):
         - `objective`: the objective of the run; needed if it has learned weights.
         - `ema_decay`, `teacher_decay`: as for [`flowdiffrax.train.make_step`][].
 
-        **Raises:** `TypeError` if `optim` is not an optimiser or `key` is not a key;
-        `ValueError` for an array of several keys.
+        **Raises:** `TypeError` if `optim` is not an optimiser, `key` is not a key, or a
+        decay is not a number; `ValueError` for an array of several keys, or a decay
+        outside [0, 1).
         """
         check_optimiser(optim)
         check_key(key)
+        decays, of_teacher = decays_of(ema_decay), teacher_decay_of(teacher_decay)
         copy = lambda tree: jtu.tree_map(
             lambda leaf: jnp.array(leaf) if eqx.is_array(leaf) else leaf, tree
         )
@@ -119,8 +126,8 @@ class TrainState(eqx.Module):
         return cls(
             flow_map=copy(flow_map),
             # Start from the weights, not from zeros, so that no debiasing is needed.
-            averages=tuple(precise(flow_map) for _ in decays_of(ema_decay)),
-            teacher_average=None if teacher_decay is None else precise(flow_map),
+            averages=tuple(precise(flow_map) for _ in decays),
+            teacher_average=None if of_teacher is None else precise(flow_map),
             learned=copy(learned),
             opt_state=copy(opt_state),
             step=start,
@@ -128,6 +135,8 @@ class TrainState(eqx.Module):
             # Copy the key too, or the first step would donate the caller's.
             key_data=copy(jr.key_data(key)),
             key_impl=jr.key_impl(key),
+            ema_decay=decays,
+            teacher_decay=of_teacher,
         )
 
     def __pdoc__(self, **kwargs):
@@ -201,8 +210,8 @@ def make_step(
     - `ema_decay`: the decay per step of the moving average, in [0, 1). Step $n$ uses at
       most $(1 + n)/(10 + n)$, so that a new average soon forgets the initial weights.
       Or a [`flowdiffrax.train.PowerAverage`][], whose width is a share of the run.
-      Several of either kind keep several averages; the state must be created with the
-      same number.
+      Several of either kind keep several averages. The state must be created with the
+      same.
     - `teacher_decay`: if given, the decay of a further average of the map, which is the
       teacher. Use it for self-distillation from an average.
     - `accumulate`: the number of batches per step, at least 1. Their gradients are
@@ -217,18 +226,15 @@ def make_step(
     structure. The memory of `state` is donated, so use only the returned state.
 
     **Raises:** `ValueError` for a decay outside [0, 1) or `accumulate` below 1;
-    `TypeError` if `objective` is not an objective or `optim` is not an optimiser. When
-    called, `ValueError` if the state was created without what the objective needs, or if
-    a batch does not divide among the devices; `TypeError` if `batches` is not callable or
-    does not return a pair of paths and conditions.
+    `TypeError` if `objective` is not an objective, `optim` is not an optimiser, or a
+    decay is not a number. When called, `ValueError` if the state was created without what
+    the objective needs or with other decays, or if a batch does not divide among the
+    devices; `TypeError` if `batches` is not callable or does not return a pair of paths
+    and conditions.
     """
     check_objective(objective)
     check_optimiser(optim)
-    for name, decays in (("ema_decay", ema_decay), ("teacher_decay", teacher_decay)):
-        is_left_out = name == "teacher_decay" and decays is None
-        for decay in () if is_left_out else decays_of(decays):
-            if not isinstance(decay, PowerAverage) and not 0 <= decay < 1:
-                raise ValueError(f"`{name}` must be in [0, 1); got {decay}.")
+    decays = decays_of(ema_decay), teacher_decay_of(teacher_decay)
     check_count(accumulate, 1, "accumulate")
 
     @eqx.filter_jit(donate="all-except-first")
@@ -240,7 +246,7 @@ def make_step(
         root_key = jr.wrap_key_data(state.key_data, impl=state.key_impl)
         key = jr.fold_in(root_key, state.step)
 
-        mixture, teacher = _prepare(state, objective, teacher, ema_decay, teacher_decay)
+        mixture, teacher = _prepare(state, objective, teacher, *decays)
 
         def draw_part(batches, key):
             drawn = draw(batches, key)
@@ -254,7 +260,7 @@ def make_step(
             means = _accumulated_gradients(
                 state, mixture, teacher, draw_part, batches, key, accumulate
             )
-        state, info = _apply(state, optim, means, ema_decay, teacher_decay)
+        state, info = _apply(state, optim, means)
         if parallel is not None:
             state, info = parallel.place(state), parallel.replicate(info)
         return state, info
@@ -285,9 +291,10 @@ def update(
 
     It is not jitted. Arguments are as for [`flowdiffrax.train.make_step`][].
     """
-    mixture, teacher = _prepare(state, objective, teacher, ema_decay, teacher_decay)
+    decays = decays_of(ema_decay), teacher_decay_of(teacher_decay)
+    mixture, teacher = _prepare(state, objective, teacher, *decays)
     means = _gradients(state, mixture, teacher, paths, args, key)
-    return _apply(state, optim, means, ema_decay, teacher_decay)
+    return _apply(state, optim, means)
 
 
 # The loss, its terms, and its gradient.
@@ -298,26 +305,26 @@ def _prepare(
     state: TrainState,
     objective: AbstractObjective | Mixture | Scheduled,
     teacher: Any,
-    ema_decay: _Decays,
-    teacher_decay: float | None,
+    ema_decay: tuple[float | PowerAverage, ...],
+    teacher_decay: float | PowerAverage | None,
 ) -> tuple[Mixture, Any]:
     """The objective and the teacher of this step.
 
     **Raises:** `ValueError` if the state was created with other settings.
     """
     objective = at_step(objective, state.step)
-    has_average = state.teacher_map is not None
-    for name, argument, of_step, of_state in (
-        ("learned weights", "objective", len(learned_of(objective)), len(state.learned)),
-        ("averages", "ema_decay", len(decays_of(ema_decay)), len(state.averages)),
-        ("averages as teachers", "teacher_decay", teacher_decay is not None, has_average),
+    num_learned = f"{len(learned_of(objective))} learned weights"
+    for argument, of_step, of_state in (
+        ("objective", num_learned, f"{len(state.learned)} learned weights"),
+        ("ema_decay", ema_decay, state.ema_decay),
+        ("teacher_decay", teacher_decay, state.teacher_decay),
     ):
         if of_step != of_state:
             raise ValueError(
-                f"The step has {of_step:d} {name}, but the state has {of_state:d}. "
-                f"Create it with `TrainState.create(..., {argument}={argument})`."
+                f"`{argument}` differs: {of_step} in the step, and {of_state} in the "
+                f"state. Create it with `TrainState.create(..., {argument}={argument})`."
             )
-    if has_average and filled(teacher, state) is teacher:
+    if state.teacher_map is not None and filled(teacher, state) is teacher:
         raise ValueError(
             "With `teacher_decay` the teacher is an average, but another one was given; "
             "in a tuple of teachers, use `None` for the average."
@@ -426,8 +433,6 @@ def _apply(
     state: TrainState,
     optim: optax.GradientTransformation,
     means: _Means,
-    ema_decay: _Decays,
-    teacher_decay: float | None,
 ) -> tuple[TrainState, StepInfo]:
     """Updates weights and averages, unless something is not finite."""
     loss, terms, grads = means
@@ -444,14 +449,16 @@ def _apply(
     average = lambda old, decay: _average(old, flow_map, decay, state)
     proposed = TrainState(
         flow_map=flow_map,
-        averages=tuple(map(average, state.averages, decays_of(ema_decay))),
-        teacher_average=average(state.teacher_average, teacher_decay),
+        averages=tuple(map(average, state.averages, state.ema_decay)),
+        teacher_average=average(state.teacher_average, state.teacher_decay),
         learned=learned,
         opt_state=opt_state,
         step=state.step,
         skipped=state.skipped,
         key_data=state.key_data,
         key_impl=state.key_impl,
+        ema_decay=state.ema_decay,
+        teacher_decay=state.teacher_decay,
     )
     new_state = jtu.tree_map(keep, proposed, state)
     counts = state.step + 1, state.skipped + (~is_finite).astype(int)
@@ -465,6 +472,7 @@ def _trained(state: TrainState) -> Any:
 
 
 def decays_of(ema_decay: _Decays | None) -> tuple[float | PowerAverage, ...]:
+    """**Raises:** `ValueError` for no decay, and as `_decay_of` for each."""
     given: Any = () if ema_decay is None else ema_decay
     decays = tuple(given) if np.ndim(given) > 0 else (given,)
     if len(decays) == 0:
@@ -472,9 +480,22 @@ def decays_of(ema_decay: _Decays | None) -> tuple[float | PowerAverage, ...]:
             "`ema_decay` must be a decay or more, or a `PowerAverage`; 0 keeps the last "
             "weights."
         )
-    return tuple(
-        decay if isinstance(decay, PowerAverage) else float(decay) for decay in decays
-    )
+    return tuple(_decay_of(decay, "ema_decay") for decay in decays)
+
+
+def teacher_decay_of(decay: float | PowerAverage | None) -> float | PowerAverage | None:
+    """**Raises:** as `_decay_of`."""
+    return None if decay is None else _decay_of(decay, "teacher_decay")
+
+
+def _decay_of(decay: Any, name: str) -> float | PowerAverage:
+    """**Raises:** `TypeError` for what is no decay, `ValueError` outside [0, 1)."""
+    if isinstance(decay, PowerAverage):
+        return decay
+    what = "a number, or an instance such as `PowerAverage(0.05)`"
+    check_instance(decay, numbers.Real | jax.Array | np.ndarray, name, what)
+    check_between(decay, 0, 1, name, "[)")
+    return float(decay)
 
 
 def draw(batches: Any, key: Key[Array, ""]) -> tuple[diffrax.AbstractPath, Args]:

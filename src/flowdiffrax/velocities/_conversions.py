@@ -12,7 +12,7 @@ import enum
 import equinox as eqx
 import jax.numpy as jnp
 
-from .._check import check_at_least
+from .._check import as_member, check_at_least
 from .._time import times_like
 from .._tree import add_scaled, scale
 from .._types import Args, Scalar, State, Time, VectorField
@@ -64,7 +64,8 @@ def convert(
 
     **Raises:** `ValueError` if the interpolant has a latent, or for another prediction.
     """
-    source, target = Prediction(source), Prediction(target)
+    source = as_member(source, Prediction, "source")
+    target = as_member(target, Prediction, "target")
     check_no_latent(interpolant)
     (t,) = times_like(x, t)
     alpha, beta, _ = interpolant.coefficients(t)
@@ -101,7 +102,9 @@ class PredictedVelocity(eqx.Module):
 
     predictor: VectorField
     interpolant: AbstractInterpolant
-    source: Prediction = eqx.field(static=True, converter=Prediction)
+    source: Prediction = eqx.field(
+        static=True, converter=lambda source: as_member(source, Prediction, "source")
+    )
     base_std: float = 1.0
     margin: float = 1e-3
 

@@ -32,7 +32,7 @@ class InverseGap(AbstractWeight):
     min_gap: float | None = None
 
     def __check_init__(self):
-        check_positive(self.min_gap, "min_gap")
+        check_positive(self.min_gap, "min_gap", or_none=True)
 
     def __call__(self, s: Time, t: Time, squared_error: Scalar) -> Scalar:
         gap = jnp.abs(t - s)

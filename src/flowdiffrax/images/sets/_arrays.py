@@ -8,6 +8,7 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
+from ..._check import check_bools
 from ..._io import StrPath
 from ._files import damaged, reading
 from ._images import Images
@@ -41,6 +42,7 @@ def load_images(path: StrPath, *, checksums: bool = True) -> Images:
     **Raises:** `FileNotFoundError` if there is no file; `ValueError` if it is damaged or
     holds no images.
     """
+    check_bools(checksums=checksums)
     path = pathlib.Path(path)
     if path.is_dir():
         return _load_folder(path, checksums)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import UInt8
 
+from ..._check import check_bools
 from ..._io import StrPath
 from ._files import (
     UNVERIFIED,
@@ -78,6 +79,7 @@ def cifar10(path: StrPath, split: str = "train", *, checksums: bool = True) -> I
     damaged or has another format, or if a label is out of range.
     """
     check_split(split, tuple(_BATCHES))
+    check_bools(checksums=checksums)
     place = _find(pathlib.Path(path), _BATCHES[split])
     if checksums and place.is_file():
         with open(place, "rb") as file:

@@ -5,6 +5,7 @@ import pathlib
 
 import numpy as np
 
+from ..._check import check_bools
 from ..._io import StrPath
 from ._files import (
     UNVERIFIED,
@@ -61,6 +62,7 @@ def fashion_mnist(
     damaged or has another format, or if a label is out of range.
     """
     check_split(split, tuple(_PREFIX))
+    check_bools(checksums=checksums)
     arrays = []
     for part, ndim in (("images-idx3-ubyte", 3), ("labels-idx1-ubyte", 1)):
         name = f"{_PREFIX[split]}-{part}"

@@ -2,6 +2,7 @@ import pathlib
 
 import numpy as np
 
+from ..._check import check_bools
 from ..._io import StrPath
 from ._arrays import read_npz
 from ._cifar import PIXELS, channels_last
@@ -67,6 +68,7 @@ def imagenet32(
         [arXiv:1707.08819](https://arxiv.org/abs/1707.08819).
     """
     check_split(split, tuple(_BATCHES))
+    check_bools(checksums=checksums)
     files = _find(pathlib.Path(folder), split)
     if checksums:
         # Check all files before decoding any, which takes longer.
