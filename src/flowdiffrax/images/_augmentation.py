@@ -115,7 +115,7 @@ class Augmentation(eqx.Module):
 
         **Returns:** the images, and their labels.
 
-        **Raises:** `TypeError` for integers, `ValueError` for what is no batch of images.
+        **Raises:** `TypeError` for integers, `ValueError` unless they are a batch.
         """
         _check_images(images)
         parameters = self.draw(key, images.shape[0])
@@ -206,7 +206,7 @@ class Augmentation(eqx.Module):
 
 
 def _check_images(images: Array) -> None:
-    """**Raises:** `TypeError` for integers, `ValueError` for what is no batch."""
+    """**Raises:** `TypeError` for integers, `ValueError` unless they are a batch."""
     if not jnp.issubdtype(jnp.result_type(images), jnp.floating):
         raise TypeError(
             f"`images` must be of a floating dtype; got {jnp.result_type(images)}. Scale "

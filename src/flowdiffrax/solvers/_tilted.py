@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -29,8 +29,6 @@ from ..flow_maps._base import AbstractFlowMap
 from ..flow_maps._inverse import check_composable
 from ..paths._base import AbstractInterpolant, Coefficient
 from ._sample import check_finite_state, check_grid, make_grid
-
-_Value = TypeVar("_Value")
 
 
 def _quadratic(t: Array) -> Array:
@@ -328,7 +326,7 @@ def _as_reward(value: ArrayLike) -> Array:
     return value
 
 
-def _traced(value: _Value, is_right: Callable[[Array], Array], message: str) -> _Value:
+def _traced(value: Any, is_right: Callable[[Array], Array], message: str) -> Any:
     """`value`, with an error at run time if it is traced and not right."""
     return value if is_concrete(value) else eqx.error_if(value, ~is_right(value), message)
 

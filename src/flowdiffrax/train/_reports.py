@@ -248,7 +248,7 @@ def is_number(value: Any) -> bool:
 
 
 def as_folder(folder: StrPath) -> pathlib.Path:
-    """**Raises:** `TypeError` for what is no path, `ValueError` for a file."""
+    """**Raises:** `TypeError` unless it is a path, `ValueError` for a file."""
     check_instance(folder, StrPath, "folder", 'a path, for example "out/run"')
     path = pathlib.Path(folder)
     if path.exists() and not path.is_dir():

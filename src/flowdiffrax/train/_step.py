@@ -489,7 +489,7 @@ def teacher_decay_of(decay: float | PowerAverage | None) -> float | PowerAverage
 
 
 def _decay_of(decay: Any, name: str) -> float | PowerAverage:
-    """**Raises:** `TypeError` for what is no decay, `ValueError` outside [0, 1)."""
+    """**Raises:** `TypeError` unless it is a decay, `ValueError` outside [0, 1)."""
     if isinstance(decay, PowerAverage):
         return decay
     what = "a number, or an instance such as `PowerAverage(0.05)`"
