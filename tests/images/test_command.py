@@ -127,6 +127,10 @@ def refused(script, words, message, load=never):
         (["--jumps", "2", "0"], "--jumps must be at least 1"),
         (["--sample-batch", "0"], "--sample-batch must be at least 1"),
         (["--restarts", "0.5", "1"], r"--restarts must lie in \[0, 1\)"),
+        (["--ode", "0"], "--ode must be a positive tolerance; got 0"),
+        (["--out", __file__], "--out: .*test_command.py is a file; give a folder"),
+        (["--out", f"{__file__}/run", "--dry-run"], "--out: .*test_command.py is a file"),
+        (["--teacher", "somewhere"], "--teacher: .*lsd learns without a teacher"),
         (["--channels", "-1"], "channels"),
         (["--preset", "lmd"], "train `--preset teacher` first"),
         (["--preset", "lmd", "--teacher", "absent"], "absent.map.safetensors is not"),
@@ -218,6 +222,10 @@ def test_data_that_are_not_there_or_damaged(tmp_path):
     for name in ("bad.npz", "bad.npy"):
         (tmp_path / name).write_bytes(b"nothing of the kind")
         refused(digits, ["--data", str(tmp_path / name)], name)
+    (tmp_path / "empty").mkdir()
+    for words in ([], ["--dry-run"]):
+        words = ["--data", str(tmp_path / "empty"), *words]
+        refused(cifar10, words, "--data: the folder .*empty is empty")
 
 
 def test_headers_of_good_files(tmp_path):

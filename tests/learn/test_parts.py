@@ -14,6 +14,8 @@ import optax
 import pytest
 
 import flowdiffrax as fd
+from flowdiffrax.learn._folder import Folder
+from flowdiffrax.learn._learn_solver import _identify
 from flowdiffrax.learn._probe import TEACHER_RTOL, probe
 from flowdiffrax.learn._problem import make_problem
 from flowdiffrax.learn._teacher import cheaper_teacher
@@ -199,3 +201,24 @@ def test_a_cheaper_teacher_is_exact_enough(stiff, only_solver):
     wrong = dataclasses.replace(facts, ys=facts.ys * 1.01)
     wrong.ys[:, 0] = x0
     assert cheaper_teacher(problem, wrong, 10**9, 11.0, only_solver) is wrong
+
+
+def test_problems_are_told_apart(tmp_path):
+    """Fields that differ in sign, or only at later times, are not one problem."""
+    x0 = jr.normal(jr.key(0), (64, 2))
+    pulse = lambda t: jnp.where(t > 0.5, 1.0, 0.0)
+    fields = {
+        "decay": lambda t, x, args: -x,
+        "growth": lambda t, x, args: x,
+        "decay, and a pulse": lambda t, x, args: pulse(t) - x,
+    }
+
+    def stated(field):
+        problem = make_problem(field, x0, 0.0, 1.0, None, False)
+        return _identify(problem, jr.key(1), 1.0)
+
+    Folder(tmp_path, stated(fields["decay"]))
+    Folder(tmp_path, stated(lambda t, x, args: -1 * x))
+    for name in ("growth", "decay, and a pulse"):
+        with pytest.raises(ValueError, match=r"another problem .* \['rates'\] differ"):
+            Folder(tmp_path, stated(fields[name]))

@@ -207,7 +207,7 @@ SINE = fd.LinearInterpolant(latent=fd.paths.SineSquaredLatent())
     [
         (SINE, {"source": "noise"}, "without latent"),
         (SINE, {"source": "score", "target": "denoiser"}, "without latent"),
-        (fd.LinearInterpolant(), {"source": "epsilon"}, "is not a valid Prediction"),
+        (fd.LinearInterpolant(), {"source": "epsilon"}, "`source` must be a `Pre"),
     ],
 )
 def test_refusals(interpolant, kinds, match):

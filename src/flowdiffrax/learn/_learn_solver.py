@@ -164,8 +164,14 @@ def _identify(problem: Problem, key: Any, minutes: float) -> dict[str, Any]:
     """Numbers by which a problem can be told from another."""
     x0, args = problem.draw(key, 32)
     check_field(problem, x0, args)
-    rates = problem.rates(np.full(len(x0), problem.t0), x0, args)
-    size = lambda rows: np.sqrt(np.mean(rows**2, axis=0)).tolist()
+    ts = np.linspace(problem.t0, problem.t1, len(x0))
+    rates = problem.rates(ts, x0, args)
+
+    def size(rows: Any) -> list:
+        """Of what is above zero, and of what is below, so that signs count."""
+        parts = np.maximum([rows, -rows], 0)
+        return np.sqrt(np.mean(parts**2, axis=1)).tolist()
+
     shown = {"t0": problem.t0, "t1": problem.t1, "minutes": minutes}
     shown |= {"states": size(x0), "rates": size(rates)}
     return shown | {"args": None if args is None else size(args)}

@@ -62,6 +62,19 @@ def check(recipe: Recipe, options: Options) -> None:
         )
     if not all(0 <= time < 1 for time in options.restarts):
         raise ValueError(f"--restarts must lie in [0, 1); got {options.restarts}")
+    if options.ode is not None and not options.ode > 0:
+        raise ValueError(f"--ode must be a positive tolerance; got {options.ode}")
+    if options.teacher is not None and recipe.teacher is None:
+        raise ValueError(
+            f"--teacher: {recipe.name} learns without a teacher; give an --objective or "
+            "a preset that learns from one"
+        )
+    # Training would end in the first folder that cannot be made, after the images.
+    there = next(
+        path for path in (options.folder, *options.folder.parents) if path.exists()
+    )
+    if not there.is_dir():
+        raise ValueError(f"--out: {there} is a file; give a folder")
     if "scores" in options.do:
         _check_features(recipe, options)
 
@@ -98,6 +111,8 @@ def check_data(recipe: Recipe, options: Options) -> int | None:
         if options.dry_run or path.suffix in (".npz", ".npy"):
             raise FileNotFoundError(f"--data: {path} is not there")
         return None
+    if path.is_dir() and not any(path.iterdir()):
+        raise ValueError(f"--data: the folder {path} is empty")
     found = image_headers(path)
     if found is None:
         return None
