@@ -78,6 +78,7 @@ WITH_BOOLS = {
     "objectives.ProgressiveSelfDistillation": lambda **bad: (
         fd.objectives.ProgressiveSelfDistillation(**bad)
     ),
+    "objectives.RollOutMatching": lambda **bad: fd.objectives.RollOutMatching(**bad),
     "paths.OptimalTransportCoupling": lambda **bad: fd.paths.OptimalTransportCoupling(
         **bad
     ),
@@ -87,6 +88,7 @@ WITH_BOOLS = {
     "solve_trajectories": lambda **bad: fd.solve_trajectories(
         FIELD, STATES, jnp.arange(2.0), **bad
     ),
+    "solvers.roll_out": lambda **bad: fd.solvers.roll_out(MAP, STATES[0], 1, **bad),
     "testing.check": lambda **bad: fd.testing.check(MAP, state=STATES[0], **bad),
     "times.Diagonal": lambda **bad: fd.times.Diagonal(**bad),
     "times.GridTimes": lambda **bad: fd.times.GridTimes(jnp.arange(2.0), **bad),
@@ -171,6 +173,11 @@ WRONG = {
     "folder of no kind": (
         lambda: fd.train.Snapshots(None, fd.train.PowerAverage(0.1)),
         '`folder` must be a path, for example "out/run"; got NoneType',
+    ),
+    "folder of a run": (lambda: fd.train.Run(None), "`folder` must be a path"),
+    "interval in words": (
+        lambda: fd.train.Run("", save_every="1"),
+        "`save_every` must be an integer",
     ),
     "folder of snapshots": (
         lambda: fd.train.power_average(None, fd.FlowMap(MAP), 0.1),

@@ -5,6 +5,8 @@ import os
 import pathlib
 from typing import Any
 
+from ._check import check_instance
+
 
 def write_whole(path: pathlib.Path, body: bytes) -> None:
     """Writes a file completely or not at all, even if the machine stops.
@@ -26,6 +28,15 @@ def write_whole(path: pathlib.Path, body: bytes) -> None:
 
 
 StrPath = str | os.PathLike
+
+
+def as_folder(folder: StrPath, name: str = "folder") -> pathlib.Path:
+    """**Raises:** `TypeError` unless it is a path, `ValueError` for a file."""
+    check_instance(folder, StrPath, name, 'a path, for example "out/run"')
+    path = pathlib.Path(folder)
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"`{name}` must be a folder; got {path}, which is a file.")
+    return path
 
 
 def import_extra(module: str, extra: str, needed_by: str) -> Any:

@@ -64,3 +64,13 @@ def test_report_has_one_scale_without_the_rounding_of_the_diagonal():
     holds = luminance(meshes["starts_as_identity"])[np.eye(5) == 1]
     assert (holds == bright.min()).all()
     assert bright[0, 4] == bright.max() and bright[0, 0] == bright.min()
+
+
+@pytest.mark.parametrize("shape", [(4, 3), (4, 5, 2), (2,)])
+def test_points_that_are_not_in_the_plane(axes, shape):
+    """Of three coordinates, two would be drawn without a word."""
+    with pytest.raises(ValueError, match=r"`samples` must have shape \(samples, 2\)"):
+        fd.plot.density(axes[0], np.zeros(shape), low=-1, high=1)
+    paths = np.zeros((*shape[:-1], 3))
+    with pytest.raises(ValueError, match=r"`paths` must have shape \(paths, times, 2\)"):
+        fd.plot.trajectories(axes[0], paths)

@@ -703,9 +703,9 @@ def test_checksum_sees_every_bit(dtype):
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"save_every": 0}, "`save_every` and `newest` must be at least 1"),
-        ({"newest": 0}, "`save_every` and `newest` must be at least 1"),
-        ({"best": -1}, "`best` not negative"),
+        ({"save_every": 0}, "`save_every` must be at least 1; got 0"),
+        ({"newest": 0}, "`newest` must be at least 1; got 0"),
+        ({"best": -1}, "`best` must be at least 0; got -1"),
         ({"profile": (3, 3)}, "two numbers of steps"),
         ({"profile": (3,)}, "two numbers of steps"),
     ],

@@ -9,14 +9,13 @@ import numpy as np
 from jaxtyping import PyTree
 
 from .._check import check_callable
-from .._io import StrPath, import_extra, write_whole
+from .._io import StrPath, as_folder, import_extra, write_whole
 from .._tree import num_rows
 from .._types import Args, State
 from ..flow_maps._base import AbstractFlowMap
 from ..solvers._sample import sample
 from ..train import TrainState
 from ..train._reports import (
-    as_folder,
     beside,
     checked_every,
     gathered,

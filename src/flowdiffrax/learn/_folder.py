@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .._io import write_whole
+from .._io import as_folder, write_whole
 from ..train import Run
 from ._plan import Plan
 from ._pool import Pool
@@ -21,7 +21,7 @@ class Folder:
     """
 
     def __init__(self, folder: str | os.PathLike, config: dict[str, Any]):
-        self._folder = pathlib.Path(folder)
+        self._folder = as_folder(folder, "run")
         config = json.loads(json.dumps(config))
         path = self._folder / "problem.json"
         if not path.exists():

@@ -9,7 +9,13 @@ import jax.tree_util as jtu
 from jax import lax
 from jaxtyping import Array, Int, Key, PyTree
 
-from .._check import check_at_least, check_callable, check_count, check_like
+from .._check import (
+    check_at_least,
+    check_bools,
+    check_callable,
+    check_count,
+    check_like,
+)
 from .._time import times_like
 from .._tree import freeze, nan_where, subtract
 from .._types import Args, Scalar, State
@@ -98,6 +104,8 @@ class RollOutMatching(AbstractObjective):
         check_count(self.num_jumps, 1, "num_jumps")
         check_at_least(self.noise, 0, "noise")
         check_at_least(self.quantity_weight, 0, "quantity_weight")
+        names = "positions", "push_forward", "remat"
+        check_bools(**{name: getattr(self, name) for name in names})
         check_callable(self.difference, "difference", "difference(x, y)")
         if self.quantities is not None:
             check_callable(self.quantities, "quantities", "quantities(x, args)")

@@ -26,8 +26,10 @@ def density(
     - `bins`: the number of bins per side.
     - `peak`: the density with the brightest colour; `None` for the density of the fullest
       bin. Use the same `peak` in panels that you want to compare.
+
+    **Raises:** `ValueError` for another shape.
     """
-    samples = np.asarray(samples)
+    samples = _in_the_plane(samples, "samples", "(samples, 2)")
     # Normalise by all samples, including those outside the box.
     share = bins**2 / (len(samples) * (high - low) ** 2)
     axes.hist2d(
@@ -51,8 +53,10 @@ def trajectories(axes: Any, paths: ArrayLike, **style: Any):
     - `axes`: Matplotlib axes.
     - `paths`: the trajectories, of shape `(paths, times, 2)`.
     - `style`: keyword arguments for the lines.
+
+    **Raises:** `ValueError` for another shape.
     """
-    paths = np.asarray(paths)
+    paths = _in_the_plane(paths, "paths", "(paths, times, 2)")
     axes.plot(paths[..., 0].T, paths[..., 1].T, **style)
     axes.plot(paths[:, 0, 0], paths[:, 0, 1], ".", color="0.6", markersize=3)
     axes.set(xticks=[], yticks=[], aspect="equal")
@@ -85,3 +89,14 @@ def work_precision(
     axes.tick_params(axis="x", which="minor", labelbottom=False)
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
+
+
+def _in_the_plane(points: ArrayLike, name: str, shape: str) -> np.ndarray:
+    """**Raises:** `ValueError` for another shape, of which a part would be drawn."""
+    points = np.asarray(points)
+    if points.ndim != shape.count(",") + 1 or points.shape[-1] != 2:
+        raise ValueError(
+            f"`{name}` must have shape {shape}; got {points.shape}. Of states with more "
+            "entries, choose two."
+        )
+    return points

@@ -10,7 +10,7 @@ import optax
 from jax import lax
 from jaxtyping import Array, ArrayLike, Key, Real
 
-from .._check import check_count, check_instance, check_like
+from .._check import check_bools, check_count, check_instance, check_like
 from .._time import time_dtype
 from .._tree import all_finite, is_concrete
 from .._types import Args, Numbers, State, TwoTimeMap
@@ -87,6 +87,7 @@ def roll_out(
     **Raises:** as [`flowdiffrax.sample`][]; and at run time, an error that names the
     first jump whose end is not finite.
     """
+    check_bools(throw=throw)
     x0, grid, jump = _start(flow_map, x0, ts, args)
 
     def turn(x, ends):

@@ -1,7 +1,6 @@
 import math
 import numbers
 import os
-import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,8 +11,8 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Key, PyTree
 
-from .._check import check_callable, check_count, check_instance
-from .._io import StrPath, import_extra
+from .._check import check_callable, check_count
+from .._io import StrPath, as_folder, import_extra
 from ..metrics._loss import bin_losses, weighted_losses
 from ..objectives._base import AbstractObjective
 from ..objectives._batch import ExampleLosses
@@ -245,12 +244,3 @@ def _single_numbers(report: Mapping[str, Any]) -> dict[str, float]:
 def is_number(value: Any) -> bool:
     kinds = numbers.Real, np.ndarray, jax.Array
     return isinstance(value, kinds) and getattr(value, "ndim", 0) == 0
-
-
-def as_folder(folder: StrPath) -> pathlib.Path:
-    """**Raises:** `TypeError` unless it is a path, `ValueError` for a file."""
-    check_instance(folder, StrPath, "folder", 'a path, for example "out/run"')
-    path = pathlib.Path(folder)
-    if path.exists() and not path.is_dir():
-        raise ValueError(f"`folder` must be a folder; got {path}, which is a file.")
-    return path

@@ -1,7 +1,6 @@
 import importlib.metadata
 import json
 import os
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,7 +8,8 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
-from .._io import write_whole
+from .._check import check_count
+from .._io import as_folder, write_whole
 from ._checkpoints import Checkpoints
 from ._json import differences
 from ._lock import FolderLock
@@ -51,9 +51,9 @@ class Run:
       the steps made in this call, and stops after `stop` of them.
 
     **Raises:** `ImportError` if orbax is not installed; `ValueError` for numbers that are
-    too small, NaN in the configuration, or a folder with another configuration;
-    `TypeError` if the configuration cannot be stored as JSON; `OSError` if the folder
-    cannot be created.
+    too small, NaN in the configuration, a folder with another configuration, or a file in
+    its place; `TypeError` for numbers that are not whole, or if the configuration cannot
+    be stored as JSON; `OSError` if the folder cannot be created.
     """
 
     def __init__(
@@ -67,12 +67,10 @@ class Run:
         best_by: str = "loss",
         profile: tuple[int, int] | None = None,
     ):
-        if min(save_every, newest) < 1 or best < 0:
-            raise ValueError(
-                "`save_every` and `newest` must be at least 1, `best` not negative; got "
-                f"{save_every}, {newest} and {best}."
-            )
-        self.folder = pathlib.Path(folder).absolute()
+        check_count(save_every, 1, "save_every")
+        check_count(newest, 1, "newest")
+        check_count(best, 0, "best")
+        self.folder = as_folder(folder).absolute()
         self.config = json.loads(json.dumps(config, allow_nan=False))
         self.save_every = save_every
         self._checkpoints = Checkpoints(self.folder, newest, best, best_by)

@@ -12,11 +12,11 @@ import numpy as np
 import safetensors
 
 from .._check import check_instance
-from .._io import StrPath
+from .._io import StrPath, as_folder
 from ..flow_maps._base import AbstractFlowMap
 from ._checkpoint import load, save
 from ._power_average import PowerAverage, combination
-from ._reports import as_folder, checked_every, gathered
+from ._reports import checked_every, gathered
 from ._step import TrainState, decays_of, in_precision_of, precise
 
 # Weights of an average that are this far from those wanted, relative to their norm,
