@@ -437,6 +437,22 @@ REFUSALS = {
         lambda: Mixture([1.0], [[0.0]], [1.0, 1.0]),
         r"must be \(1, 1, 1\) or \(1,\)",
     ),
+    "covariance of one triangle": (
+        lambda: Mixture([1.0], [[0.0, 0.0]], [[[1.0, 0.0], [0.5, 1.0]]]),
+        "`covariances` must be symmetric",
+    ),
+    "means of one axis": (
+        lambda: Mixture([1.0], [0.0], [1.0]),
+        r"must have shape \(components, d\); got \(1,\)",
+    ),
+    "base of the mixture without spread": (
+        lambda: Mixture([1.0], [[0.0]], [1.0], base_std=0.0),
+        "`base_std` must be positive",
+    ),
+    "base of the boxes with a negative spread": (
+        lambda: Boxes([[0.0]], [[1.0]], base_std=-1.0),
+        "`base_std` must be positive",
+    ),
     "component with a negative variance": (
         lambda: Mixture([1.0], [[0.0]], [-1.0]),
         "semi-definite",

@@ -8,6 +8,7 @@ import numpy as np
 from jax.scipy.special import erf, erfc
 from jaxtyping import Array, Float
 
+from .._check import check_positive
 from .._time import times_like
 from .._types import Args, Numbers, State, Time
 from ..data import checkerboard_boxes
@@ -36,8 +37,8 @@ class UniformBoxesVelocity(eqx.Module):
     - `interpolant`: any interpolant without a latent.
     - `base_std`: the standard deviation of the base, positive.
 
-    **Raises:** `ValueError` if the shapes do not match, a box is empty, a weight is not
-    positive, or the interpolant has a latent.
+    **Raises:** `ValueError` if the shapes do not match, a box is empty, a weight or
+    `base_std` is not positive, or the interpolant has a latent.
     """
 
     intervals: Float[Array, "2 d unique"]
@@ -54,12 +55,13 @@ class UniformBoxesVelocity(eqx.Module):
         interpolant: AbstractInterpolant = LinearInterpolant(),
         base_std: Numbers = 1.0,
     ):
+        check_positive(base_std, "base_std")
         lower, upper = np.asarray(lower, float), np.asarray(upper, float)
         if lower.ndim != 2 or lower.shape != upper.shape or not np.all(lower < upper):
             raise ValueError("`lower` and `upper` must be (boxes, d) with lower < upper.")
         volume = np.prod(upper - lower, axis=-1)
         mass = volume if weights is None else np.asarray(weights, float)
-        if mass.shape != volume.shape or mass.min() <= 0:
+        if mass.shape != volume.shape or not mass.min() > 0:
             raise ValueError(f"Expected {len(volume)} positive weights; got {weights}.")
         if interpolant.has_latent:
             raise ValueError("`interpolant` must not have a latent.")

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from .._check import check_positive
 from .._time import times_like
 from .._types import Args, Numbers, Scalar, State, Time
 from ..flow_maps._base import AbstractFlowMap
@@ -89,9 +90,16 @@ def _covariance(name, std, cov, other_cov) -> np.ndarray:
     if cov is None:
         return np.diag(np.broadcast_to(np.asarray(std, float) ** 2, len(other_cov)))
     cov = np.asarray(cov, float)
-    if cov.ndim != 2 or cov.shape[0] != cov.shape[1] or not np.allclose(cov, cov.T):
+    if cov.ndim != 2 or cov.shape[0] != cov.shape[1]:
         raise ValueError(f"`{name}_cov` must be symmetric; got shape {cov.shape}.")
+    _check_symmetric(cov, f"{name}_cov")
     return cov
+
+
+def _check_symmetric(covs: np.ndarray, name: str) -> None:
+    """**Raises:** `ValueError` if not; NumPy would use one triangle without a word."""
+    if not np.allclose(covs, np.swapaxes(covs, -1, -2)):
+        raise ValueError(f"`{name}` must be symmetric; got {covs.tolist()}.")
 
 
 def _diagonalise(c0: np.ndarray, c1: np.ndarray):
@@ -127,8 +135,8 @@ class GaussianMixtureVelocity(eqx.Module):
     - `interpolant`: any interpolant.
     - `base_std`: the standard deviation $\sigma_0$ of the base, positive.
 
-    **Raises:** `ValueError` if the shapes do not match, a weight is not positive, or a
-    covariance is not positive semi-definite.
+    **Raises:** `ValueError` if the shapes do not match, a weight or `base_std` is not
+    positive, or a covariance is not symmetric positive semi-definite.
     """
 
     log_weights: Array
@@ -148,16 +156,22 @@ class GaussianMixtureVelocity(eqx.Module):
     ):
         weights = np.asarray(weights, float)
         means, covariances = np.asarray(means, float), np.asarray(covariances, float)
+        check_positive(base_std, "base_std")
+        if means.ndim != 2:
+            raise ValueError(
+                f"`means` must have shape (components, d); got {means.shape}."
+            )
         components, size = means.shape
         if covariances.ndim == 1:
             covariances = covariances[:, None, None] * np.eye(size)
-        if weights.shape != (components,) or weights.min() <= 0:
+        if weights.shape != (components,) or not weights.min() > 0:
             raise ValueError(f"Expected {components} positive weights; got {weights}.")
         if covariances.shape != (components, size, size):
             raise ValueError(
                 f"`covariances` must be {(components, size, size)} or {(components,)}; "
                 f"got {covariances.shape}."
             )
+        _check_symmetric(covariances, "covariances")
         # The base is isotropic, so each component keeps the axes of its target.
         spectra, bases = np.linalg.eigh(covariances)
         if spectra.min() < -1e-8 * np.abs(spectra).max():
