@@ -188,6 +188,21 @@ WRONG = {
         lambda: fd.solve_batch(MAP, FIELD, jnp.arange(2.0), STATES, rtol=None, atol=1e-3),
         "`rtol` must be a real number; got None",
     ),
+    "tolerance of a teacher in words": (
+        lambda: fd.ODEFlowMap(FIELD, rtol="1e-3"),
+        "`rtol` must be a real number or `None`; got '1e-3'",
+    ),
+    "report to nobody": (
+        lambda: fd.train.fit(
+            fd.FlowMap(MAP),
+            fd.FlowMatching(),
+            None,
+            optax.sgd(1.0),
+            **FIT,
+            on_report=None,
+        ),  # fmt: skip
+        r"`on_report` must be a callable `on_report\(state, report\)`; got NoneType",
+    ),
     "jumps in words": (lambda: tilted(ts="4"), "`ts` must be a number of jumps, or a gr"),
     "grid in words": (lambda: fd.sample(MAP, STATES[0], "4"), "`ts` must be a number of"),
     "no reward": (lambda: tilted(reward=None), "`reward` must be a callable"),
@@ -210,6 +225,34 @@ WRONG = {
 def test_type_errors(name):
     make, message = WRONG[name]
     with without_type_checks(), pytest.raises(TypeError, match=message):
+        make()
+
+
+VALUES = {
+    "negative tolerance": (
+        lambda: fd.ODEFlowMap(FIELD, atol=-1e-6),
+        "`atol` must be at least 0; got -1e-06",
+    ),
+    "tolerance that is no number": (
+        lambda: fd.solve_trajectories(FIELD, STATES, jnp.arange(2.0), rtol=float("nan")),
+        "`rtol` must be at least 0; got nan",
+    ),
+    "no devices": (lambda: fd.train.DataParallel(()), "`devices` is empty"),
+    "base without spread": (
+        lambda: fd.data.GaussianBase(0.0),
+        "`std` must be positive; got 0.0",
+    ),
+    "scale of zero": (
+        lambda: fd.nn.MLP(2, scale=0.0, key=KEY),
+        "`scale` must be positive; got 0.0",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_values_out_of_range(name):
+    make, message = VALUES[name]
+    with without_type_checks(), pytest.raises(ValueError, match=message):
         make()
 
 

@@ -596,7 +596,7 @@ TYPES = {
 VALUES = {
     "name of a stop": (
         lambda: fd.LagrangianMapDistillation(stop_gradient="some"),
-        "is not a valid StopGradient",
+        "must be a `StopGradient`, or one of .*; got .some.",
     ),
     "stop without a term": (
         lambda: fd.LagrangianMapDistillation(stop_gradient=STOPS.TRANSPORT),

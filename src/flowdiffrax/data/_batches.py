@@ -9,7 +9,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, ArrayLike, Key, PyTree
 
-from .._check import check_bools, check_callable, check_instance
+from .._check import check_bools, check_callable, check_instance, check_positive
 from .._time import real_dtype
 from .._tree import is_concrete, num_rows, rows_not_finite
 from .._types import Args, State
@@ -84,10 +84,15 @@ class GaussianBase(eqx.Module):
 
     - `std`: the standard deviation, positive.
     - `mean`: the mean, a number or an array that broadcasts against a data point.
+
+    **Raises:** `ValueError` if `std` is not positive.
     """
 
     std: float = 1.0
     mean: ArrayLike = eqx.field(default=0.0, converter=_as_number_or_jax)
+
+    def __check_init__(self):
+        check_positive(self.std, "std")
 
     def __call__(self, key: Key[Array, ""], x1: State) -> State:
         """Draws base points with the structure and shape of the batch `x1`."""

@@ -52,8 +52,7 @@ class ConditionDropout(eqx.Module):
         check_callable(self.batches, "batches", "batches(key)")
         if self.scale is not None:
             check_callable(self.scale, "scale", "scale(key, batch_size)")
-        if isinstance(self.rate, float | int):
-            check_between(self.rate, 0, 1, "rate")
+        check_between(self.rate, 0, 1, "rate")
 
     def __call__(self, key: Key[Array, ""]) -> Batch:
         """Draws a batch: its paths and conditions, every array with the batch axis."""

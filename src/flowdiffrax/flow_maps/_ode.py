@@ -3,7 +3,7 @@ import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
 
-from .._check import check_callable, check_count
+from .._check import check_at_least, check_callable, check_count
 from .._time import at_least_float32
 from .._tree import add_scaled
 from .._types import Args, Scalar, State, VectorField
@@ -58,6 +58,8 @@ class ODEFlowMap(AbstractChordFlowMap):
         check_callable(self.vector_field, "vector_field", "vector_field(t, x, args)")
         check_count(self.num_steps, 1, "num_steps", or_none=True)
         check_count(self.max_steps, 1, "max_steps", or_none=True)
+        check_at_least(self.rtol, 0, "rtol", or_none=True)
+        check_at_least(self.atol, 0, "atol", or_none=True)
 
     def tangent(self, t: Scalar, x: State, args: Args) -> State:
         """Evaluates the vector field."""

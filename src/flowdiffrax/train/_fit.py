@@ -10,7 +10,7 @@ import jax
 import optax
 from jaxtyping import Array, Key
 
-from .._check import check_bools, check_count, check_instance
+from .._check import check_bools, check_callable, check_count, check_instance
 from .._tree import num_rows
 from ..data import ConditionDropout, StreamBatches, TrajectoryBatches
 from ..flow_maps._base import AbstractFlowMap
@@ -129,6 +129,9 @@ def fit(
     check_instance(run, Run | None, "run", "a `train.Run` or `None`")
     what = "a `train.DataParallel` or `None`"
     check_instance(parallel, DataParallel | None, "parallel", what)
+    calls = tuple(on_report) if isinstance(on_report, Sequence) else (on_report,)
+    for call in calls:
+        check_callable(call, "on_report", "on_report(state, report)")
     if isinstance(flow_map, TrainState):
         # A copy, for the same reason as in `TrainState.create`.
         state = _copy(flow_map)
@@ -155,7 +158,6 @@ def fit(
         accumulate=accumulate,
         parallel=parallel,
     )
-    calls = (on_report,) if callable(on_report) else tuple(on_report)
     info: Any = None
     with StopRequests(run is not None) as requests, run or contextlib.nullcontext():
         if run is not None:

@@ -40,6 +40,8 @@ class DataParallel:
     def __post_init__(self):
         check_bools(shard_weights=self.shard_weights)
         devices = jax.devices() if self.devices is None else self.devices
+        if len(devices) == 0:
+            raise ValueError("`devices` is empty; it must have at least one device.")
         # A frozen class sets its own attributes like this.
         object.__setattr__(self, "devices", tuple(devices))
 
