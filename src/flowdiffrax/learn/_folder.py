@@ -105,6 +105,5 @@ def _is_same(one: Any, other: Any) -> bool:
     if isinstance(one, list) and isinstance(other, list) and one and other:
         same_shape = np.shape(one) == np.shape(other)
         # Rates may differ in the last digits on another machine.
-        close = dict(rtol=1e-6, atol=0, equal_nan=True)
-        return same_shape and np.allclose(one, other, **close)
+        return same_shape and np.allclose(one, other, 1e-6, 0, equal_nan=True)
     return one == other
