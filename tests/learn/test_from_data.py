@@ -134,6 +134,7 @@ def test_noise_too_small_to_matter():
 
 def test_scalar_args_and_what_is_given(unmeasured, capsys):
     ts, ys, args = decays(61)
+    ys = [np.stack([row[:, 0], 5 - row[:, 0]], axis=1) for row in ys]
     args[7] = np.nan
     given = dict(invariants=np.ones((1, 2)), is_positive=[True, False], batch_size=64)
     quick = QUICK | dict(num_steps=2, progress=True)
@@ -320,7 +321,10 @@ ONCE[:, 1:] = np.nan
         (dict(noise=0.0), ValueError, "`noise` must be positive"),
         (dict(noise=np.ones(3)), ValueError, "each of the 2 entries"),
         (dict(is_positive=True), ValueError, r"Entries \[0, 1\] should be positive"),
+        (dict(is_positive=[True]), ValueError, "each of the 2 entries, or for all"),
+        (dict(is_positive="yes"), ValueError, "each of the 2 entries, or for all"),
         (dict(form="other"), ValueError, "must be one of"),
+        (dict(invariants=[[1, 1]]), ValueError, r"`invariants\[0\]` is not conserved"),
         (dict(invariants=np.ones((1, 3))), ValueError, r"shape \(invariants, 2\)"),
         (dict(width=0), ValueError, "`width`"),
         (dict(minutes=0), ValueError, "`minutes`"),

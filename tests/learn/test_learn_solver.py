@@ -446,6 +446,7 @@ def facts():
         (dict(form="relaxation", both_directions=True), "forward jumps"),
         (dict(ts=[0.0, 2.0]), "rise from `t0` = 0 to `t1` = 1"),
         (dict(invariants=np.ones((1, 3))), r"shape \(invariants, 2\)"),
+        (dict(invariants=np.ones((1, 2))), r"`invariants\[0\]` is not conserved"),
         (dict(width=0), "`width`"),
         (dict(minutes=0.01, num_steps=None), "no time left to train"),
     ],

@@ -16,8 +16,8 @@ from ._folder import Folder, as_config
 from ._learn_solver import NUM_VALIDATION, Progress, train_in_time
 from ._learned import LearnedSolver, evaluate
 from ._observed import Observed, observe
-from ._plan import NETWORKS, Plan, check_choices
-from ._problem import Domain, check_resolved
+from ._plan import NETWORKS, Plan, check_choices, check_conserved
+from ._problem import Domain, as_flags, check_resolved
 from ._smooth import smooth
 from ._validation import Validation
 
@@ -85,7 +85,7 @@ def learn_from_data(
     - `is_positive`: which entries of the state stay positive, as one vector; `None` for
       those that are never negative, up to four times the noise.
     - `invariants`: linear combinations of the entries that are conserved, of shape
-      `(invariants, size)`; `None` for none.
+      `(invariants, size)`; `None` for none. Those that clearly change are refused.
 
     **Returns:** a [`flowdiffrax.learn.LearnedSolver`][] without classical solves.
     Trajectories that had to be dropped are counted in `num_dropped`: those with fewer
@@ -211,6 +211,8 @@ def _make_plan(
     chosen["is_positive"] = _positive(chosen["is_positive"], observed, noise)
     check_choices(domain, chosen | {"both_directions": False, "ts": ts})
     chosen["invariants"] = np.asarray(chosen["invariants"], np.float64)
+    # Noise alone changes them too.
+    check_conserved(chosen["invariants"], observed.ys, 0.2 if noise is None else 0.5)
     return Plan(
         **chosen,
         ts=ts,
@@ -244,7 +246,7 @@ def _never_negative(observed: Observed, noise: Any) -> Bool[np.ndarray, " size"]
 def _positive(given: Any, observed: Observed, noise: Any) -> Bool[np.ndarray, " size"]:
     """**Raises:** `ValueError` for entries that should be positive, and are negative."""
     size = observed.ys.shape[2]
-    given = np.broadcast_to(np.asarray(given, bool), (size,)).copy()
+    given = as_flags(given, size)
     wrong = np.flatnonzero(given & ~_never_negative(observed, noise))
     if wrong.size > 0:
         raise ValueError(

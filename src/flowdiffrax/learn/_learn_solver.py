@@ -95,7 +95,7 @@ def learn_solver(
       this from the vector field. Positive entries are learned by their relative errors.
     - `invariants`: linear combinations of the entries that are conserved, of shape
       `(invariants, size)`; `None` finds them from the vector field. For none, pass
-      `numpy.zeros((0, size))`.
+      `numpy.zeros((0, size))`. Those that change along solutions are refused.
     - `width`, `depth`: the width and the number of hidden layers of the network.
     - `pool_size`: the number of trajectories to learn from.
     - `batch_size`, `num_steps`: of the training.

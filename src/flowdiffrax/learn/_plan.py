@@ -170,6 +170,9 @@ def make_plan(problem: Problem, facts: Facts, minutes: float, given: dict) -> Pl
     check_choices(problem, chosen)
     chosen["ts"] = np.asarray(chosen["ts"], np.float64)
     chosen["invariants"] = np.asarray(chosen["invariants"], np.float64)
+    # Those that were found hold for the rates themselves.
+    if "invariants" in given:
+        check_conserved(chosen["invariants"], facts.ys, 0.01)
     chosen |= {"args_size": problem.args_size, "is_vector": problem.is_vector}
     return Plan(**chosen, minutes=minutes, reasons=reasons)
 
@@ -225,4 +228,29 @@ def check_choices(domain: Domain, chosen: dict) -> None:
         raise ValueError(
             f"`invariants` must have shape (invariants, {domain.size}), a column for "
             f"each entry of the state; got {matrix}."
+        )
+
+
+def check_conserved(
+    matrix: Float[np.ndarray, "invariants size"],
+    ys: Float[np.ndarray, "rows times size"],
+    share: float,
+) -> None:
+    """**Raises:** `ValueError` for invariants that change along known trajectories.
+
+    They may change by a `share` of what their entries change by. States with a NaN do not
+    count.
+    """
+    known = np.isfinite(ys).all(2)
+    mean = np.nanmean(np.where(known[..., None], ys, np.nan), 1, keepdims=True)
+    away = (ys - mean)[known]
+    rms = lambda values: np.sqrt(np.mean(values**2, axis=0))
+    changes, most = rms(away @ matrix.T), np.abs(matrix) @ rms(away)
+    wrong = np.flatnonzero(changes > share * most)
+    if wrong.size > 0:
+        index = wrong[0]
+        raise ValueError(
+            f"`invariants[{index}]` is not conserved: along trajectories, it changes by "
+            f"{changes[index] / most[index]:.2g} of what its entries change by. Leave it "
+            f"out; for none, pass `numpy.zeros((0, {matrix.shape[1]}))`."
         )

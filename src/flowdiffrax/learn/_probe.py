@@ -11,7 +11,15 @@ from jaxtyping import Array, Bool, Float, Key
 
 from ._autonomous import depends_on_time
 from ._errors import flops_of
-from ._problem import Problem, Rows, call_afresh, check_field, double_precision, in_double
+from ._problem import (
+    Problem,
+    Rows,
+    as_flags,
+    call_afresh,
+    check_field,
+    double_precision,
+    in_double,
+)
 
 # A solve that takes more steps with an explicit solver than this is given up.
 _MAX_STEPS = 8192
@@ -263,7 +271,7 @@ def _are_positive(problem, ts, ys, args, scale, given) -> Bool[np.ndarray, " siz
     # Within the tolerance of the solver.
     never_negative = (ys >= -1e-6 * scale).all((0, 1))
     if given is not None:
-        given = np.broadcast_to(np.asarray(given, bool), (problem.size,)).copy()
+        given = as_flags(given, problem.size)
         wrong = np.flatnonzero(given & ~never_negative)
         if wrong.size > 0:
             raise ValueError(

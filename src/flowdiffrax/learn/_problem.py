@@ -13,9 +13,15 @@ import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
 import numpy as np
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, ArrayLike, Bool, Float, Key
 
-from .._check import check_bools, check_callable, check_key, check_like
+from .._check import (
+    check_bools,
+    check_callable,
+    check_instance,
+    check_key,
+    check_like,
+)
 from .._time import real_dtype
 from .._tree import num_rows, ravel, rows_not_finite
 from .._types import Args, State, VectorField
@@ -175,7 +181,16 @@ def make_problem(
         _check_real(own_args, "args")
     given = own_args if varies else args
     vector_field = _without_jit(vector_field)
-    out = jax.eval_shape(lambda *at: vector_field(*at), _number(t0), x, given)
+    try:
+        out = jax.eval_shape(lambda *at: vector_field(*at), _number(t0), x, given)
+    except Exception as error:
+        sizes = {jnp.shape(leaf)[:1] for leaf in jtu.tree_leaves(args)}
+        if not varies and sizes == {(rows,)}:
+            error.add_note(
+                "`args` was passed as it is. If it has one row for each initial state, "
+                "use `args_per_example=True`."
+            )
+        raise
     check_like(out, x, "`vector_field`")
     size = sum(jnp.size(leaf) for leaf in jtu.tree_leaves(x))
     num_args = sum(jnp.size(leaf) for leaf in jtu.tree_leaves(own_args))
@@ -232,6 +247,8 @@ def check_field(problem: Problem, x0: Rows, args: Rows | None) -> None:
 
 
 def _as_times(t0: Any, t1: Any) -> tuple[float, float]:
+    for name, time in (("t0", t0), ("t1", t1)):
+        check_instance(time, ArrayLike, name, "a number")
     t0, t1 = float(t0), float(t1)
     if not (np.isfinite([t0, t1]).all() and t0 < t1):
         raise ValueError(
@@ -314,3 +331,14 @@ def in_double(tree: Any) -> Any:
 
 def _number(t: float) -> Array:
     return jnp.asarray(t, jnp.result_type(float))
+
+
+def as_flags(given: Any, size: int) -> Bool[np.ndarray, " size"]:
+    """**Raises:** `ValueError` unless there is a flag for each entry, or one for all."""
+    flags = np.asarray(given)
+    if flags.dtype != bool or flags.shape not in ((), (size,)):
+        raise ValueError(
+            f"`is_positive` must be true or false for each of the {size} entries, or for "
+            f"all; got {given!r}."
+        )
+    return np.broadcast_to(flags, (size,)).copy()
