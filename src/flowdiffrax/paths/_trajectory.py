@@ -8,7 +8,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int, PyTree, Real
 
-from .._check import (check_at_least, check_bools, check_callable, check_count, check_like)
+from .._check import check_at_least, check_bools, check_callable, check_count, check_like
 from .._time import real_dtype, time_dtype, times_like
 from .._tree import is_concrete, nan_where, num_rows, rows_not_finite, subtract
 from .._types import Args, State, Time, TwoTimeMap, VectorField
@@ -169,6 +169,10 @@ def solve_trajectories(
     `(t, x, args)`, or for settings of another type.
     """
     check_callable(vector_field, "vector_field", "vector_field(t, x, args)")
+    check_count(max_steps, 1, "max_steps")
+    check_bools(throw=throw)
+    check_at_least(rtol, 0, "rtol", or_none=True)
+    check_at_least(atol, 0, "atol", or_none=True)
     rows, shared = _rows_of_batch(x0, ts, args, args_per_example, chunk_size)
     return _solve_trajectories(
         vector_field, rows, shared, solver, rtol, atol, max_steps, chunk_size, throw
@@ -224,10 +228,7 @@ def _rows_of_batch(
     batch_size = num_rows(x0, "`x0` is a batch of states: its leaves")
     check_one_length(ts)
     check_count(chunk_size, 1, "chunk_size")
-    check_count(max_steps, 1, "max_steps")
-    check_bools(args_per_example=args_per_example, throw=throw)
-    check_at_least(rtol, 0, "rtol", or_none=True)
-    check_at_least(atol, 0, "atol", or_none=True)
+    check_bools(args_per_example=args_per_example)
     if jnp.ndim(ts) not in (1, 2) or jnp.shape(ts)[-1] < 2:
         raise ValueError(
             "`ts` must have at least two times, in shape (times,) or (batch, times); "
