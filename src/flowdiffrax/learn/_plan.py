@@ -244,8 +244,8 @@ def check_conserved(
     known = np.isfinite(ys).all(2)
     mean = np.nanmean(np.where(known[..., None], ys, np.nan), 1, keepdims=True)
     away = (ys - mean)[known]
-    rms = lambda values: np.sqrt(np.mean(values**2, axis=0))
-    changes, most = rms(away @ matrix.T), np.abs(matrix) @ rms(away)
+    changes = np.sqrt(np.mean((away @ matrix.T) ** 2, axis=0))
+    most = np.abs(matrix) @ np.sqrt(np.mean(away**2, axis=0))
     wrong = np.flatnonzero(changes > share * most)
     if wrong.size > 0:
         index = wrong[0]
