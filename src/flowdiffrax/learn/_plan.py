@@ -241,8 +241,8 @@ def check_conserved(
     They may change by a `share` of what their entries change by. States with a NaN do not
     count.
     """
-    known = np.isfinite(ys).all(2)
-    mean = np.nanmean(np.where(known[..., None], ys, np.nan), 1, keepdims=True)
+    known = np.all(np.isfinite(ys), axis=2)
+    mean = np.mean(ys, 1, where=known[..., None], keepdims=True)
     away = (ys - mean)[known]
     changes = np.sqrt(np.mean((away @ matrix.T) ** 2, axis=0))
     most = np.abs(matrix) @ np.sqrt(np.mean(away**2, axis=0))
