@@ -16,6 +16,7 @@ import pytest
 import flowdiffrax as fd
 from flowdiffrax.learn._folder import Folder
 from flowdiffrax.learn._learn_solver import _identify
+from flowdiffrax.learn._plan import check_conserved
 from flowdiffrax.learn._probe import TEACHER_RTOL, probe
 from flowdiffrax.learn._problem import make_problem
 from flowdiffrax.learn._teacher import cheaper_teacher
@@ -222,3 +223,16 @@ def test_problems_are_told_apart(tmp_path):
     for name in ("growth", "decay, and a pulse"):
         with pytest.raises(ValueError, match=r"another problem .* \['rates'\] differ"):
             Folder(tmp_path, stated(fields[name]))
+
+
+def test_which_invariants_are_conserved():
+    x = np.random.default_rng(0).uniform(1.0, 2.0, (20, 9))
+    still = np.broadcast_to(np.full((20, 1), 0.1), x.shape)
+    ys = np.stack([x, 3 - x + 1e-8 * x**2, still], axis=2)
+    ys[4, 2, 0] = np.nan
+    good = np.asarray([[1.0, 1.0, 0.0], [0.0, 0.0, 1.0], [2.0, 2.0, -1.0]])
+    check_conserved(good, ys, 0.01)
+    check_conserved(good[:0], ys, 0.01)
+    for wrong in ([1.0, -1.0, 0.0], [1.0, 1.1, 0.0], [0.0, 1.0, 1.0]):
+        with pytest.raises(ValueError, match=r"`invariants\[1\]` is not conserved"):
+            check_conserved(np.asarray([good[0], wrong]), ys, 0.01)
