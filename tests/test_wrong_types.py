@@ -82,6 +82,9 @@ WITH_BOOLS = {
     "paths.OptimalTransportCoupling": lambda **bad: fd.paths.OptimalTransportCoupling(
         **bad
     ),
+    "paths.step_trajectories": lambda **bad: fd.paths.step_trajectories(
+        MAP, STATES, jnp.arange(2.0), **bad
+    ),
     "solve_batch": lambda **bad: fd.solve_batch(
         MAP, FIELD, jnp.arange(2.0), STATES, **TOLERANCES, **bad
     ),
