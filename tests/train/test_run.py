@@ -786,5 +786,5 @@ def test_nothing_but_skipped_steps_ends_the_run():
 def test_no_best_checkpoint_need_be_kept(tmp_path, first_state):
     with make(tmp_path, newest=1, best=0) as run:
         assert run.steps == ()
-    with pytest.raises(ValueError, match="`best` not negative; got"):
+    with pytest.raises(ValueError, match="`best` must be at least 0; got"):
         make(tmp_path, best=-1)
