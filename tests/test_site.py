@@ -46,6 +46,7 @@ SCRIPTS = {
     "digits.png": "examples/digits.py",
     "images_digits.png": "benchmarks/images.py",
     "images_fashion.png": "benchmarks/images.py",
+    "kuramoto_sivashinsky.png": "examples/kuramoto_sivashinsky.py",
     "learn_solver.png": "docs/tutorials/ode.md",
     "objectives.png": "examples/compare_objectives.py",
     "posterior.png": "examples/posterior.py",
