@@ -165,6 +165,7 @@ LEFT_OUT = {
     "FlowMatching": "learns the velocity only",
     "VelocityDistillation": "learns the velocity only",
     "NaiveEulerian": "biased, and there to show it",
+    "CycleConsistency": "learns no flow, and is to be mixed with an objective that does",
     "RollOutMatching": "is several jumps of trajectory matching",
 }
 

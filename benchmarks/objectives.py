@@ -93,6 +93,8 @@ def rows():
         "TrajectoryMatching": Row(fd.TrajectoryMatching(), trained=1),
         # Two jumps.
         "RollOutMatching": Row(fd.objectives.RollOutMatching(unroll=True), trained=2),
+        # There and back.
+        "CycleConsistency": Row(fd.objectives.CycleConsistency(), trained=2),
         "VelocityDistillation": Row_(
             fd.objectives.VelocityDistillation(), trained=1, frozen=1
         ),

@@ -52,6 +52,7 @@ OBJECTIVES = {
     "ContinuousConsistency": None,
     "TrajectoryMatching": None,
     "RollOutMatching": None,
+    "CycleConsistency": None,
 }
 
 

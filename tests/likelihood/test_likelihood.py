@@ -12,6 +12,7 @@ import numpy as np
 import optax
 import optimistix as optx
 import pytest
+import scipy.linalg
 from helpers import (
     RUN_TIME_ERROR,
     assert_close,
@@ -692,3 +693,82 @@ def test_refusals(name):
     make, error, match = REFUSALS[name]
     with without_type_checks(), pytest.raises(error, match=match):
         make()
+
+
+# --- weights ------------------------------------------------------------------------
+
+
+def test_weights_of_a_gaussian_for_another():
+    # Both densities and all moments are known; the target lacks a factor of 5.
+    rng = np.random.default_rng(0)
+    x = rng.normal(0.0, 1.5, 200_000)
+    target, proposal = stats.norm(0.5, 1.0), stats.norm(0.0, 1.5)
+    made = fd.likelihood.importance_weights(
+        jnp.asarray(target.logpdf(x) + np.log(5.0)), jnp.asarray(proposal.logpdf(x))
+    )
+    error = float(made.log_normaliser_error)
+    assert abs(float(made.log_normaliser) - np.log(5.0)) < 4 * error < 0.02
+    weights = np.exp(made.log_weights)
+    assert np.average(x, weights=weights) == pytest.approx(0.5, abs=0.02)
+    # The integral of p^2 / q, in closed form.
+    precision = 2 / 1.0 - 1 / 1.5**2
+    square = 1.5 / np.sqrt(precision) * np.exp(0.5 * (1.0**2 / precision - 0.5))
+    assert float(made.effective_size) / x.size == pytest.approx(1 / square, rel=0.02)
+
+
+def test_standard_error_of_the_log_evidence():
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=(400, 300))
+    made = jax.vmap(fd.likelihood.importance_weights)(
+        jnp.asarray(stats.norm(0.3, 0.9).logpdf(x)), jnp.asarray(stats.norm.logpdf(x))
+    )
+    expected = np.std(np.asarray(made.log_normaliser))
+    assert np.mean(np.asarray(made.log_normaliser_error)) == pytest.approx(
+        expected, rel=0.15
+    )
+
+
+def test_weights_of_samples_without_a_density():
+    target = jnp.asarray([0.0, 0.0, -jnp.inf, 0.0])
+    made = fd.likelihood.importance_weights(target, jnp.asarray([0.0, np.nan, 0.0, 0.0]))
+    assert int(made.num_lost) == 1
+    assert made.log_weights.tolist() == [0.0, -np.inf, -np.inf, 0.0]
+    assert float(made.effective_size) == pytest.approx(2)
+    assert float(made.log_normaliser) == pytest.approx(np.log(0.5))
+    with pytest.raises(ValueError, match=r"one entry for each sample.*\(4,\) and \(2,\)"):
+        with without_type_checks():
+            fd.likelihood.importance_weights(target, target[:2])
+
+
+def test_samples_of_a_map_weigh_their_target():
+    # The map is a flow, but not that of the target.
+    flow_map = gaussian_map()
+    base = lambda x: jnp.sum(jax.scipy.stats.norm.logpdf(x))
+    x0 = jr.normal(jr.key(0), (20_000, 2))
+    x1, log_proposal = jax.vmap(
+        lambda x0: fd.likelihood.sample_log_prob(flow_map, base, x0, 2)
+    )(x0)
+    mean, cov = np.mean(x1, 0) + 0.2, 0.7 * np.cov(np.asarray(x1).T)
+    log_target = jnp.asarray(stats.multivariate_normal.logpdf(x1, mean, cov))
+    made = fd.likelihood.importance_weights(log_target, log_proposal)
+    assert abs(float(made.log_normaliser)) < 5 * float(made.log_normaliser_error) < 0.1
+    weighted = np.average(x1, axis=0, weights=np.exp(made.log_weights))
+    np.testing.assert_allclose(weighted, mean, atol=0.05)
+
+
+def test_errors_in_nats():
+    # One Euler step of a linear field: its determinant and inverse are known.
+    field = lambda t, x, args: jnp.asarray(MATRIX) @ x
+    euler = lambda s, t, x, args: x + (t - s) * field(s, x, args)
+    base = lambda x: jnp.sum(jax.scipy.stats.norm.logpdf(x))
+    xs = jr.normal(jr.key(0), (5, 2))
+    made = fd.likelihood.log_prob_errors(euler, field, base, xs)
+    back = np.eye(2) - MATRIX
+    step = stats.norm.logpdf(xs @ back.T).sum(1) + np.linalg.slogdet(back)[1]
+    flow = scipy.linalg.expm(-MATRIX)
+    exact = stats.norm.logpdf(xs @ flow.T).sum(1) - np.trace(MATRIX)
+    np.testing.assert_allclose(made, step - exact, atol=1e-6)
+    assert np.abs(made).max() > 0.1
+    exact_map = fd.ODEFlowMap(field)
+    made = fd.likelihood.log_prob_errors(exact_map, field, base, xs, 3)
+    np.testing.assert_allclose(made, 0, atol=1e-6)

@@ -122,6 +122,10 @@ def flow_map_matching(p, q, factor=1.0):
     return square(end_rate(p, y) - RATE) + factor * square(X(p, S, T, y) - I(T))
 
 
+def cycle(p, q):
+    return square(X(p, T, S, X(p, S, T, I(S))) - I(S))
+
+
 def progressive_matching(p, q):
     middle = (S + T) / 2
     return square(X(p, S, T, I(S)) - X(q, middle, T, X(q, S, middle, I(S))))
@@ -357,6 +361,7 @@ EQUATIONS = {
         "velocity",
     ),
     "FreeFlow": Equation(fd.objectives.free_flow(), free_flow, (0.0, T), "velocity"),
+    "cycle": Equation(fd.objectives.CycleConsistency(), cycle),
     "trajectory matching": Equation(
         fd.TrajectoryMatching(), trajectory_matching, path="trajectory"
     ),
@@ -524,6 +529,7 @@ TIMES = {
     "CD": (fd.objectives.ConsistencyDistillation(), 0.0, lambda: noise_levels(19)),
     "sCT": (fd.objectives.ContinuousConsistency(), 0.0, to_the_data),
     "FreeFlow": (fd.objectives.free_flow(), 0.0, from_the_base),
+    "cycle": (fd.objectives.CycleConsistency(), 0.0, square_of_times),
     "trajectory matching": (fd.TrajectoryMatching(), 0.0, triangle),
     "roll-out": (fd.objectives.RollOutMatching(), 0.0, triangle),
     "recipe cifar10-meanflow": ("cifar10-meanflow", 0.25, mean_flow_cifar),

@@ -100,6 +100,7 @@ UNITS = {
     "sCD": Problem(fd.objectives.ContinuousConsistency(), "velocity"),
     "FreeFlow": Problem(fd.objectives.free_flow(), "velocity"),
     "trajectory matching": Problem(fd.TrajectoryMatching(), path="trajectory"),
+    "cycle": Problem(fd.objectives.CycleConsistency()),
     "roll-out": Problem(fd.objectives.RollOutMatching(), path="trajectory"),
 }
 X0, X1 = np.asarray(jr.normal(jr.key(1), (2, 8, 2)))

@@ -3,6 +3,8 @@
 from . import command as command
 from ._augmentation import Augmentation as Augmentation
 from ._augmentation import AugmentationParameters as AugmentationParameters
+from ._bits import bits_per_dim as bits_per_dim
+from ._bits import dequantise as dequantise
 from ._device import DeviceImages as DeviceImages
 from ._device import from_uint8 as from_uint8
 from ._device import to_uint8 as to_uint8

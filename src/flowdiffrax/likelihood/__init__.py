@@ -2,10 +2,13 @@
 
 from ._delayed_acceptance import DelayedAcceptance as DelayedAcceptance
 from ._delayed_acceptance import DelayedAcceptanceState as DelayedAcceptanceState
+from ._importance import ImportanceWeights as ImportanceWeights
+from ._importance import importance_weights as importance_weights
 from ._inversion import Inversion as Inversion
 from ._inversion import invert as invert
 from ._likelihood import PullBack as PullBack
 from ._likelihood import log_prob as log_prob
+from ._likelihood import log_prob_errors as log_prob_errors
 from ._likelihood import pull_back as pull_back
 from ._likelihood import sample_log_prob as sample_log_prob
 from ._log_density import LogDensityFlowMap as LogDensityFlowMap

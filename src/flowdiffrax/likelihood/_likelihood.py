@@ -10,16 +10,18 @@ import jax.random as jr
 import jax.tree_util as jtu
 import numpy as np
 from jax import lax
-from jaxtyping import Array, ArrayLike, Key, Real
+from jaxtyping import Array, ArrayLike, Float, Key, Real
 
 from .._check import check_callable
 from .._time import time_dtype
-from .._tree import is_concrete, subtract
-from .._types import Args, Scalar, State, TwoTimeMap
+from .._tree import is_concrete, num_rows, subtract
+from .._types import Args, Scalar, State, TwoTimeMap, VectorField
 from ..flow_maps._base import out_of_range_message, times_out_of_range
 from ..flow_maps._inverse import check_composable
+from ..flow_maps._ode import ODEFlowMap
 from ..solvers._sample import check_grid, make_grid
 from ._inversion import Inversion, largest_entry
+from ._log_density import LogDensityVelocity
 from ._log_det import AbstractLogDet, ExactJacobian, log_det
 
 
@@ -157,6 +159,56 @@ def sample_log_prob(
     x0, grid = _checked(flow_map, x0, ts)
     x1, total = _jumps(jump, grid, x0, key)
     return x1, _density(base_log_prob, x0) - total
+
+
+def log_prob_errors(
+    flow_map: TwoTimeMap,
+    vector_field: VectorField,
+    base_log_prob: Callable[[State], Scalar],
+    x1: State,
+    ts: int | np.integer | Real[ArrayLike, " times"] = 1,
+    args: Args = None,
+    *,
+    method: AbstractLogDet = ExactJacobian(),
+    inverse: Callable[..., Inversion] | None = None,
+    key: Key[Array, ""] | None = None,
+    rtol: float | None = None,
+    atol: float | None = None,
+) -> Float[Array, " points"]:
+    r"""The errors of a map's log-densities in nats, against the continuous flow.
+
+    The log-density of the map minus that of the ODE, for each of a batch of data points.
+    Diffrax integrates the ODE together with its exact divergence
+    ([`flowdiffrax.likelihood.LogDensityVelocity`][]), which costs a derivative for each
+    dimension, at each of its steps.
+
+    **Arguments:** as for [`flowdiffrax.likelihood.log_prob`][], except
+
+    - `vector_field`: the velocity of the flow, `(t, x, args) -> dx/dt`.
+    - `x1`: a batch of data points, with a leading axis. `args` is the same for all.
+    - `key`: one random key for the batch, if the method has a stochastic trace.
+    - `rtol`, `atol`: the tolerances of Diffrax; `None` for those of
+      [`flowdiffrax.ODEFlowMap`][].
+
+    **Returns:** the errors, which are NaN where the map's log-density is. Report the mean
+    of their magnitudes and the number of NaNs.
+
+    **Raises:** the errors of [`flowdiffrax.likelihood.log_prob`][]; `RuntimeError` at run
+    time if Diffrax needs more steps than `ODEFlowMap` allows.
+    """
+    check_callable(vector_field, "vector_field", "vector_field(t, x, args)")
+    exact = ODEFlowMap(LogDensityVelocity(vector_field), rtol=rtol, atol=atol)
+    x1, grid = _checked(flow_map, x1, ts)
+
+    def error(x1, index):
+        point_key = None if key is None else jr.fold_in(key, index)
+        settings = {"method": method, "inverse": inverse, "key": point_key}
+        by_map = log_prob(flow_map, base_log_prob, x1, ts, args, **settings)
+        start = x1, jnp.zeros_like(by_map)
+        x0, change = exact(grid[-1], grid[0], start, args)
+        return by_map - (_density(base_log_prob, x0) - change)
+
+    return jax.vmap(error)(x1, jnp.arange(num_rows(x1, "`x1`")))
 
 
 def _density(base_log_prob: Callable[[State], Scalar], x0: State) -> Scalar:

@@ -10,6 +10,7 @@ from ._batch import batch_loss as batch_loss
 from ._consistency import ConsistencyDistillation as ConsistencyDistillation
 from ._consistency import ConsistencyTraining as ConsistencyTraining
 from ._consistency import ContinuousConsistency as ContinuousConsistency
+from ._cycle import CycleConsistency as CycleConsistency
 from ._eulerian import EulerianMapDistillation as EulerianMapDistillation
 from ._eulerian import EulerianSelfDistillation as EulerianSelfDistillation
 from ._eulerian import NaiveEulerian as NaiveEulerian

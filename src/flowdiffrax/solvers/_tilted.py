@@ -210,7 +210,7 @@ def sample_tilted(
         )
         level = _level(noise_and_beta, s, t, noise, jnp.asarray(tilt(t), dtype))
         log_weights = log_weights + level.tilt * particles.reward - potential
-        size = _effective_size(log_weights)
+        size = effective_size(log_weights)
         uneven = size < resample_below * number
         index, log_weights = _resample(keys[0], log_weights, uneven)
         particles = jtu.tree_map(lambda leaf: leaf[index], particles)
@@ -237,8 +237,8 @@ def sample_tilted(
         "`reward` was not finite at a look-ahead. Replace a hard constraint by a steep "
         "penalty, and look for NaNs in `x0` and in the map.",
     )
-    sizes = jnp.append(sizes, _effective_size(log_weights))
-    log_normaliser = _log_mean(log_weights)
+    sizes = jnp.append(sizes, effective_size(log_weights))
+    log_normaliser = log_mean_exp(log_weights)
     x = jax.vmap(as_state)(x)
     return TiltedSamples(x, log_weights, log_normaliser, sizes, acceptance)
 
@@ -294,11 +294,13 @@ def _move(
     return jtu.tree_map(select, end, start), accepted
 
 
-def _log_mean(log_weights: Float[Array, " particles"]) -> Scalar:
+def log_mean_exp(log_weights: Float[Array, " particles"]) -> Scalar:
+    """The logarithm of the mean weight."""
     return jax.nn.logsumexp(log_weights) - math.log(log_weights.size)
 
 
-def _effective_size(log_weights: Float[Array, " particles"]) -> Scalar:
+def effective_size(log_weights: Float[Array, " particles"]) -> Scalar:
+    """The number of equal weights with the same variance of a mean."""
     total = jax.nn.logsumexp(log_weights)
     return jnp.exp(2 * total - jax.nn.logsumexp(2 * log_weights))
 
@@ -313,7 +315,7 @@ def _resample(
     points = own.astype(cumulative.dtype) + jr.uniform(key, (), cumulative.dtype)
     drawn = jnp.searchsorted(cumulative, points / number * cumulative[-1])
     index = jnp.where(uneven, jnp.minimum(drawn, number - 1).astype(own.dtype), own)
-    return index, jnp.where(uneven, _log_mean(log_weights), log_weights)
+    return index, jnp.where(uneven, log_mean_exp(log_weights), log_weights)
 
 
 def _as_reward(value: ArrayLike) -> Array:
