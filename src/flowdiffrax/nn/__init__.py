@@ -15,4 +15,6 @@ from ._magnitude_unet import MagnitudePreservingUNet as MagnitudePreservingUNet
 from ._mlp import MLP as MLP
 from ._ravelled import Ravelled as Ravelled
 from ._relaxation import RelaxationMLP as RelaxationMLP
+from ._sets import SetEncoder as SetEncoder
+from ._sets import Summarised as Summarised
 from ._unet import UNet as UNet
