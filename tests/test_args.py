@@ -514,7 +514,7 @@ OTHERS = {
     *("exact.UniformBoxesVelocity", "testing.KnownField"),
     # `args` are inputs of the network: `tests/nn`.
     *("nn.MLP", "nn.DiT", "nn.UNet", "nn.DDPMUNet", "nn.MagnitudePreservingUNet"),
-    *("nn.DilatedResNet", "nn.FNO", "nn.RelaxationMLP", "nn.LogUnits"),
+    *("nn.DilatedResNet", "nn.FNO", "nn.RelaxationMLP", "nn.LogUnits", "nn.Summarised"),
     # From the vector field to a map of the same `args`: `tests/learn`.
     *("advise", "learn_solver", "learn.export_jump", "learn.learn_from_data"),
     # Handed to the invariants: `test_roll_outs.py`.

@@ -224,9 +224,7 @@ def test_noise_is_not_regressed_on():
     rng = np.random.default_rng(0)
     thetas, xs = rng.normal(size=(120, 1)), rng.normal(size=(120, 90))
     both = read_simulations(thetas, xs, None)
-    units = PosteriorUnits.of(
-        both.take(slice(90)), None, held_out=both.take(slice(90, 120))
-    )
+    units = find_units(both.take(slice(90)), both.take(slice(90, 120)), None)
     assert np.abs(np.asarray(units.coefficients)[1:]).max() < 0.2
 
 

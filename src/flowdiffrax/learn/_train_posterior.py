@@ -33,8 +33,7 @@ def adam(flow_map: AbstractFlowMap, num_steps: int) -> optax.GradientTransformat
     warmup = max(num_steps // 50, 1)
     decay = max(num_steps, warmup + 1)
     rate = optax.warmup_cosine_decay_schedule(0.0, 4e-3, warmup, decay)
-    optim = optax.adamw(rate, weight_decay=0.1)
-    return optax.chain(optax.clip_by_global_norm(1.0), optim)
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate))
 
 
 class MeanNet(eqx.Module):

@@ -1,5 +1,7 @@
 """Measures of the quality of samples and flow maps."""
 
+from ._calibration import Calibration as Calibration
+from ._calibration import calibrate as calibrate
 from ._defect import Defects as Defects
 from ._defect import defects as defects
 from ._density import HistogramKL as HistogramKL

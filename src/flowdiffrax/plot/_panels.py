@@ -6,6 +6,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import ArrayLike
 
+from ..metrics import Calibration
+from ..metrics._calibration import as_shares
+
 
 def density(
     axes: Any,
@@ -88,6 +91,37 @@ def work_precision(
     # If work spans only a decade or two, the minor tick labels would overlap.
     axes.tick_params(axis="x", which="minor", labelbottom=False)
     axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+
+
+def calibration(axes: Any, result: Calibration, names: Sequence[str] | None = None):
+    """Draws how far ranks and coverage are from those of an exact posterior.
+
+    Each line is the share of ranks below a level, minus the level: zero if they are
+    uniform. Above zero on the left and below zero on the right, the posterior is too
+    narrow; the other way round, too wide. Above zero throughout, it lies too high. An
+    exact posterior leaves the grey band with a probability of 1 % for each line.
+
+    **Arguments:**
+
+    - `axes`: Matplotlib axes.
+    - `result`: a [`flowdiffrax.metrics.Calibration`][].
+    - `names`: the names of the parameters; `None` for their numbers.
+    """
+    u = as_shares(result.ranks, result.num_samples)
+    names = [f"parameter {k}" for k in range(u.shape[1])] if names is None else names
+    num, levels = len(u), np.linspace(0, 1, 201)
+    # The 99 % quantile of Kolmogorov's distribution.
+    band = 1.628 / np.sqrt(num)
+    axes.axhspan(-band, band, color="0.9", label="99 % of exact posteriors")
+    rows = [*zip(names, u.T, strict=True), ("coverage (TARP)", result.shares)]
+    for index, (name, row) in enumerate(rows):
+        share = np.searchsorted(np.sort(row), levels) / num
+        is_last = index == len(rows) - 1
+        style = {"color": "black", "linestyle": "--"} if is_last else {}
+        axes.plot(levels, share - levels, label=name, **style)
+    axes.axhline(0, color="0.6", linewidth=0.8)
+    axes.set(xlabel="level", ylabel="share below level, minus level", xlim=(0, 1))
     axes.legend(fontsize="small")
 
 
