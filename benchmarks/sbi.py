@@ -169,7 +169,7 @@ def accuracy(key, rows, labels, test_rows, test_labels):
     keys = iter(jr.split(init_key, 6))
     sizes = size, 10 * size, 10 * size, 1
     limits = [math.sqrt(6 / (a + b)) for a, b in zip(sizes[:-1], sizes[1:], strict=True)]
-    draw = lambda shape, limit: jr.uniform(next(keys), shape, minval=-limit, maxval=limit)
+    draw = lambda shape, limit: jr.uniform(next(keys), shape, rows.dtype, -limit, limit)
     params = [
         (draw((sizes[i], sizes[i + 1]), limits[i]), draw((sizes[i + 1],), limits[i]))
         for i in range(3)
@@ -254,7 +254,7 @@ def main():
     parser.add_argument("--simulations", nargs="+", type=int, default=budgets)
     parser.add_argument("--observations", type=int, default=10)
     parser.add_argument("--folds", type=int, default=1, help="1 to 5, for each score")
-    parser.add_argument("--steps", type=int, default=5000, help="of each training")
+    parser.add_argument("--steps", type=int, default=3000, help="of the distillation")
     parser.add_argument("--verbose", action="store_true")
     parser.add_argument("--out", type=pathlib.Path, default="out/sbi")
     options = parser.parse_args()

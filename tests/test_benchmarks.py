@@ -1,4 +1,4 @@
-"""Parts of the benchmarks: `benchmarks/systems.py` and `benchmarks/surrogates.py`."""
+"""Parts of the benchmarks: systems, surrogates and posteriors."""
 
 import importlib.util
 import pathlib
@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
+import scipy.stats
 
 FOLDER = pathlib.Path(__file__).parents[1] / "benchmarks"
 
@@ -22,7 +23,7 @@ def load(name):
     return module
 
 
-systems, surrogates = load("systems"), load("surrogates")
+systems, surrogates, sbi = load("systems"), load("surrogates"), load("sbi")
 MECHANISM = systems.random_mechanism()
 ALL = {**systems.SYSTEMS, "mechanism": MECHANISM}
 
@@ -181,3 +182,47 @@ def test_summary_compares_with_the_best_surrogate():
     rows.append(row | {"method": "LatentPoly"})  # too slow to train
     last = surrogates.summary(rows).splitlines()[-1]
     assert "simple_ode | 0.01, 0.02 (MultiONet) | 2, 2" in last
+
+
+# --- posteriors -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sbi.TASKS)
+def test_simulations_of_a_task(name, monkeypatch):
+    # The input of the generalised linear model is a file of sbibm.
+    rng = np.random.default_rng(0)
+    stored = lambda name, size: rng.normal(size=size)
+    monkeypatch.setattr(sbi, "stored", stored)
+    prior, simulator, bounds = sbi.TASKS[name]
+    thetas = prior(rng, 500)
+    assert np.isfinite(simulator(rng, thetas)).all()
+    if bounds is not None:
+        assert bounds[0] <= thetas.min() and thetas.max() <= bounds[1]
+        assert np.ptp(thetas) > 0.9 * (bounds[1] - bounds[0])
+
+
+def test_moments_of_simulations():
+    rng = np.random.default_rng(0)
+    theta = np.asarray([1.0, -2.0, 1.5, 0.5, -0.7])
+    xs = sbi.slcp(rng, np.repeat(theta[None], 20_000, axis=0)).reshape(-1, 2)
+    covariance = np.cov(xs.T)
+    np.testing.assert_allclose(xs.mean(0), theta[:2], atol=0.05)
+    np.testing.assert_allclose(np.sqrt(np.diag(covariance)), [2.25, 0.25], rtol=0.02)
+    correlation = covariance[0, 1] / np.sqrt(covariance[0, 0] * covariance[1, 1])
+    np.testing.assert_allclose(correlation, np.tanh(-0.7), atol=0.01)
+    # A moon has two preimages, mirrored at the line where the parameters sum to zero.
+    moons = [
+        sbi.two_moons(np.random.default_rng(1), np.repeat([theta], 50, axis=0))
+        for theta in ([0.3, 0.1], [-0.1, -0.3])
+    ]
+    np.testing.assert_allclose(*moons, atol=1e-12)
+
+
+@pytest.mark.parametrize("shift", [0.0, 2.0])
+def test_classifier_is_as_good_as_the_best(shift):
+    rng = np.random.default_rng(0)
+    samples, others = rng.normal(size=(2, 2000, 2))
+    others[:, 0] += shift
+    # Two Gaussians are told apart best in the middle between them.
+    best = scipy.stats.norm.cdf(shift / 2)
+    assert abs(sbi.c2st(samples, others, folds=2) - best) < 0.03

@@ -76,7 +76,9 @@ def learn_posterior(
     - `minutes`: the time for everything, positive.
     - `key`: a random key; `None` uses `jax.random.key(0)`.
     - `width`, `depth`: the width and the number of hidden layers of the network.
-    - `batch_size`, `num_steps`: of each of the two trainings; the first may end earlier.
+    - `batch_size`: of both trainings.
+    - `num_steps`: the steps of the distillation. The velocity, each step of which takes a
+      third of the time, makes up to three times as many.
     - `progress`: whether to print choices and progress, to standard error.
 
     **Returns:** a [`flowdiffrax.learn.LearnedPosterior`][].
@@ -130,7 +132,8 @@ def learn_posterior(
     pairs = _batches(units, fresh.take(rows), len(rows), draw=False)
     training = Training(objective, batches, adam, velocity_key, say, history, True)
     end = end_of(_VELOCITY_SHARE)
-    teacher = mean_map(training(members, None, end, num_steps, pairs)).velocity
+    most = None if num_steps is None else 3 * num_steps
+    teacher = mean_map(training(members, None, end, most, pairs)).velocity
 
     # Stage 2: the jumps of this velocity.
     objective = LagrangianMapDistillation(
