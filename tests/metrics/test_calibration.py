@@ -29,9 +29,11 @@ def posterior(*, width=1.0, shift=0.0, correlated=True):
     """The exact posterior, or one that is wrong in a known way."""
     root = ROOT if correlated else np.diag(np.sqrt(np.diag(COVARIANCE)))
 
+    rng = np.random.default_rng(2)
+
     def draw(key, x, num_samples):
         mean = COVARIANCE @ MATRIX.T @ x / NOISE**2
-        noise = np.asarray(jr.normal(key, (num_samples, 2)))
+        noise = rng.normal(size=(num_samples, 2))
         return mean + shift * np.sqrt(np.diag(COVARIANCE)) + width * noise @ root.T
 
     return draw
