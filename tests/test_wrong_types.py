@@ -56,6 +56,9 @@ WITH_BOOLS = {
     "learn.learn_from_data": lambda **bad: fd.learn.learn_from_data(
         jnp.arange(3.0), jnp.ones((4, 3, 2)), **bad
     ),
+    "learn.learn_posterior": lambda **bad: fd.learn.learn_posterior(
+        STATES, STATES, **bad
+    ),
     "learn_solver": lambda **bad: fd.learn_solver(FIELD, STATES, 0.0, 1.0, **bad),
     "likelihood.LogDensityVelocity": lambda **bad: fd.likelihood.LogDensityVelocity(
         FIELD, **bad
@@ -103,6 +106,7 @@ WITH_BOOLS = {
 }
 # Results, and settings that are checked where they are used.
 NOT_CHECKED = {"Advice", "Plan", "Failure", "Recipe", "Options", "load_split"}
+NOT_CHECKED |= {"PosteriorNetwork"}
 
 
 def bools():

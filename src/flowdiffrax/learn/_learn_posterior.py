@@ -10,7 +10,7 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, ArrayLike, Key
 
-from .._check import check_count, check_key, check_positive
+from .._check import check_bools, check_count, check_key, check_positive
 from ..data import InterpolantBatches
 from ..flow_maps._base import AbstractFlowMap
 from ..objectives import FlowMatching, LagrangianMapDistillation
@@ -98,6 +98,7 @@ def learn_posterior(
     """
     begin = time.perf_counter()
     check_positive(minutes, "minutes")
+    check_bools(progress=progress)
     key = jr.key(0) if key is None else key
     check_key(key)
     given = {"width": width, "depth": depth}
