@@ -42,6 +42,7 @@ def test_pages_are_in_navigation():
 # Figures that are the outcome of a long run, each of a script that a page names.
 SCRIPTS = {
     "burgers.png": "examples/burgers.py",
+    "calibration.png": "docs/simulations.md",
     "checkerboard.png": "examples/checkerboard.py",
     "digits.png": "examples/digits.py",
     "images_digits.png": "benchmarks/images.py",
