@@ -99,7 +99,8 @@ def main(line=None):
     """Does what the command line says; returns the scores."""
     options = command.parse(
         "digits", __doc__, presets(), "lmd", line, num_samples=2000, jumps=(1, 2, 4),
-        report_every=50, save_every=200, grid_every=200,
+        report_every=50, save_every=200, grid_every=200, score_every=200,
+        score_samples=500,
     )  # fmt: skip
     if options.data is not None:
         raise SystemExit("--data: the digits come with the package, and nothing is read")

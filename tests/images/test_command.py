@@ -28,6 +28,7 @@ from flowdiffrax.images.command import (
     _run,
     _samplers,
     _scores,
+    _train,
 )
 from flowdiffrax.images.command._flops import count_products
 
@@ -126,6 +127,10 @@ def refused(script, words, message, load=never):
         (["--save-every", "0"], "--save-every must be at least 1"),
         (["--jumps", "2", "0"], "--jumps must be at least 1"),
         (["--sample-batch", "0"], "--sample-batch must be at least 1"),
+        (["--score-every", "0"], "--score-every must be at least 1"),
+        (["--score-samples", "0"], "--score-samples must be at least 1"),
+        (["--score-every", "150"], "--score-every must be a multiple of --report-every"),
+        (["--do", "train", "--score-every", "100", "--features", "absent.pth"], "absent"),
         (["--restarts", "0.5", "1"], r"--restarts must lie in \[0, 1\)"),
         (["--ode", "0"], "--ode must be a positive tolerance; got 0"),
         (["--out", __file__], "--out: .*test_command.py is a file; give a folder"),
@@ -544,7 +549,8 @@ def test_scores_and_pictures_of_an_exact_map(tmp_path, capsys):
         "--features", "random", "--jumps", "1", "4", "--ode", "1e-5",
     )  # fmt: skip
     recipe, (train, test) = recipe_of(digits, options), digits.load()
-    rows = _scores.score(recipe, options, GAUSSIAN, None, train, test)
+    scorer = _scores.Scorer(options, train, test)
+    rows = _scores.score(recipe, options, GAUSSIAN, None, scorer)
     assert rows == json.loads((tmp_path / "scores.json").read_text())
     tsit5, one, four, held_out = rows
     assert tsit5["sampler"] == "Tsit5 on its own velocity" and tsit5["coupling"] == 0
@@ -560,6 +566,40 @@ def test_scores_and_pictures_of_an_exact_map(tmp_path, capsys):
     assert _pictures.inversion(recipe, both, GAUSSIAN, test) < 1e-4
     for name in ("samples.png", "inversion.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_scores_during_training_have_the_settings_of_the_options(tmp_path, monkeypatch):
+    options = digits_options(
+        *SMALL, "--out", str(tmp_path), "--features", "random", "--score-every", "7",
+        "--score-samples", "80", "--jumps", "1", "--steps", "14", "--seed", "5",
+    )  # fmt: skip
+    recipe, (train, test) = recipe_of(digits, options), digits.load()
+    flow_map = _maps.untrained(recipe, options, None)
+    state = fd.train.TrainState.create(
+        flow_map, recipe.optim(), key=jr.key(0), objective=recipe.objective,
+        ema_decay=recipe.ema_decay,
+    )  # fmt: skip
+    calls = []
+
+    def fit(*args, on_report, **kwargs):
+        calls.extend(on_report)
+        return state
+
+    monkeypatch.setattr(_train, "fit", fit)
+    folder = fd.train.Run(tmp_path, _maps.config_of(recipe, options))
+    scorer = _scores.Scorer(options, train, test)
+    _train.train(recipe, options, flow_map, None, train, scorer, folder)
+    _, curves = calls
+    assert curves(state, {"step": 6}) is None
+    assert curves(state, {"step": 7})["scored_step"] == 7
+    (row,) = fd.images.read_scores(tmp_path)
+    assert row["num_samples"] == row["num_held_out"] == 80 and row["seed"] == 5
+    assert row["average"] == "0.998" and row["num_reference"] == len(train)
+    config, best = command.load_map(tmp_path, digits.presets(), file="best.safetensors")
+    assert config["best"]["frechet"] == row["frechet"]
+    assert fd.train.fingerprint(best) == row["weights"]
+    with pytest.raises(FileNotFoundError, match="with `--score-every` first"):
+        command.load_map(tmp_path / "x", digits.presets(), file="best.safetensors")
 
 
 # --- whole runs -----------------------------------------------------------------------

@@ -15,6 +15,8 @@ from ._recipe import Recipe as Recipe
 from ._recipes import recipe as recipe
 from ._recipes import recipes as recipes
 from ._sample_grids import SampleGrids as SampleGrids
+from ._score_curves import ScoreCurves as ScoreCurves
+from ._scores_file import read_scores as read_scores
 from .scores._alexnet import AlexNetFeatures as AlexNetFeatures
 from .scores._classifier import ClassifierFeatures as ClassifierFeatures
 from .scores._classifier import fit_classifier as fit_classifier

@@ -12,17 +12,10 @@ from .._check import check_callable
 from .._io import StrPath, as_folder, import_extra, write_whole
 from .._tree import num_rows
 from .._types import Args, State
-from ..flow_maps._base import AbstractFlowMap
-from ..solvers._sample import sample
 from ..train import TrainState
-from ..train._reports import (
-    beside,
-    checked_every,
-    gathered,
-    is_number,
-    rows_of,
-)
+from ..train._reports import checked_every, is_number, rows_of
 from ._grid import picture
+from ._sampling import in_blocks, in_jumps
 
 
 class SampleGrids:
@@ -38,7 +31,7 @@ class SampleGrids:
     - `folder`: the folder to write to, created if missing; `None` for no pictures.
     - `x0`: starting points with a leading batch axis.
     - `args`: conditions with the same leading axis, or `None`.
-    - `num_jumps`: the numbers of jumps. Sampling is compiled once for each.
+    - `num_jumps`: the numbers of jumps. One jump is compiled for all of them.
     - `time_range`: where the jumps start and end, in either order. `None` for the map's
       `time_range`, or for [0, 1] if it declares none.
     - `distance`: a function that maps a batch of samples, as NumPy arrays, to a number,
@@ -126,8 +119,6 @@ class SampleGrids:
         """
         if report["step"] % self._every != 0:
             return None
-        # On a single device, this moves nothing after the first call.
-        self._inputs = beside(state, self._inputs)
         samples = {number: self._samples(state, number) for number in self._num_jumps}
         if self._folder is not None:
             self._draw(samples, int(report["step"]))
@@ -139,12 +130,11 @@ class SampleGrids:
         }
 
     def _samples(self, state: TrainState, number: int) -> PyTree[np.ndarray]:
-        starts = range(0, self._size, self._batch_size)
-        batches = [
-            gathered(state, _sample(state.ema_map, rows, number, self._time_range))
-            for rows in (rows_of(self._inputs, i, i + self._batch_size) for i in starts)
-        ]
-        return jtu.tree_map(lambda *leaves: np.concatenate(leaves), *batches)
+        flow_map, sharding = state.ema_map, state.step.sharding
+        times = self._time_range or getattr(flow_map, "time_range", None) or (0.0, 1.0)
+        draw = lambda x0, args: in_jumps(flow_map, number, x0, args, times)
+        blocks = in_blocks(draw, self._inputs, self._size, self._batch_size, sharding)
+        return jtu.tree_map(lambda *leaves: np.concatenate(leaves), *blocks)
 
     def _draw(self, samples: Mapping[int, PyTree[np.ndarray]], step: int) -> None:
         columns = min(self._num_columns, self._size)
@@ -162,19 +152,6 @@ class SampleGrids:
             labels = [f"{n} jump" if n == 1 else f"{n} jumps" for n in samples]
             assert self._folder is not None
             write_whole(self._folder / f"samples-{step}.png", picture(rows, labels))
-
-
-@eqx.filter_jit
-def _sample(
-    flow_map: AbstractFlowMap,
-    rows: tuple[State, Args],
-    num_jumps: int,
-    time_range: tuple[float, float] | None,
-) -> State:
-    ts = num_jumps if time_range is None else np.linspace(*time_range, num_jumps + 1)
-    axes = eqx.if_array(0)
-    one = lambda x0, args: sample(flow_map, x0, ts, args)
-    return eqx.filter_vmap(one, in_axes=(axes, axes))(*rows)
 
 
 def _as_number(value: Any) -> float:

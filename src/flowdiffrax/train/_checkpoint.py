@@ -118,6 +118,14 @@ def load(path: str | os.PathLike, make: Callable[[Any], PyTree]) -> tuple[Any, P
     return config, eqx.combine(jtu.tree_structure(like).unflatten(filled), rest)
 
 
+def saved_config(path: pathlib.Path) -> Any:
+    """The configuration in a checkpoint whose tree is not needed.
+
+    **Raises:** `ValueError` as `load`.
+    """
+    return _read(path)[0]["config"]
+
+
 def _by_name(tree: PyTree) -> dict[str, Any]:
     leaves = {}
     for path, leaf in jtu.tree_leaves_with_path(tree):

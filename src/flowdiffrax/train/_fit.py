@@ -100,7 +100,8 @@ def fit(
       many steps so far were not finite), `examples_per_second` since the last report,
       and `seconds` since this call began. If a function returns a dictionary, its entries
       are added to the report that the next functions and `run` see. The state is a copy,
-      so it can be kept or saved.
+      so it can be kept or saved. If a function has a method `wait`, it is called at the
+      end.
     - `max_skipped`: how many steps of the run may be skipped because something was not
       finite. Beyond that, the run counts as diverged. It also counts as diverged if no
       step so far was finite, or if no step since the previous report was finite and
@@ -196,6 +197,10 @@ def fit(
                     run.save(state, report)
                     run.close()
                     requests.stop()
+            for call in calls:
+                # What a function does in the background belongs to the run.
+                if hasattr(call, "wait"):
+                    call.wait()  # pyright: ignore
         except TrainingDiverged:
             raise
         except (Exception, KeyboardInterrupt) as error:

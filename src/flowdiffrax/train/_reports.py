@@ -212,7 +212,11 @@ def _losses(inputs: Any, state: TrainState, key: Key[Array, ""]) -> ExampleLosse
 
 def beside(state: TrainState, tree: PyTree) -> PyTree:
     """Places a copy of all arrays on each device of the state."""
-    sharding = state.step.sharding
+    return placed(tree, state.step.sharding)
+
+
+def placed(tree: PyTree, sharding: jax.sharding.Sharding) -> PyTree:
+    """Places a copy of all arrays on each device of a sharding."""
 
     def put(leaf):
         if sharding.is_fully_addressable:

@@ -29,12 +29,19 @@ def check(recipe: Recipe, options: Options) -> None:
         "report-every": (options.report_every,),
         "save-every": (options.save_every,),
         "grid-every": (options.grid_every,),
+        "score-every": (1 if options.score_every is None else options.score_every,),
+        "score-samples": (options.score_samples,),
         "jumps": options.jumps,
         "num-samples": (options.num_samples,),
         "sample-batch": (options.sample_batch,),
     }.items():
         if min(values, default=0) < 1:
             raise ValueError(f"--{name} must be at least 1; got {values}")
+    if options.score_every is not None and options.score_every % options.report_every:
+        raise ValueError(
+            f"--score-every must be a multiple of --report-every, {options.report_every};"
+            f" got {options.score_every}"
+        )
     if options.dry_run and "train" not in options.do:
         raise ValueError("--dry-run describes training, which --do leaves out")
     part, rest = divmod(recipe.batch_size, options.accumulate)
@@ -75,8 +82,14 @@ def check(recipe: Recipe, options: Options) -> None:
     )
     if not there.is_dir():
         raise ValueError(f"--out: {there} is a file; give a folder")
-    if "scores" in options.do:
+    if needs_features(options):
         _check_features(recipe, options)
+
+
+def needs_features(options: Options) -> bool:
+    """Whether something is scored, during training or afterwards."""
+    curves = options.score_every is not None and "train" in options.do
+    return curves or "scores" in options.do
 
 
 def _check_features(recipe: Recipe, options: Options) -> None:
@@ -168,7 +181,7 @@ def check_images(recipe: Recipe, options: Options, images: Images) -> None:
     needs = recipe.num_classes
     if needs is not None and images.num_classes != needs:
         raise ValueError(f"The preset has {needs} classes; these are {images!r}")
-    if "scores" in options.do and options.features == "classifier":
+    if needs_features(options) and options.features == "classifier":
         if images.labels is None:
             raise ValueError(
                 f"--features classifier needs labels, and {images!r} has none; take "

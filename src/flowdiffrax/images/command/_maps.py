@@ -22,26 +22,30 @@ FILE = "map.safetensors"
 
 
 def load_map(
-    folder: StrPath, presets: Presets, script: str | None = None
+    folder: StrPath, presets: Presets, script: str | None = None, *, file: str = FILE
 ) -> tuple[dict[str, Any], FlowMap]:
-    """Reads the map of a finished run.
+    """Reads the map of a finished run, or the best map so far.
 
     **Arguments:**
 
     - `folder`: the folder of the run.
     - `presets`: the script's presets, by name: recipes, or functions that return them.
     - `script`: the name of the script that the run must be of; `None` for any.
+    - `file`: `"map.safetensors"`, the map at the end of the run, or `"best.safetensors"`,
+      the best map by the scores during training.
 
-    **Returns:** the configuration of the run, and its averaged map.
+    **Returns:** the configuration of the run, and its averaged map. The configuration of
+    the best map has `best`, with its step, average and score.
 
     **Raises:** `FileNotFoundError` if the run is not finished or not there; `ValueError`
     if it is of another script or of a preset that is not in `presets`, or if the file is
     damaged.
     """
-    path = pathlib.Path(folder, FILE)
+    path = pathlib.Path(folder, file)
     if not path.is_file():
+        cure = "to its end first" if file == FILE else "with `--score-every` first"
         raise FileNotFoundError(
-            f"{path} is not there: train that run to its end first, with its own preset."
+            f"{path} is not there: train that run {cure}, with its own preset."
         )
 
     def make(config):

@@ -107,6 +107,11 @@ class Options:
     """Steps between checkpoints; a multiple of the steps between reports."""
     grid_every: int = 1000
     """Steps between pictures of samples; a multiple of the steps between reports."""
+    score_every: int | None = None
+    """Steps between scores of every average; a multiple of the steps between reports.
+    `None` for no scores during training."""
+    score_samples: int = 2500
+    """Number of samples for each of these scores; preferably more than features."""
 
     jumps: tuple[int, ...] = (1, 2, 4, 8)
     """Numbers of jumps to sample in."""

@@ -14,9 +14,10 @@ from ...likelihood import Inversion, invert
 from .._device import from_uint8
 from .._grid import picture
 from .._recipe import Recipe
+from .._sampling import jump
 from ..sets._images import Images
 from ._options import Options
-from ._samplers import Batch, Labels, by_jumps, jump, noise, samplers
+from ._samplers import Batch, Labels, by_jumps, noise, samplers
 
 
 def grid(

@@ -31,7 +31,7 @@ from ._maps import (
 from ._options import Options
 from ._pictures import grid, inversion
 from ._presets import Presets, recipe_of, with_options
-from ._scores import score, table
+from ._scores import Scorer, score, table
 from ._train import train
 
 
@@ -95,8 +95,9 @@ def run(
             config |= training_images(images) | teacher_weights(teacher)
             folder = Run(options.folder, config, save_every=options.save_every)
     print(recipe, f"Images\n  {images!r}\n  {held_out!r}, held out\n", sep="\n")
+    scorer = Scorer(options, images, held_out)
     if folder is not None:
-        state = train(recipe, options, flow_map, teacher, images, folder)
+        state = train(recipe, options, flow_map, teacher, images, scorer, folder)
         if jax.process_index() == 0:
             save(options.folder / FILE, config, state.ema_map)
         if jax.process_count() > 1:
@@ -108,7 +109,7 @@ def run(
         grid(recipe, options, flow_map, teacher, images)
     rows = []
     if "scores" in options.do:
-        rows = score(recipe, options, flow_map, teacher, images, held_out)
+        rows = score(recipe, options, flow_map, teacher, scorer)
         print(table(rows))
     if "inversion" in options.do:
         inversion(recipe, options, flow_map, held_out)
@@ -132,7 +133,7 @@ def _taught(
         check(recipe, taught)
     # Use the same options, and save in the folder that they name.
     changes = dict(preset=teach, objective=None, both_directions=False)
-    train_it = dict(teacher=None, out=own, do=("train",))
+    train_it = dict(teacher=None, out=own, do=("train",), score_every=None)
     run(dataclasses.replace(options, **changes, **train_it), presets, load)
     return taught
 

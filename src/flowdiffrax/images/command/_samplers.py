@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
-from jaxtyping import Array, ArrayLike, Float, Int, Key, Real, UInt8
+from jaxtyping import Array, Float, Int, Key, UInt8
 
 from ..._types import TwoTimeMap, VectorField
 from ...data import GaussianBase
@@ -24,6 +24,7 @@ from ...solvers._sample import sample_with_restarts
 from ...velocities import ClassifierFreeGuidance, GuidedFlowMap, GuidedVelocity
 from .._device import to_uint8
 from .._recipe import Recipe
+from .._sampling import in_jumps
 from ..sets._images import Images
 from ._options import Options
 
@@ -42,27 +43,12 @@ def noise(recipe: Recipe, number: int, images: Images, seed: int) -> tuple[Batch
     return x0, None if recipe.num_classes is None else labels
 
 
-@eqx.filter_jit
-def jump(
-    flow_map: TwoTimeMap,
-    s: Real[ArrayLike, ""],
-    t: Real[ArrayLike, ""],
-    x: Batch,
-    labels: Labels,
-) -> Batch:
-    """One jump of a whole batch."""
-    return jax.vmap(lambda x, label: flow_map(s, t, x, label))(x, labels)
-
-
 def by_jumps(flow_map: TwoTimeMap, num_jumps: int) -> Sampler:
     """A sampler that uses one compiled jump for all numbers of jumps."""
-    times = np.linspace(0.0, 1.0, num_jumps + 1, dtype=np.float32)
 
     def draw(x0, labels, key):
         del key
-        for s, t in zip(times[:-1], times[1:], strict=True):
-            x0 = jump(flow_map, s, t, x0, labels)
-        return x0, num_jumps
+        return in_jumps(flow_map, num_jumps, x0, labels), num_jumps
 
     return draw
 

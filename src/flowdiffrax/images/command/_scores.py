@@ -18,7 +18,7 @@ from ..scores._features import AbstractFeatures, RandomFeatures
 from ..scores._frechet import FeatureStatistics
 from ..scores._inception import InceptionFeatures
 from ..scores._nearest import nearest_neighbours
-from ..scores._scores import ImageReference, score_images
+from ..scores._scores import ImageReference, ImageScores, score_images
 from ..sets._images import Images
 from ._options import Options
 from ._samplers import draw_all, noise, samplers
@@ -34,14 +34,41 @@ _COLUMNS = {
 }
 
 
-def features_of(options: Options, images: Images) -> AbstractFeatures:
-    """The features in which distances are computed."""
-    if options.features == "random":
-        return random_features(images.images.shape[1:])
-    if options.features == "classifier":
-        print("Training the classifier whose features are the proxy")
-        return fit_classifier(images.images, images.labels, key=jr.key(0))
-    return features_of_file(options.features)
+class Scorer:
+    """What samples are compared with, computed when it is first needed."""
+
+    def __init__(self, options: Options, images: Images, held_out: Images):
+        self.images = images
+        self._options = options
+        self._held_out = held_out
+
+    @functools.cached_property
+    def features(self) -> AbstractFeatures:
+        """The features in which distances are computed."""
+        options, images = self._options, self.images
+        if options.features == "random":
+            return random_features(images.images.shape[1:])
+        if options.features == "classifier":
+            print("Training the classifier whose features are the proxy")
+            return fit_classifier(images.images, images.labels, key=jr.key(0))
+        return features_of_file(options.features)
+
+    @functools.cached_property
+    def reference(self) -> ImageReference | FeatureStatistics:
+        if self._options.statistics is not None:
+            return FeatureStatistics.load(self._options.statistics)
+        return ImageReference.of(self.features, self.images)
+
+    def held_out(self, number: int) -> UInt8[np.ndarray, "_ height width channels"]:
+        """As many held-out images as there are samples, if there are as many."""
+        return self._held_out.images[:number]
+
+    def __call__(
+        self, samples: UInt8[np.ndarray, "_ height width channels"]
+    ) -> ImageScores:
+        return score_images(
+            samples, self.reference, self.features, seed=self._options.seed
+        )
 
 
 def random_features(shape: tuple[int, ...]) -> RandomFeatures:
@@ -62,23 +89,16 @@ def score(
     options: Options,
     flow_map: AbstractFlowMap,
     teacher: AbstractFlowMap | None,
-    images: Images,
-    held_out: Images,
+    scorer: Scorer,
 ) -> list[dict[str, Any]]:
     """A row of scores for each sampler; the last row is for held-out images."""
-    features = features_of(options, images)
-    if options.statistics is not None:
-        reference = FeatureStatistics.load(options.statistics)
-    else:
-        reference = ImageReference.of(features, images)
-    measure = functools.partial(score_images, reference=reference, features=features)
+    images, others = scorer.images, scorer.held_out(options.num_samples)
     x0, labels = noise(recipe, options.num_samples, images, options.seed)
-    others = held_out.images[: options.num_samples]
     rows, exact = [], None
     for name, draw in samplers(recipe, options, flow_map, teacher).items():
         drawn, evaluations, seconds = draw_all(draw, x0, labels, options.sample_batch)
         exact = drawn if exact is None and options.ode is not None else exact
-        scores = measure(drawn, seed=options.seed)
+        scores = scorer(drawn)
         near = nearest_neighbours(drawn, images.images, others)
         rows.append(
             {
@@ -91,8 +111,7 @@ def score(
             }
         )
         print(f"{name}: {scores}", flush=True)
-    floor = measure(others, seed=options.seed)
-    rows.append({"sampler": "held-out images", **floor.as_dict()})
+    rows.append({"sampler": "held-out images", **scorer(others).as_dict()})
     (options.folder / "scores.json").write_text(json.dumps(rows, indent=1))
     return rows
 

@@ -11,10 +11,12 @@ from ...train import DataParallel, Run, TrainState, fit
 from .._device import DeviceImages
 from .._recipe import Recipe
 from .._sample_grids import SampleGrids
+from .._score_curves import ScoreCurves
 from ..sets._images import Images
 from ._maps import taught_by
 from ._options import Options
 from ._samplers import noise
+from ._scores import Scorer
 
 
 def train(
@@ -23,14 +25,26 @@ def train(
     flow_map: AbstractFlowMap,
     teacher: AbstractFlowMap | None,
     images: Images,
+    scorer: Scorer,
     run: Run,
 ) -> TrainState:
     """Trains, or continues training; does nothing if the run is finished."""
     x0, labels = noise(recipe, 16, images, options.seed)
-    grids = SampleGrids(
-        options.folder / "samples", x0, labels, num_jumps=options.jumps,
-        every=options.grid_every,
-    )  # fmt: skip
+    calls: list[Any] = [
+        SampleGrids(
+            options.folder / "samples", x0, labels, num_jumps=options.jumps,
+            every=options.grid_every,
+        )
+    ]  # fmt: skip
+    if options.score_every is not None and run.newest_step != recipe.num_steps:
+        x0, labels = noise(recipe, options.score_samples, images, options.seed)
+        curves = ScoreCurves(
+            options.folder, x0, labels, reference=scorer.reference,
+            features=scorer.features, held_out=scorer.held_out(options.score_samples),
+            seed=options.seed, num_jumps=options.jumps, batch_size=options.sample_batch,
+            every=options.score_every, config=run.config,
+        )  # fmt: skip
+        calls.append(curves)
     return fit(
         flow_map,
         recipe.objective,
@@ -43,7 +57,7 @@ def train(
         parallel=DataParallel() if options.all_devices else None,
         run=run,
         report_every=options.report_every,
-        on_report=grids,
+        on_report=calls,
         key=jr.fold_in(jr.key(options.seed), 1),
     )
 
