@@ -20,7 +20,7 @@ from helpers import without_type_checks
 from safetensors.numpy import save_file
 
 import flowdiffrax as fd
-from flowdiffrax.images.scores import _features, _inception, _nearest
+from flowdiffrax.images.scores import _features, _inception, _nearest, _scores
 from flowdiffrax.images.scores._weights import check_shapes, read_weights
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "examples"))
@@ -449,6 +449,10 @@ def test_nearest_neighbours_by_hand(monkeypatch):
     limit = np.quantile(nearest, 0.2)
     assert made.share == np.mean(distances(samples).min(axis=1) < limit)
     assert made.copies == 2 and made.indices[2] == 19
+    again = fd.images.nearest_neighbours(train, train, made, quantile=0.2)
+    assert again.held_out_distances is made.held_out_distances
+    # All are copies, and those of held-out images would not be nearer than the limit.
+    assert again.copies == 20 and again.share == 1.0
 
 
 def test_share_tells_copies_from_new_images():
@@ -600,6 +604,19 @@ def test_a_reference_is_used_again():
     other = fd.images.ImageReference.of(random_features(width=9), images)
     with pytest.raises(ValueError, match="different features"):
         score(other)
+
+
+def test_a_large_reference_keeps_images_at_equal_distances(monkeypatch):
+    features, images = random_features(), pictures(1, 50)
+    whole = fd.images.ImageReference.of(features, images, source="b")
+    monkeypatch.setattr(_scores, "_KEPT", 8)
+    part = fd.images.ImageReference.of(features, images, source="b", batch_size=7)
+    rows = [0, 6, 12, 18, 25, 31, 37, 43]
+    np.testing.assert_array_equal(part.images, images[rows])
+    np.testing.assert_allclose(part.vectors, whole.vectors[rows], rtol=1e-5)
+    assert part.statistics.num_images == 50
+    distance = fd.images.frechet_distance(part.statistics, whole.statistics)
+    assert distance < 1e-6 * np.trace(whole.statistics.covariance)
 
 
 # --- files of weights -------------------------------------------------------------------

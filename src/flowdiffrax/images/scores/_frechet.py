@@ -88,7 +88,7 @@ class FeatureStatistics:
         is not finite.
         """
         batches = feature_batches(features, images, batch_size)
-        return cls._of_batches(batches, features, source_of(images, source))
+        return statistics_of(batches, features, source_of(images, source))
 
     @classmethod
     def of_vectors(
@@ -110,37 +110,7 @@ class FeatureStatistics:
         """
         rows = np.asarray(vectors)
         blocks = (rows[start : start + 4096] for start in range(0, len(rows), 4096))
-        return cls._of_batches(blocks, features, source)
-
-    @classmethod
-    def _of_batches(
-        cls,
-        batches: Iterable[np.ndarray],
-        features: AbstractFeatures | None,
-        source: str,
-    ) -> "FeatureStatistics":
-        number, shift, total, squares = 0, None, 0.0, 0.0
-        for batch in batches:
-            rows = batch.astype(np.float64)
-            # Centre the vectors on the first batch's mean, or the squares would cancel.
-            shift = rows.mean(axis=0) if shift is None else shift
-            rows -= shift
-            number += len(rows)
-            total = total + rows.sum(axis=0)
-            squares = squares + rows.T @ rows
-        if shift is None or number < 2:
-            raise ValueError(f"A covariance needs at least two images; got {number}.")
-        offset = total / number
-        covariance = (squares - number * np.outer(offset, offset)) / (number - 1)
-        found = cls(shift + offset, covariance, number, source=source)
-        if features is None:
-            return found
-        return dataclasses.replace(
-            found,
-            features=features.name,
-            fingerprint=features.fingerprint,
-            settings=features.settings,
-        )
+        return statistics_of(blocks, features, source)
 
     def save(self, path: StrPath) -> None:
         """Writes the statistics to an `.npz`.
@@ -199,6 +169,36 @@ class FeatureStatistics:
             f"FeatureStatistics({self.source!r}: {self.num_images or 'unknown'} images, "
             f"{len(self.mean)} features of {self.features or 'unknown'}{known or ''})"
         )
+
+
+def statistics_of(
+    batches: Iterable[np.ndarray],
+    features: AbstractFeatures | None,
+    source: str,
+) -> FeatureStatistics:
+    """Statistics of the vectors of all batches, with one batch at a time in memory."""
+    number, shift, total, squares = 0, None, 0.0, 0.0
+    for batch in batches:
+        rows = batch.astype(np.float64)
+        # Centre the vectors on the first batch's mean, or the squares would cancel.
+        shift = rows.mean(axis=0) if shift is None else shift
+        rows -= shift
+        number += len(rows)
+        total = total + rows.sum(axis=0)
+        squares = squares + rows.T @ rows
+    if shift is None or number < 2:
+        raise ValueError(f"A covariance needs at least two images; got {number}.")
+    offset = total / number
+    covariance = (squares - number * np.outer(offset, offset)) / (number - 1)
+    found = FeatureStatistics(shift + offset, covariance, number, source=source)
+    if features is None:
+        return found
+    return dataclasses.replace(
+        found,
+        features=features.name,
+        fingerprint=features.fingerprint,
+        settings=features.settings,
+    )
 
 
 def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:

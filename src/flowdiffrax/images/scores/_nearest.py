@@ -37,7 +37,9 @@ class NearestNeighbours(NamedTuple):
 def nearest_neighbours(
     samples: Images | UInt8[np.ndarray | Array, "n height width channels"],
     train: Images | UInt8[np.ndarray | Array, "m height width channels"],
-    held_out: Images | UInt8[np.ndarray | Array, "k height width channels"],
+    held_out: (
+        Images | UInt8[np.ndarray | Array, "k height width channels"] | NearestNeighbours
+    ),
     *,
     quantile: float = 0.01,
 ) -> NearestNeighbours:
@@ -57,13 +59,17 @@ def nearest_neighbours(
     - `samples`: 8-bit images, from [`flowdiffrax.images.to_uint8`][].
     - `train`: the images that the model was trained on. If they were flipped in training,
       include the flipped images.
-    - `held_out`: images of the same kind that it was not trained on.
+    - `held_out`: images of the same kind that it was not trained on; or the result of an
+      earlier call with the same `train`, whose distances of held-out images are used
+      again. This saves time if there are several sets of samples.
     - `quantile`: the quantile of the held-out distances, strictly between 0 and 1.
 
     **Raises:** `TypeError` or `ValueError` if the arguments are not 8-bit images of one
     shape; `ValueError` if `quantile` is out of range.
     """
-    sets = [as_images(images) for images in (samples, train, held_out)]
+    is_known = isinstance(held_out, NearestNeighbours)
+    given = (samples, train) if is_known else (samples, train, held_out)
+    sets = [as_images(images) for images in given]
     shapes = {rows.shape[1:] for rows in sets}
     if len(shapes) > 1:
         raise ValueError(f"Images must have one shape; got {sorted(shapes)}.")
@@ -71,13 +77,16 @@ def nearest_neighbours(
         raise ValueError(f"`quantile` must lie between 0 and 1; got {quantile}.")
     flat = [rows.reshape(len(rows), -1) for rows in sets]
     squares, indices = _nearest(flat[0], flat[1])
-    held_out_squares, _ = _nearest(flat[2], flat[1])
-    limit = np.quantile(np.sqrt(held_out_squares), quantile)
+    if is_known:
+        held_out_distances = held_out.held_out_distances
+    else:
+        held_out_distances = np.sqrt(_nearest(flat[2], flat[1])[0])
+    limit = np.quantile(held_out_distances, quantile)
     distances = np.sqrt(squares)
     return NearestNeighbours(
         distances=distances,
         indices=indices,
-        held_out_distances=np.sqrt(held_out_squares),
+        held_out_distances=held_out_distances,
         share=float(np.mean(distances < limit)),
         copies=int(np.sum(squares == 0)),
     )
