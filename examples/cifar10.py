@@ -12,7 +12,7 @@ Presets are the papers' runs, listed with their costs in `docs/recipes.md`. `smo
 small network that takes five minutes on a CPU; without `--data`, it trains on half of a
 set of 180 emoji. Everything is saved in the folder of the run: checkpoints, numbers,
 pictures of samples (`samples/`), the map (`map.safetensors`), samples by every sampler
-(`samples.png`), their scores (`scores.json`), and, except for `smoke`, images taken to
+(`samples.png`), their scores (`scores.jsonl`), and, except for `smoke`, images taken to
 noise and back (`inversion.png`).
 Start it again with the same options to continue. Give it the options of a finished run
 with `--do scores` to score that run with other options. `convert_weights.py` converts the

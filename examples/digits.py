@@ -50,7 +50,7 @@ def self_distilled():
         optimiser=functools.partial(fd.images.adam_to_zero, 1e-3, num_steps=STEPS),
         batch_size=BATCH_SIZE,
         num_steps=STEPS,
-        ema_decay=(0.998,),
+        ema_decay=(0.998, 0.99),
         metric="none",
     )  # fmt: skip
 
@@ -106,7 +106,9 @@ def main(line=None):
         raise SystemExit("--data: the digits come with the package, and nothing is read")
     rows = command.run(options, presets(), load, teach="teacher")
     if "grid" in options.do and jax.process_index() == 0:
-        _, flow_map = command.load_map(options.folder, presets())
+        _, flow_map = command.load_map(
+            options.folder, presets(), step=options.at_step, average=options.average
+        )
         by_diffrax(flow_map)
     return rows
 

@@ -128,6 +128,9 @@ def refused(script, words, message, load=never):
         (["--jumps", "2", "0"], "--jumps must be at least 1"),
         (["--sample-batch", "0"], "--sample-batch must be at least 1"),
         (["--score-every", "0"], "--score-every must be at least 1"),
+        (["--keep", "0"], "--keep must be at least 1"),
+        (["--at-step", "5"], "leave `train` out of --do"),
+        (["--do", "grid", "--average", "0.9", "--out", "absent"], "absent has no run"),
         (["--score-samples", "0"], "--score-samples must be at least 1"),
         (["--score-every", "150"], "--score-every must be a multiple of --report-every"),
         (["--do", "train", "--score-every", "100", "--features", "absent.pth"], "absent"),
@@ -433,12 +436,50 @@ def test_a_saved_map_is_rebuilt_from_its_options(tmp_path):
     config = _maps.config_of(recipe, options)
     fd.train.save(tmp_path / "map.safetensors", config, flow_map)
     found, loaded = command.load_map(tmp_path, digits.presets())
-    assert found == json.loads(json.dumps(config))
+    own = {"step": 1500, "average": "0.998"}
+    assert found == json.loads(json.dumps(config)) | own
     assert jax.tree_util.tree_structure(loaded) == jax.tree_util.tree_structure(flow_map)
     for ours, theirs in zip(
         *map(jax.tree_util.tree_leaves, (loaded, flow_map)), strict=True
     ):
         np.testing.assert_array_equal(ours, theirs)
+
+
+def test_maps_of_checkpoints_and_averages(tmp_path):
+    decays = (0.9, fd.train.PowerAverage(0.1))
+    small = lambda shape, key: fd.nn.Ravelled(fd.nn.MLP(64, 4, 1, key=key))
+    lsd = dataclasses.replace(
+        digits.self_distilled(), ema_decay=decays,
+        architecture=functools.partial(small, shape=(8, 8, 1)),
+    )  # fmt: skip
+    presets, options = {"lsd": lsd}, digits_options("--out", str(tmp_path))
+    recipe = _presets.with_options(lsd, options)
+    state = fd.train.TrainState.create(
+        _maps.untrained(recipe, options, None), recipe.optim(), key=jr.key(0),
+        objective=recipe.objective, ema_decay=decays,
+    )  # fmt: skip
+    bias = lambda flow_map: flow_map.net.net.first.bias
+    with fd.train.Run(tmp_path, _maps.config_of(recipe, options)) as run:
+        for step in (3, 5):
+            # The first biases tell the step and the average.
+            like = jnp.ones_like(bias(state.flow_map))
+            marked = lambda s: (s.step, *map(bias, s.averages))
+            values = (jnp.asarray(step), step * like, 10 * step * like)
+            run.save(eqx.tree_at(marked, state, values), {})
+            run.wait()
+    for chosen, step, average, value in [
+        ({"step": 3}, 3, "0.9", 3),
+        ({"step": 3, "average": 0.1}, 3, "0.1", 30),
+        ({"average": 0.9}, 5, "0.9", 5),
+        ({"step": 5, "average": 0.1}, 5, "0.1", 50),
+    ]:
+        config, found = command.load_map(tmp_path, presets, **chosen)
+        assert (config["step"], config["average"]) == (step, average)
+        assert set(bias(found).ravel().tolist()) == {value}
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint of step 4; .*\[3, 5\]"):
+        command.load_map(tmp_path, presets, step=4)
+    with pytest.raises(ValueError, match=r"--average must be one of 0.9, 0.1; got 0.5"):
+        command.load_map(tmp_path, presets, average=0.5)
 
 
 def without_training(monkeypatch):
@@ -519,7 +560,7 @@ def test_samplers_agree_on_an_exact_map():
     assert_close(one, two, 1e-6)
     assert calls == 4 and evaluations > 6
     drawn, mean, seconds = _samplers.draw_all(
-        _samplers.by_jumps(flow_map, 2), x0, None, 4
+        _samplers.by_jumps(flow_map, 2), x0, None, 4, x0.sharding
     )
     assert drawn.shape == x0.shape and drawn.dtype == np.uint8
     assert mean == 2 and seconds > 0
@@ -527,8 +568,9 @@ def test_samplers_agree_on_an_exact_map():
 
 def test_samples_that_are_no_numbers_are_not_scored():
     broken = lambda x0, labels, key: (x0.at[1].set(jnp.nan), 1)
+    x0 = jnp.zeros((4, 8, 8, 1))
     with pytest.raises(ValueError, match="1 of 4 images hold values that are not fin"):
-        _samplers.draw_all(broken, jnp.zeros((4, 8, 8, 1)), None, 4)
+        _samplers.draw_all(broken, x0, None, 4, x0.sharding)
 
 
 GAUSSIAN = fd.exact.GaussianFlowMap(fd.LinearInterpolant(), base_std=1.0, target_std=0.5)
@@ -543,6 +585,13 @@ def test_restarts_keep_the_distribution():
     assert abs(float(x1.std()) - 0.5) < 0.014
 
 
+def written(folder):
+    """The scores in a folder, without what differs from one time to the next."""
+    rows = fd.images.read_scores(folder)
+    about = ("date", "versions", "device")
+    return [{name: row[name] for name in row if name not in about} for row in rows]
+
+
 def test_scores_and_pictures_of_an_exact_map(tmp_path, capsys):
     options = digits_options(
         "--out", str(tmp_path), "--num-samples", "80", "--sample-batch", "40",
@@ -550,9 +599,16 @@ def test_scores_and_pictures_of_an_exact_map(tmp_path, capsys):
     )  # fmt: skip
     recipe, (train, test) = recipe_of(digits, options), digits.load()
     scorer = _scores.Scorer(options, train, test)
-    rows = _scores.score(recipe, options, GAUSSIAN, None, scorer)
-    assert rows == json.loads((tmp_path / "scores.json").read_text())
+    config = {"preset": "lsd", "step": 9, "average": "0.998"}
+    rows = _scores.score(recipe, options, config, GAUSSIAN, None, scorer)
+    assert rows == written(tmp_path)
     tsit5, one, four, held_out = rows
+    assert (one["step"], one["average"], one["seed"]) == (9, "0.998", 0)
+    assert one["config"] == {"preset": "lsd"}
+    assert one["weights"] == fd.train.fingerprint(GAUSSIAN)
+    # Scores of one map are not in the way of those of another.
+    _scores.score(recipe, options, config | {"step": 10}, GAUSSIAN, None, scorer)
+    assert [row["step"] for row in fd.images.read_scores(tmp_path)] == [9] * 4 + [10] * 4
     assert tsit5["sampler"] == "Tsit5 on its own velocity" and tsit5["coupling"] == 0
     assert (one["evaluations"], four["evaluations"]) == (1, 4) and one["coupling"] < 0.01
     # Noise is further from the digits than digits are.
@@ -592,14 +648,15 @@ def test_scores_during_training_have_the_settings_of_the_options(tmp_path, monke
     _, curves = calls
     assert curves(state, {"step": 6}) is None
     assert curves(state, {"step": 7})["scored_step"] == 7
-    (row,) = fd.images.read_scores(tmp_path)
+    row, other = fd.images.read_scores(tmp_path)
     assert row["num_samples"] == row["num_held_out"] == 80 and row["seed"] == 5
-    assert row["average"] == "0.998" and row["num_reference"] == len(train)
-    config, best = command.load_map(tmp_path, digits.presets(), file="best.safetensors")
-    assert config["best"]["frechet"] == row["frechet"]
+    assert (row["average"], other["average"]) == ("0.998", "0.99")
+    assert row["num_reference"] == len(train) and row["weights"] == other["weights"]
+    config, best = command.load_map(tmp_path, digits.presets(), step="best")
+    assert (config["step"], config["average"]) == (7, "0.998")
     assert fd.train.fingerprint(best) == row["weights"]
     with pytest.raises(FileNotFoundError, match="with `--score-every` first"):
-        command.load_map(tmp_path / "x", digits.presets(), file="best.safetensors")
+        command.load_map(tmp_path / "x", digits.presets(), step="best")
 
 
 # --- whole runs -----------------------------------------------------------------------
@@ -618,7 +675,7 @@ def test_teacher_then_distillation_then_scores_again(tmp_path):
     assert (tmp_path / "s" / "teacher" / "map.safetensors").exists()
     names = ["Tsit5 on the teacher", "1 jump", "held-out images"]
     assert [row["sampler"] for row in rows] == names
-    assert rows == json.loads((tmp_path / "s" / "scores.json").read_text())
+    assert rows == written(tmp_path / "s")
     for name in ("samples.png", "inversion.png", "samples/samples-2.png"):
         assert (tmp_path / "s" / name).stat().st_size > 1000
     again = digits.main(
@@ -627,6 +684,13 @@ def test_teacher_then_distillation_then_scores_again(tmp_path):
     )  # fmt: skip
     assert [row["sampler"] for row in again][2] == "1 jump, restarts at 0.5"
     assert again[1]["frechet"] != rows[1]["frechet"]
+    # The last checkpoint has the final map.
+    (one, _) = digits.main(
+        [*SHORT, *folder("s"), "--do", "grid", "scores", "--at-step", "2", "--average",
+         "0.998", "--ode", "None"]
+    )  # fmt: skip
+    assert (one["step"], one["weights"]) == (2, rows[1]["weights"])
+    assert (tmp_path / "s" / "samples-2-0.998.png").exists()
 
 
 @pytest.mark.slow

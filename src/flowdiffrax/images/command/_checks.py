@@ -28,6 +28,7 @@ def check(recipe: Recipe, options: Options) -> None:
         "accumulate": (options.accumulate,),
         "report-every": (options.report_every,),
         "save-every": (options.save_every,),
+        "keep": (options.keep,),
         "grid-every": (options.grid_every,),
         "score-every": (1 if options.score_every is None else options.score_every,),
         "score-samples": (options.score_samples,),
@@ -44,6 +45,11 @@ def check(recipe: Recipe, options: Options) -> None:
         )
     if options.dry_run and "train" not in options.do:
         raise ValueError("--dry-run describes training, which --do leaves out")
+    if "train" in options.do and (options.at_step, options.average) != (None, None):
+        raise ValueError(
+            "--at-step and --average are for a run that was trained before; leave "
+            "`train` out of --do"
+        )
     part, rest = divmod(recipe.batch_size, options.accumulate)
     if rest != 0:
         raise ValueError(

@@ -1,8 +1,10 @@
 """The map of a run: before training, and from the folder of a finished run."""
 
-import dataclasses
+import functools
+import json
 import pathlib
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import equinox as eqx
 import jax
@@ -12,62 +14,130 @@ from ..._io import StrPath
 from ...flow_maps._base import AbstractFlowMap
 from ...flow_maps._residual import FlowMap
 from ...nn import two_times
-from ...train import fingerprint, load
+from ...train import Run, TrainState, fingerprint, load
+from ...train._step import decays_of
 from .._recipe import Recipe
+from .._score_curves import BEST, average_names
 from ..sets._images import Images
 from ._options import Options
 from ._presets import Presets, recipe_of, with_options
 
 FILE = "map.safetensors"
 
+# The options that identify a run.
+_NAMES = (
+    "script", "preset", "objective", "both_directions", "accumulate", "channels",
+    "num_blocks", "precision", "remat", "seed",
+)  # fmt: skip
+
 
 def load_map(
-    folder: StrPath, presets: Presets, script: str | None = None, *, file: str = FILE
+    folder: StrPath,
+    presets: Presets,
+    script: str | None = None,
+    *,
+    step: int | Literal["best"] | None = None,
+    average: float | None = None,
 ) -> tuple[dict[str, Any], FlowMap]:
-    """Reads the map of a finished run, or the best map so far.
+    """Reads a map of a run: the final one, that of a checkpoint, or the best.
 
     **Arguments:**
 
     - `folder`: the folder of the run.
     - `presets`: the script's presets, by name: recipes, or functions that return them.
     - `script`: the name of the script that the run must be of; `None` for any.
-    - `file`: `"map.safetensors"`, the map at the end of the run, or `"best.safetensors"`,
-      the best map by the scores during training.
+    - `step`: the step of a checkpoint; `"best"` for the best map by the scores during
+      training; `None` for the final map, or for the newest checkpoint if `average` is
+      given.
+    - `average`: the decay or relative width of one of the run's averages; `None` for the
+      first. The best map already is one of them.
 
-    **Returns:** the configuration of the run, and its averaged map. The configuration of
-    the best map has `best`, with its step, average and score.
+    **Returns:** the configuration of the run, with the `step` and the `average` of the
+    map, and the map.
 
-    **Raises:** `FileNotFoundError` if the run is not finished or not there; `ValueError`
-    if it is of another script or of a preset that is not in `presets`, or if the file is
-    damaged.
+    **Raises:** `FileNotFoundError` if the run is not finished or not there, or if it has
+    no such checkpoint; `ValueError` if it is of another script or of a preset that is not
+    in `presets`, if it has no such average, or if a file is damaged.
     """
-    path = pathlib.Path(folder, file)
+    folder = pathlib.Path(folder)
+    recipe_in = functools.partial(_recipe_in, presets=presets, script=script)
+    if step != "best" and (step, average) != (None, None):
+        return _of_checkpoint(folder, recipe_in, step, average)
+    path = folder / (FILE if step is None else BEST)
     if not path.is_file():
-        cure = "to its end first" if file == FILE else "with `--score-every` first"
+        cure = "to its end first" if step is None else "with `--score-every` first"
         raise FileNotFoundError(
             f"{path} is not there: train that run {cure}, with its own preset."
         )
+    config, flow_map = load(path, lambda config: _new_map(recipe_in(config, path)))
+    if step == "best":
+        best = config.pop("best")
+        names = [best["average"]]
+        own = {name: best[name] for name in ("step", "average")}
+    else:
+        names = average_names(decays_of(recipe_in(config, path).ema_decay))
+        own = {"step": config["steps"], "average": names[0]}
+    _check_average(average, names)
+    return config | own, flow_map
 
-    def make(config):
-        name, preset = config["script"], config["preset"]
-        if script not in (None, name) or preset not in presets:
-            raise ValueError(
-                f"{path} is of the script {name}, preset {preset}: another script's. "
-                "Give a run of this one."
-            )
-        known = {field.name for field in dataclasses.fields(Options)} & config.keys()
-        options = Options(**{name: config[name] for name in known})
-        recipe = with_options(recipe_of(presets, preset), options)
-        return FlowMap(recipe.network(key=jr.key(0)), time_range=(0.0, 1.0))
 
-    return load(path, make)
+def _of_checkpoint(
+    folder: pathlib.Path,
+    recipe_in: Callable[[dict[str, Any], pathlib.Path], Recipe],
+    step: int | None,
+    average: float | None,
+) -> tuple[dict[str, Any], FlowMap]:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not there: {folder} has no run.")
+    try:
+        config = json.loads(path.read_text())["config"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} cannot be read: {error!r}") from error
+    recipe = recipe_in(config, path)
+    run = Run(folder, config)
+
+    def state():
+        settings = {"objective": recipe.objective, "ema_decay": recipe.ema_decay}
+        return TrainState.create(
+            _new_map(recipe), recipe.optim(), key=jr.key(0), **settings
+        )
+
+    restored = run.restore(eqx.filter_eval_shape(state), step)
+    names = average_names(restored.ema_decay)
+    _check_average(average, names)
+    name = names[0] if average is None else str(float(average))
+    own = {"step": int(restored.step), "average": name}
+    return config | own, restored.ema_maps[names.index(name)]
+
+
+def _check_average(average: float | None, names: Sequence[str]) -> None:
+    if average is not None and str(float(average)) not in names:
+        raise ValueError(f"--average must be one of {', '.join(names)}; got {average}")
+
+
+def _recipe_in(
+    config: dict[str, Any], path: pathlib.Path, *, presets: Presets, script: str | None
+) -> Recipe:
+    """The recipe that a run was made with."""
+    name, preset = config["script"], config["preset"]
+    if script not in (None, name) or preset not in presets:
+        raise ValueError(
+            f"{path} is of the script {name}, preset {preset}: another script's. "
+            "Give a run of this one."
+        )
+    names = {*_NAMES, "steps", "batch_size"} & config.keys()
+    options = Options(**{name: config[name] for name in names})
+    return with_options(recipe_of(presets, preset), options)
+
+
+def _new_map(recipe: Recipe) -> FlowMap:
+    return FlowMap(recipe.network(key=jr.key(0)), time_range=(0.0, 1.0))
 
 
 def config_of(recipe: Recipe, options: Options) -> dict[str, Any]:
     """The configuration that identifies a run, and from which its map is rebuilt."""
-    names = ("script", "preset", "objective", "both_directions", "accumulate", "channels")
-    names += ("num_blocks", "precision", "remat", "seed")
-    config = {name: getattr(options, name) for name in names}
+    config = {name: getattr(options, name) for name in _NAMES}
     return config | {"steps": recipe.num_steps, "batch_size": recipe.batch_size}
 
 

@@ -63,6 +63,12 @@ class Options:
     """With `--dry-run`, the platform to lower the step for; by default this machine's."""
     do: tuple[Task, ...] = ("train", "grid", "scores", "inversion")
     """Which parts to do. Without `train`, the map is read from the folder."""
+    at_step: int | Literal["best"] | None = None
+    """Without `train`: sample and score the checkpoint of this step, or the `best` map by
+    the scores during training, instead of the final map."""
+    average: float | None = None
+    """Without `train`: the average to sample and score, by its decay or relative width;
+    by default the first."""
 
     teacher: pathlib.Path | None = None
     """Folder of a finished run to use as the teacher, if the objective needs one."""
@@ -105,6 +111,8 @@ class Options:
     """Steps between reports."""
     save_every: int = 1000
     """Steps between checkpoints; a multiple of the steps between reports."""
+    keep: int = 2
+    """Number of newest checkpoints to keep, besides the one with the smallest loss."""
     grid_every: int = 1000
     """Steps between pictures of samples; a multiple of the steps between reports."""
     score_every: int | None = None
@@ -132,6 +140,14 @@ class Options:
     statistics: pathlib.Path | None = None
     """A file of reference statistics in the same features. By default, the statistics of
     the training images."""
+
+    def picture(self, name: str) -> pathlib.Path:
+        """The path of a picture of samples: each map that is sampled has its own."""
+        which = [
+            name,
+            *(part for part in (self.at_step, self.average) if part is not None),
+        ]
+        return self.folder / f"{'-'.join(map(str, which))}.png"
 
     @property
     def folder(self) -> pathlib.Path:

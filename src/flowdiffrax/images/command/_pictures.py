@@ -28,11 +28,11 @@ def grid(
     images: Images,
     number: int = 20,
 ) -> None:
-    """Draws the same noise with every sampler, a row for each: `samples.png`."""
+    """Draws the same noise with every sampler, a row for each."""
     x0, labels = noise(recipe, number, images, options.seed)
     named = samplers(recipe, options, flow_map, teacher)
     rows = [draw(x0, labels, jr.key(options.seed))[0] for draw in named.values()]
-    write_whole(options.folder / "samples.png", picture(rows, [*named]))
+    write_whole(options.picture("samples"), picture(rows, [*named]))
 
 
 def inversion(
@@ -71,7 +71,7 @@ def inversion(
         "and back": back,
         "half way to the one before": half_way,
     }
-    write_whole(options.folder / "inversion.png", picture([*rows.values()], [*rows]))
+    write_whole(options.picture("inversion"), picture([*rows.values()], [*rows]))
     error = float(jnp.sqrt(jnp.mean((back - x1) ** 2)))
     how = "the backward map" if options.both_directions else "a solve for each"
     print(f"{num_jumps} jumps back by {how}, and forth: rms error {error:.2g}")

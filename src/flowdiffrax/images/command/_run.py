@@ -86,14 +86,19 @@ def run(
                 return []
             flow_map = untrained(recipe, options, teacher)
         else:
-            config, flow_map = load_map(options.folder, presets, options.script)
+            config, flow_map = load_map(
+                options.folder, presets, options.script,
+                step=options.at_step, average=options.average,
+            )  # fmt: skip
             check_finished(options, config, teacher)
         images, held_out = load()
         check_images(recipe, options, images)
         folder = None
         if "train" in options.do:
             config |= training_images(images) | teacher_weights(teacher)
-            folder = Run(options.folder, config, save_every=options.save_every)
+            folder = Run(
+                options.folder, config, save_every=options.save_every, newest=options.keep
+            )
     print(recipe, f"Images\n  {images!r}\n  {held_out!r}, held out\n", sep="\n")
     scorer = Scorer(options, images, held_out)
     if folder is not None:
@@ -102,14 +107,14 @@ def run(
             save(options.folder / FILE, config, state.ema_map)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("the map is written")
-        _, flow_map = load_map(options.folder, presets, options.script)
+        config, flow_map = load_map(options.folder, presets, options.script)
     if jax.process_index() > 0:
         return []
     if "grid" in options.do:
         grid(recipe, options, flow_map, teacher, images)
     rows = []
     if "scores" in options.do:
-        rows = score(recipe, options, flow_map, teacher, scorer)
+        rows = score(recipe, options, config, flow_map, teacher, scorer)
         print(table(rows))
     if "inversion" in options.do:
         inversion(recipe, options, flow_map, held_out)

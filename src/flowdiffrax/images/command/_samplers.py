@@ -24,7 +24,7 @@ from ...solvers._sample import sample_with_restarts
 from ...velocities import ClassifierFreeGuidance, GuidedFlowMap, GuidedVelocity
 from .._device import to_uint8
 from .._recipe import Recipe
-from .._sampling import in_jumps
+from .._sampling import in_blocks, in_jumps
 from ..sets._images import Images
 from ._options import Options
 
@@ -131,19 +131,28 @@ def samplers(
 
 
 def draw_all(
-    draw: Sampler, x0: Batch, labels: Labels, batch_size: int
+    draw: Sampler,
+    x0: Batch,
+    labels: Labels,
+    batch_size: int,
+    sharding: jax.sharding.Sharding,
 ) -> tuple[UInt8[np.ndarray, " number *image"], float, float]:
     """Samples as 8-bit images, evaluations per sample, and seconds for 1,000 samples.
 
-    The first batch is also drawn once before timing, to compile.
+    The first batch is also drawn once before timing, to compile. `sharding` is where the
+    map is.
     """
-    batches = [slice(i, i + batch_size) for i in range(0, len(x0), batch_size)]
-    rows = lambda part: (x0[part], None if labels is None else labels[part])
-    jax.block_until_ready(draw(*rows(batches[0]), jr.key(0)))
-    start, images, evaluations = time.perf_counter(), [], []
-    for index, part in enumerate(batches):
-        x1, number = draw(*rows(part), jr.key(index))
-        images.append(to_uint8(x1))
-        evaluations.append(float(number))
+
+    def batches(evaluations):
+        def draw_next(x0, labels):
+            x1, number = draw(x0, labels, jr.key(len(evaluations)))
+            evaluations.append(number)
+            return x1
+
+        return in_blocks(draw_next, (x0, labels), len(x0), batch_size, sharding)
+
+    next(batches([]))
+    start, evaluations = time.perf_counter(), []
+    images = np.concatenate([to_uint8(batch) for batch in batches(evaluations)])
     seconds = (time.perf_counter() - start) / len(x0) * 1000
-    return np.concatenate(images), float(np.mean(evaluations)), seconds
+    return images, float(np.mean(evaluations)), seconds

@@ -1,17 +1,20 @@
 """Scores of every sampler, in features that the options name."""
 
 import functools
-import json
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.random as jr
 import numpy as np
 from jaxtyping import UInt8
 
 from ...flow_maps._base import AbstractFlowMap
+from ...train import fingerprint
+from ...train._reports import placed
 from .._recipe import Recipe
+from .._scores_file import append_score
 from ..scores._alexnet import AlexNetFeatures
 from ..scores._classifier import fit_classifier
 from ..scores._features import AbstractFeatures, RandomFeatures
@@ -87,33 +90,65 @@ def features_of_file(path: str) -> AbstractFeatures:
 def score(
     recipe: Recipe,
     options: Options,
+    config: Mapping[str, Any],
     flow_map: AbstractFlowMap,
     teacher: AbstractFlowMap | None,
     scorer: Scorer,
 ) -> list[dict[str, Any]]:
-    """A row of scores for each sampler; the last row is for held-out images."""
+    """A row of scores for each sampler; the last row is for held-out images.
+
+    The rows are added to `scores.jsonl`, with everything that they depend on.
+
+    **Arguments:**
+
+    - `recipe`, `options`, `teacher`: those of the run.
+    - `config`, `flow_map`: what to score, from [`flowdiffrax.images.command.load_map`][].
+    - `scorer`: what to compare with.
+    """
     images, others = scorer.images, scorer.held_out(options.num_samples)
     x0, labels = noise(recipe, options.num_samples, images, options.seed)
-    rows, exact = [], None
+    where = {name: config[name] for name in ("step", "average")}
+    about = {
+        "guidance": options.guidance,
+        "ode": options.ode,
+        "starts": fingerprint((x0, labels)),
+        "weights": fingerprint(flow_map),
+        "config": {name: config[name] for name in config if name not in where},
+    }
+    sharding = own_devices(options)
+    flow_map, teacher = placed((flow_map, teacher), sharding)
+    rows, exact, known = [], None, others
     for name, draw in samplers(recipe, options, flow_map, teacher).items():
-        drawn, evaluations, seconds = draw_all(draw, x0, labels, options.sample_batch)
+        drawn, evaluations, seconds = draw_all(
+            draw, x0, labels, options.sample_batch, sharding
+        )
         exact = drawn if exact is None and options.ode is not None else exact
         scores = scorer(drawn)
-        near = nearest_neighbours(drawn, images.images, others)
-        rows.append(
-            {
-                "sampler": name,
-                "evaluations": evaluations,
-                "seconds for 1,000": seconds,
-                "coupling": None if exact is None else rms(drawn, exact),
-                "near the training set": near.share,
-                **scores.as_dict(),
-            }
-        )
+        # The distances of the held-out images are computed once.
+        known = nearest_neighbours(drawn, images.images, known)
+        row = {
+            "sampler": name,
+            "evaluations": evaluations,
+            "seconds for 1,000": seconds,
+            "coupling": None if exact is None else rms(drawn, exact),
+            "near the training set": known.share,
+            **scores.as_dict(),
+        }
+        rows.append(where | row | about)
+        append_score(options.folder, rows[-1])
         print(f"{name}: {scores}", flush=True)
-    rows.append({"sampler": "held-out images", **scorer(others).as_dict()})
-    (options.folder / "scores.json").write_text(json.dumps(rows, indent=1))
+    rows.append(where | {"sampler": "held-out images", **scorer(others).as_dict()})
+    append_score(options.folder, rows[-1])
     return rows
+
+
+def own_devices(options: Options) -> jax.sharding.Sharding:
+    """A copy on each device of this process, or on one; the others may not sample."""
+    devices = jax.local_devices()
+    if not options.all_devices:
+        return jax.sharding.SingleDeviceSharding(devices[0])
+    mesh = jax.sharding.Mesh(np.asarray(devices), ("data",))
+    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
 
 def rms(
