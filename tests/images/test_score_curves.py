@@ -333,6 +333,15 @@ used.clear()
 both = last(sys.argv[1] + "/b", parallel=fd.train.DataParallel())
 assert all(one == {0: 15, 1: 15} for one in used), used
 np.testing.assert_allclose(background, both, rtol=1e-3)
+# After training, with a block that two devices cannot divide.
+from flowdiffrax.images.command import _options, _samplers, _scores
+flow_map = fd.FlowMap(net)
+x0, drawn = jr.normal(jr.key(2), (30, 8, 8, 1)), []
+for all_devices in (False, True):
+    where = _scores.own_devices(_options.Options(all_devices=all_devices))
+    draw = _samplers.by_jumps(_scores.placed(flow_map, where), 2)
+    drawn.append(_samplers.draw_all(draw, x0, None, 17, where)[0])
+assert np.abs(np.subtract(*drawn, dtype=int)).max() <= 1
 print(len(background))
 """
 
