@@ -105,7 +105,8 @@ def main(line=None):
     if options.data is not None:
         raise SystemExit("--data: the digits come with the package, and nothing is read")
     rows = command.run(options, presets(), load, teach="teacher")
-    if "grid" in options.do and jax.process_index() == 0:
+    drawn = "grid" in options.do and not options.dry_run
+    if drawn and jax.process_index() == 0:
         _, flow_map = command.load_map(
             options.folder, presets(), step=options.at_step, average=options.average
         )

@@ -286,6 +286,35 @@ def test_dry_run(tmp_path, capsys, preset):
     assert not (tmp_path / "run").exists()
 
 
+DRY_RUNS = """
+import jax, sys
+jax.config.update("jax_num_cpu_devices", 4)
+sys.path.insert(0, sys.argv[1])
+import digits
+words = ["--preset", "teacher", "--dry-run", "--channels", "8", "--batch-size", "256"]
+digits.main([*words, "--platform", "cuda"])
+digits.main([*words, "--platform", "cuda", "--all-devices"])
+"""
+
+
+@pytest.mark.slow
+def test_dry_run_on_all_devices():
+    done = subprocess.run(
+        [sys.executable, "-c", DRY_RUNS, str(pathlib.Path(digits.__file__).parent)],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    one, four = done.stdout.split("Dry run:")[1:]
+    assert "cuda, one device" in one and "cuda, divided among 4 devices" in four
+    kept, temporary = (
+        [float(re.search(rf"{name} +(\S+) GiB", text)[1]) for text in (one, four)]
+        for name in ("kept", "temporary")
+    )
+    # All have the weights and images, and a quarter of the batch.
+    assert kept[0] == pytest.approx(kept[1], rel=0.01)
+    assert 0.2 < temporary[1] / temporary[0] < 0.4
+
+
 def test_operations_of_a_loop_count_as_often_as_it_runs():
     square = lambda x, _: (x @ x, None)
     loop = lambda x: jax.lax.scan(square, x, None, length=5)[0]

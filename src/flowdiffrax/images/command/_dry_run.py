@@ -9,7 +9,7 @@ import jax.random as jr
 import jax.tree_util as jtu
 
 from ...flow_maps._residual import FlowMap
-from ...train import TrainState, make_step
+from ...train import DataParallel, TrainState, make_step
 from .._device import DeviceImages
 from .._recipe import Recipe
 from ._checks import shape_of
@@ -29,7 +29,8 @@ def dry_run(
 ) -> str:
     """Describes the cost of a step, after lowering it for the platform of the options.
 
-    No weights or images are allocated, and nothing is run.
+    No weights or images are allocated, and nothing is run. With several devices, the step
+    is divided among them, and memory is that of one device.
 
     **Arguments:**
 
@@ -40,8 +41,16 @@ def dry_run(
     backend = jax.default_backend()
     platform = backend if options.platform is None else options.platform
     kept = recipe.batch_size if num_images is None or options.stream else num_images
+    parallel = DataParallel() if options.all_devices else None
     inputs = _inputs(recipe, options, teacher, kept)
-    traced = _traced(recipe, options, inputs)
+    if parallel is not None:
+        everywhere = parallel.replicate(jnp.zeros(())).sharding
+        on_all = lambda leaf: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=everywhere
+        )
+        put = lambda leaf: on_all(leaf) if _is_shape(leaf) else leaf
+        inputs = jtu.tree_map(put, inputs)
+    traced = _traced(recipe, options, inputs, parallel)
     traced.lower(lowering_platforms=("cuda" if platform == "gpu" else platform,))
     compiler_options = _QUICK if backend == "cpu" else None
     compiled = traced.lower().compile(compiler_options=compiler_options)
@@ -50,9 +59,11 @@ def dry_run(
     flops = count_products(traced.jaxpr)
     memory = compiled.memory_analysis()
     total = flops * recipe.num_steps
+    number_of = len(parallel.devices or ()) if parallel else 1
+    devices = "one device" if number_of == 1 else f"divided among {number_of} devices"
     lines = [
         ("network", f"{number:,} parameters"),
-        ("step", f"lowers for {platform}"),
+        ("step", f"lowers for {platform}, {devices}"),
         ("operations", f"{flops:.3g} a step, {total:.3g} in {recipe.num_steps:,} steps"),
         ("kept", f"{_gib(memory.argument_size_in_bytes)} with {kept:,} images"),
         ("temporary", f"{_gib(memory.temp_size_in_bytes)}, planned for {backend}"),
@@ -91,13 +102,16 @@ def _inputs(
     return eqx.filter_eval_shape(make, jr.key(0), images, labels, teacher)
 
 
-def _traced(recipe: Recipe, options: Options, inputs: Any) -> Any:
+def _traced(
+    recipe: Recipe, options: Options, inputs: Any, parallel: DataParallel | None
+) -> Any:
     """The step that `fit` runs, which reuses the state's memory."""
     step = make_step(
         recipe.objective,
         recipe.optim(),
         ema_decay=recipe.ema_decay,
         accumulate=options.accumulate,
+        parallel=parallel,
     )
     (state, *others), static = eqx.partition(inputs, _is_shape)
     run = lambda state, others: eqx.filter(
