@@ -249,6 +249,53 @@ def test_headers_of_good_files(tmp_path):
     assert _checks.check_data(cifar10.smoke(), options) is None
 
 
+def blank_pictures(folder, number, size=(32, 32)):
+    image = pytest.importorskip("PIL.Image")
+    folder.mkdir(parents=True)
+    for row in range(number):
+        image.new("RGB", size).save(folder / f"{row}.png")
+
+
+def test_headers_of_folders(tmp_path):
+    line = ["--data", str(tmp_path)]
+    options = command.parse("cifar10", "", cifar10.presets(), "smoke", line)
+    check = lambda name: _checks.check_data(
+        cifar10.smoke(), dataclasses.replace(options, data=tmp_path / name)
+    )
+    for name in ("cat", "dog"):
+        blank_pictures(tmp_path / "classes" / name, 15)
+        blank_pictures(tmp_path / "split" / "train" / name, 4)
+    fd.images.save_images(tmp_path / "saved", pictures(number=21))
+    (tmp_path / "own" / "format").mkdir(parents=True)
+    assert [check(x) for x in ("classes", "split", "saved", "own")] == [27, 8, 18, None]
+    blank_pictures(tmp_path / "classes" / "eel", 1, size=(32, 30))
+    with pytest.raises(ValueError, match=r"one size; .*eel.0.png has \(30, 32\)"):
+        check("classes")
+    # Headers are all that is read: what follows may be damaged.
+    file = tmp_path / "split" / "train" / "dog" / "3.png"
+    file.write_bytes(file.read_bytes()[:60])
+    assert check("split") == 8
+    file.write_bytes(b"nothing of the kind")
+    with pytest.raises(ValueError, match="3.png is truncated, damaged or not"):
+        check("split")
+
+
+def test_headers_of_parquet_files(tmp_path):
+    arrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    blank_pictures(tmp_path / "png", 1)
+    body = (tmp_path / "png" / "0.png").read_bytes()
+    for index, number in enumerate((3, 4)):
+        # Only the first picture of each file is looked at.
+        rows = [{"bytes": body}] + [{"bytes": b"damaged"}] * (number - 1)
+        table = arrow.table({"img": rows, "label": [0] * number})
+        parquet.write_table(table, tmp_path / f"train-{index}.parquet")
+    line = ["--data", str(tmp_path)]
+    options = command.parse("cifar10", "", cifar10.presets(), "smoke", line)
+    assert _checks.check_data(cifar10.smoke(), options) == 7
+    refused(digits, line, r"of \(8, 8, 1\).*are \(32, 32, 3\)")
+
+
 def test_own_files_with_a_split(tmp_path):
     for name, number in (("train", 20), ("test", 7)):
         np.savez(tmp_path / f"{name}.npz", np.zeros((number, 8, 8), np.uint8))

@@ -13,8 +13,8 @@ from ...train import fingerprint
 from ...train._json import differences
 from .._recipe import Recipe
 from ..scores._frechet import FeatureStatistics
-from ..sets._arrays import image_headers
 from ..sets._images import Images
+from ._data import training_header
 from ._options import Options
 from ._scores import features_of_file, random_features
 
@@ -118,7 +118,7 @@ def _check_features(recipe: Recipe, options: Options) -> None:
 
 
 def check_data(recipe: Recipe, options: Options) -> int | None:
-    """Checks what a file of images says of itself, before it is read.
+    """Checks what files of images say of themselves, before they are read.
 
     Returns the number of training images, if it is known.
     """
@@ -132,13 +132,13 @@ def check_data(recipe: Recipe, options: Options) -> int | None:
         return None
     if path.is_dir() and not any(path.iterdir()):
         raise ValueError(f"--data: the folder {path} is empty")
-    found = image_headers(path)
+    found = training_header(path)
     if found is None:
         return None
-    images, labels = found
-    number, *shape = images.shape
-    if images.dtype != np.uint8:
-        raise ValueError(f"--data: images must be uint8; {path} has {images.dtype}")
+    header, number = found
+    shape = list(header.shape[1:])
+    if header.dtype != np.uint8:
+        raise ValueError(f"--data: images must be uint8; {path} has {header.dtype}")
     # Grey images may lack the axis of channels.
     own = list(shape_of(recipe))
     if own not in (shape, [*shape, 1]):
@@ -146,16 +146,11 @@ def check_data(recipe: Recipe, options: Options) -> int | None:
             f"--data: the preset is for images of {tuple(own)}; those in {path} are "
             f"{tuple(shape)}"
         )
-    if recipe.num_classes is not None and labels is None:
+    if recipe.num_classes is not None and not header.has_labels:
         raise ValueError(
             f"--data: the preset has {recipe.num_classes} classes, and {path} no labels"
         )
-    if labels is not None and labels.shape != (number,):
-        raise ValueError(
-            f"--data: {path} has {number} images and labels of shape {labels.shape}"
-        )
-    # One in ten is held out.
-    return number - len(range(0, number, 10))
+    return number
 
 
 def check_same_run(options: Options, config: Mapping[str, Any]) -> None:

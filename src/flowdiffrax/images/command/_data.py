@@ -7,8 +7,14 @@ from collections.abc import Callable
 import numpy as np
 
 from ..._io import StrPath
-from ..sets._arrays import load_images
-from ..sets._folders import image_folder, parquet_images
+from ..sets._arrays import Header, array_header, is_saved, load_images
+from ..sets._folders import (
+    folder_header,
+    image_folder,
+    is_picture_folder,
+    parquet_header,
+    parquet_images,
+)
 from ..sets._images import Images
 
 
@@ -59,6 +65,33 @@ def load_split(
         read = functools.partial(archive, path, checksums=checksums)
     held_out = read(test)
     return read("train"), held_out
+
+
+def training_header(path: pathlib.Path) -> tuple[Header, int] | None:
+    """What the files of training images say before they are read, and their number.
+
+    Returns `None` for a format of a script's own.
+    """
+    if any(path.glob("train*.parquet")):
+        header = parquet_header(path)
+    elif is_picture_folder(path / "train"):
+        header = folder_header(path / "train")
+    elif is_saved(path / "train"):
+        header = array_header(path / "train")
+    elif (path / "train.npz").is_file():
+        header = array_header(path / "train.npz")
+    elif path.suffix in (".npz", ".npy") or is_saved(path):
+        return _nine_in_ten(array_header(path))
+    elif is_picture_folder(path) and not any(path.glob("*batch*")):
+        return _nine_in_ten(folder_header(path))
+    else:
+        return None
+    return header, header.shape[0]
+
+
+def _nine_in_ten(header: Header) -> tuple[Header, int]:
+    number = header.shape[0]
+    return header, number - len(range(0, number, 10))
 
 
 def _read_folder(path: pathlib.Path, checksums: bool) -> Images:

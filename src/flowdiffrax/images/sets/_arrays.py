@@ -4,6 +4,7 @@ import pathlib
 import shutil
 import zipfile
 import zlib
+from collections.abc import Sequence
 from typing import IO, Any, NamedTuple
 
 import numpy as np
@@ -61,41 +62,57 @@ def load_images(path: StrPath, *, checksums: bool = True) -> Images:
     raise ValueError(f"{path} has no array `images`; it has {sorted(arrays)}.")
 
 
-class ArrayHeader(NamedTuple):
-    """What a file says of an array before its values."""
+class Header(NamedTuple):
+    """What files say of images before their values: shape, dtype, and labels."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
+    has_labels: bool
 
 
-def image_headers(
-    path: pathlib.Path,
-) -> tuple[ArrayHeader, ArrayHeader | None] | None:
-    """The headers of images and labels in a file of `load_images`, without their values.
+def array_header(path: pathlib.Path) -> Header:
+    """The header of what `load_images` reads, without the values.
 
-    Returns `None` for anything but an `.npz` or `.npy`.
-
-    **Raises:** `ValueError` if the file is damaged or has no images.
+    **Raises:** `FileNotFoundError` if there is no file; `ValueError` if it is damaged,
+    has no images, or another number of labels.
     """
+    if path.is_dir():
+        files = [path / "images.npy"]
+        files += [file for file in [path / "labels.npy"] if file.is_file()]
+        return _joined(path, [_array_in(file) for file in files])
     if path.suffix == ".npy":
-        with reading(path), open(path, "rb") as file:
-            return _header(file), None
-    if path.suffix != ".npz":
-        return None
+        return _joined(path, [_array_in(path)])
     with reading(path, zipfile.BadZipFile), zipfile.ZipFile(path) as archive:
         names = {name.removesuffix(".npy") for name in archive.namelist()}
-        for images, labels in _NPZ_KEYS:
-            if images in names:
-                keys = [images] + [labels] * (labels in names)
-                found = []
-                for key in keys:
-                    with archive.open(f"{key}.npy") as file:
-                        found.append(_header(file))
-                return found[0], found[1] if len(found) > 1 else None
-    raise ValueError(f"{path} has no array `images`; it has {sorted(names)}.")
+        found = []
+        for key in next((keys for keys in _NPZ_KEYS if keys[0] in names), ()):
+            if key in names:
+                with archive.open(f"{key}.npy") as file:
+                    found.append(_shape_and_dtype(file))
+    if not found:
+        raise ValueError(f"{path} has no array `images`; it has {sorted(names)}.")
+    return _joined(path, found)
 
 
-def _header(file: IO) -> ArrayHeader:
+def _array_in(path: pathlib.Path) -> tuple[tuple[int, ...], np.dtype]:
+    with reading(path), open(path, "rb") as file:
+        return _shape_and_dtype(file)
+
+
+def _joined(
+    path: pathlib.Path, arrays: Sequence[tuple[tuple[int, ...], np.dtype]]
+) -> Header:
+    """One header for images and, if there are any, labels."""
+    (shape, dtype), *labels = arrays
+    for of_labels, _ in labels:
+        if of_labels != shape[:1]:
+            raise ValueError(
+                f"{path} has {shape[0]} images and labels of shape {of_labels}"
+            )
+    return Header(shape, dtype, len(labels) > 0)
+
+
+def _shape_and_dtype(file: IO) -> tuple[tuple[int, ...], np.dtype]:
     version = np.lib.format.read_magic(file)
     read = {
         (1, 0): np.lib.format.read_array_header_1_0,
@@ -104,7 +121,12 @@ def _header(file: IO) -> ArrayHeader:
     if version not in read:
         raise ValueError(f"version {version} of NumPy's format")
     shape, _, dtype = read[version](file)
-    return ArrayHeader(shape, dtype)
+    return shape, dtype
+
+
+def is_saved(path: pathlib.Path) -> bool:
+    """Whether `save_images` wrote this folder."""
+    return (path / _HEADER).is_file()
 
 
 def save_images(path: StrPath, images: Images) -> None:
@@ -160,7 +182,7 @@ def read_npz(path: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def _load_folder(path: pathlib.Path, checksums: bool) -> Images:
-    if not (path / _HEADER).is_file():
+    if not is_saved(path):
         raise FileNotFoundError(
             f"The folder {path} was not written by `save_images`. For a folder of "
             "pictures, use `image_folder`."
