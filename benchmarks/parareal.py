@@ -22,7 +22,7 @@ from batches import TOLERANCES, exact_map, make_field, seconds_of
 import flowdiffrax as fd
 
 T1 = 100.0
-X = jnp.asarray([0.4, 0.2])
+X = np.asarray([0.4, 0.2], np.float32)
 FIELDS = {"cheap": None, "3 x 256": 256, "3 x 1024": 1024}
 
 

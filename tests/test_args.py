@@ -53,9 +53,14 @@ def guided(velocity, t, x, args):
     return 2 * velocity(t, x, args)
 
 
+def condition(t, y, args, **kwargs):
+    asked.add("event")
+    return args["rate"] * y[0] - 10.0
+
+
 MAP, MAP_OF_NET = Growth(), fd.FlowMap(net)
 PAIR = (X, jnp.asarray(0.0))
-TERM = diffrax.ODETerm(field)
+TERM, EVENT = diffrax.ODETerm(field), diffrax.Event(condition)
 
 
 def solved(solver, args):
@@ -269,6 +274,10 @@ LIKELIHOODS = {name: of_log_det(method) for name, method in LOG_DETS.items()} | 
         ),
         {"map"},
     ),
+    "log_prob_errors": (
+        lambda args: fd.likelihood.log_prob_errors(MAP, field, normal, X[None], 1, args),
+        BOTH,
+    ),
     "pull_back": (lambda args: fd.likelihood.pull_back(MAP, X, 2, args), {"map"}),
     "sample_log_prob": (
         lambda args: fd.likelihood.sample_log_prob(MAP, normal, X, 2, args),
@@ -281,11 +290,21 @@ SAMPLES = {
         lambda args: solved(fd.AdaptiveFlowMapSolver(MAP), args),
         BOTH,
     ),
+    "EventSolver": (
+        lambda args: solved(fd.solvers.EventSolver(fd.HybridSolver(MAP), EVENT), args),
+        {*BOTH, "event"},
+    ),
     "FlowMapSolver": (lambda args: solved(fd.FlowMapSolver(MAP), args), BOTH),
     "HybridSolver": (
         lambda args: (
             solved(fd.HybridSolver(MAP), args),
             fd.HybridSolver(MAP).func(TERM, 0.1, X, args),
+        ),
+        BOTH,
+    ),
+    "solvers.parareal": (
+        lambda args: fd.solvers.parareal(
+            MAP, field, jnp.stack([S, U, T]), X, args, rtol=1e-3, atol=1e-3
         ),
         BOTH,
     ),
@@ -526,6 +545,8 @@ OTHERS = {
     *("AbstractResidualObjective", "testing.Failure"),
     # `test_reports.py` and, by the assertions that it makes, `test_testing.py`.
     *("train.SampleGrids", "testing.check"),
+    # `test_score_curves.py`.
+    "images.ScoreCurves",
 }
 
 

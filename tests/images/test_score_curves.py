@@ -28,7 +28,8 @@ class Brighten(eqx.Module):
     amount: jnp.ndarray
 
     def __call__(self, s, t, x, args):
-        return self.amount * jnp.ones_like(x)
+        factor = self.amount if args is None else args * self.amount
+        return factor * jnp.ones_like(x)
 
 
 def images_of(seed, number=40, brighter=0):
@@ -57,6 +58,15 @@ def curves_of(folder, **settings):
 
 def lines_of(folder):
     return [json.loads(x) for x in (folder / "scores.jsonl").read_text().splitlines()]
+
+
+def test_conditions_reach_the_map(tmp_path):
+    curves = curves_of(tmp_path, num_jumps=(1,), args=np.full(len(STARTS), 6, np.float32))
+    found = curves(state_of(10), {"step": 1})
+    expected = fd.images.score_images(
+        images_of(1, brighter=60), images_of(0), FEATURES, seed=3, source="test train"
+    )
+    assert found["frechet_1"] == pytest.approx(expected.frechet)
 
 
 def test_lines_and_reports(tmp_path):
