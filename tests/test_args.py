@@ -545,8 +545,8 @@ OTHERS = {
     *("AbstractResidualObjective", "testing.Failure"),
     # `test_reports.py` and, by the assertions that it makes, `test_testing.py`.
     *("train.SampleGrids", "testing.check"),
-    # `test_score_curves.py`.
-    "images.ScoreCurves",
+    # `test_score_curves.py` and, in `tests/plot`, `test_report.py`.
+    *("images.ScoreCurves", "plot.report"),
 }
 
 
