@@ -128,3 +128,15 @@ def test_addresses_are_metadata(release):
 
 def _pytest_options(name):
     return PROJECT["tool"]["pytest"]["ini_options"][name]
+
+
+def test_paper_names_commands_and_sources_that_exist():
+    folder = ROOT / "docs" / "paper"
+    text = (folder / "paper.md").read_text()
+    cited = set(re.findall(r"@([a-z]+\d{4}[a-z]*)", text))
+    listed = set(re.findall(r"^@\w+\{(\w+),", (folder / "paper.bib").read_text(), re.M))
+    assert cited == listed and len(cited) > 5
+    files = re.findall(r"`(?:python|pytest) (\S+\.py)", text)
+    assert len(files) > 4
+    for file in files:
+        assert (ROOT / file).is_file(), file
