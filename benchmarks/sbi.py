@@ -1,7 +1,7 @@
 """Learned posteriors beside the published ones of the sbibm benchmark.
 
     pip install --no-deps sbibm==1.1.0
-    python benchmarks/sbi.py                          # some two hours on one core
+    python benchmarks/sbi.py                          # everything: hours on one core
     python benchmarks/sbi.py --tasks two_moons --simulations 10000
 
 sbibm (Lueckmann and others, arXiv:2101.04653) has ten observations for each task, and

@@ -24,10 +24,10 @@ from ._simulations import Simulations, read_simulations
 from ._train_posterior import Training, adam, mean_map
 
 _HELD_OUT = 0.1
-# Small networks make different errors, which their mean does not have. Where the rows of
-# sets take most of the time, two large ones learn more in the same time (10,000 sets of 5
-# to 20 rows: a held-out loss of 1.22 after 27 s, and eight small ones 1.90 after 26 s).
-_SMALL, _LARGE = 8, 2
+# The velocity is the mean of several networks, whose errors differ. Small ones are
+# learned by heart last; from more simulations than this, larger ones learn more in the
+# same time. So they do from sets, whose rows take most of the time.
+_MANY = 30_000
 # The share of the time until the velocity is learned, if it does not stop earlier, and
 # until everything is but the last look.
 _VELOCITY_SHARE, _MAP_SHARE = 0.5, 0.92
@@ -122,10 +122,7 @@ def learn_posterior(
     batch_size = batch_size or min(256, len(rest))
     say(_describe(units, network, simulations, batch_size))
     member_key, map_net_key = jr.split(net_key)
-    member = network
-    if not network.is_set:
-        member = dataclasses.replace(network, width=max(network.width // 2, 1))
-    num_members = _LARGE if network.is_set else _SMALL
+    member, num_members = _member(network, len(order))
     members = eqx.filter_vmap(member.build)(jr.split(member_key, num_members))
     end_of = lambda share: begin + 60 * minutes * share
     history: list[dict[str, Any]] = []
@@ -164,6 +161,17 @@ def learn_posterior(
     )
     say(f"done\n{learned}")
     return learned
+
+
+def _member(
+    network: PosteriorNetwork, num_simulations: int
+) -> tuple[PosteriorNetwork, int]:
+    """One of the networks that make up the velocity, and how many there are."""
+    if network.is_set:
+        return network, 2
+    if num_simulations > _MANY:
+        return network, 4
+    return dataclasses.replace(network, width=max(network.width // 2, 1)), 8
 
 
 def _describe(
