@@ -50,7 +50,7 @@ def self_distilled():
         optimiser=functools.partial(fd.images.adam_to_zero, 1e-3, num_steps=STEPS),
         batch_size=BATCH_SIZE,
         num_steps=STEPS,
-        ema_decay=(0.998, 0.99),
+        ema_decay=(0.998, 0.9),
         metric="none",
     )  # fmt: skip
 
