@@ -54,6 +54,7 @@ SCRIPTS = {
     "posterior.png": "examples/posterior.py",
     "predict_and_correct.png": "benchmarks/evaluations.py",
     "scaling.png": "benchmarks/scaling.py",
+    "score_curves.png": "examples/digits.py",
     "steering.png": "examples/steering.py",
 }
 
