@@ -1,4 +1,4 @@
-"""Parts of the benchmarks: systems, surrogates and posteriors."""
+"""Parts of the benchmarks: systems, surrogates, posteriors and particles."""
 
 import importlib.util
 import pathlib
@@ -24,6 +24,7 @@ def load(name):
 
 
 systems, surrogates, sbi = load("systems"), load("surrogates"), load("sbi")
+boltzmann = load("boltzmann")
 MECHANISM = systems.random_mechanism()
 ALL = {**systems.SYSTEMS, "mechanism": MECHANISM}
 
@@ -226,3 +227,61 @@ def test_classifier_is_as_good_as_the_best(shift):
     # Two Gaussians are told apart best in the middle between them.
     best = scipy.stats.norm.cdf(shift / 2)
     assert abs(sbi.c2st(samples, others, folds=2) - best) < 0.03
+
+
+# --- particles --------------------------------------------------------------------------
+
+
+def test_energies_by_a_loop():
+    rng = np.random.default_rng(0)
+    for name, pair, trap in (
+        ("dw4", lambda d: -4 * (d - 4) ** 2 + 0.9 * (d - 4) ** 4, 0.0),
+        ("lj13", lambda d: d**-12 - 2 * d**-6, 0.5),
+    ):
+        target = boltzmann.TARGETS[name]
+        y = target.std * rng.normal(size=target.size)
+        x = np.asarray(target.positions(jnp.asarray(y)))
+        # Orthonormal coordinates of mean-free positions.
+        np.testing.assert_allclose(x.mean(0), 0, atol=1e-12)
+        assert np.sum(x**2) == pytest.approx(np.sum(y**2))
+        bonds = [
+            pair(np.linalg.norm(x[i] - x[j])) for i in range(len(x)) for j in range(i)
+        ]
+        expected = sum(bonds) + trap * np.sum(x**2)
+        assert float(target.energy(jnp.asarray(y))) == pytest.approx(expected, rel=1e-10)
+
+
+def test_particles_are_alike_and_space_has_no_direction():
+    target = boltzmann.TARGETS["dw4"]
+    net = target.network(8, jr.key(0))
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=(4, 2))
+    x -= x.mean(0)
+    turn, order = np.asarray([[0.6, -0.8], [0.8, 0.6]]), [2, 0, 3, 1]
+    state = lambda x: jnp.asarray((target.basis.T @ x).ravel(), jnp.float32)
+    v = lambda x: np.asarray(target.positions(net(0.2, 0.7, state(x), None)))
+    assert np.abs(v(x)).max() > 1e-3
+    np.testing.assert_allclose(v(x[order] @ turn), v(x)[order] @ turn, atol=1e-6)
+
+
+def test_alignment_moves_base_points_only_by_symmetries():
+    target = boltzmann.TARGETS["lj13"]
+    rng = np.random.default_rng(2)
+    x0, x1 = rng.normal(size=(2, 5, target.size))
+    y0, y1 = target.align(x0, x1)
+    np.testing.assert_allclose(y1, x1, atol=1e-12)
+    assert (np.linalg.norm(y0 - y1, axis=1) < np.linalg.norm(x0 - x1, axis=1)).all()
+    lengths = lambda y: np.sort(np.linalg.norm(target.positions(y), axis=-1), axis=-1)
+    np.testing.assert_allclose(lengths(y0), lengths(x0), atol=1e-12)
+
+
+@pytest.mark.slow
+def test_evidence_of_the_double_well_by_quadrature():
+    target = boltzmann.TARGETS["double-well"]
+    x = np.linspace(-6, 6, 4001)
+    ends = np.exp(-(x**4 / 4 - 3 * x**2 + x))
+    expected = np.log(np.sum(ends) * (x[1] - x[0]) * np.sqrt(2 * np.pi))
+    samples, evidence = boltzmann.tempered_samples(target, 4000, jr.key(0))
+    assert evidence == pytest.approx(expected, abs=0.1)
+    mean = np.sum(x * ends) / np.sum(ends)
+    assert float(samples[:, 0].mean()) == pytest.approx(mean, abs=0.15)
