@@ -1,6 +1,7 @@
 """Scores during a run: lines, curves, the best map, errors, and the background."""
 
 import json
+import socket
 import subprocess
 import sys
 import threading
@@ -308,9 +309,8 @@ def test_averages_with_one_name(tmp_path):
         curves_of(tmp_path)(state, {"step": 1})
 
 
-SEVERAL = """
-import jax, jax.numpy as jnp, jax.random as jr, numpy as np, optax, sys
-jax.config.update("jax_num_cpu_devices", 2)
+COMMON = """
+import jax.random as jr, numpy as np, optax
 import flowdiffrax as fd
 from flowdiffrax.images import _score_curves
 images = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 1)).astype(np.uint8)
@@ -337,11 +337,17 @@ def last(folder, **more):
         **more,
     )
     return [row["frechet"] for row in fd.images.read_scores(folder)]
+"""
+
+SEVERAL = f"""
+import jax, sys
+jax.config.update("jax_num_cpu_devices", 2)
+{COMMON}
 background = last(sys.argv[1] + "/a")
-assert all(one == {1: 30} for one in used), used
+assert all(one == {{1: 30}} for one in used), used
 used.clear()
 both = last(sys.argv[1] + "/b", parallel=fd.train.DataParallel())
-assert all(one == {0: 15, 1: 15} for one in used), used
+assert all(one == {{0: 15, 1: 15}} for one in used), used
 np.testing.assert_allclose(background, both, rtol=1e-3)
 # After training, with a block that two devices cannot divide.
 from flowdiffrax.images.command import _options, _samplers, _scores
@@ -362,3 +368,37 @@ def test_scores_on_another_device(tmp_path):
         [sys.executable, "-c", SEVERAL, str(tmp_path)], capture_output=True, text=True
     )
     assert done.stdout.split() == ["6"], done.stderr
+
+
+PROCESSES = f"""
+import jax, sys
+folder, address, index = sys.argv[1], sys.argv[2], int(sys.argv[3])
+if address:
+    jax.distributed.initialize(address, 2, index)
+{COMMON}
+found = last(folder, parallel=fd.train.DataParallel())
+assert [*used[0].values()] == [15 if address else 30], used
+print("scores", *found)
+"""
+
+
+@pytest.mark.slow
+def test_scores_in_two_processes(tmp_path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    start = lambda folder, *words: subprocess.Popen(
+        [sys.executable, "-c", PROCESSES, str(tmp_path / folder), *words],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    processes = [start("two", address, "0"), start("two", address, "1")]
+    rows = []
+    for process in [*processes, start("one", "", "0")]:
+        out, err = process.communicate()
+        assert process.returncode == 0, err
+        rows.append([float(x) for x in out.split("scores")[1].split()])
+    two, _, one = rows
+    assert len(one) == 6
+    np.testing.assert_allclose(one, two, rtol=1e-3)
+    # The second process writes nothing.
+    assert len(lines_of(tmp_path / "two")) == 6
