@@ -36,13 +36,15 @@ def train(
             every=options.grid_every,
         )
     ]  # fmt: skip
-    if options.score_every is not None and run.newest_step != recipe.num_steps:
+    every = options.score_every
+    # The features may take minutes. Without a step to score, they are not needed.
+    if every and (run.newest_step or 0) // every < recipe.num_steps // every:
         x0, labels = noise(recipe, options.score_samples, images, options.seed)
         curves = ScoreCurves(
             options.folder, x0, labels, reference=scorer.reference,
             features=scorer.features, held_out=scorer.held_out(options.score_samples),
             seed=options.seed, num_jumps=options.jumps, batch_size=options.sample_batch,
-            every=options.score_every, config=run.config,
+            every=every, config=run.config,
         )  # fmt: skip
         calls.append(curves)
     return fit(
