@@ -1,3 +1,4 @@
+import ctypes
 import gc
 import os
 import pathlib
@@ -53,12 +54,19 @@ def no_key_is_used_twice(request):
 
 @pytest.fixture(autouse=True, scope="module")
 def forget_what_is_compiled():
-    """Keeps a process below the number of memory maps that Linux allows, 65,530.
+    """Keeps a process below 65,530 memory maps, the limit of Linux, and 2 GiB of memory.
 
-    Each compiled function takes some, and a process that runs thousands of tests ends in
-    a crash of the compiler otherwise.
+    Each compiled function takes some of both. A process that runs thousands of tests
+    would end in a crash of the compiler, or take the memory of the machine.
     """
     yield
-    maps = pathlib.Path("/proc/self/maps")
-    if maps.exists() and maps.read_bytes().count(b"\n") > 40_000:
+    process = pathlib.Path("/proc/self")
+    if not process.exists():
+        return
+    num_maps = (process / "maps").read_bytes().count(b"\n")
+    pages = int((process / "statm").read_text().split()[1])
+    if num_maps > 40_000 or pages * os.sysconf("SC_PAGE_SIZE") > 2**31:
         jax.clear_caches()
+        # What is free goes back to the system only when asked, in the GNU library.
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", lambda pad: None)
+        trim(0)
