@@ -30,6 +30,7 @@ _TOLERANCES = 1e-1, 1e-2, 1e-3, 1e-4, 1e-5
 # Distinct for colour-blind readers and in print, with these dashes.
 _COLOURS = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 _DASHES = "-", "--", "-.", ":"
+_BOX = {"facecolor": "white", "alpha": 0.8, "linewidth": 0}
 
 
 class MapReport(NamedTuple):
@@ -229,6 +230,11 @@ def _draw_errors(figure: Any, facts: _Facts) -> None:
     axis.set(xscale="log", yscale="log", xlabel="jumps", ylabel="relative error")
     axis.set_xticks(_NUM_JUMPS, [str(num) for num in _NUM_JUMPS])
     axis.minorticks_off()
+    # Whole decades, so that the size can be read.
+    known = errors[np.isfinite(errors) & (errors > 0)]
+    if known.size > 0:
+        low, high = np.floor(np.log10(known.min())), np.ceil(np.log10(known.max()))
+        axis.set_ylim(10.0**low, 10.0 ** max(high, low + 1))
     axis.legend()
 
 
@@ -244,10 +250,8 @@ def _draw_times(figure: Any, facts: _Facts) -> None:
     )  # fmt: skip
     axis.plot(times[[0, -1]], times[[0, -1]], ":", color="white")
     axis.set(xlabel="start time", ylabel="end time")
-    axis.text(
-        0.96, 0.04, "backwards", color="white", ha="right", transform=axis.transAxes
-    )
-    axis.text(0.04, 0.92, "forwards", color="white", transform=axis.transAxes)
+    axis.text(0.96, 0.04, "backwards", ha="right", bbox=_BOX, transform=axis.transAxes)
+    axis.text(0.04, 0.92, "forwards", bbox=_BOX, transform=axis.transAxes)
     figure.colorbar(image, ax=axis, label="log10 of the median error", extend="both")
 
 
@@ -259,6 +263,10 @@ def _draw_signed(figure: Any, facts: _Facts) -> None:
     boxes = signed[:, np.sort(entries)]
     boxes = [column[np.isfinite(column)] for column in boxes.T]
     axis.boxplot(boxes, tick_labels=[str(entry) for entry in np.sort(entries)], sym=".")
+    # Not closer than this, so that errors that are small look small.
+    axis.set_ylim(
+        *(np.asarray([-1, 1]) * max(0.01, 1.1 * np.nanmax(np.abs(axis.get_ylim()))))
+    )
     axis.set(xlabel="entry", ylabel="(map - ODE) / spread")
 
 
@@ -269,6 +277,9 @@ def _draw_work(figure: Any, facts: _Facts) -> None:
     ):
         milliseconds = [1e3 * each for each in seconds]
         axis.plot(errors, milliseconds, dash, marker="o", color=colour, label=name)
+        if name == "map":
+            for num, *place in zip(_NUM_JUMPS, errors, milliseconds, strict=True):
+                axis.annotate(str(num), place, (4, 4), textcoords="offset points")
     axis.set(xscale="log", yscale="log", xlabel="median error at the last time")
     axis.set(ylabel=f"ms for a batch of {len(facts.exact)}")
     axis.legend()
@@ -278,7 +289,7 @@ _PANELS = [
     (
         "Trajectories",
         "Single jumps from the first time, dashed, over the ODE: medians, bands from 5 "
-        "to 95 % of the initial states, and one trajectory.",
+        "to 95 % of the initial states, and one trajectory with dots for its jumps.",
         _draw_trajectories,
     ),
     (
@@ -299,7 +310,7 @@ _PANELS = [
     ),
     (
         "Work against precision",
-        "Left and down is better. Seconds are of this machine, with compiled code.",
+        "Left and down is better. The map's points have their numbers of jumps.",
         _draw_work,
     ),
 ]
