@@ -18,11 +18,11 @@ from ._types import State
 _Member = TypeVar("_Member", bound=enum.Enum)
 
 
-def check_like(out: State, x: State, name: str) -> State:
+def check_like(out: State, x: State, name: str, *, any_dtype: bool = False) -> State:
     """Checks at trace time that `out` has the structure of `x`, and returns it.
 
     **Raises:** `ValueError` if the PyTree structures or shapes differ, `TypeError` if the
-    dtypes differ.
+    dtypes differ and may not.
     """
     if isinstance(out, Array) and isinstance(x, Array):
         if out.shape == x.shape and out.dtype == x.dtype:
@@ -43,7 +43,7 @@ def check_like(out: State, x: State, name: str) -> State:
                 f"{name} must return the shape of the state, {own}; got {got}. {cure}"
             )
         got, own = jnp.result_type(got_leaf), jnp.result_type(leaf)
-        if got != own:
+        if got != own and not any_dtype:
             # Diffrax promotes the state to the dtype of the times.
             raise TypeError(
                 f"{name} must return the dtype of the state, {own}; got {got}. Give "

@@ -619,3 +619,10 @@ def test_refusals(name):
     make, match = REFUSALS[name]
     with pytest.raises(ValueError, match=match):
         make()
+
+
+def test_a_field_of_another_shape_is_not_broadcast():
+    # Diffrax would add one number to both entries.
+    field = lambda t, x, args: -x[:1]
+    with pytest.raises(ValueError, match=r"`vector_field` must return the shape.*\(2,\)"):
+        fd.solve_trajectories(field, jnp.ones((3, 2)), jnp.linspace(0.0, 1.0, 3))

@@ -289,7 +289,7 @@ SETS = np.ones((60, 3, 1))
         (THETAS, XS, {"bounds": (0.0, 1.0)}, "simulations have parameters out"),
         (THETAS, XS, {"bounds": (1.0, 0.0)}, "`bounds` must rise"),
         (THETAS, XS, {"bounds": (np.zeros(3), 9.0)}, r"each of the 2 parameters"),
-        (THETAS, XS, {"bounds": (0.0, 1.0, 2.0)}, "is a pair"),
+        (THETAS, XS, {"bounds": (0.0, 1.0, 2.0)}, "must be a pair"),
         (THETAS, XS, {"mask": np.ones((60, 2))}, "`mask` is for `xs` of shape"),
         (THETAS, SETS, {"mask": np.ones((60, 2))}, r"each row of a set, shape \(60, 3\)"),
         (THETAS, [np.ones((2, 1)), np.ones((2, 3))] * 30, {}, "with the same size"),

@@ -740,6 +740,11 @@ def test_weights_of_samples_without_a_density():
             fd.likelihood.importance_weights(target, target[:2])
 
 
+def test_complex_densities_have_no_weights():
+    with without_type_checks(), pytest.raises(TypeError, match="must be real"):
+        fd.likelihood.importance_weights(jnp.zeros(2, complex), jnp.zeros(2))
+
+
 def test_samples_of_a_map_weigh_their_target():
     # The map is a flow, but not that of the target.
     flow_map = gaussian_map()

@@ -865,3 +865,8 @@ def test_objectives_keep_their_settings():
             if setting in known and known[setting].default != value:
                 made = cls(**{setting: value})
                 assert getattr(made, setting) is value, (name, setting)
+
+
+def test_a_weight_is_a_function():
+    with without_type_checks(), pytest.raises(TypeError, match="`weight` must be a call"):
+        fd.TrajectoryMatching(weight=None)

@@ -73,4 +73,23 @@ def test_bad_input(tmp_path):
         fd.plot.report(tmp_path / "p.html", EXACT, field, jnp.asarray(1.0))
     with without_type_checks(), pytest.raises(TypeError, match="`vector_field`"):
         fd.plot.report(tmp_path / "p.html", EXACT, None, X0)
+    with pytest.raises(ValueError, match="`path` must be a file; got .* a folder"):
+        fd.plot.report(tmp_path, EXACT, field, X0)
+    with pytest.raises(ValueError, match="is not finite after any of the jumps"):
+        nan = lambda s, t, x, args: x * jnp.nan
+        fd.plot.report(tmp_path / "p.html", nan, field, X0)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_map_that_fails_at_some_states(tmp_path):
+    path = tmp_path / "page.html"
+    field = lambda t, x, args: EXACT.velocity(t, x)
+    fails = lambda s, t, x, args: jnp.where((x[0] > 0) & (s > 2), jnp.nan, EXACT(s, t, x))
+    made = fd.plot.report(path, fails, field, X0, time_range=(0.0, 3.0))
+    lost = np.isnan(made.errors).sum(axis=1)
+    # One jump and two start before time 2; four do not.
+    assert lost[0] == lost[1] == 0 and 0 < lost[2] < 16
+    assert f"{lost.sum()} of 80 errors are not finite" in " ".join(
+        path.read_text().split()
+    )
+    assert np.isfinite(made.by_times[0, 1:]).all()

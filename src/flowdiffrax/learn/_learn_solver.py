@@ -21,7 +21,7 @@ from ._pool import PoolMaker
 from ._probe import probe
 from ._problem import Problem, check_field, make_problem
 from ._teacher import cheaper_teacher
-from ._training import Trained, steps_until, train_map
+from ._training import Trained, steps_of_parts_until, train_map
 from ._validation import Validation
 
 # Shares of the time: until trajectories are solved, if there are enough or if there are
@@ -189,7 +189,7 @@ def train_in_time(
     num_steps = plan.num_steps or (folder and folder.num_steps())
     if num_steps is None:
         end = say.begin + (1 - _LAST_SHARE) * say.seconds
-        num_steps = steps_until(end, parts, jr.clone(key))
+        num_steps = steps_of_parts_until(end, parts, jr.clone(key))
     if folder:
         folder.keep_num_steps(num_steps)
     plan = dataclasses.replace(plan, num_steps=num_steps)

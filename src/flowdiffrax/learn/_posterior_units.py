@@ -260,9 +260,12 @@ def _regression(
 def _as_bounds(bounds: Any, thetas: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     size = thetas.shape[1]
     bounds = (-np.inf, np.inf) if bounds is None else bounds
-    if len(bounds) != 2:
-        raise ValueError("`bounds` is a pair `(low, high)`.")
-    low, high = (np.asarray(each, float) for each in bounds)
+    try:
+        low, high = (np.asarray(each, float) for each in bounds)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"`bounds` must be a pair `(low, high)` of numbers or arrays; got {bounds!r}."
+        ) from error
     if {low.shape, high.shape} - {(), (size,)}:
         raise ValueError(
             f"Bounds are numbers, or arrays with one for each of the {size} parameters; "

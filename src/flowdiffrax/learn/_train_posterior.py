@@ -1,10 +1,8 @@
 import dataclasses
-import time
 from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
@@ -20,10 +18,11 @@ from ..objectives._base import AbstractObjective
 from ..objectives._batch import batch_loss
 from ..train import TrainState, make_step
 from ._learn_solver import Progress
+from ._training import steps_until
 
 # How many times a loss is looked at, and how often in a row it may fail to fall.
 _NUM_LOOKS, _PATIENCE = 40, 8
-_MOST_STEPS, _FEWEST_STEPS = 20_000, 100
+_MOST_STEPS = 20_000
 _EMA_DECAY = 0.995
 
 
@@ -77,7 +76,10 @@ class Training:
     ) -> FlowMap:
         """Returns the average of the weights, where the loss is least if it is known."""
         if num_steps is None:
-            num_steps = self._steps_until(end, flow_map, teacher)
+            step, state = self._start(flow_map, 1000)
+            cure = "`width` or `batch_size`"
+            fit = steps_until(end, step, state, self.batches, teacher, cure)
+            num_steps = min(fit, _MOST_STEPS)
         step, state = self._start(flow_map, num_steps)
         every = max(num_steps // _NUM_LOOKS, 50)
         best, least, failures, losses = flow_map, np.inf, 0, []
@@ -130,28 +132,6 @@ class Training:
         axes = eqx.if_array(0), None, None
         together = eqx.filter_jit(eqx.filter_vmap(step, in_axes=axes))
         return together, eqx.filter_vmap(create)(flow_map, keys)
-
-    def _steps_until(self, end: float, flow_map: FlowMap, teacher: Any) -> int:
-        """How many steps can be made until then."""
-        step, state = self._start(flow_map, 1000)
-        begin = time.perf_counter()
-        state, info = step(state, self.batches, teacher)
-        jax.block_until_ready(info.loss)
-        compiling = time.perf_counter() - begin
-        begin, count = time.perf_counter(), 0
-        while time.perf_counter() - begin < 1.0:
-            state, info = step(state, self.batches, teacher)
-            jax.block_until_ready(info.loss)
-            count += 1
-        now = time.perf_counter()
-        num_steps = int((end - now - compiling) / ((now - begin) / count))
-        if num_steps < _FEWEST_STEPS:
-            raise ValueError(
-                f"There is no time left to train: {max(end - now, 0):.0f} s for steps of "
-                f"{1e3 * (now - begin) / count:.0f} ms, after {compiling:.0f} s to "
-                "compile. Raise `minutes`, or lower `width` or `batch_size`."
-            )
-        return min(num_steps, _MOST_STEPS)
 
 
 def _num_members(flow_maps: FlowMap) -> int:

@@ -14,30 +14,40 @@ from ._validation import Validation
 _FEWEST_STEPS = 100
 
 
-def steps_until(end: float, parts: Parts, key: Any) -> int:
-    """How many training steps can be made until then."""
-    optim = muon_and_adam(parts.flow_map, 1000)
-    state = TrainState.create(parts.flow_map, optim, key=key, objective=parts.objective)
-    step = make_step(parts.objective, optim)
+def steps_until(
+    end: float, step: Callable, state: Any, batches: Any, teacher: Any, cure: str
+) -> int:
+    """How many training steps can be made until then.
+
+    **Raises:** `ValueError` with a `cure` if these are too few.
+    """
     begin = time.perf_counter()
-    state, info = step(state, parts.batches, None)
+    state, info = step(state, batches, teacher)
     jax.block_until_ready(info.loss)
     compiling = time.perf_counter() - begin
     begin, count = time.perf_counter(), 0
     while time.perf_counter() - begin < 1.0:
-        state, info = step(state, parts.batches, None)
+        state, info = step(state, batches, teacher)
         jax.block_until_ready(info.loss)
         count += 1
     now = time.perf_counter()
-    # `fit` compiles once more.
+    # The training compiles once more.
     num_steps = int((end - now - compiling) / ((now - begin) / count))
     if num_steps < _FEWEST_STEPS:
         raise ValueError(
             f"There is no time left to train: {max(end - now, 0):.0f} s for steps of "
             f"{1e3 * (now - begin) / count:.0f} ms, after {compiling:.0f} s to compile. "
-            "Raise `minutes`, or lower `pool_size`, `width` or `batch_size`."
+            f"Raise `minutes`, or lower {cure}."
         )
     return num_steps
+
+
+def steps_of_parts_until(end: float, parts: Parts, key: Any) -> int:
+    optim = muon_and_adam(parts.flow_map, 1000)
+    state = TrainState.create(parts.flow_map, optim, key=key, objective=parts.objective)
+    step = make_step(parts.objective, optim)
+    cure = "`pool_size`, `width` or `batch_size`"
+    return steps_until(end, step, state, parts.batches, None, cure)
 
 
 @dataclasses.dataclass

@@ -54,7 +54,8 @@ def importance_weights(
     **Returns:** [`flowdiffrax.likelihood.ImportanceWeights`][]. If no sample has a
     weight, its sizes are zero or not finite.
 
-    **Raises:** `ValueError` if the shapes differ, are not `(samples,)`, or are empty.
+    **Raises:** `ValueError` if the shapes differ, are not `(samples,)`, or are empty;
+    `TypeError` if they are complex.
 
     ??? cite "Reference"
 
@@ -67,6 +68,8 @@ def importance_weights(
             "`log_target` and `log_proposal` must have one entry for each sample; got "
             f"shapes {shapes[0]} and {shapes[1]}."
         )
+    if jnp.iscomplexobj(log_target) or jnp.iscomplexobj(log_proposal):
+        raise TypeError("`log_target` and `log_proposal` must be real.")
     is_lost = jnp.isnan(log_proposal)
     # NaN in the target is a mistake of the caller, and stays.
     log_weights = jnp.where(is_lost, -jnp.inf, log_target - log_proposal)

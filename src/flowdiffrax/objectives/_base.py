@@ -6,7 +6,7 @@ import diffrax
 import equinox as eqx
 from jaxtyping import Array, Key
 
-from .._check import as_member, check_instance, check_scalar
+from .._check import as_member, check_callable, check_instance, check_scalar
 from .._tree import squared_norm
 from .._types import AbstractVar, Args, Scalar, State, Time
 from ..flow_maps._base import AbstractFlowMap
@@ -78,6 +78,7 @@ class AbstractObjective(eqx.Module):
 
     def __check_init__(self):
         check_instance(self.times, AbstractTimes, "times")
+        check_callable(self.weight, "weight", "weight(s, t, squared_error)")
 
     @abc.abstractmethod
     def __call__(

@@ -2,6 +2,7 @@ from typing import Any
 
 import diffrax
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
@@ -164,9 +165,10 @@ def solve_trajectories(
 
     **Raises:** `ValueError` if there are fewer than two times or they are known and not
     monotone; if `chunk_size` or `max_steps` is below 1, or a tolerance negative; if `x0`
-    is not a batch; if `ts` or `args` do not have one row for each example; or if rows are
-    known and not finite. `TypeError` if `vector_field` does not take the arguments
-    `(t, x, args)`, or for settings of another type.
+    is not a batch; if `ts` or `args` do not have one row for each example; if rows are
+    known and not finite; or if `vector_field` returns another shape. `TypeError` if
+    `vector_field` does not take the arguments `(t, x, args)`, or for settings of another
+    type.
     """
     check_callable(vector_field, "vector_field", "vector_field(t, x, args)")
     check_count(max_steps, 1, "max_steps")
@@ -282,6 +284,10 @@ def _solve_trajectories(
     def solve(row):
         x0, ts, args = row
         ts = jnp.asarray(shared[0] if ts is None else ts, dtype)
+        args = shared[1] if args is None else args
+        # Diffrax would broadcast, without a word.
+        slope = jax.eval_shape(lambda t, x: vector_field(t, x, args), ts[0], x0)
+        check_like(slope, x0, "`vector_field`", any_dtype=True)
         solution = diffrax.diffeqsolve(
             diffrax.ODETerm(vector_field),
             diffrax.Tsit5() if solver is None else solver,
@@ -289,7 +295,7 @@ def _solve_trajectories(
             t1=ts[-1],
             dt0=0.01 * (ts[-1] - ts[0]),
             y0=x0,
-            args=shared[1] if args is None else args,
+            args=args,
             saveat=diffrax.SaveAt(ts=ts),
             stepsize_controller=controller,
             max_steps=max_steps,

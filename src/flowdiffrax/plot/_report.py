@@ -5,6 +5,7 @@ import html
 import io
 import pathlib
 import timeit
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from .._check import check_callable, check_flow_map
+from .._check import check_callable, check_flow_map, check_instance
 from .._io import StrPath, import_extra, write_whole
 from .._tree import num_rows, ravel
 from .._types import Args, State, TwoTimeMap, VectorField
@@ -103,22 +104,29 @@ def report(
 
     **Returns:** [`flowdiffrax.plot.MapReport`][].
 
-    **Raises:** `ValueError` if `x0` has no common leading axis, or if `time_range` is not
-    two times that increase; `TypeError` for complex states; `ImportError` if Matplotlib,
-    from the `plot` extra, is missing.
+    **Raises:** `ValueError` if `x0` has no common leading axis, if `time_range` is not
+    two times that increase, if `path` is a folder, or if no jump is finite; `TypeError`
+    for complex states; `ImportError` if Matplotlib, from the `plot` extra, is missing.
     """
     check_flow_map(flow_map)
     check_callable(vector_field, "vector_field", "vector_field(t, x, args)")
     plt = import_extra("matplotlib.pyplot", "plot", "report")
     num_rows(x0, "`x0`")
+    check_instance(path, StrPath, "path", 'a path, for example "out/report.html"')
+    path = pathlib.Path(path)
+    if path.is_dir():
+        raise ValueError(f"`path` must be a file; got {path}, which is a folder.")
     own = getattr(flow_map, "time_range", None)
     ends = as_time_range(time_range) or own or (0.0, 1.0)
-    facts = _measure(flow_map, vector_field, x0, ends, args, solver)
-    sections = [
-        (heading, text, _as_picture(plt, draw, facts)) for heading, text, draw in _PANELS
-    ]
-    page = _page(title, flow_map, facts.numbers, sections)
-    path = pathlib.Path(path)
+    with warnings.catch_warnings():
+        # NumPy warns of medians of nothing but NaN, which the page shows as gaps.
+        warnings.simplefilter("ignore", RuntimeWarning)
+        facts = _measure(flow_map, vector_field, x0, ends, args, solver)
+        sections = [
+            (heading, text, _as_picture(plt, draw, facts))
+            for heading, text, draw in _PANELS
+        ]
+        page = _page(title, flow_map, facts.numbers, sections)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, page.encode())
     return facts.numbers
@@ -149,7 +157,9 @@ def _measure(flow_map, vector_field, x0, ends, args, solver) -> _Facts:
     across = jax.vmap(lambda s, x: jax.vmap(lambda t: jump(s, t, x))(times[coarse]))
     all_jumps = jax.jit(jax.vmap(lambda x: across(times[coarse], x)))(starts)
     flat = jax.vmap(jax.vmap(jax.vmap(lambda x: ravel(x, "`report`")[0])))(all_jumps)
-    by_times = np.median(error(np.asarray(flat, float), exact[:, None, coarse]), axis=0)
+    by_times = np.nanmedian(
+        error(np.asarray(flat, float), exact[:, None, coarse]), axis=0
+    )
     np.fill_diagonal(by_times, np.nan)
 
     work, made = [("map", [], [])], []
@@ -161,9 +171,14 @@ def _measure(flow_map, vector_field, x0, ends, args, solver) -> _Facts:
         work[0][1].append(seconds)
     after = np.stack([out[:, 0] for out in made])
     errors = error(after, exact[:, -1])
-    work[0][2].extend(np.median(errors, axis=1))
+    if not np.isfinite(errors).any():
+        raise ValueError(
+            "`flow_map` is not finite after any of the jumps, from any of the states."
+        )
+    work[0][2].extend(np.nanmedian(errors, axis=1))
     work.append(_classical(vector_field, x0, times, args, solver, exact[:, -1], error))
-    bias = ((after[0] - exact[:, -1]) / spread).mean(axis=0)
+    bias = (after[0] - exact[:, -1]) / spread
+    bias = np.nanmean(bias, axis=0)
     numbers = MapReport(_NUM_JUMPS, errors, ts[coarse], by_times, bias)
     return _Facts(ts, exact, jumps, spread, after, numbers, work)
 
@@ -221,11 +236,11 @@ def _draw_trajectories(figure: Any, facts: _Facts) -> None:
 
 def _draw_errors(figure: Any, facts: _Facts) -> None:
     axis = figure.subplots()
-    errors = np.sort(facts.numbers.errors, axis=1)
+    errors = facts.numbers.errors
     for name, share, dash, colour in zip(
         ("median", "90 %", "worst"), (0.5, 0.9, 1.0), _DASHES, _COLOURS, strict=False
     ):
-        rows = np.quantile(errors, share, axis=1)
+        rows = np.nanquantile(errors, share, axis=1)
         axis.plot(_NUM_JUMPS, rows, dash, marker="o", color=colour, label=name)
     axis.set(xscale="log", yscale="log", xlabel="jumps", ylabel="relative error")
     axis.set_xticks(_NUM_JUMPS, [str(num) for num in _NUM_JUMPS])
@@ -320,8 +335,7 @@ def _as_picture(plt: Any, draw: Callable, facts: _Facts) -> str:
     size = (13, 3.6) if draw is _draw_trajectories else (6.4, 4.4)
     figure = plt.figure(figsize=size, layout="constrained")
     try:
-        with np.errstate(all="ignore"):
-            draw(figure, facts)
+        draw(figure, facts)
         body = io.BytesIO()
         figure.savefig(body, format="png", dpi=110)
     finally:
@@ -340,7 +354,7 @@ td, th {padding: 0 1em; text-align: right}
 def _page(title: str, flow_map: Any, numbers: MapReport, sections: list) -> str:
     rows = [
         f"<tr><td>{num}</td>"
-        + "".join(f"<td>{np.quantile(each, q):.2g}</td>" for q in (0.5, 0.9, 1.0))
+        + "".join(f"<td>{np.nanquantile(each, q):.2g}</td>" for q in (0.5, 0.9, 1.0))
         + "</tr>"
         for num, each in zip(numbers.num_jumps, numbers.errors, strict=True)
     ]
@@ -357,7 +371,9 @@ def _page(title: str, flow_map: Any, numbers: MapReport, sections: list) -> str:
             f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head><body>",
             f"<h1>{html.escape(title)}</h1>",
             "<p>Errors are the largest entry of the difference from the ODE, relative to "
-            f"the spread of that entry; {numbers.errors.shape[1]} initial states.</p>",
+            f"the spread of that entry; {numbers.errors.shape[1]} initial states. "
+            f"{(~np.isfinite(numbers.errors)).sum()} of {numbers.errors.size} errors are "
+            "not finite.</p>",
             "<table><tr><th>jumps</th><th>median</th><th>90 %</th><th>worst</th></tr>",
             *rows,
             "</table>",
