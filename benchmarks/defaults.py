@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import optax
+from methods import METHODS
 
 import flowdiffrax as fd
 
@@ -118,61 +119,26 @@ DENSITIES = {
 
 # --- objectives -----------------------------------------------------------------------
 
-# name -> (an objective with its defaults, what it learns from)
-OBJECTIVES = {
-    "LSD": (fd.LagrangianSelfDistillation, None),
-    "ESD": (fd.objectives.EulerianSelfDistillation, None),
-    "PSD": (fd.objectives.ProgressiveSelfDistillation, None),
-    "SplitMeanFlow": (fd.objectives.split_mean_flow, None),
-    "Shortcut": (fd.objectives.Shortcut, None),
-    "TVM": (fd.objectives.TerminalVelocityMatching, None),
-    "MeanFlow": (fd.objectives.MeanFlow, None),
-    "improved MeanFlow": (fd.objectives.ImprovedMeanFlow, None),
-    "AlphaFlow": (fd.objectives.AlphaFlow, None),
-    "EE": (fd.objectives.StopGradientEulerian, None),
-    "FMM": (fd.objectives.FlowMapMatching, None),
-    "CT": (fd.objectives.ConsistencyTraining, None),
-    "sCT": (fd.objectives.ContinuousConsistency, None),
-    "LMD": (fd.LagrangianMapDistillation, "velocity"),
-    "EMD": (fd.objectives.EulerianMapDistillation, "velocity"),
-    "AYF-EMD": (fd.objectives.AlignYourFlowEMD, "velocity"),
-    "AYF-LMD": (fd.objectives.AlignYourFlowLMD, "velocity"),
-    "CD": (fd.objectives.ConsistencyDistillation, "velocity"),
-    "sCD": (fd.objectives.ContinuousConsistency, "velocity"),
-    "FreeFlow": (fd.objectives.free_flow, "velocity"),
-    "PFMM": (fd.objectives.ProgressiveFlowMapMatching, "map"),
-    "trajectory matching": (fd.TrajectoryMatching, "trajectories"),
-}
+# Those that learn maps to be sampled.
+OBJECTIVES = {name: row for name, row in METHODS.items() if row.no_sampler is None}
 
 _ONE_JUMP = "learns jumps to the end, or from the base, only: sample it in one"
 _NOISY = "noisy in small batches: its gradient runs through the derivative in space"
 _STEEP = "follows an exact velocity, which is steep near heavy tails: see `DataEndWeight`"
 # (name, number of jumps) -> why it may fail there
 EXCEPTIONS = {
-    ("CT", 4): _ONE_JUMP,
-    ("sCT", 4): _ONE_JUMP,
-    ("CD", 4): _ONE_JUMP,
-    ("sCD", 4): _ONE_JUMP,
-    ("FreeFlow", 4): _ONE_JUMP,
+    **{(name, 4): _ONE_JUMP for name, row in OBJECTIVES.items() if row.is_single},
     ("EMD", 1): _NOISY,
     ("LMD", 1): _STEEP,
     ("AYF-LMD", 1): _STEEP,
     ("FreeFlow", 1): _STEEP,
     ("PFMM", 4): "compares states, so that short jumps count little without `InverseGap`",
 }
-# These do not learn maps to be sampled, and do not run.
-LEFT_OUT = {
-    "FlowMatching": "learns the velocity only",
-    "VelocityDistillation": "learns the velocity only",
-    "NaiveEulerian": "biased, and there to show it",
-    "CycleConsistency": "learns no flow, and is to be mixed with an objective that does",
-    "RollOutMatching": "is several jumps of trajectory matching",
-}
 
 
 def batches_of(name, density):
     interpolant = fd.LinearInterpolant()
-    if OBJECTIVES[name][1] != "trajectories":
+    if OBJECTIVES[name].teacher != "trajectories":
         return fd.data.InterpolantBatches(
             interpolant, density.draw, density.batch_size, base=density.base()
         )
@@ -184,7 +150,8 @@ def batches_of(name, density):
 
 def teacher_of(name, density):
     velocity = density.velocity()
-    return {"velocity": velocity, "map": runge_kutta(velocity)}.get(OBJECTIVES[name][1])
+    teachers = {"velocity": velocity, "map": runge_kutta(velocity)}
+    return teachers.get(OBJECTIVES[name].teacher)
 
 
 def runge_kutta(velocity, num_steps=4):
@@ -209,7 +176,7 @@ def runge_kutta(velocity, num_steps=4):
 
 def train(name, density, seed):
     """The averaged map after training, whose steps run in one compiled loop."""
-    objective = OBJECTIVES[name][0]()
+    objective = OBJECTIVES[name].make()
     map_key, run_key = jr.split(jr.key(seed))
     net = fd.nn.MLP(density.size, WIDTH, 3, scale=density.scale, key=map_key)
     rate = optax.warmup_cosine_decay_schedule(0, 2e-3, 100, STEPS)

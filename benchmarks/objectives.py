@@ -55,6 +55,7 @@ import jax.random as jr
 import jax.tree_util as jtu
 import numpy as np
 import optax
+from methods import METHODS
 
 import flowdiffrax as fd
 
@@ -64,112 +65,47 @@ LIMIT = 1.15
 
 @dataclasses.dataclass
 class Row:
-    """An objective, and its evaluations for one example off the diagonal."""
+    """An objective, and how many forward evaluations an example costs."""
 
     objective: fd.objectives.AbstractObjective
-    # Evaluations and directional derivatives with a gradient.
-    trained: int
-    # Evaluations and directional derivatives that are held fixed.
-    frozen: int = 0
-    # Frozen networks with a gradient in their inputs.
-    through: int = 0
-    # Those of the above in later iterations of a loop, which XLA does not count.
-    looped: int = 0
-    has_teacher: bool = False
+    count: int
+    looped: int
+    has_teacher: bool
 
-    @property
-    def count(self):
-        return 3 * self.trained + self.frozen + 2 * self.through
+
+def row(method, objective=None):
+    count = 3 * method.trained + method.frozen + 2 * method.through
+    objective = method.make() if objective is None else objective
+    return Row(objective, count, method.looped, method.teacher == "velocity")
 
 
 def rows():
-    Row_ = functools.partial(Row, has_teacher=True)
+    found = {}
+    for name, method in METHODS.items():
+        title = method.name if name != "sCD" else f"{method.name}, teacher"
+        found[title] = row(method)
+    # XLA counts loops once.
+    unrolled = fd.objectives.RollOutMatching(unroll=True)
+    found["RollOutMatching"] = row(METHODS["roll-outs"], unrolled)
+    # Settings that change the cost, or could.
     none, transport = (
         fd.objectives.StopGradient.NONE,
         fd.objectives.StopGradient.TRANSPORT,
     )
-    return {
-        "FlowMatching": Row(fd.FlowMatching(), trained=1),
-        "TrajectoryMatching": Row(fd.TrajectoryMatching(), trained=1),
-        # Two jumps.
-        "RollOutMatching": Row(fd.objectives.RollOutMatching(unroll=True), trained=2),
-        # There and back.
-        "CycleConsistency": Row(fd.objectives.CycleConsistency(), trained=2),
-        "VelocityDistillation": Row_(
-            fd.objectives.VelocityDistillation(), trained=1, frozen=1
-        ),
-        # The evaluation, its derivative in t, the teacher.
-        "LagrangianMapDistillation": Row_(
-            fd.LagrangianMapDistillation(), trained=2, frozen=1
-        ),
-        "LagrangianMapDistillation, NONE": Row_(
-            fd.LagrangianMapDistillation(stop_gradient=none), trained=2, through=1
-        ),
-        "LagrangianSelfDistillation": Row(
-            fd.LagrangianSelfDistillation(), trained=2, frozen=1
-        ),
-        # The same, and flow matching.
-        "TerminalVelocityMatching": Row(
-            fd.objectives.TerminalVelocityMatching(), trained=3, frozen=1
-        ),
-        # The derivative and the teacher, both held fixed.
-        "FreeFlow": Row_(fd.objectives.free_flow(), trained=1, frozen=2),
-        "AlignYourFlowLMD": Row_(fd.objectives.AlignYourFlowLMD(), trained=1, frozen=2),
-        # The state before the last piece, and the teacher there.
-        "AlignYourFlowLMD, epsilon": Row_(
-            fd.objectives.AlignYourFlowLMD(epsilon=0.05), trained=1, frozen=2
-        ),
-        # The evaluation, its derivative along the teacher, the teacher.
-        "EulerianMapDistillation": Row_(
-            fd.objectives.EulerianMapDistillation(), trained=2, frozen=1
-        ),
-        # The derivatives in time and in space separately, the second one held fixed.
-        "EulerianMapDistillation, TRANSPORT": Row_(
-            fd.objectives.EulerianMapDistillation(stop_gradient=transport),
-            trained=2,
-            frozen=2,
-        ),
-        "StopGradientEulerian": Row(
-            fd.objectives.StopGradientEulerian(), trained=2, frozen=1
-        ),
-        "NaiveEulerian": Row(fd.objectives.NaiveEulerian(), trained=2),
-        "EulerianSelfDistillation": Row(
-            fd.objectives.EulerianSelfDistillation(), trained=2, frozen=2
-        ),
-        # The derivative is held fixed, and so is its direction if it is not from data.
-        "MeanFlow": Row(fd.objectives.MeanFlow(), trained=1, frozen=1),
-        "ImprovedMeanFlow": Row(fd.objectives.ImprovedMeanFlow(), trained=1, frozen=2),
-        "AlignYourFlowEMD": Row_(fd.objectives.AlignYourFlowEMD(), trained=1, frozen=2),
-        "ContinuousConsistency": Row(
-            fd.objectives.ContinuousConsistency(), trained=1, frozen=1
-        ),
-        "ContinuousConsistency, teacher": Row_(
-            fd.objectives.ContinuousConsistency(), trained=1, frozen=2
-        ),
-        # The map after a short step along the data, or along the teacher.
-        "AlphaFlow": Row(fd.objectives.AlphaFlow(), trained=1, frozen=1),
-        "AlignYourFlowEMD, epsilon": Row_(
-            fd.objectives.AlignYourFlowEMD(epsilon=0.05), trained=1, frozen=2
-        ),
-        # Two pieces.
-        "ProgressiveSelfDistillation": Row(
-            fd.objectives.ProgressiveSelfDistillation(), trained=1, frozen=2
-        ),
-        "SplitMeanFlow": Row(fd.objectives.split_mean_flow(), trained=1, frozen=2),
-        "Shortcut": Row(fd.objectives.Shortcut(), trained=1, frozen=2),
-        "ProgressiveFlowMapMatching": Row(
-            fd.objectives.ProgressiveFlowMapMatching(), trained=1, frozen=2, looped=1
-        ),
-        # The way back, the evaluation, its derivative in t.
-        "FlowMapMatching": Row(fd.objectives.FlowMapMatching(), trained=3),
-        "ConsistencyTraining": Row(
-            fd.objectives.ConsistencyTraining(), trained=1, frozen=1
-        ),
-        # The target, and the two stages of Heun's method.
-        "ConsistencyDistillation": Row_(
-            fd.objectives.ConsistencyDistillation(), trained=1, frozen=3, looped=1
-        ),
-    }
+    found["LagrangianMapDistillation, NONE"] = row(
+        METHODS["LMD"]._replace(frozen=0, through=1),
+        fd.LagrangianMapDistillation(stop_gradient=none),
+    )
+    # The derivatives in time and in space separately, the second one held fixed.
+    found["EulerianMapDistillation, TRANSPORT"] = row(
+        METHODS["EMD"]._replace(frozen=2),
+        fd.objectives.EulerianMapDistillation(stop_gradient=transport),
+    )
+    # The state before the last piece, or after the first one, and the teacher there.
+    for name in ("AYF-LMD", "AYF-EMD"):
+        method = METHODS[name]
+        found[f"{method.name}, epsilon"] = row(method, method.make(epsilon=0.05))
+    return found
 
 
 class Block(eqx.Module):
@@ -376,9 +312,10 @@ def measure(network, chosen, options):
         jax.vmap(flow_map.average_velocity), *jr.uniform(jr.key(3), (2, batch)), ends[0]
     )
 
-    # A trajectory of two points is enough: only networks count.
-    ts = jnp.tile(jnp.asarray([0.0, 1.0]), (batch, 1))
-    trajectories = fd.paths.TrajectoryPath(ts, jnp.stack(list(ends), axis=1))
+    # Trajectories of three points are enough: only networks count.
+    ts = jnp.tile(jnp.asarray([0.0, 0.5, 1.0]), (batch, 1))
+    states = jnp.stack([ends[0], ends.mean(0), ends[1]], axis=1)
+    trajectories = fd.paths.TrajectoryPath(ts, states)
     optim = optax.adam(1e-3) if options.optimiser else None
     opt_state = None
     if optim is not None:

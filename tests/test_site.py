@@ -50,7 +50,7 @@ SCRIPTS = {
     "images_fashion.png": "benchmarks/images.py",
     "kuramoto_sivashinsky.png": "examples/kuramoto_sivashinsky.py",
     "learn_solver.png": "docs/tutorials/ode.md",
-    "objectives.png": "examples/compare_objectives.py",
+    "objectives.png": "benchmarks/compare_objectives.py",
     "posterior.png": "examples/posterior.py",
     "predict_and_correct.png": "benchmarks/evaluations.py",
     "scaling.png": "benchmarks/scaling.py",

@@ -5,10 +5,10 @@ each may spend the same number of network evaluations. A derivative along a dire
 counts as one more evaluation, and so does the teacher, even an exact one. A method that
 needs fewer evaluations per example gets more steps.
 
-    python examples/compare_objectives.py                      # all, three seeds
-    python examples/compare_objectives.py --objectives LSD MeanFlow --data mixture
-    python examples/compare_objectives.py --vary               # what changes the ranking
-    python examples/compare_objectives.py --gradients          # Lagrangian or Eulerian?
+    python benchmarks/compare_objectives.py               # all, three seeds
+    python benchmarks/compare_objectives.py --objectives LSD MeanFlow --data mixture
+    python benchmarks/compare_objectives.py --vary        # what changes the ranking
+    python benchmarks/compare_objectives.py --gradients   # Lagrangian or Eulerian?
 
 Each finished run is a line of `runs.jsonl` under `--out`. When started again, the script
 makes only the missing runs. It prints the table and saves it with its figure. See
@@ -32,18 +32,20 @@ import matplotlib.pyplot as plt
 import numpy as np
 import optax
 from matplotlib.ticker import NullLocator
+from methods import METHODS, Method
 from tqdm import tqdm
 
 import flowdiffrax as fd
 
 JUMPS = (1, 2, 4, 8, 16)
+METRICS = {"KL50": "KL divergence of 50 x 50 bins", "coupling": "error of the coupling"}
 # A thousandth of the base remains in the data, which keeps velocities bounded at t = 1.
 INTERPOLANT = fd.LinearInterpolant(sigma_min=1e-3)
 # The paper's rows for the checkerboard: KL50 in 1, 2, 4, 8 and 16 jumps.
 PAPER = {
     "LSD": (0.086, 0.077, 0.071, 0.070, 0.071),
     "ESD": (0.098, 0.092, 0.083, 0.082, 0.075),
-    "PSD, midpoint": (0.146, 0.089, 0.081, 0.072, 0.069),
+    "PSD": (0.146, 0.089, 0.081, 0.072, 0.069),
     "PSD, uniform": (0.111, 0.107, 0.075, 0.073, 0.068),
 }
 
@@ -136,19 +138,20 @@ DATA = {
 # --- objectives -----------------------------------------------------------------------
 
 
-class Method(NamedTuple):
-    """An objective, its teacher, and its evaluations per example off the diagonal.
+class Row(NamedTuple):
+    """A row of the table: a method, with other settings or data than its own perhaps.
 
-    `single` marks objectives that learn only jumps to the end or from the start. They are
-    sampled in one jump. `plug_in` learns from the plug-in velocity of each batch.
+    `diagonal` is the share on the diagonal, if the objective cannot tell. `plug_in`
+    learns from the plug-in velocity of each batch.
     """
 
-    make: object  # () -> an objective or a mixture
-    evaluations: float
-    needs_teacher: bool = False
-    single: bool = False
-    diagonal: float | None = None  # its share, if the objective does not have it
+    method: Method
+    make: object = None  # () -> an objective or a mixture; by default that of the method
+    diagonal: float | None = None
     plug_in: bool = False
+
+    def objective(self):
+        return (self.make or self.method.make)()
 
 
 def tamed(objective):
@@ -181,84 +184,64 @@ def mostly_diagonal():
     return fd.times.DiagonalMixture(fd.times.UniformTriangle(), 0.75)
 
 
-METHODS = {
-    "FM": Method(fd.FlowMatching, 1),
-    "FMM": Method(fd.objectives.FlowMapMatching, 3),
-    "LSD": Method(fd.LagrangianSelfDistillation, 3),
-    "ESD": Method(fd.objectives.EulerianSelfDistillation, 5),
-    "PSD, midpoint": Method(fd.objectives.ProgressiveSelfDistillation, 3),
-    "PSD, uniform": Method(
-        lambda: fd.objectives.ProgressiveSelfDistillation(split=None), 3
-    ),
-    "Shortcut": Method(fd.objectives.Shortcut, 3),
-    "SplitMeanFlow": Method(fd.objectives.split_mean_flow, 3),
-    "TVM": Method(fd.objectives.TerminalVelocityMatching, 4),
-    "EE": Method(fd.objectives.StopGradientEulerian, 4),
-    "naive Eulerian": Method(fd.objectives.NaiveEulerian, 2),
-    "MeanFlow": Method(fd.objectives.MeanFlow, 2),
-    "MeanFlow, 3/4 diagonal": Method(
-        lambda: fd.objectives.MeanFlow(mostly_diagonal()), 2
-    ),
-    "SoFlow": Method(soflow, 2, diagonal=0.75),
-    "improved MeanFlow": Method(fd.objectives.ImprovedMeanFlow, 3),
-    "AlphaFlow": Method(fd.objectives.AlphaFlow, 2),
-    "MeanFlow, images": Method(of_images(fd.objectives.MeanFlow, 0.75), 2),
-    "improved MeanFlow, images": Method(
-        of_images(fd.objectives.ImprovedMeanFlow, 0.5), 3
-    ),
-    "AlphaFlow, images": Method(of_images(fd.objectives.AlphaFlow, 0.25, 1e-3), 2),
-    "CT": Method(fd.objectives.ConsistencyTraining, 2, single=True),
-    "sCT": Method(fd.objectives.ContinuousConsistency, 2, single=True),
-    "LMD": Method(
-        lambda: with_velocity(tamed(fd.LagrangianMapDistillation())), 3, True, False, 0.25
-    ),
-    "EMD": Method(
-        lambda: with_velocity(tamed(fd.objectives.EulerianMapDistillation())),
-        3,
-        True,
-        False,
-        0.25,
-    ),
-    "PFMM": Method(
-        lambda: with_velocity(fd.objectives.ProgressiveFlowMapMatching()),
-        3,
-        True,
-        False,
-        0.25,
-    ),
-    "AYF-EMD": Method(fd.objectives.AlignYourFlowEMD, 3, True),
-    "AYF-LMD": Method(fd.objectives.AlignYourFlowLMD, 3, True),
-    "CD": Method(fd.objectives.ConsistencyDistillation, 4, True, True),
-    "FreeFlow": Method(fd.objectives.free_flow, 3, True, True),
-}
-METHODS |= {
-    f"{name}, plug-in": METHODS[name]._replace(plug_in=True)
-    for name in ("LSD", "MeanFlow", "CT")
-}
+def distilled(name):
+    """Distillation with velocities on the diagonal."""
+    method = METHODS[name]
+    weigh = tamed if name in ("LMD", "EMD") else lambda objective: objective
+    return Row(method, lambda: with_velocity(weigh(method.make())), diagonal=0.25)
 
-# The rows of the figure.
+
+def plain(*names):
+    """Rows with the methods' own settings."""
+    return {name: Row(METHODS[name]) for name in names}
+
+
+# A column of the figure each.
 FAMILIES = {
-    "from a teacher": ("LMD", "EMD", "PFMM", "AYF-LMD", "AYF-EMD", "CD", "FreeFlow"),
-    "flow matching,\nLagrangian": ("FM", "FMM", "LSD", "TVM"),
-    "Eulerian,\nconsistency": ("ESD", "EE", "naive Eulerian", "CT", "sCT"),
-    "progressive": ("PSD, midpoint", "PSD, uniform", "Shortcut", "SplitMeanFlow"),
-    "mean flows": (
-        *("MeanFlow", "MeanFlow, uniform"),
-        *("improved MeanFlow", "improved MeanFlow, uniform", "AlphaFlow"),
-        *("MeanFlow, 3/4 diagonal", "SoFlow"),
-    ),
-    "plug-in velocity": ("LSD, plug-in", "MeanFlow, plug-in", "CT, plug-in"),
+    "from a teacher": {
+        **{name: distilled(name) for name in ("LMD", "EMD", "PFMM")},
+        **plain("AYF-LMD", "AYF-EMD", "CD", "sCD", "FreeFlow"),
+    },
+    "flow matching, Lagrangian": plain("FM", "FMM", "LSD", "TVM"),
+    "Eulerian, consistency": plain("ESD", "EE", "naive Eulerian", "CT", "sCT"),
+    "progressive": {
+        **plain("PSD", "Shortcut", "SplitMeanFlow"),
+        "PSD, uniform": Row(
+            METHODS["PSD"],
+            lambda: fd.objectives.ProgressiveSelfDistillation(split=None),
+        ),
+    },
+    "mean flows": {
+        **plain("MeanFlow", "improved MeanFlow", "AlphaFlow"),
+        "MeanFlow, 3/4 diagonal": Row(
+            METHODS["MeanFlow"], lambda: fd.objectives.MeanFlow(mostly_diagonal())
+        ),
+        "SoFlow": Row(METHODS["AlphaFlow"], soflow, diagonal=0.75),
+    },
+    "mean flows, for images": {
+        f"{name}, images": Row(METHODS[name], of_images(METHODS[name].make, share, floor))
+        for name, share, floor in (
+            ("MeanFlow", 0.75, 1e-2),
+            ("improved MeanFlow", 0.5, 1e-2),
+            ("AlphaFlow", 0.25, 1e-3),
+        )
+    },
+    "plug-in velocity": {
+        f"{name}, plug-in": Row(METHODS[name], plug_in=True)
+        for name in ("LSD", "MeanFlow", "CT")
+    },
 }
+ROWS = {name: row for family in FAMILIES.values() for name, row in family.items()}
 
 
-def evaluations_per_example(method):
+def evaluations_per_example(row):
     """Evaluations per example: one on the diagonal, the method's number off it."""
-    share = method.diagonal
+    share = row.diagonal
     if share is None:
-        share = method.make().times.num_diagonal(10_000) / 10_000
+        share = row.objective().times.num_diagonal(10_000) / 10_000
     # On the diagonal, a teacher's velocity is one more.
-    on_diagonal = 2 if method.needs_teacher else 1
-    return share * on_diagonal + (1 - share) * method.evaluations
+    on_diagonal = 2 if row.method.teacher else 1
+    return share * on_diagonal + (1 - share) * row.method.evaluations
 
 
 # --- one run --------------------------------------------------------------------------
@@ -306,19 +289,19 @@ def teachers_of(name, density):
     """The teacher of an objective."""
     if name == "PFMM":
         return density.velocity, None
-    return density.velocity if METHODS[name].needs_teacher else None
+    return density.velocity if ROWS[name].method.teacher else None
 
 
 @functools.cache
 def training(name, data, budget, batch_size):
     """The number of steps in the budget, and the step, compiled once for all seeds."""
-    method, density = METHODS[name], DATA[data]()
-    steps = round(budget / evaluations_per_example(method))
+    row, density = ROWS[name], DATA[data]()
+    steps = round(budget / evaluations_per_example(row))
     rate = optax.warmup_cosine_decay_schedule(0, 2e-3, max(steps // 30, 1), steps)
     optim = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate, b2=0.99))
     # Use averaged teachers where the papers do.
     decay = {"Shortcut": 0.999, "TVM": 0.99}.get(name)
-    objective = method.make()
+    objective = row.objective()
     step = fd.train.make_step(objective, optim, teacher_decay=decay)
     create = functools.partial(
         fd.train.TrainState.create,
@@ -331,7 +314,7 @@ def training(name, data, budget, batch_size):
         density.draw,
         batch_size,
         base=fd.data.GaussianBase(density.base_std),
-        plug_in=method.plug_in,
+        plug_in=row.plug_in,
     )
     teacher = teachers_of(name, density)
     return steps, create, lambda state: step(state, batches, teacher)
@@ -355,13 +338,13 @@ def train(name, data, options, seed):
 @functools.cache
 def memory(name, data, network, width, batch_size):
     """Temporary memory of the gradient of a step, in MB."""
-    density, method = DATA[data](), METHODS[name]
+    density = DATA[data]()
     flow_map = make_map(network, density, width, jr.key(0))
     x0 = jnp.zeros((batch_size, density.size))
     paths = jax.vmap(INTERPOLANT)(x0, x0)
     teacher = teachers_of(name, density)
 
-    objective = method.make()
+    objective = ROWS[name].objective()
     if isinstance(objective, fd.objectives.Scheduled):
         objective = objective.at(jnp.asarray(0))
 
@@ -398,12 +381,12 @@ class Euler(eqx.Module):
 
 def evaluate(name, data, flow_map, num_samples):
     """All numbers of one run, by name."""
-    density, method = DATA[data](), METHODS[name]
+    density, is_single = DATA[data](), ROWS[name].method.is_single
     x0, ts, ys = reference(data, num_samples)
     if name == "FM":
         flow_map = fd.FlowMap(Euler(flow_map))  # not trained off the diagonal
     numbers = {}
-    for jumps in JUMPS[:1] if method.single else JUMPS:
+    for jumps in JUMPS[:1] if is_single else JUMPS:
         x1 = np.asarray(sample(flow_map, x0, jumps))
         finite = np.isfinite(x1).all(axis=1)
         numbers[f"coupling {jumps}"] = fd.metrics.rms_distance(x1[: len(ys)], ys[:, -1])
@@ -415,7 +398,7 @@ def evaluate(name, data, flow_map, num_samples):
     # jumps, only the jumps that they learn.
     rng = np.random.default_rng(0)
     i, j = np.sort(rng.choice(len(ts) - 1, (len(ys), 2)), axis=1).T
-    if method.single:
+    if is_single:
         i, j = (0 * i, j) if name == "FreeFlow" else (i, 0 * j + len(ts) - 2)
     rows = np.arange(len(ys))
     defects = fd.metrics.defects(
@@ -517,45 +500,73 @@ def report(lines, data_names, out):
 
 
 def draw(lines, data_names, out):
-    """Plots the coupling error, and the KL if known, against the number of jumps.
+    """Plots the KL on the checkerboard and other coupling errors by number of jumps.
 
-    There is a row for each family of objectives, with all others in grey behind it.
+    There is a panel for each family, with all others in grey behind it. The best three of
+    a density have colours in all of its panels.
     """
-    names = dict.fromkeys(line["settings"]["objective"] for line in lines)
-    rows = {
+    names = list(dict.fromkeys(line["settings"]["objective"] for line in lines))
+    families = {
         family: shown
         for family, members in FAMILIES.items()
         if (shown := [name for name in members if name in names])
     }
-    keys = {(line["settings"]["data"], key) for line in lines for key in line["numbers"]}
-    columns = [
-        (data, metric)
-        for metric in ("coupling", "KL50")
-        for data in data_names
-        if (data, f"{metric} 1") in keys
-    ]
-    figure, axes = plt.subplots(
-        len(rows), len(columns), figsize=(1.5 * len(columns) + 1.6, 1.6 * len(rows)),
-        sharex=True, sharey="col", squeeze=False, layout="constrained",
-    )  # fmt: skip
-    for (data, metric), column in zip(columns, axes.T, strict=True):
+    num_columns = min(len(families), 4)
+    num_rows = -(-len(families) // num_columns)
+    size = 2.5 * num_columns, (2.1 * num_rows + 0.3) * len(data_names)
+    figure = plt.figure(figsize=size, layout="constrained")
+    parts = figure.subfigures(len(data_names), squeeze=False)[:, 0]
+    for part, data in zip(parts, data_names, strict=True):
+        metric = "KL50" if data == "checkerboard" else "coupling"
+        part.suptitle(f"{data}: {METRICS[metric]}", fontsize=11)
+        panels = part.subplots(
+            num_rows, num_columns, sharex=True, sharey=True, squeeze=False
+        )
         curves = {name: curve(lines, name, data, metric) for name in names}
-        column[0].set_title(f"{data}: {metric}", fontsize=8)
-        column[-1].set_xlabel("jumps", fontsize=8)
-        for axis, shown in zip(column, rows.values(), strict=True):
-            for points in curves.values():
-                axis.loglog(*points, "-", color="0.85", linewidth=0.8)
-            for index, name in enumerate(shown):
-                style = f"C{index}" + ("-o" if index % 2 == 0 else "--s")
-                axis.loglog(*curves[name], style, label=name, markersize=3, linewidth=1.2)
+        mean = lambda name, curves=curves: np.log(curves[name][1]).mean()
+        whole = [name for name in names if len(curves[name][0]) == len(JUMPS)]
+        best = sorted(whole, key=mean)[:3]
+        colours = dict(zip(best, ("C0", "C1", "C2"), strict=False))
+        for axis in panels.ravel()[len(families) :]:
+            axis.remove()
+        for axis, (family, shown) in zip(panels.flat, families.items(), strict=False):
+            for name in names:
+                axis.loglog(*curves[name], color="0.88", linewidth=0.8, zorder=1)
+            for name in colours:
+                axis.loglog(*curves[name], color=colours[name], linewidth=0.8, zorder=2)
+            for name in shown:
+                style = {"color": colours.get(name, "0.35"), "zorder": 3}
+                axis.loglog(*curves[name], "o-", markersize=3, linewidth=1.5, **style)
             axis.set_xticks(JUMPS, JUMPS)
             axis.xaxis.set_minor_locator(NullLocator())
-            axis.tick_params(labelsize=6, pad=1)
-    for family, line in zip(rows, axes, strict=True):
-        line[0].set_ylabel(family, fontsize=8)
-        line[-1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5), fontsize=7)
-    figure.savefig(out / "objectives.png", dpi=200)
+            axis.set_xlim(0.85, 500)
+            axis.tick_params(which="both", labelsize=7)
+            axis.set_title(family, fontsize=9)
+            axis.set_xlabel("jumps", fontsize=8, loc="left")
+            label_ends(axis, {name: curves[name] for name in shown}, colours)
+    figure.savefig(out / "objectives.png", dpi=130)
     plt.close(figure)
+
+
+def label_ends(axis, curves, colours):
+    """Writes each name at the end of its curve, moved where two would overlap."""
+    low, high = np.log(axis.get_ylim())
+    height = 0.075 * (high - low)
+    names = sorted(curves, key=lambda name: curves[name][1][-1])
+    places = [np.log(curves[name][1][-1]) for name in names]
+    for index in range(1, len(places)):
+        places[index] = max(places[index], places[index - 1] + height)
+    places[-1:] = [min(place, high - height / 2) for place in places[-1:]]
+    for index in reversed(range(len(places) - 1)):
+        places[index] = min(places[index], places[index + 1] - height)
+    for name, place in zip(names, places, strict=True):
+        jumps, values = curves[name]
+        place = {"xytext": (1.25 * jumps[-1], np.exp(place)), "va": "center"}
+        text = name.replace("improved MeanFlow", "iMeanFlow").split(", images")[0]
+        colour = colours.get(name, "0.2")
+        axis.annotate(
+            text, (jumps[-1], values[-1]), fontsize=7, color=colour, zorder=4, **place
+        )
 
 
 def curve(lines, name, data, metric):
@@ -575,7 +586,7 @@ def gradient_statistics(name, data, flow_map, options, key, num_batches=32):
     """The norm of the mean gradient, and the noise of a batch divided by that norm."""
     density = DATA[data]()
     teacher = teachers_of(name, density)
-    objective = METHODS[name].make()
+    objective = ROWS[name].objective()
     if isinstance(objective, fd.objectives.Mixture):
         objective = objective.objectives[1]  # the diagonal is the same for both
     batches = fd.data.InterpolantBatches(
@@ -625,7 +636,7 @@ def compare_gradients(pair, data, options, out):
 
 def main(
     *,
-    objectives=tuple(METHODS),
+    objectives=tuple(ROWS),
     data=("checkerboard", "mixture"),
     networks=("fourier",),
     budget=20_000,
@@ -651,7 +662,7 @@ def main(
     options |= {"num_samples": num_samples, "seeds": seeds}
     if vary:
         objectives = (
-            "LSD", "ESD", "PSD, midpoint", "improved MeanFlow", "LMD", "EMD"
+            "LSD", "ESD", "PSD", "improved MeanFlow", "LMD", "EMD"
         )  # fmt: skip
         data = ("modes", "manifold", "tail", "mixture", "mixture-8d", "mixture-64d")
         lines = run_all(objectives, data, ("fourier",), options, out)
@@ -672,7 +683,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--objectives", nargs="+", choices=METHODS, metavar="NAME")
+    parser.add_argument("--objectives", nargs="+", choices=ROWS, metavar="NAME")
     parser.add_argument("--data", nargs="+", choices=DATA)
     parser.add_argument("--networks", nargs="+", choices=NETWORKS)
     parser.add_argument("--budget", type=int, help="evaluations per row; default 20000")
