@@ -1,7 +1,9 @@
 """From observed trajectories to a validated map, without a vector field."""
 
+import dataclasses
 import sys
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -10,9 +12,11 @@ import pytest
 from helpers import Interrupting
 
 import flowdiffrax as fd
-from flowdiffrax.learn import LearnedSolver, learn_from_data
+from flowdiffrax.learn import LearnedSolver, _streamed, learn_from_data
 from flowdiffrax.learn._observed import PairBatches, observe
 from flowdiffrax.learn._smooth import smooth
+from flowdiffrax.learn._streamed import File, Streamed
+from flowdiffrax.train._fit import source_of
 
 # A quick training, so that only compilation takes time.
 QUICK = dict(minutes=10, num_steps=300, width=16, depth=2, progress=False)
@@ -220,7 +224,7 @@ def test_likelihood_of_observations():
 def test_pairs_are_of_one_trajectory_and_rise(first_share):
     ts, ys, args = decays(40)
     observed, _ = observe(ts, ys, args, None)
-    batches = PairBatches.of(observed, jnp.asarray(args), 4096, first_share)
+    batches = PairBatches.of(observed, 4096, first_share)
     paths, conditions = batches(jr.key(0))
     assert np.isfinite(paths.ys[:, 0]).all() and (np.diff(paths.ts) > 0).all()
     is_partial = np.isnan(paths.ys[:, 1]).any(1)
@@ -239,6 +243,86 @@ def test_pairs_are_of_one_trajectory_and_rise(first_share):
     )
     at_first = np.isin(paths.ts[:, 0], starts)
     assert at_first.mean() > first_share + 0.05
+
+
+def incomplete(num=14):
+    """Trajectories of one length that start late, end early, lack entries or `args`."""
+    rng = np.random.default_rng(0)
+    ts = np.sort(rng.uniform(0.0, 2.0, (num, 6)), axis=1)
+    args = rng.uniform(0.5, 1.5, (num, 1))
+    ys = exact_decay(ts[..., None], rng.uniform(0.5, 2.0, (num, 1, 2)), args[:, None])
+    ys[2, :2], ys[3, 4:], ys[5, ::2, 1], ys[6, 1:], args[7] = 5 * [np.nan]
+    return ts, ys, args
+
+
+@pytest.mark.parametrize("first_share", [0.0, 0.5])
+def test_pairs_of_a_file_are_those_in_memory(first_share):
+    ts, ys, args = incomplete()
+    in_memory, _ = observe(ts, ys, args, None)
+    file = File.open(ts, lambda rows: ys[rows], args, len(ys))
+    from_file = Streamed(file.read, len(ys)).batches(8 * len(ys), first_share)
+    counts = []
+    for seed, batches in enumerate((in_memory.batches(1, first_share), from_file)):
+        one = dataclasses.replace(next(source_of(batches)), batch_size=20_000)
+        paths, conditions = eqx.filter_jit(one)(jr.key(seed))
+        # What is observed of the later state is that of its time.
+        h, x = np.diff(paths.ts), np.asarray(paths.ys[:, 0])
+        exact, seen = (
+            exact_decay(h, x, np.asarray(conditions)),
+            np.isfinite(paths.ys[:, 1]),
+        )
+        np.testing.assert_allclose(exact[seen], paths.ys[:, 1][seen], rtol=1e-4)
+        pairs, count = np.unique(np.float32(paths.ts), axis=0, return_counts=True)
+        counts.append(dict(zip(map(tuple, pairs), count, strict=True)))
+    assert counts[0].keys() == counts[1].keys() and len(counts[0]) > 100
+    one, other = (np.asarray([count[pair] for pair in counts[0]]) for count in counts)
+    # Differences of counts, in standard deviations.
+    assert np.mean((one - other) ** 2 / (one + other)) == pytest.approx(1, abs=0.4)
+
+
+@pytest.mark.parametrize("kind", ["memory map", "function and noise"])
+def test_trajectories_of_a_file(kind, unmeasured, monkeypatch, tmp_path):
+    monkeypatch.setattr(_streamed, "_BYTES_SHOWN", 1)
+    rng = np.random.default_rng(0)
+    ts, args = np.linspace(0.0, 2.0, 9), rng.uniform(0.5, 1.5, (1000, 1))
+    ys = exact_decay(ts[:, None], rng.uniform(0.5, 2.0, (1000, 1, 2)), args[:, None])
+    noise = 0.02 if "noise" in kind else None
+    if noise:
+        ys = ys + noise * rng.normal(size=ys.shape)
+    asked = []
+
+    def read(rows):
+        asked.append(rows)
+        return ys[rows]
+
+    given = dict(ys=read, size=1000)
+    if kind == "memory map":
+        np.save(tmp_path / "ys.npy", ys)
+        given = dict(ys=np.load(tmp_path / "ys.npy", mmap_mode="r"))
+    learned = learn_from_data(ts, args=args, noise=noise, **given, **QUICK)
+    # 128 are looked at, and a fifth of these is held out.
+    assert learned.num_trajectories == 975 and isinstance(
+        learned.parts.batches, fd.data.StreamBatches
+    )
+    assert learned.plan.pool_size == 975
+    if asked:
+        assert max(map(len, asked)) <= 128 and len(np.unique(np.concatenate(asked))) > 900
+        (held_out,) = {tuple(rows) for rows in asked if len(rows) == 25}
+        trained_on = np.concatenate([rows for rows in asked if len(rows) == 64])
+        assert not set(held_out) & set(trained_on)
+    assert learned.errors[0].median < (0.05 if noise is None else 0.1)
+    x, conditions = rng.uniform(0.5, 2.0, (64, 2)), rng.uniform(0.5, 1.5, (64, 1))
+    ends = jax.vmap(learned.flow_map, (None, None, 0, 0))(0.0, 1.5, x, conditions)
+    error = np.abs(ends / exact_decay(1.5, x, conditions) - 1)
+    assert np.quantile(error, 0.9) < 0.1
+
+
+def test_a_small_file_is_read_at_once(tmp_path):
+    ts, ys, args = incomplete()
+    np.save(tmp_path / "ys.npy", ys)
+    ys = np.load(tmp_path / "ys.npy", mmap_mode="r")
+    learned = learn_from_data(ts, ys, args, **QUICK)
+    assert learned.num_dropped == 2 and isinstance(learned.parts.batches, PairBatches)
 
 
 def test_positions_do_not_mix_states():
@@ -328,6 +412,29 @@ ONCE[:, 1:] = np.nan
         (dict(invariants=np.ones((1, 3))), ValueError, r"shape \(invariants, 2\)"),
         (dict(width=0), ValueError, "`width`"),
         (dict(minutes=0), ValueError, "`minutes`"),
+        (dict(size=40), ValueError, "`size` is for a function"),
+        (dict(ys=lambda rows: YS[rows]), ValueError, "give `size`, its number"),
+        (
+            dict(ys=lambda rows: YS[0], size=40),
+            ValueError,
+            r"one row, got shape \(5, 2\)",
+        ),
+        (
+            dict(ys=lambda rows: YS[:1], size=40),
+            ValueError,
+            "For 40 rows, .* must return",
+        ),
+        (dict(ys=lambda rows: YS[rows], size=0), ValueError, "`size`"),
+        (
+            dict(ys=lambda rows: YS[rows], size=40, args=np.ones((39, 1))),
+            ValueError,
+            "each of the 40 trajectories; got 39",
+        ),
+        (
+            dict(ys=lambda rows: YS[rows], size=40, mask=np.ones(YS.shape, bool)),
+            ValueError,
+            "instead of passing a `mask`",
+        ),
     ],
 )
 def test_bad_input(changed, error, match):

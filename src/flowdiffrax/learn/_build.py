@@ -9,7 +9,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Key
 
-from ..data import TrajectoryBatches
+from ..data import StreamBatches, TrajectoryBatches
 from ..flow_maps._autonomous import AutonomousFlowMap
 from ..flow_maps._base import AbstractFlowMap
 from ..flow_maps._conserve_linear import ConserveLinear
@@ -22,11 +22,11 @@ from ..nn import MLP, LogUnits, RelaxationMLP
 from ..objectives._trajectory import TrajectoryMatching
 from ..times import GridTimes, MixedTimes, StartAt
 from ..weights import InverseGap, NoWeight
-from ._observed import Observed, PairBatches
+from ._observed import Observed
 from ._plan import Plan
 from ._pool import Pool
-from ._problem import Rows
 from ._robust import RobustDifference
+from ._streamed import Streamed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,14 +38,14 @@ class Parts:
     - `flow_map`: the map in training.
     - `objective`: a [`flowdiffrax.TrajectoryMatching`][].
     - `batches`: a [`flowdiffrax.data.TrajectoryBatches`][], or a function of a key that
-      draws pairs of observations.
+      draws pairs of observations; or a [`flowdiffrax.data.StreamBatches`][].
     - `in_user_units`: turns the map in training into one of vectors in the user's units.
     - `plan`: what the parts were built from.
     """
 
     flow_map: AbstractFlowMap
     objective: TrajectoryMatching
-    batches: Callable[[Any], Any]
+    batches: Callable[[Any], Any] | StreamBatches
     in_user_units: Callable[[AbstractFlowMap], AbstractFlowMap]
     plan: Plan
 
@@ -55,7 +55,10 @@ class Parts:
 
 
 def build(
-    plan: Plan, pool: Pool, key: Key[Array, ""], observed: Observed | None = None
+    plan: Plan,
+    pool: Pool,
+    key: Key[Array, ""],
+    observed: Observed | Streamed | None = None,
 ) -> Parts:
     """Builds the map, the objective and the batches that a plan describes.
 
@@ -89,11 +92,11 @@ def _relaxation(plan: Plan, pool: Pool, key: Any, observed: Any) -> tuple:
     flow_map = RelaxationFlowMap(_all_single(net), time_range)
     if plan.is_autonomous:
         flow_map = AutonomousFlowMap(flow_map)
-    args = None if pool.args is None else _single(pool.args)
     if observed is not None:
-        single = observed.convert(lambda ts, ys: (_single(ts), _single(ys)))
-        learned = _from_observations(plan, units, plan.noise, single, args)
+        single = observed.convert(lambda ts, ys: (_single(ts), _single(ys)), _single)
+        learned = _from_observations(plan, units, plan.noise, single)
         return flow_map, *learned, lambda flow_map: flow_map
+    args = None if pool.args is None else _single(pool.args)
     grid = _single(ts)
     pairs = GridTimes(grid)
     # The fast part of a stiff solution is at the start only.
@@ -105,8 +108,8 @@ def _relaxation(plan: Plan, pool: Pool, key: Any, observed: Any) -> tuple:
 
 
 def _residual(plan: Plan, pool: Pool, key: Any, observed: Any) -> tuple:
-    given = jnp.asarray(pool.ys), _as_jax(pool.args)
-    units = _all_single(Normalisation.of(pool.ts, *given))
+    args = None if pool.args is None else jnp.asarray(pool.args)
+    units = _all_single(Normalisation.of(pool.ts, jnp.asarray(pool.ys), args))
     net = MLP(plan.size, plan.width, plan.depth, args_size=plan.args_size, key=key)
     net = _all_single(net)
     flow_map = FlowMap(net)
@@ -119,23 +122,22 @@ def _residual(plan: Plan, pool: Pool, key: Any, observed: Any) -> tuple:
         return _single(ts), _single(ys)
 
     ts, ys = convert(pool.ts, pool.ys)
-    args = given[1]
-    args = None if args is None else _single(jax.vmap(units.args)(args))
+    convert_args = lambda args: _single(jax.vmap(units.args)(jnp.asarray(args)))
     if observed is not None:
         log_units = _all_single(LogUnits.of(ts, ys, np.zeros(plan.size, bool)))
         noise = None if plan.noise is None else plan.noise / np.asarray(units.std)
-        learned = _from_observations(
-            plan, log_units, noise, observed.convert(convert), args
-        )
+        converted = observed.convert(convert, convert_args)
+        learned = _from_observations(plan, log_units, noise, converted)
         return flow_map, *learned, units.flow_map
+    args = None if pool.args is None else convert_args(pool.args)
     objective = TrajectoryMatching(GridTimes(ts, plan.both_directions), InverseGap(1.0))
     batches = TrajectoryBatches(ts, ys, plan.batch_size, args)
     return flow_map, objective, batches, units.flow_map
 
 
 def _from_observations(
-    plan: Plan, units: LogUnits, noise: Any, observed: Observed, args: Any
-) -> tuple[TrajectoryMatching, PairBatches]:
+    plan: Plan, units: LogUnits, noise: Any, observed: Observed | Streamed
+) -> tuple[TrajectoryMatching, Any]:
     """Each batch is of pairs, with a time of their own at both ends."""
     objective = TrajectoryMatching(
         GridTimes([0.0, 1.0]),
@@ -146,7 +148,7 @@ def _from_observations(
     # The fast part of a stiff solution is at the start only, but where states are
     # smoothed, those at the start are the least certain.
     first_share = 1 / 3 if plan.noise is None else 0.0
-    return objective, PairBatches.of(observed, args, plan.batch_size, first_share)
+    return objective, observed.batches(plan.batch_size, first_share)
 
 
 def _projection(plan: Plan) -> Any:
@@ -156,10 +158,6 @@ def _projection(plan: Plan) -> Any:
         return ConserveLinear(matrix)
     rows = jnp.asarray(matrix)
     return ConserveInvariants(lambda x, args: rows.astype(x.dtype) @ x, num_iterations=1)
-
-
-def _as_jax(args: Rows | None) -> Any:
-    return None if args is None else jnp.asarray(args)
 
 
 def _all_single(tree: Any) -> Any:

@@ -1,7 +1,8 @@
 import dataclasses
+import functools
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from ._observed import Observed, observe
 from ._plan import NETWORKS, Plan, check_choices, check_conserved
 from ._problem import Domain, as_flags, check_resolved
 from ._smooth import smooth
+from ._streamed import Data, File, is_file
 from ._validation import Validation
 
 _NUM_TIMES = 33
@@ -28,7 +30,7 @@ _MANY_STATES = 100_000
 
 def learn_from_data(
     ts: ArrayLike | Sequence[ArrayLike],
-    ys: ArrayLike | Sequence[ArrayLike],
+    ys: ArrayLike | Sequence[ArrayLike] | Callable[[np.ndarray], ArrayLike],
     args: ArrayLike | None = None,
     *,
     mask: ArrayLike | Sequence[ArrayLike] | None = None,
@@ -43,6 +45,7 @@ def learn_from_data(
     depth: int | None = None,
     batch_size: int | None = None,
     num_steps: int | None = None,
+    size: int | None = None,
     run: str | os.PathLike | None = None,
     progress: bool = True,
 ) -> LearnedSolver:
@@ -68,12 +71,22 @@ def learn_from_data(
         smoothing splines of their trajectories, whose smoothness is found from the data.
         This needs trajectories with several times for each feature of the solution.
 
+    !!! info "More than fits into memory"
+
+        Of a memory map, such as that of [`flowdiffrax.data.load_trajectories`][], or of a
+        function of row numbers, only a few trajectories are read in each step, by
+        [`flowdiffrax.data.StreamBatches`][], which needs grain. Some 4,000 of them show
+        the units and what else is chosen; a fifth of these is held out. Files below 256
+        MB are read at once.
+
     **Arguments:**
 
     - `ts`: the times, of shape `(times,)` or `(trajectories, times)`, or a list of
       arrays, one for each trajectory. They rise within each trajectory.
     - `ys`: the states, which are vectors, of shape `(trajectories, times, size)`, or a
-      list of arrays of shape `(times, size)`. NaN is not observed.
+      list of arrays of shape `(times, size)`. NaN is not observed. They may also be a
+      memory map, or a function that takes an array of row numbers and returns the states
+      of these trajectories: see below.
     - `args`: the parameters, one row for each trajectory, or `None`.
     - `mask`: true where `ys` is observed, in the same shape; `None` if NaN tells.
     - `noise`: the standard deviation of the errors of observation, one number or one for
@@ -81,6 +94,7 @@ def learn_from_data(
     - `is_autonomous`: whether the system depends on differences of times only.
     - `minutes`, `key`, `width`, `depth`, `batch_size`, `num_steps`, `run`, `progress`: as
       in [`flowdiffrax.learn_solver`][].
+    - `size`: the number of trajectories if `ys` is a function, and otherwise `None`.
     - `form`: `"relaxation"` or `"residual"`, see [`flowdiffrax.learn.Plan`][].
     - `is_positive`: which entries of the state stay positive, as one vector; `None` for
       those that are never negative, up to four times the noise.
@@ -101,45 +115,72 @@ def learn_from_data(
     key = jr.key(0) if key is None else key
     check_key(key)
     say = Progress(begin, 60 * minutes, progress)
-    observed, one_args = observe(ts, ys, args, mask)
+    split_key, net_key, fit_key = jr.split(key, 3)
+    data, one_args = _open(ts, ys, args, mask, size, split_key)
+    observed = data.shown
     noise = _as_noise(noise, observed.ys.shape[2])
-    print_of_data = fingerprint((observed.ts, observed.ys, observed.args))
-    if not is_autonomous:
-        check_resolved(float(np.nanmin(observed.ts)), float(np.nanmax(observed.ts)))
+    print_of_data = fingerprint((observed.ts, observed.ys, observed.args, data.size))
+    if is_autonomous:
+        data = data.change(_from_zero)
     else:
-        observed = dataclasses.replace(observed, ts=observed.ts - observed.ts[:, :1])
-    say(_describe(observed))
+        check_resolved(float(np.nanmin(observed.ts)), float(np.nanmax(observed.ts)))
+    observed = data.shown
+    say(_describe(observed, data.size))
     domain = _domain(observed, one_args)
     given = dict(form=form, is_positive=is_positive, invariants=invariants, width=width)
     given |= dict(depth=depth, batch_size=batch_size, num_steps=num_steps)
-    plan = _make_plan(domain, observed, noise, is_autonomous, minutes, given)
+    plan = _make_plan(domain, observed, data.size, noise, is_autonomous, minutes, given)
     say(f"chosen:\n{plan}")
     if noise is not None:
-        smoothed = smooth(observed.ts, observed.ys, noise)
-        starts = np.where(np.isnan(observed.ys), np.nan, smoothed)
-        starts = np.where(plan.is_positive, np.maximum(starts, 0), starts)
-        moved = np.sqrt(np.nanmean(((starts - observed.ys) / noise) ** 2))
+        data = data.change(functools.partial(_smoothed, noise=noise, plan=plan))
+        moved = (data.shown.starts - observed.ys) / noise
+        moved = np.sqrt(np.nanmean(moved**2))
         say(f"smoothing moved the states by {moved:.2f} times the noise")
-        observed = dataclasses.replace(observed, starts=starts)
     folder = None
     if run is not None:
         stated = as_config(noise=noise, minutes=minutes, **given)
         stated |= {"data": print_of_data, "is_autonomous": is_autonomous}
         folder = Folder(run, stated)
-    split_key, net_key, fit_key = jr.split(key, 3)
-    order = np.asarray(jr.permutation(split_key, len(observed.ts)))
-    held_out, rest = np.split(order, [len(order) // 5])
-    learned_from, fresh = observed.take(rest), observed.take(held_out[:NUM_VALIDATION])
-    pool = learned_from.as_pool(plan.ts, plan.is_positive)
-    parts = build(plan, pool, net_key, learned_from)
+    data = data.split(split_key)
+    assert data.fresh is not None
+    pool = data.shown.as_pool(plan.ts, plan.is_positive)
+    parts = build(plan, pool, net_key, data.streamed or data.shown)
+    fresh = data.fresh.take(slice(NUM_VALIDATION))
     validation = Validation(domain, plan, fresh.from_first_start())
     plan, trained = train_in_time(plan, parts, validation, fit_key, folder, say)
-    numbers = len(rest), observed.num_dropped
+    numbers = data.size, observed.num_dropped
     learned = evaluate(
         domain, plan, validation, trained, numbers, say, num_jumps=(1, 2, 4)
     )
     say("done")
     return learned
+
+
+def _open(ts: Any, ys: Any, args: Any, mask: Any, size: Any, key: Any) -> tuple:
+    """All trajectories, or what a file shows of them; and one `args`."""
+    if is_file(ys):
+        if mask is not None:
+            raise ValueError("Set what a file lacks to NaN, instead of passing a `mask`.")
+        file = File.open(ts, ys, args, size)
+        if not file.is_small:
+            return file.split(np.random.default_rng(int(jr.bits(key))))
+        ts, ys, args = file.rows(np.arange(file.size))
+    elif size is not None:
+        raise ValueError("`size` is for a function of row numbers; `ys` is an array.")
+    observed, one_args = observe(ts, ys, args, mask)
+    return Data(observed), one_args
+
+
+def _from_zero(observed: Observed) -> Observed:
+    return dataclasses.replace(observed, ts=observed.ts - observed.ts[:, :1])
+
+
+def _smoothed(observed: Observed, *, noise: Any, plan: Plan) -> Observed:
+    """With starts on smoothing splines."""
+    starts = smooth(observed.ts, observed.ys, noise)
+    starts = np.where(np.isnan(observed.ys), np.nan, starts)
+    starts = np.where(plan.is_positive, np.maximum(starts, 0), starts)
+    return dataclasses.replace(observed, starts=starts)
 
 
 def _as_noise(noise: Any, size: int) -> Float[np.ndarray, " size"] | None:
@@ -155,7 +196,7 @@ def _as_noise(noise: Any, size: int) -> Float[np.ndarray, " size"] | None:
     return np.broadcast_to(noise, (size,)).copy()
 
 
-def _describe(observed: Observed) -> str:
+def _describe(observed: Observed, size: int) -> str:
     lengths = observed.lengths
     seen = np.isfinite(observed.ys[np.isfinite(observed.ts)]).mean()
     text = (
@@ -164,6 +205,8 @@ def _describe(observed: Observed) -> str:
     )
     if observed.num_dropped > 0:
         text += f"; dropped {observed.num_dropped} that cannot be used"
+    if size != len(lengths):
+        text += f", of {size:,} that are read in turn"
     return text
 
 
@@ -178,6 +221,7 @@ def _domain(observed: Observed, one_args: np.ndarray | None) -> Domain:
 def _make_plan(
     domain: Domain,
     observed: Observed,
+    size: int,
     noise: Float[np.ndarray, " size"] | None,
     is_autonomous: bool,
     minutes: float,
@@ -188,16 +232,16 @@ def _make_plan(
     for name in ("width", "depth", "batch_size", "num_steps"):
         if name in given:
             check_count(given[name], 1, name)
-    num_states = int(np.isfinite(observed.ys).all(2).sum())
+    num_states = int(np.isfinite(observed.ys).all(2).sum() * size / len(observed.ys))
     level = 3 if domain.size > 64 else 2 if num_states > _MANY_STATES else 1
     width, depth = NETWORKS[level]
-    size = f"{domain.size} entries, {num_states:,} states observed in full"
+    states = f"{domain.size} entries, {num_states:,} states observed in full"
     choices = {
         "form": ("relaxation", "forward jumps, also over many time scales"),
         "is_positive": (_never_negative(observed, noise), "never negative"),
         "invariants": (np.zeros((0, domain.size)), "none are given"),
-        "width": (width, size),
-        "depth": (depth, size),
+        "width": (width, states),
+        "depth": (depth, states),
         "batch_size": (512, ""),
         "num_steps": (None, f"{minutes:g} minutes for everything"),
     }
@@ -207,6 +251,9 @@ def _make_plan(
         for name, (_, reason) in choices.items()
     }
     reasons |= {"network": reasons["width"], "is_autonomous": "given", "noise": "given"}
+    pool = "a fifth of them is held out"
+    if size != len(observed.ys):
+        pool = "read in turn; others are held out"
     ts, reasons["times"] = _times(observed)
     chosen["is_positive"] = _positive(chosen["is_positive"], observed, noise)
     check_choices(domain, chosen | {"both_directions": False, "ts": ts})
@@ -220,12 +267,12 @@ def _make_plan(
         is_stiff=False,
         rtol=None,
         is_autonomous=is_autonomous,
-        pool_size=len(observed.ts),
+        pool_size=size,
         both_directions=False,
         args_size=domain.args_size,
         is_vector=domain.is_vector,
         minutes=minutes,
-        reasons=reasons | {"pool_size": "a fifth of them is held out"},
+        reasons=reasons | {"pool_size": pool},
         noise=noise,
     )
 

@@ -53,12 +53,21 @@ class Observed:
         some = self.ts[rows], self.ys[rows], self.starts[rows]
         return Observed(*some, args, self.num_dropped)
 
-    def convert(self, convert: Callable[[Any, Any], tuple[Any, Any]]) -> "Observed":
-        """With the times and the states in other units."""
+    def convert(
+        self,
+        convert: Callable[[Any, Any], tuple[Any, Any]],
+        convert_args: Callable[[Any], Any],
+    ) -> "Observed":
+        """With the times, the states and the parameters in other units."""
         ts, ys = convert(self.ts, self.ys)
         _, starts = convert(self.ts, self.starts)
         ts, ys, starts = np.asarray(ts), np.asarray(ys), np.asarray(starts)
-        return Observed(ts, ys, starts, self.args, self.num_dropped)
+        args = None if self.args is None else np.asarray(convert_args(self.args))
+        return Observed(ts, ys, starts, args, self.num_dropped)
+
+    def batches(self, batch_size: int, first_share: float) -> "PairBatches":
+        """What a map learns from."""
+        return PairBatches.of(self, batch_size, first_share)
 
     def from_first_start(self) -> Pool:
         """The trajectories from their first state that is observed in full."""
@@ -120,7 +129,7 @@ def observe(ts: Any, ys: Any, args: Any, mask: Any) -> tuple[Observed, Any]:
             f"number or a vector; got shape {conditions.shape}."
         )
     pairs = zip(times, rows, strict=True)
-    kept = [_usable(*pair, index) for index, pair in enumerate(pairs)]
+    kept = [usable(*pair, index) for index, pair in enumerate(pairs)]
     one_args = None if conditions is None else np.asarray(conditions[0])
     if conditions is not None:
         conditions = conditions.reshape(len(rows), -1)
@@ -166,7 +175,7 @@ def _check_like(rows: Sequence, like: Sequence, name: str, what: str) -> None:
             )
 
 
-def _usable(ts: np.ndarray, ys: np.ndarray, index: int) -> tuple[np.ndarray, np.ndarray]:
+def usable(ts: np.ndarray, ys: np.ndarray, index: int) -> tuple[np.ndarray, np.ndarray]:
     """The times at which anything is observed, and their states."""
     if np.isinf(ys).any():
         raise ValueError(
@@ -191,15 +200,19 @@ def _usable(ts: np.ndarray, ys: np.ndarray, index: int) -> tuple[np.ndarray, np.
     return ts, ys
 
 
-def _filled(kept: list[tuple], args: Rows | None) -> Observed:
-    """Drops trajectories from which nothing can be learned, and fills up the others."""
-    num_times = max(len(ts) for ts, _ in kept)
+def fill_up(kept: list[tuple], args: Rows | None, num_times: int) -> Observed:
+    """Trajectories of one length, of which the shorter ones end with NaN."""
     size = kept[0][1].shape[1]
     ts = np.full((len(kept), num_times), np.nan)
     ys = np.full((len(kept), num_times, size), np.nan)
     for index, (own_ts, own_ys) in enumerate(kept):
         ts[index, : len(own_ts)], ys[index, : len(own_ys)] = own_ts, own_ys
-    whole = Observed(ts, ys, ys, args, 0)
+    return Observed(ts, ys, ys, args, 0)
+
+
+def _filled(kept: list[tuple], args: Rows | None) -> Observed:
+    """Drops trajectories from which nothing can be learned, and fills up the others."""
+    whole = fill_up(kept, args, max(len(ts) for ts, _ in kept))
     good = whole.lengths >= 2
     if args is not None:
         good &= np.isfinite(args).all(1)
@@ -210,7 +223,7 @@ def _filled(kept: list[tuple], args: Rows | None) -> Observed:
         )
     starts = whole.is_start.any(1)
     if not (good & starts).any():
-        never = np.flatnonzero(~np.isfinite(ys).any((0, 1)))
+        never = np.flatnonzero(~np.isfinite(whole.ys).any((0, 1)))
         what = (
             f"entries {never[:5].tolist()} are never observed"
             if never.size > 0
@@ -248,6 +261,7 @@ class PairBatches(eqx.Module):
       last one of its trajectory.
     - `first`, `stop`: for each of them, the range of starts of the same trajectory.
     - `args`: for each of them, the parameters, or `None`.
+    - `num_starts`: how many of these starts there are; what follows is not used.
     - `batch_size`: the number of pairs per batch, at least 1.
     - `first_share`: the share that starts at the first state.
     """
@@ -260,6 +274,7 @@ class PairBatches(eqx.Module):
     first: Int[Array, " starts"]
     stop: Int[Array, " starts"]
     args: Float[Array, "starts args_size"] | None
+    num_starts: Int[Array, ""]
     batch_size: int = eqx.field(static=True)
     first_share: float = eqx.field(static=True)
 
@@ -267,13 +282,7 @@ class PairBatches(eqx.Module):
         check_count(self.batch_size, 1, "batch_size")
 
     @classmethod
-    def of(
-        cls,
-        observed: Observed,
-        args: Float[Array, "trajectories args_size"] | None,
-        batch_size: int,
-        first_share: float,
-    ) -> "PairBatches":
+    def of(cls, observed: Observed, batch_size: int, first_share: float) -> "PairBatches":
         """Finds all possible starts."""
         seen = np.isfinite(observed.ts)
         number = np.cumsum(seen).reshape(seen.shape) - 1
@@ -282,6 +291,7 @@ class PairBatches(eqx.Module):
         first, stop = (
             np.searchsorted(trajectory, trajectory, side) for side in ("left", "right")
         )
+        args = observed.args
         return cls(
             jnp.asarray(observed.ts[seen]),
             jnp.asarray(observed.starts[seen]),
@@ -290,7 +300,8 @@ class PairBatches(eqx.Module):
             jnp.asarray(own_last),
             jnp.asarray(first),
             jnp.asarray(stop),
-            None if args is None else args[trajectory],
+            None if args is None else jnp.asarray(args[trajectory]),
+            jnp.asarray(len(trajectory)),
             batch_size,
             first_share,
         )
@@ -299,7 +310,7 @@ class PairBatches(eqx.Module):
         """Draws a batch: its paths, each of two times, and its conditions."""
         start_key, other_key, target_key = jr.split(key, 3)
         shape = (self.batch_size,)
-        start = jr.randint(start_key, shape, 0, len(self.row))
+        start = jr.randint(start_key, shape, 0, self.num_starts)
         first = self.first[start]
         # Early states have more later ones.
         other = jr.randint(other_key, shape, first, self.stop[start])

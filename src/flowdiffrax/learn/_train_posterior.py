@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -78,7 +79,8 @@ class Training:
         if num_steps is None:
             step, state = self._start(flow_map, 1000)
             cure = "`width` or `batch_size`"
-            fit = steps_until(end, step, state, self.batches, teacher, cure)
+            batches = itertools.repeat(self.batches)
+            fit = steps_until(end, step, state, batches, teacher, cure)
             num_steps = min(fit, _MOST_STEPS)
         step, state = self._start(flow_map, num_steps)
         every = max(num_steps // _NUM_LOOKS, 50)

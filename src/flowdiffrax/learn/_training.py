@@ -1,12 +1,13 @@
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
 
 from ..train import Run, TrainState, fit, make_step, muon_and_adam
+from ..train._fit import source_of
 from ._build import Parts
 from ._plan import Plan
 from ._validation import Validation
@@ -15,19 +16,24 @@ _FEWEST_STEPS = 100
 
 
 def steps_until(
-    end: float, step: Callable, state: Any, batches: Any, teacher: Any, cure: str
+    end: float,
+    step: Callable,
+    state: Any,
+    batches: Iterator[Any],
+    teacher: Any,
+    cure: str,
 ) -> int:
-    """How many training steps can be made until then.
+    """How many training steps can be made until then. Each draws from the next batches.
 
     **Raises:** `ValueError` with a `cure` if these are too few.
     """
     begin = time.perf_counter()
-    state, info = step(state, batches, teacher)
+    state, info = step(state, next(batches), teacher)
     jax.block_until_ready(info.loss)
     compiling = time.perf_counter() - begin
     begin, count = time.perf_counter(), 0
     while time.perf_counter() - begin < 1.0:
-        state, info = step(state, batches, teacher)
+        state, info = step(state, next(batches), teacher)
         jax.block_until_ready(info.loss)
         count += 1
     now = time.perf_counter()
@@ -47,7 +53,8 @@ def steps_of_parts_until(end: float, parts: Parts, key: Any) -> int:
     state = TrainState.create(parts.flow_map, optim, key=key, objective=parts.objective)
     step = make_step(parts.objective, optim)
     cure = "`pool_size`, `width` or `batch_size`"
-    return steps_until(end, step, state, parts.batches, None, cure)
+    batches = source_of(parts.batches)
+    return steps_until(end, step, state, batches, None, cure)
 
 
 @dataclasses.dataclass

@@ -165,7 +165,7 @@ def fit(
             state = run.resume(state)
         begun, skipped = int(state.step), int(state.skipped)
         reports = _Reports(state, report_every, max_skipped, accumulate)
-        source = _source(batches, begun, accumulate, parallel)
+        source = source_of(batches, begun, accumulate, parallel)
         report: dict[str, Any] = {}
         try:
             for index in (bar := _steps(begun, num_steps, progress)):
@@ -299,11 +299,11 @@ def _join(report: dict[str, Any], more: Any) -> None:
         report |= more
 
 
-def _source(
+def source_of(
     batches: Callable | StreamBatches,
-    step: int,
-    accumulate: int,
-    parallel: DataParallel | None,
+    step: int = 0,
+    accumulate: int = 1,
+    parallel: DataParallel | None = None,
 ) -> Iterator[Any]:
     """The function, or tuple of functions, that each step draws batches from."""
     if isinstance(batches, StreamBatches):
