@@ -102,6 +102,21 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "if is_concrete((first, solution.t0)) and not jnp.any(first == solution.t0):",
     ): "there is one time",
     (
+        "estimates/_clock.py",
+        "return lax.stop_gradient(jnp.where(grade > _LEAST_GRADE, grade, 0))",
+        "return lax.stop_gradient(jnp.where((grade >= _LEAST_GRADE), grade, 0))",
+    ): "no grade is exactly the least",
+    (
+        "solvers/_hybrid.py",
+        "is_known = (size > 1e-5) & (rate > 1e-5)",
+        "is_known = ((size >= 1e-05)) & (rate > 1e-5)",
+    ): "no size is exactly that",
+    (
+        "times/_logit_normal.py",
+        "gap = jax.nn.sigmoid(self.mean + self.std * _quantile(first))",
+        "gap = jax.nn.sigmoid((self.mean - self.std * _quantile(first)))",
+    ): "the distribution is symmetric, and `first` uniform",
+    (
         "objectives/_batch.py",
         "losses = eqx.filter_vmap(one, in_axes=(axes, 0, 0, axes, 0))(",
         "losses = eqx.filter_vmap(one, in_axes=(axes, 0, -1, axes, 0))(",

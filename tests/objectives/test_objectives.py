@@ -870,3 +870,19 @@ def test_objectives_keep_their_settings():
 def test_a_weight_is_a_function():
     with without_type_checks(), pytest.raises(TypeError, match="`weight` must be a call"):
         fd.TrajectoryMatching(weight=None)
+
+
+def test_flow_matching_learns_the_data_at_scale_one():
+    flow_map = fd.FlowMap(lambda s, t, x, args: args.scale * x)
+    at = lambda scale: fd.FlowMatching()(
+        flow_map,
+        None,
+        PATH,
+        S,
+        S,
+        SCALED._replace(scale=jnp.asarray(scale)),
+        key=jr.key(0),
+    )
+    np.testing.assert_allclose(at(3.0), at(1.0), rtol=1e-12)
+    exact = jnp.sum((PATH.evaluate(S) - PATH.derivative(S)) ** 2)
+    np.testing.assert_allclose(at(3.0), exact, rtol=1e-9)

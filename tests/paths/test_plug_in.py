@@ -387,3 +387,11 @@ def test_mapping_over_the_points_of_the_batch():
     paths, _ = batch_of(draw_mixture, 8)
     with pytest.raises(ValueError, match="batch_loss"):
         eqx.filter_vmap(lambda path: path.derivative(0.5))(paths)
+
+
+def test_increments_are_those_of_the_pair():
+    paths, _ = batch_of(draw_mixture, 6)
+    whole = eqx.filter_vmap(lambda path: path.evaluate(0.2, 0.7))(paths)
+    ends = [each("evaluate", paths, jnp.full(6, t)) for t in (0.2, 0.7)]
+    assert_close(whole, ends[1] - ends[0], 1e-12)
+    assert np.abs(whole).max() > 0.1

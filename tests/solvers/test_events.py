@@ -16,6 +16,7 @@ from helpers import (
 )
 
 import flowdiffrax as fd
+from flowdiffrax.solvers._event import _several
 
 # It moves steadily, so that the first entry takes every value once.
 X = jnp.asarray([-1.5, 0.7])
@@ -287,3 +288,16 @@ def test_bad_arguments_of_an_event_solver():
             fd.solvers.EventSolver(EXACT, event)
     with pytest.raises(ValueError, match="`num_points` must be at least 1; got 0"):
         fd.solvers.EventSolver(PLAIN, event, 0)
+
+
+def test_what_counts_as_several_events():
+    times, still, moved = jnp.linspace(0.0, 1.0, 3), jnp.ones(2), jnp.asarray([1.0, 2.0])
+    signs = lambda *rows: jnp.asarray(rows, bool)
+    apart = signs([0, 0], [1, 0], [0, 0])  # one condition, twice
+    together = signs([0, 0], [1, 1], [1, 1])  # two, at once
+    assert _several(apart, times, still, still)
+    assert not _several(signs([0, 0], [1, 0], [1, 0]), times, still, moved)
+    # At the same time, unless the step could be shortened to tell which is first.
+    assert _several(together, times, still, moved)
+    assert not _several(together, times, still, still)
+    assert not _several(together, 1 + 1e-9 * times, still, moved)

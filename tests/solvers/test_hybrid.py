@@ -21,6 +21,8 @@ from helpers import (
 )
 
 import flowdiffrax as fd
+from flowdiffrax.solvers._hybrid import can_correct
+from flowdiffrax.solvers._predict import is_hopeless
 
 X = jnp.asarray([0.8, -0.5])
 SPANS = [(0.1, 0.9), (0.85, 0.2)]
@@ -935,3 +937,29 @@ def test_overflow_of_a_first_step_is_refused():
     sol = solve(identity, 0.0, t1, x, field=field, tol=1e-6)
     end = [-np.log(3 * t1 + np.exp(-6.0)) / 3, np.exp(-t1)]
     assert_close(sol.ys[0], np.asarray(end), 1e-4, 1e-4)
+
+
+def test_the_first_look_stays_within_the_jump():
+    # It is at another place in each jump; outside, this map is unknown.
+    def known(s, t, u):
+        def flow_map(s, u, x, args):
+            return jnp.where((u >= s) & (u <= t), EXACT(s, u, x), jnp.nan)
+
+        norm = lambda error, y: optx.rms_norm(error) / 1e-3
+        return is_hopeless(flow_map, FIELD, s, t, X, None, norm)
+
+    s = jr.uniform(jr.key(0), (4000,), maxval=0.4)
+    t = s + jr.uniform(jr.key(1), (4000,), minval=0.1, maxval=0.5)
+    assert not jax.jit(jax.vmap(known))(s, t, t).any()
+
+
+def test_sizes_that_are_corrected_and_the_first_wait():
+    assert can_correct(jnp.zeros(32), False) and not can_correct(jnp.zeros(33), False)
+    assert can_correct(jnp.zeros(33), True)
+    term = diffrax.ODETerm(FIELD)
+    for most, first in ((2, 2), (64, 4)):
+        solver = fd.HybridSolver(EXACT, rtol=1e-3, atol=1e-6, max_wait=most)
+        assert (
+            solver.init(term, jnp.asarray(0.0), jnp.asarray(1.0), X, None).patience
+            == first
+        )

@@ -79,3 +79,14 @@ def test_bad_arguments_of_parareal():
     bad("`max_sweeps` must be at least 1; got 0", max_sweeps=0)
     bad("`rtol` must be", rtol=-1.0)
     bad("`vector_field`", field=lambda t, x, args: x["angle"])
+
+
+def test_one_failed_window_is_enough():
+    late = lambda t, x, args: jax.tree.map(
+        lambda leaf: leaf + jnp.where(t > 11.0, 9.0 * jnp.cos(300.0 * t), 0.0),
+        swing(t, x, args),
+    )
+    given = {"rtol": 1e-4, "atol": 1e-4, "max_steps": 40}
+    sol = fd.solvers.parareal(rotation, late, TS, X, RATE, **given)
+    assert sol.num_sweeps > 1 and not sol.is_successful
+    assert fd.solvers.parareal(rotation, swing, TS, X, RATE, **given).is_successful

@@ -652,3 +652,14 @@ def test_on_several_devices():
         [sys.executable, "-c", SEVERAL], capture_output=True, text=True, check=True
     )
     assert done.stdout.split() == ["4", "5"]
+
+
+def test_losses_by_times_with_keys_of_any_kind():
+    batches = lambda key: (paths(8), None)
+    for kind in ("threefry2x32", "rbg"):
+        looked = fd.train.LossByTimes(Known(), batches, key=jr.key(1, impl=kind))
+        state = fd.train.TrainState.create(
+            linear_map(), OPTIM, key=jr.key(0, impl=kind), objective=Known()
+        )
+        (row, *_) = looked(state, {"step": 0})["loss_by_times"]
+        assert any(mean is not None for mean in row)
