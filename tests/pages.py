@@ -34,7 +34,7 @@ import flowdiffrax as fd
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 BLOCK = re.compile(
-    r"^```python\n(?P<code>.*?)^```\n(?:\n</div>\n)?"
+    r"^```python\n(?P<code>.*?)^```\n(?:\n::::\n)?"
     r"(?:\n<!-- prints: (?P<how>.*?) -->\n)?"
     r"(?:\n```text\n(?P<printed>.*?)^```\n)?",
     re.M | re.S,

@@ -14,11 +14,12 @@ TESTING = {
     f"testing.{name}": value for name, value in public(flowdiffrax.testing).items()
 }
 NAMED = {*NAMES, *TESTING}
-NAVIGATION = (ROOT / "mkdocs.yml").read_text().partition("\nnav:\n")[2]
-DIRECTIVE = re.compile(r"^::: flowdiffrax\.([\w.]+)$", re.MULTILINE)
+TOCTREE = re.compile(r"^:::\{toctree\}\n(.*?)^:::", re.MULTILINE | re.DOTALL)
+LISTED = re.compile(r"^:::\{api\}\n(.*?)^:::", re.MULTILINE | re.DOTALL)
 PLACES: dict[str, list[str]] = {}
 for _page in sorted((DOCS / "api").glob("*.md")):
-    for _name in DIRECTIVE.findall(_page.read_text()):
+    for _name in " ".join(LISTED.findall(_page.read_text())).split():
+        _name = _name.removeprefix("flowdiffrax.")
         PLACES.setdefault(_name, []).append(_page.name)
 
 
@@ -26,7 +27,7 @@ def test_each_name_is_on_one_page():
     for name in NAMED:
         assert len(PLACES.get(name, [])) == 1, (
             f"`flowdiffrax.{name}` should stand on one page of docs/api/, as a line "
-            f"`::: flowdiffrax.{name}`; found {PLACES.get(name, [])}."
+            f"`flowdiffrax.{name}` of a block `{{api}}`; found {PLACES.get(name, [])}."
         )
 
 
@@ -35,9 +36,14 @@ def test_pages_have_no_other_names():
 
 
 def test_pages_are_in_navigation():
-    pages = {str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md")}
-    pages -= {"paper/paper.md"}  # for a journal
-    assert pages == set(re.findall(r"[\w/-]+\.md", NAVIGATION))
+    pages, linked = {*DOCS.rglob("*.md")}, [DOCS / "index.md"]
+    pages -= {DOCS / "paper" / "paper.md"}  # for a journal
+    for page in pages:
+        for line in "\n".join(TOCTREE.findall(page.read_text())).splitlines():
+            if name := re.fullmatch(r"(?:.* <)?([\w./-]+)>?", line):
+                linked.append((page.parent / f"{name[1]}.md").resolve())
+    # Each has one place.
+    assert sorted(linked) == sorted(pages)
 
 
 # Figures that are the outcome of a long run, each of a script that a page names.
