@@ -117,6 +117,16 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "gap = jax.nn.sigmoid((self.mean - self.std * _quantile(first)))",
     ): "the distribution is symmetric, and `first` uniform",
     (
+        "paths/_optimal_transport.py",
+        "return _nth_largest(limits, max(round(share * limits.size), 1))",
+        "return _nth_largest(limits, max(round(share * limits.size), 0))",
+    ): "a weight of NaN pairs equal conditions only, as an infinite one does",
+    (
+        "paths/_optimal_transport.py",
+        "found = jax.lax.fori_loop(0, size - 1, add_bit, 0 * one)",
+        "found = jax.lax.fori_loop(0, size - 0, add_bit, 0 * one)",
+    ): "a shift by -1 leaves no bit",
+    (
         "objectives/_batch.py",
         "losses = eqx.filter_vmap(one, in_axes=(axes, 0, 0, axes, 0))(",
         "losses = eqx.filter_vmap(one, in_axes=(axes, 0, -1, axes, 0))(",
