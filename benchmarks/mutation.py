@@ -127,6 +127,12 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "found = jax.lax.fori_loop(0, size - 0, add_bit, 0 * one)",
     ): "a shift by -1 leaves no bit",
     (
+        "estimates/_collocation.py",
+        "index = jnp.sum(jnp.asarray(ends[:-1], share.dtype) <= share, "
+        "dtype=jnp.int32) - 1",
+        "index = jnp.sum(jnp.asarray(ends[:-1], share.dtype) <= share) - 1",
+    ): "an index of either kind",
+    (
         "objectives/_batch.py",
         "losses = eqx.filter_vmap(one, in_axes=(axes, 0, 0, axes, 0))(",
         "losses = eqx.filter_vmap(one, in_axes=(axes, 0, -1, axes, 0))(",

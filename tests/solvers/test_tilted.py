@@ -484,6 +484,12 @@ def test_traced_settings_change_nothing():
     assert_close(traced, known)
 
 
+def test_traced_shares_at_the_ends_of_their_range():
+    for share in (0.0, 1.0):
+        samples = tilted_by_traced(**as_arrays(TRACED | {"share": share}))
+        assert np.isfinite(samples.x).all()
+
+
 @pytest.mark.parametrize("value", [jnp.nan, -jnp.inf])
 def test_reward_that_is_not_finite(value):
     reward = lambda x, args: jnp.where(x[0] > 0, x[1], value)
