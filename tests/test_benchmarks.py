@@ -24,7 +24,7 @@ def load(name):
 
 
 systems, surrogates, sbi = load("systems"), load("surrogates"), load("sbi")
-boltzmann = load("boltzmann")
+boltzmann, apebench = load("boltzmann"), load("apebench")
 MECHANISM = systems.random_mechanism()
 ALL = {**systems.SYSTEMS, "mechanism": MECHANISM}
 
@@ -285,3 +285,41 @@ def test_evidence_of_the_double_well_by_quadrature():
     assert evidence == pytest.approx(expected, abs=0.1)
     mean = np.sum(x * ends) / np.sum(ends)
     assert float(samples[:, 0].mean()) == pytest.approx(mean, abs=0.15)
+
+
+def test_apebench_fits_the_linear_step_of_waves():
+    # Waves that travel and decay, so the state at any time has a closed form.
+    key, n = jr.key(0), jnp.arange(1, 5)
+    size, angle = jr.normal(key, (2, 30, 1, 4, 1))
+    x = jnp.arange(32) / 32
+
+    def state(t):
+        phase = 2 * jnp.pi * n[:, None] * (x - 0.03 * t) + angle
+        decay = jnp.exp(-0.02 * n[:, None] ** 2 * t)
+        return jnp.sum(size * decay * jnp.cos(phase), -2)
+
+    us = state(jnp.arange(20.0)[:, None, None])[..., None]
+    step = apebench.linear_step(us)
+    for h in (1.0, 2.5, 7.0):
+        expected = state(jnp.full((1, 1, 1), h))[0, 0]
+        made = step(0.0, h, us[0, 0], None)[:, 0]
+        np.testing.assert_allclose(made, expected, atol=1e-4)
+
+
+def test_apebench_rolls_out_by_jumps_of_any_length():
+    flow_map = lambda s, t, u, args: u * jnp.exp(s - t)
+    u0 = jnp.ones((4, 1))
+    for length in (1, 7, 50):
+        made = apebench.roll_out(flow_map, length, u0)
+        expected = np.exp(-np.arange(1, 101))[:, None, None] * np.ones((1, 4, 1))
+        np.testing.assert_allclose(made, expected, rtol=1e-5)
+
+
+def test_apebench_counts_a_roll_out_that_blew_up():
+    assert apebench.geometric_mean(np.array([0.1, 10.0])) == pytest.approx(1.0)
+    assert apebench.geometric_mean(np.array([1e-6, np.nan])) == pytest.approx(1.0)
+
+
+def test_apebench_names_the_package_to_install():
+    with pytest.raises(SystemExit, match="pip install apebench==0.1.1"):
+        apebench.load("a_package_that_is_not_installed")
