@@ -143,7 +143,7 @@ def train_ours(us, kind, steps, rate, seed, args=None):
         each = tuple(fd.times.Neighbours(ts, distance=n) for n in LENGTHS)
         times = fd.times.MixedTimes(each, (1.0,) * len(each))
     # For steps of length 1, the weight is 1.
-    weight = fd.weights.InverseGap(1.0)
+    weight = fd.weights.InverseGap()
     rates = optax.warmup_cosine_decay_schedule(0.0, rate, steps // 5, steps)
     begin = time.process_time()
     state = fd.train.fit(
