@@ -180,7 +180,7 @@ def compare(name, options):
     scenario = make_scenario(name, options)
     theirs = TWO_D if scenario.num_spatial_dims == 2 else ONE_D
     steps, points = scenario.num_training_steps, scenario.num_points
-    for kind in (*theirs, *options.maps):
+    for kind in (*options.networks, *options.maps):
         rows = []
         for seed in range(options.seeds):
             rate = options.their_rate if kind in theirs else options.rate
@@ -272,6 +272,7 @@ def main():
     parts = "errors", "any", "parameters"
     add("--parts", nargs="+", choices=parts, default=["errors"])
     add("--scenarios", nargs="+", choices=SCENARIOS, default=[*SCENARIOS])
+    add("--networks", nargs="+", choices=ONE_D, default=[*ONE_D])
     add("--maps", nargs="+", choices=OURS, default=[*OURS[:2]])
     add("--seeds", type=int, default=3)
     add("--steps", type=int, default=1000, help="in one dimension")
