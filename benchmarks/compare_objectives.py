@@ -12,7 +12,7 @@ needs fewer evaluations per example gets more steps.
 
 Each finished run is a line of `runs.jsonl` under `--out`. When started again, the script
 makes only the missing runs. It prints the table and saves it with its figure. See
-`docs/objectives.md` for numbers, times and hardware.
+`docs/objectives/comparison.md` for numbers, times and hardware.
 """
 
 import argparse

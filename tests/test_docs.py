@@ -16,7 +16,7 @@ PAGES = pages.pages()
 # These take longer than a quick test may, in short as well.
 SLOW = {
     *("coming-from", "data", "extending", "fid", "getting-started", "networks"),
-    *("objectives", "posteriors", "recipes", "scientific", "simulations"),
+    *("objectives/in-code", "posteriors", "recipes", "scientific/own-ode", "simulations"),
     *("testing", "training"),
     *("tutorials/density", "tutorials/images", "tutorials/likelihoods"),
     *("tutorials/ode", "tutorials/self-distillation"),
