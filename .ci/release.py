@@ -3,6 +3,7 @@
     python .ci/release.py prepare      # dates the changelog and the citation
     python .ci/release.py check [TAG]  # refuses what must not be released
     python .ci/release.py build        # dist/: sdist, wheel, conda-forge recipe
+    python .ci/release.py site         # site/: of this version, and of earlier tags
     python .ci/release.py try          # the wheel in new environments, without sources
 
 `build` works on a copy of what git tracks, in which the README has absolute links and
@@ -13,6 +14,7 @@
 import argparse
 import datetime
 import hashlib
+import json
 import pathlib
 import re
 import shutil
@@ -219,6 +221,37 @@ def try_wheel(pythons):
                 run(inside, "-c", TRIAL, cwd=folder)
 
 
+def site():
+    """Makes the site of this version, earlier ones in folders, and their list."""
+    base, version = addresses()["documentation"], project()["version"]
+    shutil.rmtree(ROOT / "site", ignore_errors=True)
+    sites = {version: ROOT}
+    with tempfile.TemporaryDirectory() as folder:
+        git = ["git", "-C", str(ROOT)]
+        tags = subprocess.run(
+            [*git, "tag", "--list", "v*", "--sort=-v:refname"],
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout.split()
+        for tag in tags:
+            if tag != f"v{version}":
+                sites[tag[1:]] = pathlib.Path(folder) / tag
+                run(*git, "worktree", "add", "--detach", sites[tag[1:]], tag)
+        for name, root in sites.items():
+            place = ROOT / "site" / ("" if root == ROOT else f"v{name}")
+            trees = ["-d", pathlib.Path(folder) / "doctrees" / name]
+            words = ["-m", "sphinx", "-q", "-W", *trees, root / "docs", place]
+            run(sys.executable, *words)
+            if root != ROOT:
+                run(*git, "worktree", "remove", "--force", root)
+    lines = [
+        {"version": name, "url": f"{base}/" + ("" if name == version else f"v{name}/")}
+        for name in sites
+    ]
+    (ROOT / "site" / "versions.json").write_text(json.dumps(lines, indent=1))
+
+
 def found_pythons():
     found = [shutil.which(f"python{version}") for version in PYTHONS]
     works = lambda python: subprocess.run([python, "-c", ""], capture_output=True)
@@ -233,7 +266,7 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=["prepare", "check", "build", "try"])
+    parser.add_argument("what", choices=["prepare", "check", "build", "site", "try"])
     parser.add_argument("tag", nargs="?")
     parser.add_argument("--this-python", action="store_true", help="try no other one")
     options = parser.parse_args()
@@ -245,6 +278,8 @@ def main():
         print("ready")
     elif options.what == "build":
         build()
+    elif options.what == "site":
+        site()
     else:
         try_wheel([sys.executable] if options.this_python else found_pythons())
 

@@ -18,6 +18,7 @@ _places = tomllib.loads((HERE.parent / ".ci" / "release.toml").read_text())
 
 project = _project["name"]
 version = release = _project["version"]
+description = _project["description"]
 author = _project["authors"][0]["name"]
 copyright = author
 extensions = ["myst_parser", "sphinx_copybutton", "sphinx.ext.mathjax", "reference"]
@@ -46,28 +47,31 @@ mathjax3_config = {"options": {"ignoreHtmlClass": ".*|", "processHtmlClass": "ma
 
 # Appearance
 html_theme = "pydata_sphinx_theme"
-html_title = f"{project} {release}"
+html_title = project
+html_logo = html_favicon = "site/logo.svg"
 html_baseurl = _places["documentation"]
-html_static_path = ["site/style.css"]
+html_static_path = ["site/style.css", "figures/social_card.png"]
 html_css_files = ["style.css"]
-html_copy_source = html_show_sourcelink = False
-html_show_sphinx = False
+html_copy_source = html_show_sourcelink = html_show_sphinx = False
+html_use_index = html_domain_indices = False  # names.md has all of them
 html_theme_options = {
+    "logo": {"text": f"{project} {release}"},
     "navbar_persistent": [],
     "navbar_end": ["search-button", "theme-switcher", "navbar-icon-links"],
     "secondary_sidebar_items": ["page-toc"],
     "footer_start": ["copyright"],
     "footer_end": [],
     "show_toc_level": 2,
-    "navigation_with_keys": False,
-    "icon_links": [
-        {
-            "name": "Repository",
-            "url": _places["repository"],
-            "icon": "fa-solid fa-code-branch",
-        }
-    ]
-    if _places["repository"]
-    else [],
 }
-copybutton_exclude = ".linenos, .gp, .go"
+if _places["repository"]:
+    _icon = {"name": "Repository", "icon": "fa-solid fa-code-branch"}
+    html_theme_options["icon_links"] = [_icon | {"url": _places["repository"]}]
+if html_baseurl:
+    # `python .ci/release.py site` writes it.
+    _list = f"{html_baseurl}/versions.json"
+    html_theme_options |= {
+        "switcher": {"json_url": _list, "version_match": release},
+        "check_switcher": False,
+        "logo": {"text": project},
+        "navbar_end": ["version-switcher", *html_theme_options["navbar_end"]],
+    }

@@ -10,6 +10,7 @@
   open and closed, and [`flowdiffrax.FlowMap`][] for a link that must have a target.
 """
 
+import html
 import pathlib
 import re
 import textwrap
@@ -284,10 +285,28 @@ def find_missing(app, env, node, contnode):
     return None
 
 
+def add_card(app, pagename, templatename, context, doctree):
+    """What other sites show for a link to ours; it needs the site's address."""
+    del templatename
+    if doctree is not None and (base := app.config.html_baseurl):
+        card = {
+            "title": f"{context['title']} - {app.config.project}",
+            "description": app.config.description,
+            "type": "website",
+            "url": f"{base}/{pagename}.html",
+            "image": f"{base}/_static/social_card.png",
+        }
+        for name, value in card.items():
+            value = html.escape(value)
+            context["metatags"] += f'<meta property="og:{name}" content="{value}">\n'
+
+
 def setup(app):
+    app.add_config_value("description", "", "html")
     app.add_directive("api", Api)
     app.add_directive("names", Names)
     app.connect("source-read", read_source)
     app.connect("doctree-read", link_names)
+    app.connect("html-page-context", add_card)
     app.connect("missing-reference", find_missing)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
