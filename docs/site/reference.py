@@ -215,7 +215,9 @@ class Names(SphinxDirective):
             if (what := find(name)) is None:
                 continue  # which {api} refuses
             first = docstring(what).partition("\n\n")[0]
-            first = re.split(r"(?<=[.:])\s", " ".join(first.split()))[0]
+            first = re.split(r"(?<=\.)\s", " ".join(first.split()))[0]
+            # A formula follows.
+            first = markdown(re.sub(r":$", ".", first), name)
             shown = name.removeprefix("flowdiffrax.")
             rows.append(f"| `{shown}` | {first.replace('|', chr(92) + '|')} |")
         return self.parse_text_to_nodes("\n".join(rows))
@@ -280,6 +282,7 @@ def find_missing(app, env, node, contnode):
         else:
             continue
         return make_refnode(app.builder, node["refdoc"], page, anchor, contnode)
+    name = name if name in OTHER else f"jaxtyping.{name}"
     if name in OTHER:
         return nodes.reference("", "", contnode, refuri=OTHER[name], internal=False)
     return None
