@@ -34,7 +34,7 @@ ADMONITION = re.compile(
     r"^(!!!|\?\?\?) (\w+)(?: \"(.*)\")?\n((?:\n|    .*\n?)+)", re.MULTILINE
 )
 # A name that must be known.
-LINK = re.compile(r"\[`([\w.]+)`\]\[\]")
+LINK = re.compile(r"\[`([^`\]]+)`\]\s?\[([\w.]*)\]")
 # Aliases of types stand in one table.
 TYPES = ("notation", "types-in-signatures")
 
@@ -111,10 +111,11 @@ def markdown(text: str, where: str) -> str:
         return "\n".join(lines).rstrip() + "\n:::\n\n"
 
     def code(match):
+        name = match[2] or match[1]
         # Of a method, its class is enough.
-        if not {match[1], match[1].rpartition(".")[0]} & (OWN.keys() | OTHER.keys()):
-            LOG.warning("%s links to `%s`, which is not there.", where, match[1])
-        return f"`{match[1]}`"
+        if not {name, name.rpartition(".")[0]} & (OWN.keys() | OTHER.keys()):
+            LOG.warning("%s links to `%s`, which is not there.", where, name)
+        return f"{{py:obj}}`{match[1]} <{name}>`" if match[2] else f"`{name}`"
 
     return LINK.sub(code, ADMONITION.sub(directive, text))
 
