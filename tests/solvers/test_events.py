@@ -301,3 +301,16 @@ def test_what_counts_as_several_events():
     assert _several(together, times, still, moved)
     assert not _several(together, times, still, still)
     assert not _several(together, 1 + 1e-9 * times, still, moved)
+
+
+@pytest.mark.parametrize("num_points, is_seen", [(1, False), (3, True)])
+def test_points_are_spread_evenly_over_the_step(num_points, is_seen):
+    # Three points of a step from 0 to 1 are at 0.25, 0.5 and 0.75.
+    event = diffrax.Event(lambda t, y, args, **kwargs: jnp.abs(t - 0.75) < 0.01)
+    solver = fd.solvers.EventSolver(fd.FlowMapSolver(fallen), event, num_points)
+    term, y0 = diffrax.ODETerm(falls), UP[1.0]
+    state = solver.init(term, 0.0, 1.0, y0, None)
+    _, error, *_ = solver.step(
+        term, jnp.asarray(0.0), jnp.asarray(1.0), y0, None, state, False
+    )
+    assert jnp.isinf(error).all() == is_seen

@@ -69,6 +69,9 @@ def test_roll_out_says_where_it_blows_up():
     rates = jnp.asarray([1.0, 10.0, 100.0], jnp.float32)
     with pytest.raises(RUN_TIME_ERROR, match="blew up: jump 39 of 50 returned a state"):
         jax.block_until_ready(jax.jit(run)(x, rates[1]))
+    short = lambda x, args: fd.solvers.roll_out(grow, x, 39, args)
+    with pytest.raises(RUN_TIME_ERROR, match="blew up: jump 39 of 39 returned a state"):
+        jax.block_until_ready(jax.jit(short)(x, rates[1]))
     with pytest.raises(RUN_TIME_ERROR, match="blew up: jump"):
         jax.block_until_ready(jax.jit(jax.vmap(run, (None, 0)))(x, rates))
     xs = jax.vmap(lambda args: run(x, args, throw=False))(rates)
