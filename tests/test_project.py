@@ -53,7 +53,7 @@ def test_nightly_is_scheduled_and_documented():
     path = ROOT / ".github" / "workflows" / "nightly.yml"
     triggers, found = jobs(path)
     assert triggers.keys() == {"schedule", "workflow_dispatch"}
-    tests = "pytest ", "python benchmarks/", "python tests/"
+    tests = "pytest ", "python benchmarks/", "python tests/", "jupyter execute "
     tested = [command for command in commands(path) if command.startswith(tests)]
     assert len(tested) == len(found)
     for command in [*tested, *(c for c in commands(path) if "--pre " in c)]:
