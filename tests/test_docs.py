@@ -18,10 +18,20 @@ SLOW = {
     *("coming-from", "data", "extending", "fid", "getting-started", "networks"),
     *("objectives/in-code", "posteriors", "recipes", "scientific/own-ode", "simulations"),
     *("testing", "training"),
-    *("tutorials/density", "tutorials/images", "tutorials/likelihoods"),
-    *("tutorials/ode", "tutorials/self-distillation"),
+    *("tutorials/density", "tutorials/fine-tuning"),
+    *("tutorials/forced", "tutorials/images"),
+    *("tutorials/likelihoods", "tutorials/ode"),
+    *("tutorials/self-distillation"),
 }
 SLOW = {f"docs/{name}.md" for name in SLOW}
+
+
+def skip_without_optional(name):
+    """Skips a page that imports a package which not every environment has."""
+    text = PAGES[name].read_text()
+    for package in ("blackjax", "distreqx", "flowjax", "torch"):
+        if re.search(rf"^(import|from) {package}\b", text, re.M):
+            pytest.importorskip(package)
 
 
 @pytest.mark.parametrize(
@@ -30,11 +40,7 @@ SLOW = {f"docs/{name}.md" for name in SLOW}
 )
 def test_code_of_page(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    if name.endswith("interoperability.md"):
-        pytest.importorskip("distreqx")
-        pytest.importorskip("flowjax")
-    if name.endswith("posteriors.md"):
-        pytest.importorskip("blackjax")
+    skip_without_optional(name)
     with contextlib.ExitStack() as stack:
         # Pages are written for JAX's own settings, not for those of the tests.
         stack.enter_context(jax.enable_x64(False))
@@ -52,11 +58,7 @@ def test_code_of_page(name, tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PAGES)
 def test_page_at_full_length(name):
-    if name.endswith("interoperability.md"):
-        pytest.importorskip("distreqx")
-        pytest.importorskip("flowjax")
-    if name.endswith("posteriors.md"):
-        pytest.importorskip("blackjax")
+    skip_without_optional(name)
     # As a reader runs it: without the settings of the tests.
     command = [sys.executable, pages.__file__, str(PAGES[name])]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)

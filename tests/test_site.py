@@ -52,6 +52,8 @@ SCRIPTS = {
     "calibration.png": "docs/simulations.md",
     "checkerboard.png": "examples/checkerboard.py",
     "digits.png": "examples/digits.py",
+    "fine-tuning.png": "docs/tutorials/fine-tuning.md",
+    "forced.png": "docs/tutorials/forced.md",
     "images_digits.png": "benchmarks/images.py",
     "images_fashion.png": "benchmarks/images.py",
     "kuramoto_sivashinsky.png": "examples/kuramoto_sivashinsky.py",
