@@ -88,8 +88,8 @@ def pages():
 
 def shortened(code):
     """Two steps where it trains."""
-    code = re.sub(r"(?<!max_)steps( ?= ?)\d+", r"steps\g<1>2", code)
-    return re.sub(r"minutes=\d+", "minutes=9, num_steps=2, pool_size=64", code)
+    code = re.sub(r"(?<!max_)steps( ?= ?)[\d_]+", r"steps\g<1>2", code)
+    return re.sub(r"minutes=[\d_]+", "minutes=9, num_steps=2, pool_size=64", code)
 
 
 def run(path, *, short):

@@ -18,10 +18,9 @@ SLOW = {
     *("coming-from", "data", "extending", "fid", "getting-started", "networks"),
     *("objectives/in-code", "posteriors", "recipes", "scientific/own-ode", "simulations"),
     *("testing", "training"),
-    *("tutorials/density", "tutorials/fine-tuning"),
-    *("tutorials/forced", "tutorials/images"),
-    *("tutorials/likelihoods", "tutorials/ode"),
-    *("tutorials/self-distillation"),
+    *("tutorials/density", "tutorials/fine-tuning", "tutorials/forced"),
+    *("tutorials/images", "tutorials/likelihoods", "tutorials/ode"),
+    *("tutorials/self-distillation",),
 }
 SLOW = {f"docs/{name}.md" for name in SLOW}
 
