@@ -20,7 +20,7 @@ SLOW = {
     *("testing", "training"),
     *("tutorials/density", "tutorials/fine-tuning", "tutorials/forced"),
     *("tutorials/images", "tutorials/likelihoods", "tutorials/ode"),
-    *("tutorials/self-distillation",),
+    *("tutorials/pytorch-teacher", "tutorials/self-distillation"),
 }
 SLOW = {f"docs/{name}.md" for name in SLOW}
 

@@ -61,6 +61,7 @@ SCRIPTS = {
     "objectives.png": "benchmarks/compare_objectives.py",
     "posterior.png": "examples/posterior.py",
     "predict_and_correct.png": "benchmarks/evaluations.py",
+    "pytorch-teacher.png": "docs/tutorials/pytorch-teacher.md",
     "scaling.png": "benchmarks/scaling.py",
     "score_curves.png": "examples/digits.py",
     "steering.png": "examples/steering.py",
