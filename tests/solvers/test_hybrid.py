@@ -198,6 +198,20 @@ def test_useless_map_leaves_the_classical_solution(name, t0, t1):
     assert max_abs(sol.ys[0] - exact) <= 2 * max_abs(truth.ys[0] - exact) + 1e-6
 
 
+@jax.jit
+def halved(flow_map):
+    sol = solve(flow_map, fallback=diffrax.HalfSolver(diffrax.Euler()), tol=1e-3)
+    return sol.ys[0], sol.solver_state[:2]
+
+
+@pytest.mark.parametrize("flow_map, learned", [(flawed(), 1), (flawed(first=9.0), 0)])
+def test_solver_of_half_steps_as_the_fallback(flow_map, learned):
+    # Its own estimate comes from two steps of half the length.
+    y, (num_learned, num_classical) = halved(flow_map)
+    assert num_learned == learned and (num_classical > 1) == (learned == 0)
+    assert max_abs(y - EXACT(0.1, 0.9, X)) < 2e-2
+
+
 @pytest.mark.parametrize(
     "name, t0, t1",
     [("tsit5", 0.1, 0.9), ("tsit5", 0.85, 0.2), slow("kvaerno5", 0.1, 0.9)]

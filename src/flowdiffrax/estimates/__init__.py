@@ -8,5 +8,6 @@ from ._corrected import DefectCorrectedFlowMap as DefectCorrectedFlowMap
 from ._defects import LagrangianDefect as LagrangianDefect
 from ._defects import SemigroupDefect as SemigroupDefect
 from ._eulerian import eulerian_error as eulerian_error
+from ._krylov import Krylov as Krylov
 from ._linearised import LinearisedError as LinearisedError
 from ._picard import PicardDefect as PicardDefect

@@ -5,6 +5,7 @@ from .._time import times_like
 from .._types import Args, State, Time, TwoTimeMap, VectorField
 from ._clock import grade_of
 from ._collocation import AbstractCollocationEstimate, at_nodes, probe_share
+from ._krylov import Krylov, check_linear_solver
 from ._newton import check_real, linearise, newton_step
 from ._quadrature import last
 
@@ -27,7 +28,8 @@ class LinearisedError(AbstractCollocationEstimate):
         It takes `num_nodes + 1` evaluations of the map, `num_nodes + 2` calls of the
         teacher, `num_nodes` Jacobians of the teacher, and for each node a linear solve
         for twice as many unknowns as entries. It is therefore meant for states of
-        few entries.
+        few entries. For large ones, pass a `linear_solver`, which takes products of the
+        Jacobians instead: see [`flowdiffrax.estimates.Krylov`][].
 
     **Arguments:**
 
@@ -35,9 +37,11 @@ class LinearisedError(AbstractCollocationEstimate):
     - `is_graded`: whether nodes are dense at the start if the vector field is faster
       there than later along the jump, as after the start of a chemical reaction. It
       takes one more evaluation of the map, and two of the teacher.
+    - `linear_solver`: a [`flowdiffrax.estimates.Krylov`][] for states of many entries;
+      `None` for Jacobians as matrices.
 
-    **Raises:** `ValueError` if `num_nodes` is less than 1; when called, `TypeError` for a
-    complex state.
+    **Raises:** `ValueError` if `num_nodes` is less than 1, `TypeError` for another kind
+    of `linear_solver`; when called, `TypeError` for a complex state.
 
     ??? cite "Reference"
 
@@ -46,9 +50,11 @@ class LinearisedError(AbstractCollocationEstimate):
     """
 
     is_graded: bool = eqx.field(static=True, default=False)
+    linear_solver: Krylov | None = None
 
     def __check_init__(self):
         check_bools(is_graded=self.is_graded)
+        check_linear_solver(self.linear_solver)
 
     def errors(
         self,
@@ -66,5 +72,5 @@ class LinearisedError(AbstractCollocationEstimate):
             share = probe_share(*times_like(x, s, t))
             grade = grade_of(flow_map, teacher, s, t, x, args, share)
         nodes = at_nodes(flow_map, teacher, s, t, x, args, self.num_nodes, grade)
-        found = newton_step(nodes, linearise(nodes, teacher, args))
+        found = newton_step(nodes, linearise(nodes, teacher, args, self.linear_solver))
         return last(nodes.states), last(found.errors), found.gap

@@ -1,4 +1,4 @@
-"""Newton steps for the equations of collocation, for states of few entries."""
+"""Newton steps for the equations of collocation."""
 
 from typing import NamedTuple
 
@@ -11,7 +11,8 @@ from jaxtyping import Array, Float
 from .._tree import freeze, ravel, subtract
 from .._types import Args, State, VectorField
 from ._clock import Clock
-from ._collocation import Nodes, misses, picard_defects
+from ._collocation import Miss, Nodes, misses, picard_defects
+from ._krylov import Krylov, KrylovLinearised
 from ._quadrature import radau
 from ._transport import Transport, solve, transport
 
@@ -31,9 +32,27 @@ class Linearised(NamedTuple):
     carried: Transport
 
     def errors(
-        self, defects: Float[Array, "nodes size"], num_passes: int = 2
+        self, defects: Float[Array, "nodes size"], gaps: Float[Array, "nodes size"]
+    ) -> Float[Array, "2 nodes size"]:
+        """Returns the errors at the nodes of both, to first order."""
+        return jax.vmap(self._errors)(jnp.stack([defects, gaps]))
+
+    def fine_errors(
+        self, defects: Float[Array, "nodes size"]
     ) -> Float[Array, "nodes size"]:
-        """Returns the errors at the nodes, to first order in the defects."""
+        """Returns the errors at the nodes more accurately, with derivatives."""
+        return self._errors(defects, num_passes=4)
+
+    def damped(
+        self, miss: Miss, *rates: Float[Array, " size"]
+    ) -> Float[Array, "rates size"]:
+        """Returns what is missing at the end of an interval, of each rate."""
+        width = miss.width.astype(self.jacobians.dtype)
+        matrix = jnp.eye(len(rates[0]), dtype=width.dtype)
+        matrix -= width * self.jacobians[miss.node]
+        return jnp.abs(solve(matrix, width * jnp.stack(rates, axis=1))).T
+
+    def _errors(self, defects, num_passes=2):
         matrix = jnp.asarray(radau(len(defects)).from_start, defects.dtype)
 
         # Each pass is for what the others leave of the linear equations.
@@ -50,8 +69,12 @@ def check_real(x: State) -> None:
     ravel(x, _NAME)
 
 
-def linearise(nodes: Nodes, teacher: VectorField, args: Args) -> Linearised:
-    """Evaluates the Jacobians of the rates at the nodes."""
+def linearise(
+    nodes: Nodes, teacher: VectorField, args: Args, solver: Krylov | None = None
+) -> Linearised | KrylovLinearised:
+    """Linearises the rates at the nodes, by their Jacobians if no solver is given."""
+    if solver is not None:
+        return solver.linearise(nodes, teacher, args)
     _, unravel = ravel(nodes.start, _NAME)
     field = lambda u, y: ravel(teacher(u, unravel(y), args), _NAME)[0]
     states = flat_rows(nodes.states)
@@ -81,25 +104,20 @@ class NewtonStep(NamedTuple):
     between: State
 
 
-def newton_step(nodes: Nodes, linear: Linearised) -> NewtonStep:
+def newton_step(nodes: Nodes, linear: Linearised | KrylovLinearised) -> NewtonStep:
     """Solves the linearised equations for the errors of the states at the nodes."""
     _, unravel = ravel(nodes.start, _NAME)
-    dtype, size = linear.jacobians.dtype, linear.jacobians.shape[-1]
-    identity = jnp.eye(size, dtype=dtype)
 
     def damped(miss):
         # What decays within the interval is not missing at its end.
-        width = miss.width.astype(dtype)
         rates = [ravel(rate, _NAME)[0] for rate in (miss.reduced, miss.rate)]
-        right = width * jnp.stack(rates, axis=1)
-        matrix = identity - width * linear.jacobians[miss.node]
-        return jnp.abs(solve(matrix, right)).T
+        return linear.damped(miss, *rates)
 
     (at_start, _), (at_probe, between) = map(damped, misses(nodes))
     defects = flat_rows(picard_defects(nodes))
     # What is missing in an interval is missing at every node that follows.
     gaps = jnp.broadcast_to(at_start + at_probe, defects.shape)
-    errors, gaps = jax.vmap(linear.errors)(jnp.stack([defects, gaps]))
+    errors, gaps = linear.errors(defects, gaps)
     return NewtonStep(jax.vmap(unravel)(errors), unravel(gaps[-1]), unravel(between))
 
 
@@ -109,6 +127,7 @@ def implicit_states(
     clock: Clock,
     x: State,
     args: Args,
+    solver: Krylov | None = None,
 ) -> State:
     """Returns the states at the nodes, with derivatives by the implicit function theorem.
 
@@ -119,8 +138,8 @@ def implicit_states(
     shares = radau(len(jtu.tree_leaves(states)[0])).nodes
     rates = clock.rates(shares, fixed, teacher, args)
     nodes = Nodes(x, x, clock, fixed, rates, clock.end, x)
-    linear = freeze(linearise(*freeze((nodes, teacher, args))))
+    linear = freeze(linearise(*freeze((nodes, teacher, args)), solver=solver))
     defects = flat_rows(picard_defects(nodes))
     _, unravel = ravel(x, _NAME)
-    errors = jax.vmap(unravel)(linear.errors(defects, num_passes=4))
+    errors = jax.vmap(unravel)(linear.fine_errors(defects))
     return subtract(fixed, errors)

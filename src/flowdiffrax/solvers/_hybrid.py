@@ -14,6 +14,7 @@ from .._check import check_between, check_count, check_instance
 from .._tree import all_finite, freeze, nan_where, scale, subtract
 from .._types import Args, State, Time, TwoTimeMap
 from ..estimates._clock import Clock
+from ..estimates._krylov import Krylov, check_linear_solver
 from ..estimates._newton import implicit_states
 from ..estimates._quadrature import last
 from ..flow_maps._base import times_out_of_range
@@ -111,7 +112,8 @@ class HybridSolver(diffrax.AbstractImplicitSolver, diffrax.AbstractAdaptiveSolve
         `diffrax.ClipStepSizeController(controller, step_ts=ts)`.
 
         Newton steps need the Jacobians of the vector field, and are made for states of up
-        to 32 real entries, and for larger ones with an implicit fallback. With such a
+        to 32 real entries, and for larger ones with an implicit fallback, or with a
+        `linear_solver` that takes products of them instead. With an implicit
         fallback, every jump is corrected and checked, since most errors of stiff systems
         decay at once, and its nodes are dense at the start if the vector field is slower
         later along the jump. Implicit solvers can converge to a wrong solution if a step
@@ -171,14 +173,16 @@ class HybridSolver(diffrax.AbstractImplicitSolver, diffrax.AbstractAdaptiveSolve
     - `norm`: the norm of scaled errors. By default it is the root mean square if both
       tolerances are given, and otherwise comes from the controller.
     - `max_wait`: the most steps for which a refused map is not tried, at least 1.
+    - `linear_solver`: a [`flowdiffrax.estimates.Krylov`][], for corrections of states of
+      many entries, such as fields on grids; `None` for Jacobians as matrices.
 
-    **Raises:** when constructed, `TypeError` for a map that is not callable or a fallback
-    that is not a solver, and `ValueError` for a fallback that is not a classical solver
-    of ODEs with an error estimate, or an invalid `num_nodes`, `safety` or `max_wait`. In
-    the solve, `ValueError` without tolerances or for a state without entries, `TypeError`
-    for times in half precision; for a fixed step size Diffrax raises it
-    itself, with a message about implicit solvers. If neither the map nor the fallback can
-    meet the tolerance, the solve ends with Diffrax's own result.
+    **Raises:** when constructed, `TypeError` for a map that is not callable or for a
+    fallback or `linear_solver` of another kind, and `ValueError` for a fallback that is
+    not a classical solver of ODEs with an error estimate, or an invalid `num_nodes`,
+    `safety` or `max_wait`. In the solve, `ValueError` without tolerances or for a state
+    without entries, `TypeError` for times in half precision; for a fixed step size
+    Diffrax raises it itself, with a message about implicit solvers. If neither the map
+    nor the fallback can meet the tolerance, the solve ends with Diffrax's own result.
 
     ??? cite "Reference"
 
@@ -194,6 +198,7 @@ class HybridSolver(diffrax.AbstractImplicitSolver, diffrax.AbstractAdaptiveSolve
     atol: Any = _FROM_CONTROLLER
     norm: Any = _FROM_CONTROLLER
     max_wait: int = eqx.field(static=True, default=64)
+    linear_solver: Krylov | None = None
 
     term_structure: ClassVar = diffrax.ODETerm
     root_find_max_steps: ClassVar[int] = 10
@@ -207,6 +212,7 @@ class HybridSolver(diffrax.AbstractImplicitSolver, diffrax.AbstractAdaptiveSolve
         check_composable(self.flow_map)
         check_count(self.max_wait, 1, "max_wait")
         check_fallback(self.fallback)
+        check_linear_solver(self.linear_solver)
         check_count(self.num_nodes, 2, "num_nodes", or_none=True)
         check_between(self.safety, 0, 1, "safety", "(]")
 
@@ -280,7 +286,7 @@ class HybridSolver(diffrax.AbstractImplicitSolver, diffrax.AbstractAdaptiveSolve
         teacher = true_field(terms, direction)
         state, fallback = solver_state, self._fallback()
         implicit = is_implicit(self.fallback)
-        corrects = can_correct(y0, implicit)
+        corrects = can_correct(y0, implicit, self.linear_solver)
         num_nodes = default_nodes(y0) if self.num_nodes is None else self.num_nodes
         norm = lambda error, y: self._ratio(error, y0, y) / self.safety
 
@@ -325,7 +331,15 @@ class HybridSolver(diffrax.AbstractImplicitSolver, diffrax.AbstractAdaptiveSolve
             fixed_field, fixed_args = freeze((field, args))
             corrected = run_if_any(
                 wanted,
-                lambda: correct(nodes, fixed_field, fixed_args, norm, wanted, implicit),
+                lambda: correct(
+                    nodes,
+                    fixed_field,
+                    fixed_args,
+                    norm,
+                    wanted,
+                    implicit,
+                    self.linear_solver,
+                ),
             )
             states, error = where(wanted, corrected, (states, error))
             ratio = norm(error, last(states))
@@ -364,7 +378,9 @@ class HybridSolver(diffrax.AbstractImplicitSolver, diffrax.AbstractAdaptiveSolve
         along = with_derivative(states, as_predicted, predicted)
         if corrects:
             solved = eqx.filter_closure_convert(
-                lambda: implicit_states(states, teacher, Clock(s, t, grade), y0, args)
+                lambda: implicit_states(
+                    states, teacher, Clock(s, t, grade), y0, args, self.linear_solver
+                )
             )
             is_solved = taken & ~as_predicted
             along = where(is_solved, with_derivative(states, is_solved, solved), along)
@@ -440,10 +456,13 @@ class HybridSolver(diffrax.AbstractImplicitSolver, diffrax.AbstractAdaptiveSolve
         )
 
 
-def can_correct(y: State, implicit: bool) -> bool:
-    """Whether jumps of such states are corrected, which takes Jacobians of their size."""
+def can_correct(y: State, implicit: bool, linear_solver: Krylov | None) -> bool:
+    """Whether jumps of such states are corrected, which takes real derivatives.
+
+    Without a linear solver, it also takes Jacobians of their size.
+    """
     is_real = not any(map(jnp.iscomplexobj, jtu.tree_leaves(y)))
-    return is_real and (_size(y) <= _SMALL or implicit)
+    return is_real and (_size(y) <= _SMALL or implicit or linear_solver is not None)
 
 
 def default_nodes(y: State) -> int:

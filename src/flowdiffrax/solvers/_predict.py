@@ -24,6 +24,7 @@ from ..estimates._collocation import (
     tail,
     total_size,
 )
+from ..estimates._krylov import Krylov
 from ..estimates._newton import linearise, newton_step
 from ..estimates._quadrature import between, last
 from ._branches import run_if_any, where
@@ -135,6 +136,7 @@ def correct(
     norm: Callable[[State, State], Array],
     wanted: Array,
     implicit: bool,
+    linear_solver: Krylov | None,
 ) -> tuple[State, State]:
     """Returns the states at the nodes after one or two Newton steps, and their error.
 
@@ -145,7 +147,7 @@ def correct(
     far off between them. The error includes how wrong the polynomial is at the probe, and
     its last coefficients: a solution that oscillates fast may look right at a probe.
     """
-    linear = linearise(nodes, teacher, args)
+    linear = linearise(nodes, teacher, args, linear_solver)
 
     # What a step changes of the nodes.
     changing = lambda nodes: (nodes.states, nodes.rates, nodes.probe_rate)

@@ -23,6 +23,7 @@ from .._check import (
 from .._time import time_dtype
 from .._tree import is_concrete, num_rows
 from .._types import Args, State, TwoTimeMap, VectorField
+from ..estimates._krylov import Krylov, check_linear_solver
 from ..estimates._quadrature import last
 from ..flow_maps._base import times_out_of_range
 from ..flow_maps._inverse import check_composable
@@ -65,6 +66,7 @@ def solve_batch(
     fallback: diffrax.AbstractSolver = diffrax.Tsit5(),
     num_nodes: int | None = None,
     safety: float = 0.3,
+    linear_solver: Krylov | None = None,
     chunk_size: int = 128,
     max_steps: int = 4096,
 ) -> BatchSolution:
@@ -102,7 +104,7 @@ def solve_batch(
       `args_per_example`.
     - `rtol`, `atol`: the tolerances of the jumps and of the classical solver, positive.
     - `fallback`: a Diffrax solver for `diffrax.ODETerm` with an error estimate.
-    - `num_nodes`, `safety`: as in [`flowdiffrax.HybridSolver`][].
+    - `num_nodes`, `safety`, `linear_solver`: as in [`flowdiffrax.HybridSolver`][].
     - `chunk_size`: the number of examples that are worked on side by side, at least 1.
       Small chunks wait less for their slowest example, and fit a processor's caches.
     - `max_steps`: the largest number of classical steps in an interval.
@@ -121,6 +123,7 @@ def solve_batch(
     check_count(chunk_size, 1, "chunk_size")
     check_count(max_steps, 1, "max_steps")
     check_fallback(fallback)
+    check_linear_solver(linear_solver)
     check_bools(args_per_example=args_per_example)
     num = num_rows(x0, "`x0` is a batch of examples: its leaves")
     if args_per_example:
@@ -143,7 +146,7 @@ def solve_batch(
     slope = eqx.filter_eval_shape(rate, one, first(args) if args_per_example else args)
     check_like(slope, one, "`vector_field`")
     implicit = is_implicit(fallback)
-    corrects = can_correct(one, implicit)
+    corrects = can_correct(one, implicit, linear_solver)
     nodes_of = default_nodes(one) if num_nodes is None else num_nodes
     check_count(nodes_of, 2, "num_nodes")
     check_between(safety, 0, 1, "safety", "(]")
@@ -165,7 +168,9 @@ def solve_batch(
         del s, t
         norm = ratio_from(x)
         wanted = jnp.asarray(True)
-        states, error = correct(nodes, vector_field, args, norm, wanted, implicit)
+        states, error = correct(
+            nodes, vector_field, args, norm, wanted, implicit, linear_solver
+        )
         end = last(states)
         return end, is_fine(norm(error, end), states)
 
