@@ -133,6 +133,21 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "index = jnp.sum(jnp.asarray(ends[:-1], share.dtype) <= share) - 1",
     ): "an index of either kind",
     (
+        "solvers/_tilted.py",
+        "end = look_ahead(mean + std * z)",
+        "end = look_ahead((mean - std * z))",
+    ): "a normal draw is as likely with the other sign",
+    (
+        "paths/_trajectory.py",
+        "return jnp.clip(index, 0, self.ts.size - 1)",
+        "return jnp.clip(index, 0, (self.ts.size + 1))",
+    ): "JAX reads the last row beyond the end",
+    (
+        "times/_grids.py",
+        "i = jnp.minimum((first * size).astype(int), size - 1)",
+        "i = jnp.minimum((first * size).astype(int), (size + 1))",
+    ): "for products that are rounded up alone",
+    (
         "objectives/_batch.py",
         "losses = eqx.filter_vmap(one, in_axes=(axes, 0, 0, axes, 0))(",
         "losses = eqx.filter_vmap(one, in_axes=(axes, 0, -1, axes, 0))(",

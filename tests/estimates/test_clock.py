@@ -8,7 +8,7 @@ import pytest
 from helpers import assert_close, max_abs
 
 import flowdiffrax as fd
-from flowdiffrax.estimates._clock import Clock
+from flowdiffrax.estimates._clock import Clock, grade_of
 
 RATE, X = 1e5, jnp.asarray([1.0, 3.0])
 
@@ -86,3 +86,17 @@ def test_hybrid_jumps_over_decades(flow_map, dt0):
     assert sol.solver_state.num_learned > 2 * sol.solver_state.num_classical
     assert max_abs(sol.ys / truth - 1) < 1e-3
     assert max_abs(sol.ys[-1] / truth[-1] - 1) < 1e-4
+
+
+def test_grade_looks_at_the_share_from_the_start():
+    # The field slows down half way. One leaf has no entries.
+    def slower(t, y, args):
+        rate = jnp.where(t < 0.5, -1e3, -1e-3)
+        return {"a": rate * y["a"], "none": y["none"]}
+
+    still = lambda s, t, y, args: y
+    y = {"a": jnp.asarray([2.0]), "none": jnp.zeros(0)}
+    grade = lambda share: grade_of(
+        still, slower, jnp.asarray(0.0), jnp.asarray(1.0), y, None, jnp.asarray(share)
+    )
+    assert grade(0.25) == 0 and grade(0.75) > 5

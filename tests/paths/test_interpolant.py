@@ -172,3 +172,8 @@ def test_refusals(make, match, inside_jit):
 
     with without_type_checks(), pytest.raises(ValueError, match=match):
         jax.jit(build)(1.0) if inside_jit else build(1.0)
+
+
+def test_paths_go_from_time_zero_to_time_one():
+    path = fd.LinearInterpolant()(jnp.zeros(2), jnp.ones(2))
+    assert (path.t0, path.t1) == (0.0, 1.0)
