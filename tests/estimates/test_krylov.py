@@ -13,7 +13,11 @@ from jax import lax
 
 import flowdiffrax as fd
 from flowdiffrax.estimates import Krylov, LinearisedError
+from flowdiffrax.estimates._collocation import Miss
+from flowdiffrax.estimates._krylov import KrylovLinearised
+from flowdiffrax.estimates._newton import Linearised
 from flowdiffrax.estimates._quadrature import radau
+from flowdiffrax.estimates._transport import transport
 
 SPANS = [(0.1, 0.8), (0.7, -0.1)]
 
@@ -50,6 +54,20 @@ def test_the_same_as_with_matrices(s, t, size):
     assert_close(close, error, 1e-10 * max_abs(error))
     assert_close(rough, error, 1e-2 * max_abs(error))
     assert_close(dense, close, 1e-5 * max_abs(error))
+
+
+def test_what_decays_within_an_interval_is_not_missing_at_its_end():
+    # An implicit Euler step of the interval, for rates of decay of 1, 10 and 1000.
+    decay, miss = jnp.asarray([1.0, 10.0, 1e3]), jnp.asarray([2.0, -3.0, 5.0])
+    expected = np.asarray([0.6 / 1.3, 0.9 / 4.0, 1.5 / 301.0])
+    at = Miss(None, None, jnp.asarray(0.3), jnp.asarray(0))
+    dense = Linearised(-jnp.diag(decay)[None], transport(-jnp.diag(decay)[None]))
+    implicit = lambda h, r: r / (1 + h * decay)
+    paces = jnp.ones(1)
+    matrix_free = KrylovLinearised(1e-3, 64, lambda x: x, paces, implicit)
+    for linear in (dense, matrix_free):
+        for found in linear.damped(at, miss, -miss):
+            np.testing.assert_allclose(np.abs(found), expected, rtol=1e-12)
 
 
 @pytest.mark.parametrize("s, t", SPANS)
