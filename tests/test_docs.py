@@ -19,6 +19,7 @@ SLOW = {
     *("objectives/in-code", "posteriors", "recipes", "scientific/own-ode", "simulations"),
     *("testing", "training"),
     *("tutorials/density", "tutorials/fine-tuning", "tutorials/forced"),
+    "tutorials/kinetics",
     *("tutorials/images", "tutorials/likelihoods", "tutorials/ode"),
     *("tutorials/pytorch-teacher", "tutorials/self-distillation"),
 }

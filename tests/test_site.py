@@ -54,6 +54,7 @@ SCRIPTS = {
     "digits.png": "examples/digits.py",
     "fine-tuning.png": "docs/tutorials/fine-tuning.md",
     "forced.png": "docs/tutorials/forced.md",
+    "kinetics.png": "docs/tutorials/kinetics.md",
     "images_digits.png": "benchmarks/images.py",
     "images_fashion.png": "benchmarks/images.py",
     "kuramoto_sivashinsky.png": "examples/kuramoto_sivashinsky.py",
