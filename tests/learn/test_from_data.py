@@ -257,13 +257,13 @@ def incomplete(num=14):
 
 @pytest.mark.parametrize("first_share", [0.0, 0.5])
 def test_pairs_of_a_file_are_those_in_memory(first_share):
-    ts, ys, args = incomplete()
+    ts, ys, args = incomplete(32)
     in_memory, _ = observe(ts, ys, args, None)
     file = File.open(ts, lambda rows: ys[rows], args, len(ys))
     from_file = Streamed(file.read, len(ys)).batches(8 * len(ys), first_share)
     counts = []
     for seed, batches in enumerate((in_memory.batches(1, first_share), from_file)):
-        one = dataclasses.replace(next(source_of(batches)), batch_size=20_000)
+        one = dataclasses.replace(next(source_of(batches)), batch_size=100_000)
         paths, conditions = eqx.filter_jit(one)(jr.key(seed))
         # What is observed of the later state is that of its time.
         h, x = np.diff(paths.ts), np.asarray(paths.ys[:, 0])
@@ -315,6 +315,17 @@ def test_trajectories_of_a_file(kind, unmeasured, monkeypatch, tmp_path):
     ends = jax.vmap(learned.flow_map, (None, None, 0, 0))(0.0, 1.5, x, conditions)
     error = np.abs(ends / exact_decay(1.5, x, conditions) - 1)
     assert np.quantile(error, 0.9) < 0.1
+
+
+def test_small_batches_of_a_file_with_gaps():
+    # Lists will do, and one trajectory in three has nothing to learn from.
+    ts, ys, args = incomplete(30)
+    ys[::3, 1:] = np.nan
+    file = File.open(ts.tolist(), lambda rows: ys[rows], args.tolist(), 30)
+    draws = source_of(Streamed(file.read, 30).batches(1, 0.0))
+    for index in range(20):
+        path, _ = next(draws)(jr.key(index))
+        assert path.ys.shape == (1, 2, 2) and np.isfinite(path.ys[:, 0]).all()
 
 
 def test_a_small_file_is_read_at_once(tmp_path):

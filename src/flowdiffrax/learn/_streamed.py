@@ -19,8 +19,9 @@ from ._observed import Observed, PairBatches, fill_up, observe, usable
 # Of a file, so many trajectories show the units, and some of them are held out.
 _NUM_SHOWN = 4096
 _BYTES_SHOWN = 2**28
-# So many pairs of states are drawn from each trajectory that is read.
-_PAIRS_EACH = 8
+# So many pairs of states are drawn from each trajectory that is read, and so many are
+# read at least: some may have nothing to learn from.
+_PAIRS_EACH, _FEWEST_ROWS = 8, 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Streamed:
 
     def batches(self, batch_size: int, first_share: float) -> StreamBatches:
         """What a map learns from: each step reads a few trajectories."""
-        num_rows = -(-batch_size // _PAIRS_EACH)
+        num_rows = max(-(-batch_size // _PAIRS_EACH), _FEWEST_ROWS)
         make = functools.partial(
             _RowBatches, batch_size=batch_size, first_share=first_share
         )
@@ -79,9 +80,9 @@ class File:
     - `shape`, `num_bytes`: the shape and the size of one of them.
     """
 
-    ts: Any
+    ts: np.ndarray
     ys: Any
-    args: Any
+    args: np.ndarray | None
     size: int
     shape: tuple[int, ...]
     num_bytes: int
@@ -97,6 +98,8 @@ class File:
             check_count(size, 1, "size")
         else:
             size = len(ys)
+        # Of a memory map, this reads nothing.
+        ts, args = np.asarray(ts), None if args is None else np.asarray(args)
         first = np.asarray(ys(np.arange(1)) if callable(ys) else ys[:1])
         if first.ndim != 3 or len(first) != 1:
             raise ValueError(
@@ -104,7 +107,7 @@ class File:
                 "them for an array of row numbers. States are vectors; for one row, got "
                 f"shape {first.shape}."
             )
-        for values, name in ((args, "args"), (ts if np.ndim(ts) == 2 else None, "ts")):
+        for values, name in ((args, "args"), (ts if ts.ndim == 2 else None, "ts")):
             if values is not None and len(values) != size:
                 raise ValueError(
                     f"`{name}` must have one row for each of the {size} trajectories; "
@@ -119,14 +122,14 @@ class File:
 
     def rows(self, rows: np.ndarray) -> tuple[Any, Any, Any]:
         """Times, states and parameters of some trajectories."""
-        ts = np.asarray(self.ts[rows]) if np.ndim(self.ts) == 2 else self.ts
+        ts = self.ts[rows] if self.ts.ndim == 2 else self.ts
         ys = np.asarray(self.ys(rows) if callable(self.ys) else self.ys[rows])
         if ys.shape != (len(rows), *self.shape):
             raise ValueError(
                 f"For {len(rows)} rows, `ys` must return shape "
                 f"{(len(rows), *self.shape)}; got {ys.shape}."
             )
-        return ts, ys, None if self.args is None else np.asarray(self.args[rows])
+        return ts, ys, None if self.args is None else self.args[rows]
 
     def split(self, rng: np.random.Generator) -> tuple["Data", Any]:
         """What to learn from and what is held out; and one `args`."""
