@@ -1,5 +1,6 @@
 """From a vector field to a validated map, in one call."""
 
+import dataclasses
 import subprocess
 import sys
 
@@ -69,6 +70,32 @@ def fresh():
 
 
 # --- what comes out -------------------------------------------------------------------
+
+
+def test_fresh_trajectories_are_more_exact_than_the_teacher(monkeypatch):
+    """A map is not judged by a teacher that is as wrong as the one that it learned."""
+    loose = lambda problem, facts, *_: dataclasses.replace(facts, rtol=1e-2)
+
+    def stop(plan, pool, key):
+        raise InterruptedError(pool)
+
+    def error(pool):
+        exact = [exact_decay(t, pool.ys[:, 0], pool.args) for t in pool.ts]
+        return np.abs(pool.ys - np.stack(exact, axis=1)).max()
+
+    fresh = []
+    make = lambda maker, *given, **how: (
+        fresh.append(call(maker, *given, **how)) or fresh[-1]
+    )
+    call = _learn_solver.PoolMaker.__call__
+    monkeypatch.setattr(_learn_solver.PoolMaker, "__call__", make)
+    monkeypatch.setattr(_learn_solver, "cheaper_teacher", loose)
+    monkeypatch.setattr(_learn_solver, "build", stop)
+    with pytest.raises(InterruptedError) as caught:
+        learn_solver(decay, draw, 0.0, 2.0, draw_args, **QUICK)
+    (learned_from,) = caught.value.args
+    assert error(learned_from) > 1e-4
+    assert error(fresh[0]) < 1e-5
 
 
 def test_the_map_is_close_to_the_closed_form(learned, fresh):

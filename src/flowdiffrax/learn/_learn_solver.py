@@ -18,7 +18,7 @@ from ._folder import Folder, as_config
 from ._learned import LearnedSolver, evaluate
 from ._plan import Plan, make_plan
 from ._pool import PoolMaker
-from ._probe import probe
+from ._probe import EXACT_RTOL, Facts, probe
 from ._problem import Problem, check_field, make_problem
 from ._teacher import cheaper_teacher
 from ._training import Trained, steps_of_parts_until, train_map
@@ -27,7 +27,8 @@ from ._validation import Validation
 # Shares of the time: until trajectories are solved, if there are enough or if there are
 # few, and for what follows the training.
 _POOL_SHARES, _LAST_SHARE = (0.35, 0.5), 0.12
-NUM_VALIDATION = 256
+# Fresh trajectories: how many, the fewest, and the share of the time for them.
+NUM_VALIDATION, _FEWEST_FRESH, _FRESH_SHARE = 256, 64, 0.1
 # What a map reaches in a few minutes, about.
 _USUAL_ERROR = 1e-2
 
@@ -60,8 +61,9 @@ def learn_solver(
 
     It solves some initial states, and chooses from the solutions the teacher, the times,
     the form of the map and its network. It then solves as many as time allows, trains
-    the map on these trajectories, and compares it with fresh ones. Everything is float64
-    but for the training, whatever JAX is set to, and states may be in any units.
+    the map on these trajectories, and compares it with fresh ones, whose tolerance is ten
+    times tighter at least. Everything is float64 but for the training, whatever JAX is
+    set to, and states may be in any units.
 
     ```python
     learned = fd.learn_solver(vector_field, lambda key: ..., t0=0.0, t1=10.0, minutes=3)
@@ -132,7 +134,7 @@ def learn_solver(
     kept = folder and folder.kept()
     if kept is None:
         say("looking at a few solutions")
-        facts = probe(problem, keys[1], is_positive, solver)
+        exact = facts = probe(problem, keys[1], is_positive, solver)
         for_pool = begin + _POOL_SHARES[0] * 60 * minutes - time.perf_counter()
         most = min(problem.num_rows or sys.maxsize, pool_size or sys.maxsize)
         facts = cheaper_teacher(problem, facts, most, for_pool, solver is not None)
@@ -140,8 +142,10 @@ def learn_solver(
         say(f"chosen:\n{plan}")
         for text in warnings_of(facts, _USUAL_ERROR, both_directions):
             say(f"warning: {text}")
-        make = PoolMaker(problem, plan, facts.solves, facts.ranges, say)
-        fresh = make(keys[2], NUM_VALIDATION, held_out=True)
+        # A teacher cannot vouch for itself, so these are more exact than it is.
+        make = PoolMaker(problem, plan, exact.solves, EXACT_RTOL, facts.ranges, say)
+        fresh = make(keys[2], _num_fresh(exact, minutes), held_out=True)
+        make = PoolMaker(problem, plan, facts.solves, facts.rtol, facts.ranges, say)
         ends = [begin + share * 60 * minutes for share in _POOL_SHARES]
         kept = plan, make(keys[3], plan.pool_size, ends=(ends[0], ends[1])), fresh
         if folder:
@@ -158,6 +162,14 @@ def learn_solver(
     problem.give_back()
     say("done")
     return learned
+
+
+def _num_fresh(exact: Facts, minutes: float) -> int:
+    """How many fresh trajectories there is time for."""
+    # An order of 5 needs that many more steps.
+    each = exact.solve_seconds * (exact.rtol / EXACT_RTOL) ** 0.2
+    num = int(_FRESH_SHARE * 60 * minutes / each)
+    return min(max(num, _FEWEST_FRESH), NUM_VALIDATION)
 
 
 def _identify(problem: Problem, key: Any, minutes: float) -> dict[str, Any]:

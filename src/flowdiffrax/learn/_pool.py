@@ -42,10 +42,16 @@ class PoolMaker:
     """Solves initial states in chunks, until there are enough or time is over."""
 
     def __init__(
-        self, problem: Problem, plan: Plan, solves: Solves, ranges: Ranges, say: Any
+        self,
+        problem: Problem,
+        plan: Plan,
+        solves: Solves,
+        rtol: float,
+        ranges: Ranges,
+        say: Any,
     ):
-        self._problem, self._plan, self._solves = problem, plan, solves
-        self._ranges, self._say = ranges, say
+        self._problem, self._plan, self._say = problem, plan, say
+        self._solves, self._rtol, self._ranges = solves, rtol, ranges
 
     def __call__(
         self,
@@ -55,7 +61,6 @@ class PoolMaker:
         held_out: bool = False,
     ) -> Pool:
         problem, plan = self._problem, self._plan
-        assert plan.rtol is not None
         x0, args = problem.draw(key, num, held_out)
         # All solves of a chunk step together until its last one is done, and the matrices
         # of many large stiff ones do not fit into a cache.
@@ -71,7 +76,7 @@ class PoolMaker:
             index = np.arange(len(x0))[rows]
             padded = np.resize(index, chunk)
             some = None if args is None else args[padded]
-            ys, _ = self._solves(x0[padded], some, plan.ts, plan.rtol, self._ranges)
+            ys, _ = self._solves(x0[padded], some, plan.ts, self._rtol, self._ranges)
             found.append(ys[: len(index)])
             if time.perf_counter() - last > 5:
                 last = time.perf_counter()
