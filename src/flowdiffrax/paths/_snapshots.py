@@ -17,7 +17,7 @@ from ._optimal_transport import OptimalTransportCoupling
 
 
 def couple_snapshots(
-    snapshots: Sequence[State],
+    snapshots: Sequence[State] | Array | np.ndarray,
     num_chains: int | None = None,
     *,
     key: Key[Array, ""],
