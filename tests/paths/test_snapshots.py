@@ -134,10 +134,18 @@ BAD = {
     "none": ([], ValueError, "at least two snapshots; got 0"),
     "dimensions": ([A, np.ones((5, 3))], ValueError, "Use the same entries at all times"),
     "structures": ([A, {"a": A}], ValueError, "alike in structure"),
-    "dtypes": ([A, A.astype(np.float32)], ValueError, "alike in structure, shape and dty"),
+    "dtypes": (
+        [A, A.astype(np.float32)],
+        ValueError,
+        "alike in structure, shape and dty",
+    ),
     "NaN": ([A, np.where(np.arange(5)[:, None] == 3, np.nan, A)], ValueError, "row 3"),
     "integers": ([A, A.astype(int)], TypeError, "`.astype"),
-    "empty": ([A, A[:0]], ValueError, "Snapshot 1 must be arrays with one common leading"),
+    "empty": (
+        [A, A[:0]],
+        ValueError,
+        "Snapshot 1 must be arrays with one common leading",
+    ),
     "numbers": ([1.0, 2.0], ValueError, "Snapshot 0 must be arrays"),
     "a dictionary": ({0.0: A, 2.0: A}, TypeError, "a list of populations, one for each"),
 }

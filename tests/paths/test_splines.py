@@ -1,4 +1,4 @@
-"""Splines through several states: SciPy, Gaussians in closed form, and what is refused."""
+"""Splines through several states: SciPy, closed forms of Gaussians, and bad input."""
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,9 @@ def scipy_spline(name, ts, xs):
 
 
 @both
-@pytest.mark.parametrize("ts", [(0.0, 1.0), (-1.0, 0.5, 7.0), DAYS, (1e3, 1003.0, 1009.0)])
+@pytest.mark.parametrize(
+    "ts", [(0.0, 1.0), (-1.0, 0.5, 7.0), DAYS, (1e3, 1003.0, 1009.0)]
+)
 def test_against_scipy(name, ts):
     xs = states(num=len(ts))
     path, expected = SPLINES[name](ts)(jnp.asarray(xs)), scipy_spline(name, ts, xs)

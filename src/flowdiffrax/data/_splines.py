@@ -75,8 +75,8 @@ class SplineBatches(eqx.Module):
                 )
             if not jnp.issubdtype(leaf.dtype, jnp.inexact):
                 raise TypeError(
-                    f"States of a spline are floating-point or complex; got {leaf.dtype}. "
-                    "Convert them with `.astype(float)`."
+                    "States of a spline are floating-point or complex; got "
+                    f"{leaf.dtype}. Convert them with `.astype(float)`."
                 )
         if self.draw:
             check_finite((self.xs, self.args), "Chains and conditions")

@@ -70,8 +70,8 @@ def couple_snapshots(
     check_instance(snapshots, Sequence | np.ndarray | jax.Array, "snapshots", what)
     if len(snapshots) < 2:
         raise ValueError(
-            f"A chain needs at least two snapshots; got {len(snapshots)}. For a flow from "
-            "noise to one population, use `data.InterpolantBatches`."
+            f"A chain needs at least two snapshots; got {len(snapshots)}. For a flow "
+            "from noise to one population, use `data.InterpolantBatches`."
         )
     check_key(key)
     snapshots = [_as_population(each, n) for n, each in enumerate(snapshots)]
@@ -136,7 +136,7 @@ def _as_population(members: Any, index: int) -> State:
 
 
 def _check_alike(snapshots: list[State]) -> None:
-    """**Raises:** `ValueError` if members of snapshots are not like those of the first."""
+    """**Raises:** `ValueError` if members are not like those of the first snapshot."""
     kind = lambda members: (
         jtu.tree_structure(members),
         [(leaf.shape[1:], leaf.dtype) for leaf in jtu.tree_leaves(members)],

@@ -9,7 +9,6 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from .._check import check_bools
 from .._time import as_times, times_like
 from .._tree import is_concrete, subtract
 from .._types import Scalar, State, Time
@@ -101,17 +100,14 @@ class AbstractSpline(eqx.Module):
     def _place(
         self, t: Time, left: bool
     ) -> tuple[Int[Array, ""], Scalar, Scalar, Bool[Array, ""]]:
-        """The interval of a time, the position in it, its width, and whether there is one.
-
-        A time outside would give a state that is on no curve.
-        """
+        """The interval of a time, the position in it, its width, and if there is one."""
         (t,) = as_times(t)
         ts = jnp.asarray(self.ts, t.dtype)
         side = "left" if left else "right"
         index = jnp.searchsorted(ts, t, side=side) - 1
         index = jnp.clip(index, 0, ts.size - 2)
         width = ts[index + 1] - ts[index]
-        # Times that a distribution maps to the interval may be off its ends by rounding.
+        # Rounding may put times that a distribution maps to the interval past its ends.
         slack = 4 * jnp.finfo(t.dtype).eps * jnp.max(jnp.abs(ts))
         is_inside = (t >= ts[0] - slack) & (t <= ts[-1] + slack)
         return index, (t - ts[index]) / width, width, is_inside
@@ -176,9 +172,9 @@ class SplinePath(diffrax.AbstractPath):
         rows = {jnp.shape(leaf)[:1] for leaf in jtu.tree_leaves(self.xs)}
         if rows != {(num_times,)}:
             raise ValueError(
-                f"A curve through {num_times} times needs one state for each: arrays with "
-                f"a leading axis of {num_times}; got leading axes {sorted(rows)}. For a "
-                "batch, use `jax.vmap`."
+                f"A curve through {num_times} times needs one state for each: arrays "
+                f"with a leading axis of {num_times}; got leading axes {sorted(rows)}. "
+                "For a batch, use `jax.vmap`."
             )
 
     @property
