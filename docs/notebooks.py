@@ -20,7 +20,7 @@ DOCS = pathlib.Path(__file__).resolve().parent
 ROOT = DOCS.parent
 OTHERS = ("posteriors", "simulations", "steering", "testing")
 # Packages beside the library and what comes with it, and how to see that one is used.
-EXTRAS = {"ott": "OptimalTransportCoupling"} | {
+EXTRAS = {"ott": "OptimalTransportCoupling|couple_snapshots"} | {
     name: rf"^(?:import|from) {name}\b"
     for name in ("blackjax", "hypothesis", "scipy", "torch")
 }

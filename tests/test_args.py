@@ -527,6 +527,7 @@ OTHERS = {
     *("data.ConditionedPoints", "data.InterpolantBatches", "data.StateBatches"),
     "data.StoredTrajectories",
     *("data.TrajectoryBatches", "AbstractCoupling", "IndependentCoupling"),
+    "data.SplineBatches",  # `test_spline_batches.py`
     *("OptimalTransportCoupling", "ConditionalOptimalTransportCoupling"),
     # Closed forms take them and need none.
     *("exact.GaussianFlowMap", "exact.GaussianMixtureVelocity", "exact.LinearFlowMap"),

@@ -51,4 +51,6 @@ def test_first_cell_installs_what_the_page_imports():
     cell = notebooks._install(code, "https://b.example/c")
     assert "['flowdiffrax', 'ott', 'torch']" in cell
     assert '%pip install --quiet "flowdiffrax[examples]" ott-jax torch' in cell
+    chains = notebooks._install("fd.paths.couple_snapshots(cells, key=key)", "")
+    assert "['flowdiffrax', 'ott']" in chains
     assert "%pip" not in notebooks._install("", "")

@@ -51,6 +51,7 @@ SCRIPTS = {
     "burgers.png": "examples/burgers.py",
     "calibration.png": "docs/simulations.md",
     "checkerboard.png": "examples/checkerboard.py",
+    "data-to-data.png": "docs/tutorials/data-to-data.md",
     "digits.png": "examples/digits.py",
     "fine-tuning.png": "docs/tutorials/fine-tuning.md",
     "forced.png": "docs/tutorials/forced.md",
@@ -65,6 +66,7 @@ SCRIPTS = {
     "pytorch-teacher.png": "docs/tutorials/pytorch-teacher.md",
     "scaling.png": "benchmarks/scaling.py",
     "score_curves.png": "examples/digits.py",
+    "snapshots.png": "docs/tutorials/data-to-data.md",
     "steering.png": "examples/steering.py",
 }
 

@@ -43,6 +43,9 @@ WITH_BOOLS = {
     "data.InterpolantBatches": lambda **bad: fd.data.InterpolantBatches(
         LINEAR, STATES, 4, **bad
     ),
+    "data.SplineBatches": lambda **bad: fd.data.SplineBatches(
+        fd.paths.LinearSpline((0.0, 1.0)), jnp.ones((4, 2, 2)), 4, **bad
+    ),
     "data.TrajectoryBatches": lambda **bad: fd.data.TrajectoryBatches(
         jnp.arange(2.0), jnp.ones((4, 2, 2)), 4, **bad
     ),

@@ -11,6 +11,7 @@ from ._conditions import PowerLawScale as PowerLawScale
 from ._disk import StoredTrajectories as StoredTrajectories
 from ._disk import load_trajectories as load_trajectories
 from ._disk import store_trajectories as store_trajectories
+from ._splines import SplineBatches as SplineBatches
 from ._stream import StreamBatches as StreamBatches
 from ._stream import stream as stream
 from ._toy import checkerboard as checkerboard

@@ -1,4 +1,4 @@
-"""The paths that objectives evaluate: interpolants, couplings and trajectories."""
+"""The paths that objectives evaluate: interpolants, splines, and trajectories."""
 
 from ._base import AbstractInterpolant as AbstractInterpolant
 from ._base import InterpolantPath as InterpolantPath
@@ -16,6 +16,11 @@ from ._optimal_transport import (
 )
 from ._optimal_transport import OptimalTransportCoupling as OptimalTransportCoupling
 from ._plug_in import PlugInPath as PlugInPath
+from ._snapshots import couple_snapshots as couple_snapshots
+from ._splines import AbstractSpline as AbstractSpline
+from ._splines import CubicSpline as CubicSpline
+from ._splines import LinearSpline as LinearSpline
+from ._splines import SplinePath as SplinePath
 from ._trajectory import StatePath as StatePath
 from ._trajectory import TrajectoryPath as TrajectoryPath
 from ._trajectory import solve_trajectories as solve_trajectories

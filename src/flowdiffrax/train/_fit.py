@@ -12,7 +12,7 @@ from jaxtyping import Array, Key
 
 from .._check import check_bools, check_callable, check_count, check_instance
 from .._tree import num_rows
-from ..data import ConditionDropout, StreamBatches, TrajectoryBatches
+from ..data import ConditionDropout, SplineBatches, StreamBatches, TrajectoryBatches
 from ..flow_maps._base import AbstractFlowMap
 from ..objectives._base import AbstractObjective
 from ..objectives._batch import as_mixture
@@ -114,12 +114,13 @@ def fit(
 
     **Raises:** `ValueError` if `num_steps` is below 1, there is no key or several, the
     checkpoints belong to another run, a function of `on_report` returns a name that the
-    report already has, or the trajectories end before the times that
-    [`flowdiffrax.TrajectoryMatching`][] or [`flowdiffrax.objectives.RollOutMatching`][]
-    draws; `TypeError` if `flow_map`, `objective`, `batches`, `optim`, `key`, `parallel`,
-    `run` or a number of steps has the wrong type; `OSError` if a checkpoint cannot be
-    written; and [`flowdiffrax.train.TrainingDiverged`][], with the last good state, if
-    too many steps were skipped.
+    report already has, or the objective draws times that splines, or the trajectories of
+    [`flowdiffrax.TrajectoryMatching`][] and [`flowdiffrax.objectives.RollOutMatching`][],
+    do not cover; `TypeError` if `flow_map`, `objective`, `batches`, `optim`, `key`,
+    `parallel`, `run` or a number of steps has the wrong type; `OSError` if a checkpoint
+    cannot be written; and [`flowdiffrax.train.TrainingDiverged`][], with the last good
+    state, if too many steps were skipped. If an objective never draws times in half of a
+    spline, a `RuntimeWarning` reports it.
     """
     check_count(num_steps, 1, "num_steps")
     check_count(report_every, 1, "report_every")
@@ -267,9 +268,12 @@ def _warn_of_skipped(state: TrainState, begun: int, skipped_before: int) -> None
 def _check_times(objective: Any, batches: Any, state: TrainState) -> None:
     """**Raises:** `ValueError` if trajectories do not cover the times that are drawn.
 
-    A trajectory is NaN outside its own times, which would make the loss NaN.
+    Trajectories and splines are NaN outside their own times, which would make the loss
+    NaN.
     """
     batches = batches.batches if isinstance(batches, ConditionDropout) else batches
+    if isinstance(batches, SplineBatches):
+        _check_times_of_spline(objective, batches.spline, state)
     if not isinstance(batches, TrajectoryBatches):
         return
     low = float(batches.ts[..., 0].max())
@@ -288,6 +292,28 @@ def _check_times(objective: Any, batches: Any, state: TrainState) -> None:
                 f"times, use `{name}(positions=True)`; if they share them, "
                 "`GridTimes(ts)` or `OnInterval(times, low, high)`."
             )
+
+
+def _check_times_of_spline(objective: Any, spline: Any, state: TrainState) -> None:
+    """**Raises:** `ValueError` if times outside the spline are drawn.
+
+    It warns if half of the spline is never drawn, as when its times are days and the
+    objective still draws from [0, 1].
+    """
+    low, high = spline.ts[0], spline.ts[-1]
+    slack = 1e-6 * max(abs(low), abs(high))
+    for one in as_mixture(at_step(objective, state.step)).objectives:
+        drawn = jax.numpy.stack(one.times(jax.random.key(0), 1024))
+        first, last = float(drawn.min()), float(drawn.max())
+        message = (
+            f"`{type(one).__name__}` draws times from {first:.3g} to {last:.3g}, but the "
+            f"spline covers [{low:.3g}, {high:.3g}]. Use `times=OnInterval(times, "
+            f"{low:.3g}, {high:.3g})`, or normalise: see `data.SplineBatches`."
+        )
+        if first < low - slack or last > high + slack:
+            raise ValueError(message)
+        if last - first < 0.5 * (high - low):
+            warnings.warn(message, RuntimeWarning, stacklevel=4)
 
 
 def _join(report: dict[str, Any], more: Any) -> None:
