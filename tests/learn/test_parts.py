@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -12,13 +13,15 @@ import jax.random as jr
 import numpy as np
 import optax
 import pytest
+import scipy.integrate
 
 import flowdiffrax as fd
 from flowdiffrax.learn._folder import Folder
 from flowdiffrax.learn._learn_solver import _identify
 from flowdiffrax.learn._plan import check_conserved
-from flowdiffrax.learn._probe import TEACHER_RTOL, probe
+from flowdiffrax.learn._probe import TEACHER_RTOL, _badness, probe
 from flowdiffrax.learn._problem import make_problem
+from flowdiffrax.learn._solvers import make_solver
 from flowdiffrax.learn._teacher import cheaper_teacher
 
 
@@ -172,6 +175,64 @@ def test_exported_jump_does_not_extrapolate(tmp_path):
     jump = jax.export.deserialize(bytearray(path.read_bytes())).call
     np.testing.assert_allclose(jump(0.2, 1.0, jnp.ones((3, 2))), np.exp(-0.8), rtol=1e-6)
     assert jnp.isnan(jump(0.2, 1.1, jnp.ones((3, 2)))).all()
+
+
+def solve_stiff(field, x0, t1, solver):
+    """The end and the number of steps, at the tolerance of a teacher."""
+    with jax.enable_x64(True):
+        solution = diffrax.diffeqsolve(
+            diffrax.ODETerm(field),
+            solver,
+            0.0,
+            t1,
+            None,
+            jnp.asarray(x0),
+            stepsize_controller=diffrax.PIDController(rtol=1e-5, atol=1e-11),
+            max_steps=2048,
+            throw=False,
+        )
+        return np.asarray(solution.ys[0]), int(solution.stats["num_steps"])
+
+
+def robertson(t, x, args):
+    first, second, third = 0.04 * x[0], 3e7 * x[1] ** 2, 1e4 * x[1] * x[2]
+    return jnp.stack([third - first, first - second - third, second])
+
+
+def exchange(t, x, args):
+    """Rates so large that their rounding errors are larger than any tolerance."""
+    there, back = 1e12 * x[0], 1e12 * x[1]
+    return jnp.stack([back - there, there - back - x[1]])
+
+
+def test_kvaerno5_rejects_few_steps():
+    solver = make_solver("Kvaerno5")
+    x0, t1 = np.array([1.0, 0.0, 0.0]), 1e4
+    end, num_steps = solve_stiff(robertson, x0, t1, solver)
+    exact = scipy.integrate.solve_ivp(
+        lambda t, x: np.asarray(robertson(t, x, None)),
+        (0, t1),
+        x0,
+        "Radau",
+        rtol=1e-9,
+        atol=1e-14,
+    )
+    np.testing.assert_allclose(end, exact.y[:, -1], rtol=1e-4)
+    by_default = solve_stiff(robertson, x0, t1, diffrax.Kvaerno5())[1]
+    assert num_steps < by_default / 2
+    end, _ = solve_stiff(exchange, np.array([1.0, 0.0]), 1.0, solver)
+    np.testing.assert_allclose(end, np.exp(-0.5) / 2, rtol=1e-4)
+
+
+def test_a_fast_solver_that_fails_is_not_taken():
+    good = np.ones((32, 5, 2))
+    bad = good.copy()
+    bad[:10] = np.nan
+    tried = [(0.1, "fast", bad, None), (5.0, "slow", good, None)]
+    assert min(tried, key=_badness)[1] == "slow"
+    # One failure of 32 says little.
+    bad[1:10] = 1.0
+    assert min(tried, key=_badness)[1] == "fast"
 
 
 @pytest.fixture(scope="module")

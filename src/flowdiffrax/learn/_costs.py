@@ -14,6 +14,7 @@ import numpy as np
 
 from ._errors import flops_of, seconds_of, timed
 from ._problem import Domain, Problem, Rows, call_afresh, double_precision
+from ._solvers import make_solver
 
 # A solve that would take longer is timed on fewer states.
 _LONGEST = 3.0
@@ -114,9 +115,7 @@ class ClassicalSolves:
 
         self._solves = {
             name: jax.jit(
-                jax.vmap(
-                    functools.partial(solve, getattr(diffrax, name)()), (0, axis, None)
-                )
+                jax.vmap(functools.partial(solve, make_solver(name)), (0, axis, None))
             )
             for name in names
         }

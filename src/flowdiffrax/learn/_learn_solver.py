@@ -88,8 +88,9 @@ def learn_solver(
     - `minutes`: the time for everything, positive.
     - `key`: a random key; `None` uses `jax.random.key(0)`.
     - `solver`: the Diffrax solver whose trajectories are learned. `None` takes the faster
-      of Tsit5 and Kvaerno5, at rtol 1e-5; or where too few trajectories could be solved
-      so, the faster of these and Kvaerno3 at rtol 1e-3, if that is exact enough.
+      of Tsit5 and Kvaerno5 (with `optimistix.Chord` as its root finder), at rtol 1e-5; or
+      where too few trajectories could be solved so, the faster of these and Kvaerno3 at
+      rtol 1e-3, if that is exact enough.
     - `ts`: the times to save trajectories at, from `t0` to `t1`. `None` takes 33 uniform
       times, or for stiff problems 41 of which the gaps grow in proportion.
     - `form`: `"relaxation"` or `"residual"`, see [`flowdiffrax.learn.Plan`][].

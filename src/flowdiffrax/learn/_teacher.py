@@ -1,12 +1,12 @@
 import dataclasses
 import time
 
-import diffrax
 import numpy as np
 
 from ._errors import scaled_errors
 from ._probe import Facts, Solves
 from ._problem import Problem
+from ._solvers import make_solver
 
 # So many trajectories are enough not to look for a cheaper teacher.
 _PLENTY = 4096
@@ -35,7 +35,7 @@ def cheaper_teacher(
         return facts
     solvers = [facts.solves]
     if facts.is_stiff and not only_solver:
-        solvers.append(Solves(problem, diffrax.Kvaerno3()))
+        solvers.append(Solves(problem, make_solver("Kvaerno3")))
     best = facts
     for solves in solvers:
         given = facts.ys[:, 0], facts.args, facts.ts
